@@ -1,0 +1,47 @@
+# Every target sets up what it needs in .venv; the second time that takes a moment. Windows: see the pip lines in README.md.
+PYTHON ?= python3
+PY := .venv/bin/python
+COMFY := $(shell for d in "$$COMFYUI_PATH" "$(CURDIR)/../.." "$$HOME/comfy/ComfyUI"; do [ -n "$$d" ] && [ -f "$$d/comfy/sd.py" ] && echo "$$d" && break; done)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo demo-quick test check setup benchmark
+
+demo: .venv/train
+	$(PY) -m trainer demo --out demo --overwrite
+
+demo-quick: .venv/train
+	$(PY) -m trainer demo --out demo --overwrite --quick
+
+test: .venv/test $(if $(COMFY),.venv/comfy)
+	@echo "ComfyUI: $(if $(COMFY),found in $(COMFY),not found; its tests are skipped)"
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest
+
+check: .venv/test
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest
+
+benchmark: .venv/train
+	OMP_NUM_THREADS=1 $(PY) -m trainer.demo.benchmark
+
+setup: .venv/test
+
+.venv/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON); install Python 3.10 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "missing: Python 3.10 or newer ($(PYTHON) is older); try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "missing: the venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/train: .venv/bin/python pyproject.toml
+	@echo "installing the trainer's packages into .venv (torch is several GB the first time)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[train]"
+	@touch $@
+
+.venv/test: .venv/train
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[train,test]"
+	@touch $@
+
+.venv/comfy: .venv/test
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[train,test,comfy]"
+	@touch $@

@@ -1,0 +1,8 @@
+"""ImageReFL for ComfyUI. Nothing is imported here at module level: ComfyUI calls the entry point, pytest must not."""
+
+
+async def comfy_entrypoint():
+    """The extension that ComfyUI loads."""
+    from .nodes import Extension
+
+    return Extension()

@@ -1,0 +1,11 @@
+"""The ComfyUI side of the pack: the only place that imports ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class Extension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node of the pack; there are none in this version."""
+        return []

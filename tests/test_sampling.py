@@ -1,0 +1,151 @@
+"""The step formula against diffusers' schedulers, switches, and the identities of combined generation."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from trainer.sampling import State, Switch, add_noise, advance, combined, leading_timesteps, rollout, step
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+OFFICIAL = {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading"}
+
+
+def table():
+    cumulative = DDPMScheduler(**BETAS).alphas_cumprod.double()
+    return ((1 - cumulative) / cumulative).sqrt()
+
+
+def grid(steps):
+    return torch.cat([table()[torch.tensor(leading_timesteps(steps))], torch.zeros(1)])
+
+
+def toy_epsilon(x_vp, t):
+    """A smooth stand-in for a network: depends on the state and the timestep."""
+    return torch.tanh(x_vp * 0.7 + 0.001 * t) * 0.8 + 0.1
+
+
+def toy_denoiser(x, sigma):
+    t = (table()[:, None] - sigma.double()[None]).abs().argmin(0)
+    scale = (1 + sigma.square()).rsqrt().reshape(-1, 1, 1, 1)
+    return x - sigma.reshape(-1, 1, 1, 1) * toy_epsilon(scale * x, t.reshape(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("steps", [5, 20, 40])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_step_equals_diffusers_ddim(steps, eta):
+    scheduler = DDIMScheduler(**BETAS, **OFFICIAL, set_alpha_to_one=True)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == leading_timesteps(steps)
+    draws = torch.Generator().manual_seed(1)
+    x_vp = torch.randn(2, 4, 3, 3, generator=draws, dtype=torch.float64)
+    sigmas = grid(steps)
+    for i, t in enumerate(scheduler.timesteps):
+        noise = torch.randn(x_vp.shape, generator=draws, dtype=torch.float64)
+        here, there = sigmas[i].expand(2), sigmas[i + 1].expand(2)
+        x = x_vp * (1 + here[0].square()).sqrt()
+        ours = step(x, toy_denoiser(x, here), here, there, noise, eta) / (1 + there[0].square()).sqrt()
+        x_vp = scheduler.step(toy_epsilon(x_vp, t), t, x_vp, eta=eta, variance_noise=noise).prev_sample
+        assert (ours - x_vp).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+def test_ancestral_step_equals_diffusers_ddpm(steps):
+    scheduler = DDPMScheduler(**BETAS, **OFFICIAL, variance_type="fixed_small")
+    scheduler.alphas_cumprod, scheduler.one = scheduler.alphas_cumprod.double(), torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    sigmas = grid(steps)
+    x_vp = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for i, t in enumerate(scheduler.timesteps):
+        here, there = sigmas[i].expand(2), sigmas[i + 1].expand(2)
+        x = x_vp * (1 + here[0].square()).sqrt()
+        drawn = torch.randn(x_vp.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        noise = drawn if i + 1 < steps else None
+        ours = step(x, toy_denoiser(x, here), here, there, noise, 0.0 if noise is None else 1.0) / (1 + there[0].square()).sqrt()
+        x_vp = scheduler.step(toy_epsilon(x_vp, t), t, x_vp, generator=torch.Generator().manual_seed(i)).prev_sample
+        assert (ours - x_vp).abs().max() < 1e-12
+
+
+def test_multistep_sampler_equals_diffusers_dpm_solver():
+    scheduler = DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(12)
+    sigmas = torch.cat([table()[scheduler.timesteps], torch.zeros(1)])
+    x_vp = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    state = State(x_vp * (1 + sigmas[0].square()).sqrt())
+    for i, t in enumerate(scheduler.timesteps[:-1]):  # the last step differs by diffusers' own end point
+        x_vp = scheduler.step(toy_epsilon(x_vp, t), t, x_vp).prev_sample
+        state = advance(state, toy_denoiser, sigmas, lambda i: torch.zeros(1), "dpmpp_2m")
+        assert (state.x / (1 + sigmas[i + 1].square()).sqrt() - x_vp).abs().max() < 1e-5
+
+
+def test_flow_euler_is_a_straight_line():
+    x0, noise = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    high, low = torch.tensor([0.9, 0.8]), torch.tensor([0.5, 0.1])
+    x = add_noise(x0, noise, high, "flow")
+    torch.testing.assert_close(step(x, x0, high, low, eta=0.0, space="flow"), add_noise(x0, noise, low, "flow"))
+
+
+def test_a_gaussian_stays_the_gaussian_it_should_be():
+    """With data N(0, s²) the exact denoiser is linear, and ancestral sampling must end with that standard deviation."""
+    s, n = 0.5, 40_000
+    sigmas = grid(500)
+    draws = torch.Generator().manual_seed(4)
+
+    def denoiser(x, sigma):
+        return x * (s**2 / (s**2 + sigma.square())).reshape(-1, 1, 1, 1)
+
+    x = torch.randn(n, 1, 1, 1, generator=draws, dtype=torch.float64) * (s**2 + sigmas[0].square()).sqrt()
+    end = rollout(State(x), 500, denoiser, sigmas, lambda i: torch.randn(n, 1, 1, 1, generator=draws, dtype=torch.float64)).x
+    assert math.isclose(end.std().item(), s, rel_tol=0.03)
+
+
+def test_step_to_zero_returns_the_prediction():
+    x, denoised = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    torch.testing.assert_close(step(x, denoised, torch.tensor([0.3]), torch.tensor([0.0]), eta=0.0), denoised)
+
+
+def noises(seed):
+    return lambda i: torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(100 * seed + i), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m"])
+def test_switching_at_the_ends_is_one_model_alone_bit_for_bit(method):
+    def base(x, sigma):
+        return toy_denoiser(x, sigma)
+
+    def tuned(x, sigma):
+        return 0.9 * toy_denoiser(x, sigma) + 0.05
+
+    sigmas = grid(12)
+    start = State(torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * sigmas[0])
+    finals = combined(start, base, tuned, sigmas, [0, 5, 12], noises(0), method)
+    alone = [rollout(start, 12, d, sigmas, noises(0), method).x for d in (tuned, base)]
+    assert torch.equal(finals[0], alone[0]) and torch.equal(finals[12], alone[1])
+    assert torch.equal(finals[5], combined(start, base, tuned, sigmas, [5], noises(0), method)[5])
+    assert not torch.equal(finals[5], finals[0]) and not torch.equal(finals[5], finals[12])
+
+
+def test_an_empty_range_leaves_the_state_untouched():
+    state = State(torch.randn(1, 4, 2, 2), 7)
+    assert rollout(state, 7, toy_denoiser, grid(10), noises(0)) is state
+
+
+@pytest.mark.parametrize(("steps", "at_226", "at_101"), [(20, 15, 17), (25, 19, 22), (30, 23, 26), (40, 30, 35), (50, 38, 44)])
+def test_a_noise_level_switch_finds_the_same_place_on_every_grid(steps, at_226, at_101):
+    sigmas = grid(steps).float()
+    assert Switch(sigma=float(table()[226])).index(sigmas) == at_226
+    assert Switch(sigma=float(table()[101])).index(sigmas) == at_101
+
+
+def test_switches_say_what_is_wrong():
+    sigmas = grid(10)
+    assert Switch.parse("3").index(sigmas) == 3 and Switch.parse("50%").index(sigmas) == 5
+    assert Switch.parse("sigma=1000").index(sigmas) == 0
+    with pytest.raises(ValueError, match="0 .tuned only. to 10"):
+        Switch(step=11).index(sigmas)
+    with pytest.raises(ValueError, match="write a step"):
+        Switch.parse("late")
+    with pytest.raises(ValueError, match="one of step, percent or sigma"):
+        Switch(step=1, sigma=0.5)

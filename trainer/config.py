@@ -1,0 +1,117 @@
+"""Configs: frozen dataclasses, filled from TOML and `--key=value`, checked against their own types and ranges."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config that names an unknown key, or a value of the wrong type or range."""
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """An instance of a dataclass from plain values; unknown keys, wrong types and ranges are errors that say what is valid."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(typing.cast(Any, kind)) if f.init}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {where + key!r}; valid keys are {', '.join(sorted(known))}")
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        given[name] = _convert(value, hints[name], where + name)
+        _check_range(given[name], known[name].metadata, where + name)
+    missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise ConfigError(f"missing key {where + missing[0]!r}")
+    try:
+        return kind(**given)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where.rstrip('.') or 'config'}: {error}") from error
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} = {value!r}: use one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} = {value!r}: give a list")
+        return tuple(_convert(v, arguments[0], where) for v in typing.cast(Sequence[Any], value))
+    if is_dataclass(hint) and isinstance(value, dict):
+        return build(typing.cast(type[Any], hint), typing.cast(dict[str, Any], value), where + ".")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is not hint:
+        raise ConfigError(f"{where} = {value!r}: give a {hint.__name__}, not a {type(value).__name__}")
+    return value
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if "min" in metadata and value < metadata["min"]:
+        raise ConfigError(f"{where} = {value}: give at least {metadata['min']}")
+    if "max" in metadata and value > metadata["max"]:
+        raise ConfigError(f"{where} = {value}: give at most {metadata['max']}")
+
+
+def plain(config: Any) -> Any:
+    """A dataclass as nested dictionaries of plain values, tuples as lists."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [plain(v) for v in typing.cast(Sequence[Any], config)]
+    return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dictionary."""
+    if not path.is_file():
+        raise ConfigError(f"no config file {path}")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+
+
+def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy with `--a.b=value` applied; the value is read as TOML, or as a string where TOML cannot."""
+    result: dict[str, Any] = {k: dict(typing.cast(dict[str, Any], v)) if isinstance(v, dict) else v for k, v in values.items()}
+    for assignment in assignments:
+        if not assignment.startswith("--") or "=" not in assignment:
+            raise ConfigError(f"{assignment!r}: write --key=value, or --table.key=value")
+        key, text = assignment[2:].split("=", 1)
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        place = result
+        *tables, name = key.replace("-", "_").split(".")
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{assignment!r}: {table} is a value, not a table")
+        place[name] = value
+    return result

@@ -1,0 +1,196 @@
+"""The embedded models, untrained: a Stable Diffusion pipeline in miniature, two preference towers and a reader.
+
+Sizes obey what ComfyUI fixes for the SD1.5 class (32 normalisation groups, a four-level autoencoder with 4 latent
+channels, 77 tokens), so that its own classes load the same files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .world import ATTRIBUTES, SIZE, vocabulary
+
+TEXT_WIDTH = 128
+CONTEXT = 77  # tokens, as CLIP
+LATENT_SCALE = 0.18215  # SD1.5's constant; pretraining rescales the autoencoder so that it fits
+FEATURES = 96  # width of the reader's feature vector
+
+
+def _byte_alphabet() -> list[str]:
+    """CLIP's 256 printable stand-ins for bytes, in CLIP's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+
+
+def _merges() -> list[tuple[str, str]]:
+    """Byte-pair merges that spell each word of the vocabulary from the left."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in vocabulary():
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            merges[(symbols[0], symbols[1])] = None
+            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+    return list(merges)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write `vocab.json`, `merges.txt`, tokenizer configs, and `merges.txt.gz` for open_clip's SimpleTokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alphabet, merges = _byte_alphabet(), _merges()
+    symbols = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    text = "\n".join(["#version: 0.2", *(" ".join(m) for m in merges)])
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text(text + "\n", "utf-8")
+    (folder / "merges.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+
+
+def vocabulary_size() -> int:
+    """Rows of the token embedding: bytes, bytes that end a word, merges, two specials."""
+    return 2 * 256 + len(_merges()) + 2
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer that `write_tokenizer` left in `folder`."""
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_text_encoder() -> CLIPTextModel:
+    """CLIP text model, 2 layers of 128."""
+    end = vocabulary_size() - 1
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary_size(),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            hidden_act="quick_gelu",
+            bos_token_id=end - 1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """ε-prediction UNet on 4×8×8 latents, cross-attention at both levels."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # diffusers' name; it is the number of heads
+        norm_num_groups=32,
+    )
+
+
+def build_vae() -> AutoencoderKL:
+    """64×64 pixels to 4×8×8 latents.
+
+    64 channels at full resolution, because 32 channels in 32 groups make the last normalisation forget every colour;
+    no residual blocks on the way down, which the pictures do not need and which would cost half the time.
+    """
+    return AutoencoderKL(
+        block_out_channels=(64, 64, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=0,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=SIZE,
+        scaling_factor=LATENT_SCALE,
+    )
+
+
+def build_scheduler() -> DDPMScheduler:
+    """SD1.5's noise schedule with the official ImageReFL sampler settings."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+        variance_type="fixed_small",
+    )
+
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "proxy": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16},
+        "text_cfg": {"context_length": CONTEXT, "width": 64, "heads": 4, "layers": 2},
+    },
+    "heldout": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": SIZE, "layers": (1, 1, 1, 1), "width": 8, "head_width": 32},
+        "text_cfg": {"context_length": CONTEXT, "width": 48, "heads": 3, "layers": 2},
+    },
+}
+"""open_clip configurations: the proxy sees with a vision transformer, the held-out model with a convolutional net."""
+
+
+def build_tower(name: str) -> nn.Module:
+    """An untrained open_clip two-tower model; `name` is a key of TOWERS."""
+    import open_clip
+
+    config = TOWERS[name]
+    text = {**config["text_cfg"], "vocab_size": vocabulary_size()}
+    return open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text)
+
+
+class Reader(nn.Module):
+    """Reads a scene's attributes from pixels; its pooled features serve diversity and FID.
+
+    Trained for attributes alone, never for preference.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (24, 48, 96, FEATURES)
+        blocks: list[nn.Module] = []
+        previous = 3
+        for width in widths:
+            blocks += [nn.Conv2d(previous, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            blocks += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            previous = width
+        self.trunk = nn.Sequential(*blocks)
+        self.squeeze = nn.Conv2d(FEATURES, 24, 1)  # keeps where things are: 24 channels × 4×4 places
+        self.embed = nn.Linear(24 * 16, FEATURES)
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()})
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B,3,64,64) in [0,1] -> (B,96)."""
+        images = images if images.shape[-1] == SIZE else F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True)
+        return self.embed(self.squeeze(self.trunk(images * 2 - 1)).flatten(1))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B,3,64,64) in [0,1] -> logits (B, values) per attribute."""
+        features = F.silu(self.features(images))
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(math.prod(p.shape) for p in module.parameters())

@@ -1,0 +1,259 @@
+"""Pretrain the embedded world from nothing, stage by stage; every stage resumes where it was interrupted.
+
+    python -m trainer.demo.pretrain --work DIR STAGE...
+
+Every batch is a pure function of (seed, stage, step), so a resumed stage sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import architecture, world
+
+log = logging.getLogger(__name__)
+
+LATENT_NOISE = 0.08  # standard deviation that the decoder learns to forgive, in units of the latents' own
+
+
+def _generator(seed: int, *purpose: object) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr((seed, *purpose)).encode()))
+
+
+def _save(state: object, path: Path) -> None:
+    """Write beside the target, then rename: a crash leaves the old file or the new one."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+class Average:
+    """Exponential moving average of a module's parameters; the early steps are averaged over fewer."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in module.state_dict().items():
+            if p.is_floating_point():
+                self.values[name].lerp_(p, 1 - decay)
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    work: Path,
+    decay: float = 0.999,
+    weight_decay: float = 0.0,
+    warmup: int = 200,
+    save_every: int = 500,
+) -> Average:
+    """Adam with warm-up, a plateau and a linear decay over the last 35 % of steps, on `loss_at(step)`; returns the averaged weights.
+
+    State lives in `work/name.pt`, losses in `work/name.jsonl`.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    average, done, path = Average(module, decay), 0, work / f"{name}.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.values = state["average"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+        log.info("%s: resumed at step %d of %d", name, done, steps)
+    begin, recent = time.monotonic(), []
+    for step in range(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (0.35 * steps))
+        loss = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update(module, step)
+        recent.append(float(loss.detach()))
+        if not math.isfinite(recent[-1]):
+            raise FloatingPointError(f"{name}: loss {recent[-1]} at step {step}")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            line = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - begin, 1)}
+            with open(work / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            log.info("%s %s", name, line)
+            recent = []
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"module": module.state_dict(), "average": average.values, "step": step + 1}
+            _save(state if step + 1 == steps else {**state, "optimizer": optimizer.state_dict()}, path)
+    return average
+
+
+def scene_batch(seed: int, stage: str, step: int, n: int) -> tuple[Tensor, Tensor]:
+    """Attributes (n,8) and pictures (n,3,64,64) of one step."""
+    attributes, jitter = world.draw_scenes(n, _generator(seed, stage, step))
+    return attributes, world.render(attributes, jitter)
+
+
+def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: bool = False) -> None:
+    """The autoencoder: deterministic mean, fixed latent noise, no adversary.
+
+    The posterior's width is fixed rather than learned: sampling it from the start stalls the decoder.
+    """
+    vae = architecture.build_vae()
+    encode, decode = vae.encoder, vae.decoder
+    if compiled:
+        encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
+
+    def loss_at(step: int) -> Tensor:
+        _, images = scene_batch(seed, "vae", step, batch)
+        images = images * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = vae.quant_conv(encode(images))[:, :4]
+        mean = mean.float()
+        noise = torch.randn(mean.shape, generator=_generator(seed, "vae noise", step))
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = decode(vae.post_quant_conv(mean + LATENT_NOISE * noise))
+        error = decoded.float() - images
+        # the penalty on the mean is the KL term of a posterior of fixed width; it keeps the latents near unit scale
+        return error.square().mean() + 0.05 * error.abs().mean() + 1e-3 * (mean.square().mean() - 1).relu() + 1e-5 * mean.square().mean()
+
+    fit("vae", vae, loss_at, steps=steps, lr=1.5e-3, work=work, decay=0.998)
+
+
+def load_stage(work: Path, name: str, module: nn.Module) -> nn.Module:
+    """The averaged weights that a stage has so far, frozen."""
+    state = torch.load(work / f"{name}.pt", weights_only=True)
+    module.load_state_dict(state["average"])
+    return module.requires_grad_(False).eval()
+
+
+def encode(vae: nn.Module, images: Tensor) -> Tensor:
+    """Unscaled latent means of images in [0,1]."""
+    return vae.quant_conv(vae.encoder(images * 2 - 1))[:, :4]
+
+
+def decode(vae: nn.Module, means: Tensor) -> Tensor:
+    """Images in [0,1] of unscaled latents."""
+    return (vae.decoder(vae.post_quant_conv(means)) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def cache_latents(work: Path, seed: int, steps: int, **_: object) -> None:
+    """`steps` batches of 64 scenes with their latent means, so that the UNet's training never renders."""
+    vae = load_stage(work, "vae", architecture.build_vae())
+    scenes, means = [], []
+    for step in range(steps):
+        attributes, images = scene_batch(seed, "latents", step, 64)
+        scenes.append(attributes.to(torch.uint8))
+        means.append(encode(vae, images))
+        if (step + 1) % 100 == 0:
+            log.info("latents %d of %d", step + 1, steps)
+    latents = torch.cat(means)
+    shift_free_scale = 1 / latents.std()  # one number, as SD1.5: no shift
+    _save({"scenes": torch.cat(scenes), "latents": latents * shift_free_scale, "scale": float(shift_free_scale)}, work / "latents.pt")
+    log.info("latents %s, scale %.4f", tuple(latents.shape), float(shift_free_scale))
+
+
+class TextToLatent(nn.Module):
+    """The two networks that the UNet stage trains together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.text = architecture.build_unet(), architecture.build_text_encoder()
+
+
+def pretrain_unet(work: Path, seed: int, steps: int, batch: int = 64, compiled: bool = False) -> None:
+    """UNet and text encoder: ε-prediction, min-SNR-5 weights (arXiv:2303.09556), one caption in ten dropped."""
+    architecture.write_tokenizer(work / "tokenizer")
+    tokenizer = architecture.load_tokenizer(work / "tokenizer")
+    cache = torch.load(work / "latents.pt", weights_only=True)
+    scenes, latents = cache["scenes"].long(), cache["latents"]
+    cumulative = architecture.build_scheduler().alphas_cumprod
+    model = TextToLatent()
+    unet = torch.compile(model.unet) if compiled else model.unet
+
+    def loss_at(step: int) -> Tensor:
+        draws, rng = _generator(seed, "unet", step), random.Random(f"{seed}/{step}")
+        rows = torch.randint(len(latents), (batch,), generator=draws)
+        captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
+        tokens = tokenizer(captions, padding="max_length", max_length=architecture.CONTEXT, truncation=True, return_tensors="pt")
+        t = torch.randint(1000, (batch,), generator=draws)
+        noise = torch.randn(batch, 4, 8, 8, generator=draws)
+        signal = cumulative[t][:, None, None, None]
+        # posterior noise as at training time of the decoder
+        x0 = latents[rows] + LATENT_NOISE * torch.randn(batch, 4, 8, 8, generator=draws)
+        x = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+        predicted = unet(x, t, encoder_hidden_states=model.text(tokens.input_ids)[0]).sample
+        snr = cumulative[t] / (1 - cumulative[t])
+        return ((predicted - noise).square().mean((1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
+
+    fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250)
+
+
+def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: object) -> None:
+    """The attribute reader: half renders, half reconstructions, with a little pixel noise."""
+    vae, reader = load_stage(work, "vae", architecture.build_vae()), architecture.Reader()
+
+    def loss_at(step: int) -> Tensor:
+        attributes, images = scene_batch(seed, "reader", step, batch)
+        draws = _generator(seed, "reader noise", step)
+        with torch.no_grad():
+            half = encode(vae, images[: batch // 2])
+            rebuilt = decode(vae, half + LATENT_NOISE * torch.randn(half.shape, generator=draws))
+        images = torch.cat([rebuilt, images[batch // 2 :]])
+        images = images + 0.02 * torch.randn(images.shape, generator=draws)
+        logits = reader(images)
+        losses = [F.cross_entropy(logits[name], attributes[:, column]) for column, name in enumerate(world.ATTRIBUTES)]
+        return torch.stack(losses).sum()
+
+    fit("reader", reader, loss_at, steps=steps, lr=2e-3, work=work, decay=0.998, weight_decay=1e-3)
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    "vae": pretrain_vae,
+    "latents": cache_latents,
+    "unet": pretrain_unet,
+    "reader": pretrain_reader,
+}
+
+
+def main() -> None:
+    """Run the named stages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("stages", nargs="+", choices=list(STAGES))
+    parser.add_argument("--work", type=Path, default=Path("pretrain"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for stage in arguments.stages:
+        STAGES[stage](arguments.work, arguments.seed, arguments.steps, compiled=arguments.compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rewards: differentiable scores of images under prompts."""

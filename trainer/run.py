@@ -1,0 +1,225 @@
+"""Headless training: from a config to a LoRA file, with log, checkpoints, samples and exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint
+from .config import ConfigError, build, plain
+from .data import Samples
+from .lora_file import save_lora
+from .objectives import OBJECTIVES
+from .policies.unet import Lora, UNetPolicy
+from .policy import Batch
+from .reward import Reward
+from .train import Ema, NonFinite, Step, train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Objective and adapter are tables of their own: [objective] and [lora]."""
+
+    out: str = field(metadata={"help": "output folder"})
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "imagerefl"}, metadata={"help": "table: name and the objective's fields"})
+    model: str = field(default="demo", metadata={"help": "diffusers folder, or `demo` for the embedded model"})
+    reward: str = field(default="demo-proxy", metadata={"help": "reward folder, or demo-proxy, demo-heldout"})
+    normalise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
+    images: str = field(default="", metadata={"help": "folder of pictures with .txt captions, or `demo`"})
+    prompts: str = field(default="", metadata={"help": "text file, one prompt per line, where no images are used"})
+    image_size: int = field(default=0, metadata={"min": 0, "help": "pixels of the square training images; 0: what the model was made for"})
+    lora: Lora = field(default_factory=Lora, metadata={"help": "table: the adapter"})
+    steps: int = field(default=100, metadata={"min": 1, "help": "optimizer steps"})
+    batch: int = field(default=8, metadata={"min": 1, "help": "samples per micro-batch"})
+    accumulate: int = field(default=1, metadata={"min": 1, "help": "micro-batches per optimizer step; gradients are averaged"})
+    lr: float = field(default=1e-4, metadata={"min": 0.0, "help": "AdamW learning rate"})
+    warmup: int = field(default=0, metadata={"min": 0, "help": "steps of linear warm-up"})
+    weight_decay: float = field(default=0.0, metadata={"min": 0.0, "help": "AdamW weight decay"})
+    max_grad_norm: float = field(default=1.0, metadata={"min": 0.0, "help": "gradient clipping; 0 is off"})
+    ema: float = field(default=0.0, metadata={"min": 0.0, "max": 0.99999, "help": "decay of the averaged adapter that is saved; 0 saves the last"})
+    seed: int = field(default=0, metadata={"min": 0, "help": "seed of every draw"})
+    save_every: int = field(default=50, metadata={"min": 1, "help": "steps between checkpoints"})
+    checkpoint_denoiser: bool = field(default=False, metadata={"help": "recompute UNet activations: less memory, more time"})
+    checkpoint_decoder: bool = field(default=False, metadata={"help": "recompute VAE decoder activations"})
+    checkpoint_reward: bool = field(default=False, metadata={"help": "recompute reward activations"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps or xpu"})
+
+    def build_objective(self) -> Any:
+        """The objective that the table names."""
+        table = dict(self.objective)
+        name = table.pop("name", None)
+        if name not in OBJECTIVES:
+            raise ConfigError(f"objective.name = {name!r}: use one of {', '.join(OBJECTIVES)}")
+        return build(OBJECTIVES[name], table, "objective.")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the result, for metadata: everything but where it is written."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("out", "save_every", "device")}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Run:
+    """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors`."""
+
+    def __init__(self, config: TrainConfig, policy: UNetPolicy, samples: Samples, reward: Reward, base_hash: str = "") -> None:
+        self.config, self.policy, self.samples, self.reward = config, policy, samples, reward
+        self.objective = config.build_objective()
+        if not reward.differentiable:
+            raise ConfigError(f"reward {config.reward} has no gradient: a reward-gradient objective cannot use it")
+        if samples.mean is None and getattr(self.objective, "refl_share", 1.0) < 1.0:
+            raise ConfigError("this objective trains on real images: set `images`, or objective.refl_share = 1")
+        if policy.lora is None:
+            policy.add_lora(config.lora, config.seed)
+        policy.checkpoint_gradients(denoiser=config.checkpoint_denoiser, decoder=config.checkpoint_decoder)
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        self.ema = Ema(policy.named_parameters(), config.ema) if config.ema > 0 else None
+        self.step = 0
+        self.folder = Path(config.out)
+        self.base_hash = base_hash
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the resumable state lives."""
+        return self.folder / "checkpoint.pt"
+
+    def open_folder(self, *, overwrite: bool, resume: bool) -> None:
+        """Create the output folder, or refuse one that holds a run already."""
+        if resume:
+            if not self.checkpoint_path.is_file():
+                raise ConfigError(f"nothing to resume: no {self.checkpoint_path}")
+            self.load()
+            return
+        if self.folder.exists() and any(self.folder.iterdir()) and not overwrite:
+            raise ConfigError(f"{self.folder} exists: add --overwrite to replace its run, or --resume to go on")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("log.jsonl", "checkpoint.pt", "lora.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(plain(self.config), indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.folder}: {error}") from error
+
+    def save(self) -> None:
+        """Write the resumable state."""
+        state = {
+            "step": self.step,
+            "adapter": {name: p.detach() for name, p in self.policy.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.values if self.ema else {},
+            "settings": json.dumps(self.config.describe(), sort_keys=True),
+        }
+        checkpoint.save(state, self.checkpoint_path)
+
+    def load(self) -> None:
+        """Restore the state of `checkpoint.pt`; the settings must be those it was written with, but for `steps`."""
+        state = checkpoint.load(self.checkpoint_path)
+        then, now = json.loads(state["settings"]), self.config.describe()
+        changed = sorted(k for k in now if k != "steps" and now[k] != then.get(k))
+        if changed:
+            raise ConfigError(f"{self.checkpoint_path} was written with another {changed[0]}: {then.get(changed[0])!r}, now {now[changed[0]]!r}")
+        with torch.no_grad():
+            for name, parameter in self.policy.named_parameters():
+                parameter.copy_(state["adapter"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.values = {k: v.clone() for k, v in state["ema"].items()}
+        self.step = state["step"]
+        self._trim_log()
+
+    def _trim_log(self) -> None:
+        """Drop the log lines of steps after the checkpoint: they will be taken again."""
+        path = self.folder / "log.jsonl"
+        if not path.is_file():
+            return
+        kept: list[str] = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line that a kill cut short
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), "utf-8")
+        os.replace(partial, path)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def batches(self, step: int, micro: int) -> Batch:
+        """Micro-batch `micro` of optimizer step `step`."""
+        number = step * self.config.accumulate + micro
+        return self.samples.batch(self.config.seed, step, number * self.config.batch, self.config.batch, number)
+
+    def steps(self) -> Iterator[Step]:
+        """Train to config.steps, logging each step and saving every `save_every`; saves too when interrupted or failing."""
+        c = self.config
+        rate = (lambda s: c.lr * min(1.0, (s + 1) / c.warmup)) if c.warmup else None
+        begin = time.monotonic()
+        loop = train(
+            self.policy,
+            self.batches,
+            self.reward,
+            self.objective,
+            self.optimizer,
+            steps=c.steps,
+            start=self.step,
+            accumulate=c.accumulate,
+            max_grad_norm=c.max_grad_norm,
+            learning_rate=rate,
+        )
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            try:
+                for done in loop:
+                    if self.ema:
+                        self.ema.update(self.policy.named_parameters())
+                    self.step = done.number
+                    line = {"step": done.number, "loss": done.loss, "grad_norm": done.grad_norm, **done.logs}
+                    file.write(json.dumps({**line, "seconds": round(time.monotonic() - begin, 3)}) + "\n")
+                    file.flush()
+                    if done.number % c.save_every == 0 or done.number == c.steps:
+                        self.save()
+                    yield done
+            except NonFinite:
+                raise  # the last checkpoint is good, and what is in memory may not be
+        self.finish()
+
+    def finish(self) -> Path:
+        """Write the LoRA with everything that says where it came from."""
+        path = self.folder / "lora.safetensors"
+        save_lora(self.policy, path, self.metadata(), self.ema.values if self.ema else None)
+        return path
+
+    def metadata(self) -> dict[str, Any]:
+        """What the LoRA file says of itself; the switch is what `--switch auto` uses."""
+        import diffusers
+        import peft
+
+        sigmas = self.policy.sigmas(self.objective.steps)
+        return {
+            "base": self.base_hash,
+            "settings": self.config.describe(),
+            "step": self.step,
+            "switch_sigma": self.objective.recommended_sigma(sigmas),
+            "tuned_guidance": self.objective.guidance,
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
+        }
