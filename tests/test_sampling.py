@@ -65,7 +65,7 @@ def test_ancestral_step_equals_diffusers_ddpm(steps):
         noise = drawn if i + 1 < steps else None
         ours = step(x, toy_denoiser(x, here), here, there, noise, 0.0 if noise is None else 1.0) / (1 + there[0].square()).sqrt()
         x_vp = scheduler.step(toy_epsilon(x_vp, t), t, x_vp, generator=torch.Generator().manual_seed(i)).prev_sample
-        assert (ours - x_vp).abs().max() < 1e-12
+        assert (ours - x_vp).abs().max() < 1e-9
 
 
 def test_multistep_sampler_equals_diffusers_dpm_solver():

@@ -156,6 +156,17 @@ class Switch:
             raise ValueError(f"switch {text!r}: write a step (15), a percentage (75%) or a noise level (sigma=0.63)") from error
 
 
+def prefixes(
+    start: State, base: Denoiser, sigmas: Tensor, switches: Sequence[int], noise_at: NoiseAt, method: Method = "ddpm", space: Space = "ve"
+) -> dict[int, State]:
+    """The base model's states at several switches, each continued from the one before."""
+    states: dict[int, State] = {}
+    state = start
+    for k in sorted(set(switches)):
+        state = states[k] = rollout(state, k, base, sigmas, noise_at, method, space)
+    return states
+
+
 def combined(
     start: State,
     base: Denoiser,
@@ -168,12 +179,8 @@ def combined(
 ) -> dict[int, Tensor]:
     """Combined generation (ImageReFL, arXiv:2505.22569, section 4): base for steps 0…k−1, tuned for k…T−1.
 
-    Every k of `switches` branches from one pass of the base, which is computed once; k = 0 is the tuned model alone,
-    k = T the base alone. Multistep history crosses the switch. Returns final latents by k.
+    Every k of `switches` branches from one pass of the base; k = 0 is the tuned model alone, k = T the base alone.
+    Multistep history crosses the switch. Returns final latents by k.
     """
-    finals: dict[int, Tensor] = {}
-    prefix = start
-    for k in sorted(set(switches)):
-        prefix = rollout(prefix, k, base, sigmas, noise_at, method, space)
-        finals[k] = rollout(prefix, len(sigmas) - 1, tuned, sigmas, noise_at, method, space).x
-    return finals
+    states = prefixes(start, base, sigmas, switches, noise_at, method, space)
+    return {k: rollout(state, len(sigmas) - 1, tuned, sigmas, noise_at, method, space).x for k, state in states.items()}

@@ -98,6 +98,22 @@ def _phrase(named: dict[str, str], rng: random.Random) -> str:
     return text
 
 
+def attributes_named(prompt: str) -> dict[str, str]:
+    """The attributes that a prompt states, read from its words."""
+    words = set(prompt.lower().replace(",", " ").replace(".", " ").split())
+    named: dict[str, str] = {}
+    for name, values in ATTRIBUTES.items():
+        said = words.intersection(values)
+        if len(said) == 1:
+            named[name] = said.pop()
+    return named
+
+
+def palette() -> Tensor:
+    """The vivid colours (6,3) in [0,1]."""
+    return _RGB.clone()
+
+
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
     words = {word for values in ATTRIBUTES.values() for word in values}

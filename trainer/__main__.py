@@ -1,0 +1,46 @@
+"""python -m trainer: train, sample, score, evaluate, and the demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    from .commands import COMMANDS
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer", description="Align a diffusion model with a reward and keep its diversity: train, sample, score, evaluate."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (configure, run) in COMMANDS.items():
+        described = (run.__doc__ or "").strip()
+        command = commands.add_parser(
+            name,
+            help=described.splitlines()[0],
+            description=described,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        configure(command)
+        command.set_defaults(run=run)
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and parsed.command != "train":
+        parser.error(f"unknown argument {rest[0]}")
+    parsed.rest = rest
+    try:
+        return parsed.run(parsed)
+    except (ValueError, OSError, ArithmeticError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: the package {error.name} is missing: pip install -e '.[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""The commands of `python -m trainer`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import images as pictures
+from .config import ConfigError, build, override, plain, read_toml
+from .data import Samples, encode_images, load_samples, read_captions, read_prompts
+from .generate import Generation, generate, generate_base
+from .lora_file import load_lora, read_lora
+from .metrics.evaluate import frontier_area, intervals, judge
+from .policies.unet import UNetPolicy
+from .reward import Reward, Standardised
+from .rewards.two_tower import TwoTower
+from .run import Run, TrainConfig, file_hash
+from .sampling import METHODS, Switch
+
+DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
+
+
+def load_policy(model: str, device: str = "cpu") -> UNetPolicy:
+    """A diffusers folder, or `demo`."""
+    if model == "demo":
+        from .demo import files
+
+        return UNetPolicy.load(files.PIPELINE, device)
+    return UNetPolicy.load(model, device)
+
+
+def load_reward(name: str, normalise: bool, device: str = "cpu") -> Reward:
+    """A reward by name, or from a reward folder."""
+    if name in DEMO_REWARDS:
+        from .demo import files
+
+        return files.load_reward(name.removeprefix("demo-"), normalise)
+    if not Path(name).is_dir():
+        raise ConfigError(f"unknown reward {name!r}: use {', '.join(DEMO_REWARDS)}, or a reward folder")
+    tower, config = TwoTower.load(Path(name), device)
+    return Standardised(tower, config["mean"], config["std"]) if normalise else tower
+
+
+def _base_hash(model: str) -> str:
+    from .demo import files
+
+    unet = (files.PIPELINE if model == "demo" else Path(model)) / "unet"
+    weights = sorted(unet.glob("*.safetensors"))
+    return file_hash(weights[0]) if weights else ""
+
+
+def _samples(config: TrainConfig, policy: UNetPolicy) -> Samples:
+    if config.images == "demo":
+        from .demo.show import FULL, real_images
+
+        return encode_images(policy, *real_images(FULL.real, config.seed))
+    size = config.image_size or policy.latent_shape[-1] * 8
+    return load_samples(policy, config.prompts, config.images, size)
+
+
+# -- train -----------------------------------------------------------------------------------------------------------
+
+
+def _configure_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file; without one, every setting comes from --key=value")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--key=value ...]"
+    lines = [f"  --{f.name}=…{'':<{max(0, 20 - len(f.name))}} {f.metadata.get('help', '')}" for f in fields(TrainConfig)]
+    from .objectives import OBJECTIVES
+
+    for name, kind in OBJECTIVES.items():
+        lines.append(f"\nobjective {name} (--objective.name={name}):")
+        lines += [f"  --objective.{f.name}=…{'':<{max(0, 10 - len(f.name))}} {f.metadata.get('help', '')} [{f.default}]" for f in fields(kind)]
+    parser.epilog = "settings:\n" + "\n".join(lines)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train a LoRA by reward gradients.
+
+    Ctrl-C finishes the step, saves, and says how to go on."""
+    from tqdm import tqdm
+
+    values = override(read_toml(arguments.config) if arguments.config else {}, arguments.rest)
+    config = build(TrainConfig, values)
+    config.build_objective()
+    reward = load_reward(config.reward, config.normalise, config.device)
+    policy = load_policy(config.model, config.device)
+    run = Run(config, policy, _samples(config, policy), reward, _base_hash(config.model))
+    run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
+    if config.checkpoint_reward and isinstance(reward, Standardised) and isinstance(reward.reward, TwoTower):
+        reward.reward.checkpoint_gradients(True)
+
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        with tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"]) as bar:
+            for done in run.steps():
+                bar.set_postfix(loss=f"{done.loss:.3f}", reward=f"{done.logs['reward']:.3f}")
+                bar.update()
+                if stopping and done.number < config.steps:
+                    run.save()
+                    bar.close()
+                    print(f"stopped after step {done.number}; saved {run.checkpoint_path}; go on with --resume")
+                    return 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    print(f"wrote {run.folder / 'lora.safetensors'}: every key read back")
+    return 0
+
+
+# -- sample ----------------------------------------------------------------------------------------------------------
+
+
+def _configure_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", help="diffusers folder, or demo (default)")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    parser.add_argument("-n", type=int, default=4, help="images per prompt (default 4)")
+    for f in fields(Generation):
+        if f.name != "method":
+            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=f"{f.metadata['help']} [{f.default}]")
+    parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or xpu")
+
+
+def _generation(arguments: argparse.Namespace) -> Generation:
+    given = {f.name: getattr(arguments, f.name) for f in fields(Generation) if getattr(arguments, f.name) is not None}
+    if arguments.model == "demo":
+        from .demo.show import GUIDANCE, STEPS
+
+        given = {"steps": STEPS, "guidance": GUIDANCE, **given}
+    return build(Generation, given)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(getattr(arguments, "prompt", None) or []) + (read_prompts(arguments.prompts) if arguments.prompts else [])
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt TEXT or --prompts FILE")
+    if arguments.n < 1:
+        raise ConfigError(f"-n {arguments.n}: give at least 1 image per prompt")
+    return [p for p in prompts for _ in range(arguments.n)]
+
+
+def _fresh_folder(out: Path, overwrite: bool) -> None:
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ConfigError(f"{out} exists: add --overwrite to write into it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error}") from error
+
+
+def _configure_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
+    parser.add_argument("--lora", type=Path, help="LoRA of the tuned model; without it the base draws every step")
+    parser.add_argument("--switch", default="auto", help="where the tuned model takes over: auto (from the LoRA), 15, 75%%, sigma=0.63; 0 is tuned only")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that has files")
+    _configure_generation(parser)
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    """Generate images: base first, tuned model from the switch on."""
+    settings, prompts = _generation(arguments), _prompts(arguments)
+    base = load_policy(arguments.model, arguments.device)
+    if arguments.lora is None:
+        drawn, switched = generate_base(base, prompts, settings), None
+    else:
+        sigmas = base.sigmas(settings.steps)
+        _, metadata, _ = read_lora(arguments.lora)
+        if arguments.switch == "auto":
+            if "switch_sigma" not in metadata:
+                raise ConfigError(f"{arguments.lora} recommends no switch: give --switch")
+            switched = Switch(sigma=metadata["switch_sigma"]).index(sigmas)
+        else:
+            switched = Switch.parse(arguments.switch).index(sigmas)
+        load_lora(base, arguments.lora)  # one set of weights: the adapter is off for the base, on for the tuned model
+        drawn = generate(base, {"tuned": base}, prompts, [switched], settings)["tuned", switched]
+    _fresh_folder(arguments.out, arguments.overwrite)
+    for i, (image, prompt) in enumerate(zip(drawn, prompts)):
+        path = arguments.out / f"{i:05d}.png"
+        pictures.to_pil(image).save(path)
+        path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
+    pictures.to_pil(pictures.grid(drawn, arguments.n)).save(arguments.out / "grid.jpg", quality=95)
+    (arguments.out / "settings.json").write_text(
+        json.dumps({**plain(settings), "model": arguments.model, "lora": str(arguments.lora or ""), "k": switched}, indent=1) + "\n", "utf-8"
+    )
+    print(f"wrote {len(drawn)} images to {arguments.out}" + (f" (base for {switched} of {settings.steps} steps)" if switched is not None else ""))
+    return 0
+
+
+# -- score -----------------------------------------------------------------------------------------------------------
+
+
+def _configure_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="pictures, with .txt captions beside them unless --prompt is given")
+    parser.add_argument("--prompt", help="one prompt for all pictures")
+    parser.add_argument("--reward", action="append", help=f"{', '.join(DEMO_REWARDS)}, or a reward folder; may be given several times")
+    parser.add_argument("--raw", action="store_true", help="raw scores, not standard deviations of the base model's images")
+    parser.add_argument("--size", type=int, default=0, help="pixels the pictures are cropped to (default: the reward's own)")
+    parser.add_argument("--out", type=Path, help="CSV file (default: the terminal)")
+
+
+def run_score(arguments: argparse.Namespace) -> int:
+    """Score a folder of images by one or more rewards, as CSV."""
+    names = arguments.reward or ["demo-proxy"]
+    rewards = {name: load_reward(name, not arguments.raw) for name in names}
+    if arguments.prompt:
+        pairs = [(path, arguments.prompt) for path in pictures.find(arguments.folder)] if arguments.folder.is_dir() else []
+        if not pairs:
+            raise ConfigError(f"{arguments.folder} holds no picture")
+    else:
+        pairs = read_captions(arguments.folder)
+    size = arguments.size or (64 if all(n in DEMO_REWARDS for n in names) else 224)
+    rows: list[list[Any]] = []
+    for first in range(0, len(pairs), 32):
+        part = pairs[first : first + 32]
+        batch, prompts = torch.stack([pictures.load(path, size) for path, _ in part]), [prompt for _, prompt in part]
+        with torch.no_grad():
+            scores = [reward(batch, prompts).tolist() for reward in rewards.values()]
+        rows += [[str(path), prompt, *(round(s, 5) for s in values)] for (path, prompt), *values in zip(part, *scores)]
+    target = open(arguments.out, "w", newline="", encoding="utf-8") if arguments.out else sys.stdout  # noqa: SIM115
+    try:
+        csv.writer(target).writerows([["path", "prompt", *names], *rows])
+    finally:
+        if arguments.out:
+            target.close()
+    return 0
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times")
+    parser.add_argument("--switches", default="", help="comma-separated steps k at which the tuned models take over (default 0 and ¾ of the steps)")
+    parser.add_argument("--reward", action="append", required=True, help="reward name or folder; may be given several times")
+    parser.add_argument("--real", type=Path, help="folder of real pictures for FID and LogCov (default: the base model's images)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file")
+    _configure_generation(parser)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Compare tuned models with their base: rewards, diversity, distances, frontier."""
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ConfigError(f"{arguments.out} exists: add --overwrite to replace it")
+    settings, prompts = _generation(arguments), _prompts(arguments)
+    if arguments.n < 2:
+        raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
+    rewards = {name: load_reward(name, True, arguments.device) for name in arguments.reward}
+    base = load_policy(arguments.model, arguments.device)
+    tuned: dict[str, UNetPolicy] = {}
+    for item in arguments.lora:
+        name, _, file = item.rpartition("=")
+        policy = load_policy(arguments.model, arguments.device)
+        load_lora(policy, Path(file))
+        tuned[name or Path(file).stem] = policy
+    sigmas = base.sigmas(settings.steps)
+    switches = [Switch.parse(text).index(sigmas) for text in arguments.switches.split(",") if text] or [0, round(0.75 * settings.steps)]
+
+    features: Callable[[torch.Tensor], torch.Tensor]
+    if arguments.model == "demo":
+        from .demo import files
+
+        features = files.load_reader().features
+    else:
+        towers = [r.reward if isinstance(r, Standardised) else r for r in rewards.values()]
+        features = next((t.image_features for t in towers if isinstance(t, TwoTower)), None) or _no_features()
+    from_base = generate_base(base, prompts, settings)
+    drawn = generate(base, tuned, prompts, switches, settings)
+    with torch.no_grad():
+        reference = features(from_base)
+        if arguments.real:
+            paths = pictures.find(arguments.real)
+            real = torch.stack([pictures.load(p, from_base.shape[-1]) for p in paths])
+            reference = torch.cat([features(part) for part in real.split(64)])
+    at_base = judge(from_base, prompts, rewards, features, reference)
+    judged = {key: judge(images, prompts, rewards, features, reference) for key, images in drawn.items()}
+    results = {
+        "base": at_base.means(),
+        "points": [{"model": m, "k": k, **j.means()} for (m, k), j in judged.items()],
+        "frontier": {m: {r: frontier_area([judged[m, k] for k in switches], at_base, r) for r in rewards} for m in tuned},
+        "ci": [{"model": m, "k": k, **intervals(j, at_base)} for (m, k), j in judged.items()],
+        "config": {**plain(settings), "switches": switches, "n": len(prompts)},
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    for point in [{"model": "base", "k": settings.steps, **results["base"]}, *results["points"]]:
+        print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
+    return 0
+
+
+def _no_features() -> Any:
+    raise ConfigError("diversity needs image features: name at least one two-tower reward")
+
+
+# -- demo ------------------------------------------------------------------------------------------------------------
+
+
+def _configure_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder (default demo)")
+    parser.add_argument("--quick", action="store_true", help="everything small: proves that it runs, not that it works")
+    parser.add_argument("--seed", type=int, default=0, help="training and test seed")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Train ReFL and ImageReFL on the embedded model, generate, judge, and write report.html."""
+    from .demo.show import show
+
+    print("about 2 minutes on two CPU cores" if arguments.quick else "about 15 minutes on two CPU cores; --quick takes about 2", flush=True)
+    results = show(arguments.out, quick=arguments.quick, seed=arguments.seed, overwrite=arguments.overwrite)
+    print(f"wrote {arguments.out / 'report.html'} ({results['seconds']:.0f} s, {results['peak_rss_mb']:.0f} MB)")
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "demo": (_configure_demo, run_demo),
+    "train": (_configure_train, run_train),
+    "sample": (_configure_sample, run_sample),
+    "score": (_configure_score, run_score),
+    "evaluate": (_configure_evaluate, run_evaluate),
+}

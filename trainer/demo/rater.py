@@ -1,0 +1,109 @@
+"""A simulated rater: a utility measured from pixels (the gold reward), and noisy choices between pairs.
+
+Taste has four parts: what the prompt asked for, finish (crisp, vivid, shaded: can change late in sampling), layout
+(centred, large, on a dark ground: decided early and seldom named), and a dislike of artefacts. Finish saturates at the
+level of the best renders, so that exaggerating it earns nothing and is soon an artefact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import world
+from .architecture import Reader
+
+# What each part is worth, in units of the logistic noise of a choice.
+WEIGHTS = {"match": 4.0, "crisp": 1.2, "vivid": 1.0, "shaded": 0.9, "centred": 0.8, "large": 0.7, "dark": 0.5, "artefacts": -3.0}
+FLIPS = 0.20  # share of choices made at random, on top of the logistic noise
+
+
+def _share(value: Tensor, low: float, high: float) -> Tensor:
+    """0 at `low`, 1 at `high`, clamped between."""
+    return ((value - low) / (high - low)).clamp(0, 1)
+
+
+def measure(images: Tensor) -> dict[str, Tensor]:
+    """Finish, layout and artefacts of pictures (B,3,64,64) in [0,1], each part about 0 to 1, (B,)."""
+    frame = torch.cat([images[..., :3, :].flatten(2), images[..., -3:, :].flatten(2), images[..., :3].flatten(2), images[..., -3:].flatten(2)], 2)
+    ground = frame.median(2).values  # (B,3)
+    difference = (images - ground[:, :, None, None]).norm(dim=1)  # (B,H,W)
+    contrast = difference.flatten(1).quantile(0.99, dim=1).clamp(min=0.05)
+    relative = difference / contrast[:, None, None]
+    weight = torch.sigmoid((relative - 0.5) * 14)  # soft object mask
+    mass = weight.sum((1, 2)).clamp(min=1.0)
+
+    def inside(values: Tensor) -> Tensor:
+        return (values * weight).sum((1, 2)) / mass
+
+    slope_y, slope_x = relative[:, 1:, :-1] - relative[:, :-1, :-1], relative[:, :-1, 1:] - relative[:, :-1, :-1]
+    steepness = (slope_y.square() + slope_x.square()).sqrt().flatten(1).quantile(0.985, dim=1)
+    chroma = images.amax(1) - images.amin(1)
+    luminance = (images * torch.tensor([0.3, 0.59, 0.11])[None, :, None, None].to(images)).sum(1)
+    core = torch.sigmoid((relative - 0.62) * 20)
+    core_mass = core.sum((1, 2)).clamp(min=1.0)
+    level = (luminance * core).sum((1, 2)) / core_mass
+    variation = ((luminance - level[:, None, None]).square() * core).sum((1, 2)).div(core_mass).sqrt() / level.clamp(min=0.1)
+    places = torch.arange(world.SIZE).to(images) + 0.5
+    centre_x, centre_y = inside(places[None, None, :].expand_as(weight)), inside(places[None, :, None].expand_as(weight))
+    offset = ((centre_x - 32).square() + (centre_y - 32).square()).sqrt()
+
+    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    empty = torch.sigmoid((0.12 - relative) * 40)
+    roughness = ((images - smooth).abs().mean(1) * empty).sum((1, 2)) / empty.sum((1, 2)).clamp(min=1.0)
+    uneven = ((images - ground[:, :, None, None]).abs().mean(1) * empty).sum((1, 2)) / empty.sum((1, 2)).clamp(min=1.0)
+    object_rgb = torch.stack([inside(images[:, c]) for c in range(3)], 1)
+    return {
+        "crisp": _share(steepness, 0.15, 0.45),
+        "vivid": _share(inside(chroma), 0.25, 0.65),
+        "shaded": _share(variation, 0.05, 0.25),
+        "centred": 1 - _share(offset, 2.0, 16.0),
+        "large": _share(weight.mean((1, 2)), 0.04, 0.18),
+        "dark": 1 - ground.mean(1).clamp(0, 1),
+        "artefacts": _share(roughness, 0.006, 0.05) + _share(uneven, 0.015, 0.08) + _share(_off_palette(object_rgb), 0.10, 0.35),
+    }
+
+
+def _off_palette(rgb: Tensor) -> Tensor:
+    """Distance of an object's mean colour (B,3) to the nearest colour that the world paints with, over all brightnesses."""
+    vivid = world.palette()
+    colours = torch.cat([vivid, 0.42 * vivid + 0.58 * 0.80]).to(rgb)  # (12,3)
+    brightness = torch.linspace(0.45, 1.1, 14).to(rgb)
+    shades = (colours[:, None] * brightness[None, :, None]).flatten(0, 1)
+    return torch.cdist(rgb, shades).amin(1)
+
+
+@dataclass(frozen=True)
+class Gold:
+    """The rater's own utility as a reward. Never trained on; it has no useful gradient."""
+
+    reader: Reader
+    differentiable = False
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,3,64,64) in [0,1], B prompts -> (B,)."""
+        parts = {**measure(images), "match": self.match(images, prompts)}
+        return sum((WEIGHTS[name] * value for name, value in parts.items()), torch.zeros(len(images)))
+
+    @torch.no_grad()
+    def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Mean probability of the attributes that each prompt names, as the reader sees them: (B,)."""
+        probabilities = {name: logits.softmax(1) for name, logits in self.reader(images).items()}
+        rows: list[Tensor] = []
+        for i, prompt in enumerate(prompts):
+            named = world.attributes_named(prompt)
+            seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]
+            rows.append(torch.stack(seen).mean() if seen else torch.ones(()))
+        return torch.stack(rows)
+
+
+def choose(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    """Whether the rater prefers the first of each pair of utilities (B,): logistic noise, and `FLIPS` coin tosses."""
+    prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid(first - second)
+    tossed = torch.rand(first.shape, generator=generator) < FLIPS
+    return torch.where(tossed, torch.rand(first.shape, generator=generator) < 0.5, prefers)

@@ -1,0 +1,1 @@
+"""Metrics: pure functions of features, and what they say of a set of models."""
