@@ -107,3 +107,29 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture
 def policy(pipeline_folder):
     return UNetPolicy.load(pipeline_folder)
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory):
+    """A random two-tower reward in the layout that trained ones have."""
+    from trainer.demo import architecture, files
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(1)
+    architecture.write_tokenizer(folder / "words")
+    files.write_tower(folder / "tower", architecture.build_tower("proxy"), "proxy", 0.0, 1.0, folder / "words")
+    return folder / "tower"
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Eight captioned renders as files."""
+    from trainer import images
+    from trainer.demo.show import real_images
+
+    folder = tmp_path_factory.mktemp("images")
+    pictures, captions = real_images(8, 0)
+    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+        images.to_pil(picture).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and parsed.command != "train":
         parser.error(f"unknown argument {rest[0]}")
     parsed.rest = rest
+    _quiet()
     try:
         return parsed.run(parsed)
     except (ValueError, OSError, ArithmeticError) as error:
@@ -40,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _quiet() -> None:
+    """No loading bars of libraries: errors stay one line, and the only bar is the run's own."""
+    try:
+        import diffusers.utils.logging as of_diffusers
+        import transformers.utils.logging as of_transformers
+    except ModuleNotFoundError:
+        return
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
 
 
 if __name__ == "__main__":

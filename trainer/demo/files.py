@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..reward import Reward, Standardised
 from ..rewards.two_tower import TwoTower
-from .architecture import Reader
+from .architecture import TOWERS, Reader, vocabulary_size
 from .rater import Gold
 
 FOLDER = Path(__file__).parent / "weights"
@@ -34,3 +36,20 @@ def load_reward(name: str, normalise: bool = True) -> Reward:
         return Gold(load_reader())
     tower, config = load_tower(name)
     return Standardised(tower, config["mean"], config["std"]) if normalise else tower
+
+
+def write_tower(folder: Path, tower: nn.Module, name: str, mean: float, std: float, words: Path) -> None:
+    """A reward folder as `TwoTower.load` reads it; `words` is a folder that `write_tokenizer` filled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in tower.state_dict().items()}
+    save_file({k: v for k, v in state.items() if k != "attn_mask"}, folder / "model.safetensors")
+    scale = float(state["logit_scale"].float().exp())
+    config = {**TOWERS[name], "scale": scale, "mean": mean, "std": std}
+    config["text_cfg"] = {**config["text_cfg"], "vocab_size": vocabulary_size()}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+    (folder / "merges.txt.gz").write_bytes((words / "merges.txt.gz").read_bytes())
+
+
+def save_half(module: nn.Module, path: Path) -> None:
+    """A module's state in fp16 safetensors."""
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in module.state_dict().items()}, path)

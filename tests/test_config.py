@@ -1,0 +1,72 @@
+"""Configs: every wrong key, type and range is one clear line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from trainer.config import ConfigError, build, override, plain, read_toml
+from trainer.run import TrainConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = field(default=1, metadata={"min": 1, "max": 9})
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    rate: float = 0.5
+    on: bool = False
+    limit: float | None = None
+    words: tuple[str, ...] = ()
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_values_reach_their_fields_and_come_back_plain():
+    built = build(Outer, {"name": "x", "rate": 1, "words": ["a"], "inner": {"size": 3}})
+    assert built == Outer("x", 1.0, words=("a",), inner=Inner(3)) and isinstance(built.rate, float)
+    assert plain(built)["inner"] == {"size": 3} and build(Outer, plain(built)) == built
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nme": "x"}, "unknown key 'nme'; valid keys are inner, limit, name"),
+        ({"name": "x", "inner": {"sise": 2}}, "unknown key 'inner.sise'"),
+        ({"name": 3}, "name = 3: give a str, not a int"),
+        ({"name": "x", "on": 1}, "give a bool"),
+        ({"name": "x", "rate": "fast"}, "give a float"),
+        ({"name": "x", "inner": {"size": 10}}, "inner.size = 10: give at most 9"),
+        ({"name": "x", "inner": {"size": 0}}, "give at least 1"),
+        ({"name": "x", "words": "a"}, "give a list"),
+        ({}, "missing key 'name'"),
+    ],
+)
+def test_what_is_wrong_is_said(values, message):
+    with pytest.raises(ConfigError, match=message):
+        build(Outer, values)
+
+
+def test_command_line_overrides_toml(tmp_path):
+    (tmp_path / "c.toml").write_text('name = "x"\n[inner]\nsize = 2\n')
+    values = override(read_toml(tmp_path / "c.toml"), ["--inner.size=4", "--rate=1e-3", "--name=plain text", "--limit=none"])
+    assert build(Outer, values) == Outer("plain text", 1e-3, inner=Inner(4))
+    with pytest.raises(ConfigError, match="write --key=value"):
+        override({}, ["rate"])
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match="no valid TOML"):
+        read_toml(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="no config file"):
+        read_toml(tmp_path / "none.toml")
+
+
+def test_objective_table_is_checked_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="use one of refl, imagerefl"):
+        TrainConfig(out="x", objective={"name": "refle"}).build_objective()
+    with pytest.raises(ConfigError, match=r"unknown key 'objective.stepz'"):
+        TrainConfig(out="x", objective={"name": "refl", "stepz": 3}).build_objective()
+    with pytest.raises(ConfigError, match="objective: gradient range"):
+        TrainConfig(out="x", objective={"name": "refl", "steps": 5}).build_objective()

@@ -1,0 +1,170 @@
+"""Headless runs as a user starts them: resume after a kill, Ctrl-C, and every refusal in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.lora_file import read_lora
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings(pipeline_folder, reward_folder, image_folder, out, **more):
+    values = {
+        "model": str(pipeline_folder),
+        "reward": str(reward_folder),
+        "images": str(image_folder),
+        "out": str(out),
+        "steps": 6,
+        "batch": 2,
+        "accumulate": 2,
+        "ema": 0.5,
+        "save_every": 2,
+        "lr": 1e-3,
+        "objective.name": "imagerefl",
+        "objective.steps": 6,
+        "objective.grad_from": 4,
+        "objective.grad_to": 5,
+        "objective.start_from": 3,
+        "objective.start_to": 4,
+        **more,
+    }
+    return [f"--{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in values.items()]
+
+
+def command(arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(arguments):
+    process = command(arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_steps(path, n, process):
+    for _ in range(1200):
+        if path.is_file() and len(path.read_text().splitlines()) >= n:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError("no progress")
+
+
+def same_lora(a, b):
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert read_lora(a)[1] == read_lora(b)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_resumes_to_the_same_tensors_and_metadata(how, pipeline_folder, reward_folder, image_folder, tmp_path):
+    paths = (pipeline_folder, reward_folder, image_folder)
+    assert finish(["train", *settings(*paths, tmp_path / "whole")])[0] == 0
+    process = command(["train", *settings(*paths, tmp_path / "cut")])
+    wait_for_steps(tmp_path / "cut" / "log.jsonl", 3, process)
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=120)
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and "go on with --resume" in out
+    assert not (tmp_path / "cut" / "lora.safetensors").exists()
+    code, out, err = finish(["train", *settings(*paths, tmp_path / "cut"), "--resume"])
+    assert code == 0 and "every key read back" in out, err
+    same_lora(tmp_path / "whole" / "lora.safetensors", tmp_path / "cut" / "lora.safetensors")
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, image_folder):
+    """Folders that hold one mistake each."""
+    folder = tmp_path_factory.mktemp("broken")
+    picture = (image_folder / "0.png").read_bytes()
+    for name, files in {
+        "no_caption": {"a.png": picture},
+        "corrupt": {"a.png": picture[:200], "a.txt": b"a star"},
+        "empty": {},
+        "latin": {"a.png": picture, "a.txt": b"caf\xe9"},
+    }.items():
+        (folder / name).mkdir()
+        for file, content in files.items():
+            (folder / name / file).write_bytes(content)
+    (folder / "prompts.txt").write_text("\n\n")
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "x").write_text("mine")
+    (folder / "file").write_text("")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lrr": 1}, "unknown key 'lrr'; valid keys are"),
+        ({"objective.stepz": 1}, "unknown key 'objective.stepz'"),
+        ({"reward": "hpsv9"}, "unknown reward 'hpsv9': use demo-proxy"),
+        ({"reward": "demo-gold"}, "has no gradient"),
+        ({"steps": "many"}, "steps = 'many': give a int"),
+        ({"batch": 0}, "batch = 0: give at least 1"),
+        ({"images": "{broken}/no_caption"}, "a.png has no caption: write one into a.txt"),
+        ({"images": "{broken}/corrupt"}, "a.png is no readable picture"),
+        ({"images": "{broken}/empty"}, "holds no picture"),
+        ({"images": "{broken}/latin"}, "is not UTF-8"),
+        ({"images": "", "prompts": "{broken}/prompts.txt"}, "holds no prompt"),
+        ({"out": "{broken}/occupied"}, "exists: add --overwrite"),
+        ({"out": "{broken}/file/below"}, "cannot write to"),
+        ({"model": "{broken}"}, "is no diffusers pipeline"),
+    ],
+)
+def test_bad_input_gets_one_line_and_nothing_is_written(change, message, broken, pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
+    from trainer.__main__ import main
+
+    change = {k: v.replace("{broken}", str(broken)) if isinstance(v, str) else v for k, v in change.items()}
+    code = main(["train", *settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", **change)])
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and error.startswith("error: ") and "\n" not in error and message in error, error
+    assert not (tmp_path / "out").exists()
+    assert sorted(p.name for p in (broken / "occupied").iterdir()) == ["x"]
+
+
+@pytest.mark.slow
+def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
+    from trainer.__main__ import main
+
+    paths = (pipeline_folder, reward_folder, image_folder)
+    assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
+    assert main(["train", *settings(*paths, tmp_path / "run", steps=3, lr=0.5), "--resume"]) == 2
+    assert "was written with another lr: 0.001, now 0.5" in capsys.readouterr().err
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"garbage")
+    assert main(["train", *settings(*paths, tmp_path / "run"), "--resume"]) == 2
+    assert "is no readable checkpoint" in capsys.readouterr().err
+    assert main(["train", *settings(*paths, tmp_path / "new"), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_non_finite_step_keeps_the_last_checkpoint(pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
+    from trainer.__main__ import main
+
+    paths = (pipeline_folder, reward_folder, image_folder)
+    assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
+    good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert main(["train", *settings(*paths, tmp_path / "bad", lr=1e30, max_grad_norm=0.0, save_every=1)]) == 2
+    assert "is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "bad" / "lora.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
