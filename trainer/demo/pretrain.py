@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..rewards.preprocess import normalise
+from ..run import file_hash
 from . import architecture, rater, world
 
 log = logging.getLogger(__name__)
@@ -294,12 +295,76 @@ def pretrain_tower(name: str, work: Path, seed: int, steps: int, batch: int = 64
     fit(f"tower_{name}", tower, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998, weight_decay=1e-2)
 
 
+def export(work: Path, seed: int, steps: int, **_: object) -> None:
+    """Write the trained stages as the files that the package ships, with a manifest."""
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    from . import files
+
+    scale = float(torch.load(work / "latents.pt", weights_only=True)["scale"])
+    vae = load_stage(work, "vae", architecture.build_vae())
+    _fold_scale(vae, scale / architecture.LATENT_SCALE)
+    networks = load_stage(work, "unet", TextToLatent())
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=networks.text,
+        tokenizer=architecture.load_tokenizer(work / "tokenizer"),
+        unet=networks.unet,
+        scheduler=architecture.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(files.PIPELINE)
+    reader = load_stage(work, "reader", architecture.Reader())
+    files.save_half(reader, files.FOLDER / "reader.safetensors")
+    for name in architecture.TOWERS:
+        tower = load_stage(work, f"tower_{name}", architecture.build_tower(name))
+        files.write_tower(files.FOLDER / name, tower, name, 0.0, 1.0, work / "tokenizer")
+    statistics = _reward_statistics(seed)
+    for name, (mean, std) in statistics.items():
+        path = files.FOLDER / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mean": mean, "std": std}, indent=1) + "\n", "utf-8")
+    stages = {}
+    for path in sorted(work.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        stages[path.stem] = {"steps": lines[-1]["step"], "loss": round(lines[-1]["loss"], 5)}
+    hashes = {str(p.relative_to(files.FOLDER)): file_hash(p) for p in sorted(files.FOLDER.rglob("*.safetensors"))}
+    manifest = {"seed": seed, "stages": stages, "latent_scale": scale, "sha256": hashes}
+    (files.FOLDER / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    log.info("%.2f MB of safetensors", sum(p.stat().st_size for p in files.FOLDER.rglob("*.safetensors")) / 1e6)
+
+
+@torch.no_grad()
+def _fold_scale(vae: nn.Module, factor: float) -> None:
+    """Multiply the latents by `factor` inside the weights, and give the posterior its fixed width."""
+    vae.quant_conv.weight[:4].mul_(factor)
+    vae.quant_conv.bias[:4].mul_(factor)
+    vae.quant_conv.weight[4:].zero_()
+    vae.quant_conv.bias[4:].fill_(2 * math.log(LATENT_NOISE / architecture.LATENT_SCALE))
+    vae.post_quant_conv.weight.div_(factor)
+
+
+def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each tower's raw scores over base samples: what a reward's unit is."""
+    from ..generate import Generation, generate_base
+    from ..policies.unet import UNetPolicy
+    from . import files, show
+
+    prompts = [c.text for c in show.captions(256, "statistics", seed)]
+    settings = Generation(steps=show.STEPS, guidance=show.GUIDANCE, seed=seed + 99)
+    images = generate_base(UNetPolicy.load(files.PIPELINE), prompts, settings)
+    scores = {name: files.load_reward(name, normalise=False)(images, prompts) for name in architecture.TOWERS}
+    return {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
+
+
 STAGES: dict[str, Callable[..., None]] = {
     "vae": pretrain_vae,
     "latents": cache_latents,
     "unet": pretrain_unet,
     "reader": pretrain_reader,
     "proxy": lambda work, seed, steps, **_: pretrain_tower("proxy", work, seed, steps),
+    "export": export,
     "heldout": lambda work, seed, steps, **_: pretrain_tower("heldout", work, seed + 1, steps),
 }
 
