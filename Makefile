@@ -23,7 +23,7 @@ check: .venv/test
 	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest
 
 benchmark: .venv/train
-	OMP_NUM_THREADS=1 $(PY) -m trainer.demo.benchmark
+	OMP_NUM_THREADS=1 $(PY) -m trainer.demo.benchmark docs/benchmarks.md
 
 setup: .venv/test
 
