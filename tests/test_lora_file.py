@@ -67,7 +67,10 @@ def test_metadata_survives(policy, tmp_path):
 
 
 def test_a_lora_for_another_model_is_refused(policy, tmp_path):
-    save_file({"lora_unet_mid_block_other.lora_down.weight": torch.zeros(4, 8), "lora_unet_mid_block_other.lora_up.weight": torch.zeros(8, 4)}, tmp_path / "b.safetensors")
+    save_file(
+        {"lora_unet_mid_block_other.lora_down.weight": torch.zeros(4, 8), "lora_unet_mid_block_other.lora_up.weight": torch.zeros(8, 4)},
+        tmp_path / "b.safetensors",
+    )
     with pytest.raises(ValueError, match="made for another model: 1 of 1 modules unknown"):
         load_lora(policy, tmp_path / "b.safetensors")
 

@@ -149,7 +149,11 @@ def test_one_draw_per_batch_is_one_value(toy_policy):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"grad_from": 9, "grad_to": 3}, "gradient range"), ({"steps": 10, "grad_to": 10}, "gradient range"), ({"start_to": 40}, "start range")],
+    [
+        ({"grad_from": 9, "grad_to": 3}, "gradient range"),
+        ({"steps": 10, "grad_to": 10}, "gradient range"),
+        ({"start_to": 40}, "start range"),
+    ],
 )
 def test_impossible_ranges_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

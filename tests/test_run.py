@@ -45,7 +45,13 @@ def settings(pipeline_folder, reward_folder, image_folder, out, **more):
 def command(arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "trainer", *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-m", "trainer", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -131,7 +137,9 @@ def broken(tmp_path_factory, image_folder):
         ({"model": "{broken}"}, "is no diffusers pipeline"),
     ],
 )
-def test_bad_input_gets_one_line_and_nothing_is_written(change, message, broken, pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
+def test_bad_input_gets_one_line_and_nothing_is_written(
+    change, message, broken, pipeline_folder, reward_folder, image_folder, tmp_path, capsys
+):
     from trainer.__main__ import main
 
     change = {k: v.replace("{broken}", str(broken)) if isinstance(v, str) else v for k, v in change.items()}

@@ -69,7 +69,9 @@ def test_ancestral_step_equals_diffusers_ddpm(steps):
 
 
 def test_multistep_sampler_equals_diffusers_dpm_solver():
-    scheduler = DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="leading", steps_offset=1)
+    scheduler = DPMSolverMultistepScheduler(
+        **BETAS, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="leading", steps_offset=1
+    )
     scheduler.set_timesteps(12)
     sigmas = torch.cat([table()[scheduler.timesteps], torch.zeros(1)])
     x_vp = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

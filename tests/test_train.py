@@ -33,7 +33,17 @@ def test_accumulated_micro_batches_average_to_the_joined_batch(toy_policy, toy_r
     for accumulate, size in ((1, 8), (2, 4)):
         policy = type(toy_policy)()
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-        next(train(policy, lambda s, m, a=accumulate, n=size: batches(s, m, n, a), toy_reward, OBJECTIVE, optimizer, steps=1, accumulate=accumulate))
+        next(
+            train(
+                policy,
+                lambda s, m, a=accumulate, n=size: batches(s, m, n, a),
+                toy_reward,
+                OBJECTIVE,
+                optimizer,
+                steps=1,
+                accumulate=accumulate,
+            )
+        )
         gradients.append(policy.weight.grad)
     torch.testing.assert_close(*gradients)
 

@@ -33,7 +33,7 @@ def test_completions_keep_what_is_named_and_vary_the_rest():
 def test_renders_are_pictures_and_depend_on_scene_and_jitter_alone():
     attributes, jitter = world.draw_scenes(8, generator("test"))
     images = world.render(attributes, jitter)
-    assert images.shape == (8, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+    assert images.shape == (8, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
     assert torch.equal(images[2:5], world.render(attributes[2:5], jitter[2:5]))
 
 
@@ -46,7 +46,9 @@ def test_a_circles_area_is_its_radius_squared_times_pi():
     assert float(covered) == pytest.approx(3.14159 * radius**2, rel=0.02)
 
 
-@pytest.mark.parametrize(("part", "column", "better", "worse"), [("crisp", 5, 0, 1), ("vivid", 6, 0, 1), ("shaded", 7, 0, 1), ("large", 2, 1, 0)])
+@pytest.mark.parametrize(
+    ("part", "column", "better", "worse"), [("crisp", 5, 0, 1), ("vivid", 6, 0, 1), ("shaded", 7, 0, 1), ("large", 2, 1, 0)]
+)
 def test_the_rater_measures_finish_and_size_from_pixels(part, column, better, worse):
     attributes, jitter = world.draw_scenes(400, generator("test"))
     values = []

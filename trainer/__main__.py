@@ -12,7 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .commands import COMMANDS
 
     parser = argparse.ArgumentParser(
-        prog="python -m trainer", description="Align a diffusion model with a reward and keep its diversity: train, sample, score, evaluate."
+        prog="python -m trainer",
+        description="Align a diffusion model with a reward and keep its diversity: train, sample, score, evaluate.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (configure, run) in COMMANDS.items():

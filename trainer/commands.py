@@ -80,7 +80,9 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
 
     for name, kind in OBJECTIVES.items():
         lines.append(f"\nobjective {name} (--objective.name={name}):")
-        lines += [f"  --objective.{f.name}=…{'':<{max(0, 10 - len(f.name))}} {f.metadata.get('help', '')} [{f.default}]" for f in fields(kind)]
+        lines += [
+            f"  --objective.{f.name}=…{'':<{max(0, 10 - len(f.name))}} {f.metadata.get('help', '')} [{f.default}]" for f in fields(kind)
+        ]
     parser.epilog = "settings:\n" + "\n".join(lines)
 
 
@@ -133,7 +135,9 @@ def _configure_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", type=int, default=4, help="images per prompt (default 4)")
     for f in fields(Generation):
         if f.name != "method":
-            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=f"{f.metadata['help']} [{f.default}]")
+            parser.add_argument(
+                "--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=f"{f.metadata['help']} [{f.default}]"
+            )
     parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or xpu")
 
@@ -168,7 +172,9 @@ def _fresh_folder(out: Path, overwrite: bool) -> None:
 def _configure_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
     parser.add_argument("--lora", type=Path, help="LoRA of the tuned model; without it the base draws every step")
-    parser.add_argument("--switch", default="auto", help="where the tuned model takes over: auto (from the LoRA), 15, 75%%, sigma=0.63; 0 is tuned only")
+    parser.add_argument(
+        "--switch", default="auto", help="where the tuned model takes over: auto (from the LoRA), 15, 75%%, sigma=0.63; 0 is tuned only"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that has files")
     _configure_generation(parser)
@@ -198,9 +204,13 @@ def run_sample(arguments: argparse.Namespace) -> int:
         path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
     pictures.to_pil(pictures.grid(drawn, arguments.n)).save(arguments.out / "grid.jpg", quality=95)
     (arguments.out / "settings.json").write_text(
-        json.dumps({**plain(settings), "model": arguments.model, "lora": str(arguments.lora or ""), "k": switched}, indent=1) + "\n", "utf-8"
+        json.dumps({**plain(settings), "model": arguments.model, "lora": str(arguments.lora or ""), "k": switched}, indent=1) + "\n",
+        "utf-8",
     )
-    print(f"wrote {len(drawn)} images to {arguments.out}" + (f" (base for {switched} of {settings.steps} steps)" if switched is not None else ""))
+    print(
+        f"wrote {len(drawn)} images to {arguments.out}"
+        + (f" (base for {switched} of {settings.steps} steps)" if switched is not None else "")
+    )
     return 0
 
 
@@ -247,8 +257,12 @@ def run_score(arguments: argparse.Namespace) -> int:
 
 
 def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times")
-    parser.add_argument("--switches", default="", help="comma-separated steps k at which the tuned models take over (default 0 and ¾ of the steps)")
+    parser.add_argument(
+        "--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times"
+    )
+    parser.add_argument(
+        "--switches", default="", help="comma-separated steps k at which the tuned models take over (default 0 and ¾ of the steps)"
+    )
     parser.add_argument("--reward", action="append", required=True, help="reward name or folder; may be given several times")
     parser.add_argument("--real", type=Path, help="folder of real pictures for FID and LogCov (default: the base model's images)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")

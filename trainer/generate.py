@@ -19,8 +19,12 @@ class Generation:
 
     steps: int = field(default=40, metadata={"min": 1, "max": 1000, "help": "sampler steps T"})
     method: Method = field(default="ddpm", metadata={"help": "ddpm (ancestral, official), ddim or dpmpp_2m"})
-    guidance: float = field(default=7.5, metadata={"min": 0.0, "max": 30.0, "help": "classifier-free guidance of the base model (official 7.5)"})
-    tuned_guidance: float = field(default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "guidance of the tuned model; 1 is none, as it was trained"})
+    guidance: float = field(
+        default=7.5, metadata={"min": 0.0, "max": 30.0, "help": "classifier-free guidance of the base model (official 7.5)"}
+    )
+    tuned_guidance: float = field(
+        default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "guidance of the tuned model; 1 is none, as it was trained"}
+    )
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of start noise and step noise"})
     chunk: int = field(default=64, metadata={"min": 1, "help": "images at a time; changes no image"})
 
@@ -55,7 +59,9 @@ def generate(
 
 
 @torch.no_grad()
-def generate_base(base: Policy, prompts: Sequence[str], settings: Generation, progress: Callable[[int], object] = lambda images: None) -> Tensor:
+def generate_base(
+    base: Policy, prompts: Sequence[str], settings: Generation, progress: Callable[[int], object] = lambda images: None
+) -> Tensor:
     """Images (N,3,H,W) of the base model at `settings.guidance`: what `generate` gives at k = T."""
     images: list[Tensor] = []
     for numbers in _chunks(len(prompts), settings.chunk):

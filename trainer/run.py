@@ -32,7 +32,9 @@ class TrainConfig:
     """One training run. Objective and adapter are tables of their own: [objective] and [lora]."""
 
     out: str = field(metadata={"help": "output folder"})
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "imagerefl"}, metadata={"help": "table: name and the objective's fields"})
+    objective: dict[str, Any] = field(
+        default_factory=lambda: {"name": "imagerefl"}, metadata={"help": "table: name and the objective's fields"}
+    )
     model: str = field(default="demo", metadata={"help": "diffusers folder, or `demo` for the embedded model"})
     reward: str = field(default="demo-proxy", metadata={"help": "reward folder, or demo-proxy, demo-heldout"})
     normalise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
@@ -47,7 +49,9 @@ class TrainConfig:
     warmup: int = field(default=0, metadata={"min": 0, "help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"min": 0.0, "help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"min": 0.0, "help": "gradient clipping; 0 is off"})
-    ema: float = field(default=0.0, metadata={"min": 0.0, "max": 0.99999, "help": "decay of the averaged adapter that is saved; 0 saves the last"})
+    ema: float = field(
+        default=0.0, metadata={"min": 0.0, "max": 0.99999, "help": "decay of the averaged adapter that is saved; 0 saves the last"}
+    )
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of every draw"})
     save_every: int = field(default=50, metadata={"min": 1, "help": "steps between checkpoints"})
     checkpoint_denoiser: bool = field(default=False, metadata={"help": "recompute UNet activations: less memory, more time"})
@@ -137,7 +141,9 @@ class Run:
         then, now = json.loads(state["settings"]), self.config.describe()
         changed = sorted(k for k in now if k != "steps" and now[k] != then.get(k))
         if changed:
-            raise ConfigError(f"{self.checkpoint_path} was written with another {changed[0]}: {then.get(changed[0])!r}, now {now[changed[0]]!r}")
+            raise ConfigError(
+                f"{self.checkpoint_path} was written with another {changed[0]}: {then.get(changed[0])!r}, now {now[changed[0]]!r}"
+            )
         with torch.no_grad():
             for name, parameter in self.policy.named_parameters():
                 parameter.copy_(state["adapter"][name])

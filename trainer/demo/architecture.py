@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,7 +90,8 @@ def build_text_encoder() -> CLIPTextModel:
 
 def build_unet() -> UNet2DConditionModel:
     """ε-prediction UNet on 4×8×8 latents, cross-attention at both levels."""
-    return UNet2DConditionModel(
+    build: Any = UNet2DConditionModel
+    return build(
         sample_size=SIZE // 8,
         in_channels=4,
         out_channels=4,
@@ -111,7 +111,8 @@ def build_vae() -> AutoencoderKL:
     64 channels at full resolution, because 32 channels in 32 groups make the last normalisation forget every colour;
     no residual blocks on the way down, which the pictures do not need and which would cost half the time.
     """
-    return AutoencoderKL(
+    build: Any = AutoencoderKL  # its annotations say tuple[str] for a tuple of any length
+    return build(
         block_out_channels=(64, 64, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -157,7 +158,8 @@ def build_tower(name: str) -> nn.Module:
 
     config = TOWERS[name]
     text = {**config["text_cfg"], "vocab_size": vocabulary_size()}
-    return open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text)
+    build: Any = open_clip.CLIP
+    return build(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text)
 
 
 class Reader(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data import Samples, encode_images
+from ..data import encode_images
 from ..draws import Draws
 from ..objectives import ImageReFL, ReFL
 from ..policies.unet import Lora, UNetPolicy
@@ -109,7 +109,8 @@ def peak_mb(case: Case) -> float:
 
 def pair(stepper: Stepper, a: Case, b: Case, rounds: int = 5) -> tuple[float, float, float]:
     """Median seconds of a and b, and the median of their ratio b/a, taken in turn."""
-    stepper(a), stepper(b)
+    for case in (a, b):
+        stepper(case)
     times = [(stepper(a), stepper(b)) for _ in range(rounds)]
     return statistics.median(t for t, _ in times), statistics.median(t for _, t in times), statistics.median(y / x for x, y in times)
 
@@ -151,8 +152,8 @@ def measure(say: Callable[[str], object]) -> None:
     stepper = Stepper()
     base = Case()
     say("# Benchmarks\n")
-    say("Made by `make benchmark` on the embedded model, one CPU thread, fp32, batch 16, 20 sampler steps. Ratios are the medians of pairs taken in turn;")
-    say("memory is what two training steps add to a fresh process. On another machine the ratios hold better than the seconds.\n")
+    say("Made by `make benchmark` on the embedded model, one CPU thread, fp32, batch 16, 20 sampler steps. Ratios are the medians of pairs")
+    say("taken in turn; memory is what two training steps add to a fresh process. Elsewhere the ratios hold better.\n")
     say("## Each saving off and on (ImageReFL, image branch)\n")
     say("| saving | off, s/step | on, s/step | on/off | memory off, MB | memory on, MB |\n|---|---|---|---|---|---|")
     replace = dataclasses.replace
@@ -191,9 +192,12 @@ def measure(say: Callable[[str], object]) -> None:
     say("| | forwards, a gradient call counted as 3 | by measured FLOPs with the LoRA |\n|---|---|---|")
     say(f"| shared forward (ours) | {ours['counted']:.2f} | {ours['flops']:.2f} |")
     say(f"| separate forwards | {theirs['counted']:.2f} | {theirs['flops']:.2f} |")
-    say(f"\nThe expected figure of ours is 9.3; the official code takes 10.6, because it also takes a spurious step where m is the start.")
+    say("\nThe expected figure of ours is 9.3; the official code takes 10.6, because it also takes a spurious step where m is the start.")
     share = 0.25
-    say(f"With a quarter of plain ReFL micro-batches ({refl:.1f} forwards each) an ImageReFL image costs {(1 - share) * 9.3 + share * refl:.1f} on average.")
+    say(
+        f"With a quarter of plain ReFL micro-batches ({refl:.1f} forwards an image) "
+        f"an ImageReFL image costs {(1 - share) * 9.3 + share * refl:.1f} on average."
+    )
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def write_tower(folder: Path, tower: nn.Module, name: str, mean: float, std: flo
     state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in tower.state_dict().items()}
     save_file({k: v for k, v in state.items() if k != "attn_mask"}, folder / "model.safetensors")
     scale = float(state["logit_scale"].float().exp())
-    config = {**TOWERS[name], "scale": scale, "mean": mean, "std": std}
-    config["text_cfg"] = {**config["text_cfg"], "vocab_size": vocabulary_size()}
+    sized = {**TOWERS[name], "text_cfg": {**TOWERS[name]["text_cfg"], "vocab_size": vocabulary_size()}}
+    config = {**sized, "scale": scale, "mean": mean, "std": std}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
     (folder / "merges.txt.gz").write_bytes((words / "merges.txt.gz").read_bytes())
 

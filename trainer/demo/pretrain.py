@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: b
 
     The posterior's width is fixed rather than learned: sampling it from the start stalls the decoder.
     """
-    vae = architecture.build_vae()
+    vae: Any = architecture.build_vae()
     encode, decode = vae.encoder, vae.decoder
     if compiled:
         encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
@@ -148,19 +149,19 @@ def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: b
     fit("vae", vae, loss_at, steps=steps, lr=1.5e-3, work=work, decay=0.998)
 
 
-def load_stage(work: Path, name: str, module: nn.Module) -> nn.Module:
+def load_stage(work: Path, name: str, module: nn.Module) -> Any:
     """The averaged weights that a stage has so far, frozen."""
     state = torch.load(work / f"{name}.pt", weights_only=True)
     module.load_state_dict(state["average"])
     return module.requires_grad_(False).eval()
 
 
-def encode(vae: nn.Module, images: Tensor) -> Tensor:
+def encode(vae: Any, images: Tensor) -> Tensor:
     """Unscaled latent means of images in [0,1]."""
     return vae.quant_conv(vae.encoder(images * 2 - 1))[:, :4]
 
 
-def decode(vae: nn.Module, means: Tensor) -> Tensor:
+def decode(vae: Any, means: Tensor) -> Tensor:
     """Images in [0,1] of unscaled latents."""
     return (vae.decoder(vae.post_quant_conv(means)) / 2 + 0.5).clamp(0, 1)
 
@@ -218,38 +219,79 @@ def pretrain_unet(work: Path, seed: int, steps: int, batch: int = 64, compiled: 
     fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250)
 
 
+@torch.no_grad()
+def cache_gallery(work: Path, seed: int, steps: int, **_: object) -> None:
+    """`steps` batches of 64 decoded pictures, their latents more or less off: what a generator's images look like.
+
+    Decoding is the slow part of training on such pictures; this does it once.
+    """
+    vae = load_stage(work, "vae", architecture.build_vae())
+    cache = torch.load(work / "latents.pt", weights_only=True)
+    pictures = []
+    for step in range(steps):
+        draws = _generator(seed, "gallery", step)
+        means = cache["latents"][64 * step : 64 * (step + 1)]
+        off = 0.35 * torch.rand(len(means), 1, 1, 1, generator=draws).square()
+        images = decode(vae, (means + off * torch.randn(means.shape, generator=draws)) / cache["scale"])
+        pictures.append((images * 255).round().to(torch.uint8))
+    _save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(pictures)}, work / "gallery.pt")
+
+
 def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: object) -> None:
-    """The attribute reader: half renders, half reconstructions, with a little pixel noise."""
-    vae, reader = load_stage(work, "vae", architecture.build_vae()), architecture.Reader()
+    """The attribute reader: half renders, half decoded pictures, with a little pixel noise."""
+    gallery, reader = torch.load(work / "gallery.pt", weights_only=True), architecture.Reader()
 
     def loss_at(step: int) -> Tensor:
-        attributes, images = scene_batch(seed, "reader", step, batch)
-        draws = _generator(seed, "reader noise", step)
-        with torch.no_grad():
-            half = encode(vae, images[: batch // 2])
-            rebuilt = decode(vae, half + LATENT_NOISE * torch.randn(half.shape, generator=draws))
-        images = torch.cat([rebuilt, images[batch // 2 :]])
-        images = images + 0.02 * torch.randn(images.shape, generator=draws)
-        logits = reader(images)
+        attributes, images = scene_batch(seed, "reader", step, batch // 2)
+        draws = _generator(seed, "reader rows", step)
+        rows = torch.randint(len(gallery["images"]), (batch // 2,), generator=draws)
+        attributes = torch.cat([attributes, gallery["scenes"][rows].long()])
+        images = torch.cat([images, gallery["images"][rows].float() / 255])
+        logits = reader(images + 0.02 * torch.randn(images.shape, generator=draws))
         losses = [F.cross_entropy(logits[name], attributes[:, column]) for column, name in enumerate(world.ATTRIBUTES)]
         return torch.stack(losses).sum()
 
     fit("reader", reader, loss_at, steps=steps, lr=2e-3, work=work, decay=0.998, weight_decay=1e-3)
 
 
-def _captioned(seed: int, stage: str, step: int, n: int) -> tuple[list[str], Tensor, Tensor]:
-    """Captions and two renders of each: both fit the caption, or (two times in three) one misses part of it."""
-    draws, rng = _generator(seed, stage, step), random.Random(f"{seed}/{stage}/{step}")
-    scenes, jitter = world.draw_scenes(n, draws)
-    captions = [world.draw_caption(s, rng) for s in scenes.tolist()]
-    others = [world.completions(c, 1, draws) for c in captions]
-    second, jitter_2 = torch.cat([o[0] for o in others]), torch.cat([o[1] for o in others])
-    for row, caption in enumerate(captions):
-        if rng.random() < 0.66:
-            name = rng.choice(list(caption.named))
-            column = list(world.ATTRIBUTES).index(name)
-            second[row, column] = rng.randrange(len(world.ATTRIBUTES[name]))
-    return [c.text for c in captions], world.render(scenes, jitter), world.render(second, jitter_2)
+class Pairs:
+    """Pairs of gallery pictures under one caption, with the rater's utility of each; nothing is rendered or decoded."""
+
+    def __init__(self, work: Path) -> None:
+        gallery = torch.load(work / "gallery.pt", weights_only=True)
+        self.scenes, self.images = gallery["scenes"].long(), gallery["images"]
+        reader = architecture.Reader()
+        load_stage(work, "reader", reader)
+        gold, parts = rater.Gold(reader), self.images.split(256)
+        self.taste = torch.cat([rater.taste(part.float() / 255) for part in parts])
+        seen = [gold.read(part.float() / 255) for part in parts]
+        self.seen = {name: torch.cat([part[name] for part in seen]) for name in world.ATTRIBUTES}
+
+    def utility(self, rows: list[int], captions: list[str]) -> Tensor:
+        """The rater's utility of gallery pictures under captions: (B,)."""
+        return self.taste[rows] + rater.WEIGHTS["match"] * rater.match({k: v[rows] for k, v in self.seen.items()}, captions)
+
+    def draw(self, n: int, *purpose: object) -> tuple[list[str], list[int], list[int]]:
+        """n captions, each with a picture that fits and a second: one that fits too, or misses one named attribute (2 in 3)."""
+        rng = random.Random(repr(purpose))
+        first = [rng.randrange(len(self.images)) for _ in range(n)]
+        captions = [world.draw_caption(self.scenes[i].tolist(), rng) for i in first]
+        second: list[int] = []
+        for caption in captions:
+            named = dict(caption.named)
+            if rng.random() < 0.66:
+                named.pop(rng.choice(list(named)))
+            fits = torch.ones(len(self.scenes), dtype=torch.bool)
+            for column, name in enumerate(world.ATTRIBUTES):
+                if name in named:
+                    fits &= self.scenes[:, column] == world.attribute_index(name, named[name])
+            candidates = fits.nonzero()[:, 0]
+            second.append(int(candidates[rng.randrange(len(candidates))]))
+        return [c.text for c in captions], first, second
+
+    def pixels(self, rows: list[int]) -> Tensor:
+        """(B,3,64,64) in [0,1]."""
+        return self.images[rows].float() / 255
 
 
 def pretrain_tower(name: str, work: Path, seed: int, steps: int, batch: int = 64) -> None:
@@ -261,35 +303,22 @@ def pretrain_tower(name: str, work: Path, seed: int, steps: int, batch: int = 64
 
     architecture.write_tokenizer(work / "tokenizer")
     tokenize = SimpleTokenizer(str(work / "tokenizer" / "merges.txt.gz"), context_length=architecture.CONTEXT)
-    vae = load_stage(work, "vae", architecture.build_vae())
-    reader = architecture.Reader()
-    load_stage(work, "reader", reader)
-    gold, tower = rater.Gold(reader), architecture.build_tower(name)
-    stage = f"tower {name}"
-
-    def features(images: Tensor) -> Tensor:
-        return F.normalize(tower.encode_image(normalise(images)), dim=-1)
+    pairs = Pairs(work)
+    tower: Any = architecture.build_tower(name)
 
     def loss_at(step: int) -> Tensor:
-        captions, first, second = _captioned(seed, stage, step, batch)
-        draws = _generator(seed, stage, "noise", step)
-        with torch.no_grad():
-            # half of them as the decoder paints them, with latents somewhat off: what a generator's images look like
-            both = torch.cat([first[: batch // 2], second[: batch // 2]])
-            means = encode(vae, both)
-            off = 0.3 * torch.rand(len(means), 1, 1, 1, generator=draws)
-            rebuilt = decode(vae, means + off * torch.randn(means.shape, generator=draws)).chunk(2)
-            first = torch.cat([rebuilt[0], first[batch // 2 :]])
-            second = torch.cat([rebuilt[1], second[batch // 2 :]])
+        captions, first, second = pairs.draw(batch, seed, name, step)
         texts = F.normalize(tower.encode_text(tokenize(captions)), dim=-1)
         scale = tower.logit_scale.exp().clamp(max=100)
-        ours = features(first)
+        ours = F.normalize(tower.encode_image(normalise(pairs.pixels(first))), dim=-1)
         logits, labels = scale * ours @ texts.T, torch.arange(batch)
         contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         if step < steps // 4:
             return contrastive
-        preferred = rater.choose(gold(first, captions), gold(second, captions), draws)
-        margin = scale * ((ours - features(second)) * texts).sum(1)
+        theirs = F.normalize(tower.encode_image(normalise(pairs.pixels(second))), dim=-1)
+        draws = _generator(seed, "choices", name, step)
+        preferred = rater.choose(pairs.utility(first, captions), pairs.utility(second, captions), draws)
+        margin = scale * ((ours - theirs) * texts).sum(1)
         return F.softplus(torch.where(preferred, -margin, margin)).mean() + 0.02 * contrastive
 
     fit(f"tower_{name}", tower, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998, weight_decay=1e-2)
@@ -305,7 +334,8 @@ def export(work: Path, seed: int, steps: int, **_: object) -> None:
     vae = load_stage(work, "vae", architecture.build_vae())
     _fold_scale(vae, scale / architecture.LATENT_SCALE)
     networks = load_stage(work, "unet", TextToLatent())
-    pipeline = StableDiffusionPipeline(
+    build: Any = StableDiffusionPipeline
+    pipeline = build(
         vae=vae,
         text_encoder=networks.text,
         tokenizer=architecture.load_tokenizer(work / "tokenizer"),
@@ -336,7 +366,7 @@ def export(work: Path, seed: int, steps: int, **_: object) -> None:
 
 
 @torch.no_grad()
-def _fold_scale(vae: nn.Module, factor: float) -> None:
+def _fold_scale(vae: Any, factor: float) -> None:
     """Multiply the latents by `factor` inside the weights, and give the posterior its fixed width."""
     vae.quant_conv.weight[:4].mul_(factor)
     vae.quant_conv.bias[:4].mul_(factor)
@@ -362,6 +392,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "vae": pretrain_vae,
     "latents": cache_latents,
     "unet": pretrain_unet,
+    "gallery": cache_gallery,
     "reader": pretrain_reader,
     "proxy": lambda work, seed, steps, **_: pretrain_tower("proxy", work, seed, steps),
     "export": export,

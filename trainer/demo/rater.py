@@ -29,7 +29,9 @@ def _share(value: Tensor, low: float, high: float) -> Tensor:
 
 def measure(images: Tensor) -> dict[str, Tensor]:
     """Finish, layout and artefacts of pictures (B,3,64,64) in [0,1], each part about 0 to 1, (B,)."""
-    frame = torch.cat([images[..., :3, :].flatten(2), images[..., -3:, :].flatten(2), images[..., :3].flatten(2), images[..., -3:].flatten(2)], 2)
+    frame = torch.cat(
+        [images[..., :3, :].flatten(2), images[..., -3:, :].flatten(2), images[..., :3].flatten(2), images[..., -3:].flatten(2)], 2
+    )
     ground = frame.median(2).values  # (B,3)
     difference = (images - ground[:, :, None, None]).norm(dim=1)  # (B,H,W)
     contrast = difference.flatten(1).quantile(0.99, dim=1).clamp(min=0.05)
@@ -87,19 +89,27 @@ class Gold:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,3,64,64) in [0,1], B prompts -> (B,)."""
-        parts = {**measure(images), "match": self.match(images, prompts)}
-        return sum((WEIGHTS[name] * value for name, value in parts.items()), torch.zeros(len(images)))
+        return taste(images) + WEIGHTS["match"] * match(self.read(images), prompts)
 
     @torch.no_grad()
-    def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Mean probability of the attributes that each prompt names, as the reader sees them: (B,)."""
-        probabilities = {name: logits.softmax(1) for name, logits in self.reader(images).items()}
-        rows: list[Tensor] = []
-        for i, prompt in enumerate(prompts):
-            named = world.attributes_named(prompt)
-            seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]
-            rows.append(torch.stack(seen).mean() if seen else torch.ones(()))
-        return torch.stack(rows)
+    def read(self, images: Tensor) -> dict[str, Tensor]:
+        """Probability of each value of each attribute, as the reader sees it: (B, values) by attribute."""
+        return {name: logits.softmax(1) for name, logits in self.reader(images).items()}
+
+
+def taste(images: Tensor) -> Tensor:
+    """What the rater likes whatever the prompt: (B,)."""
+    return sum((WEIGHTS[name] * value for name, value in measure(images).items()), torch.zeros(len(images)))
+
+
+def match(probabilities: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    """Mean probability of the attributes that each prompt names: (B,)."""
+    rows: list[Tensor] = []
+    for i, prompt in enumerate(prompts):
+        named = world.attributes_named(prompt)
+        seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]
+        rows.append(torch.stack(seen).mean() if seen else torch.ones(()))
+    return torch.stack(rows)
 
 
 def choose(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:

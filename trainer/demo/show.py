@@ -198,9 +198,7 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
         "base": figures(at_base),
         "base_unguided": figures(at_unguided),
         "points": [{"model": m, "k": k, **figures(j)} for (m, k), j in judged.items()],
-        "frontier": {
-            m: {axis: round(frontier_area(points, at_base, axis), 4) for axis in scorers} for m, points in by_method.items()
-        },
+        "frontier": {m: {axis: round(frontier_area(points, at_base, axis), 4) for axis in scorers} for m, points in by_method.items()},
         "seed": seed,
         "n": len(texts),
         "ci": {
@@ -208,7 +206,12 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
             "frontier": {m: area_interval(points, at_base, "heldout", None, seed) for m, points in by_method.items()},
             "frontier_lead": area_interval(by_method["imagerefl"], at_base, "heldout", by_method["refl"], seed),
         },
-        "config": {"quick": quick, "size": plain(size), "tuning": asdict(tuning), "runs": {m: plain(c.describe()) for m, c in configs.items()}},
+        "config": {
+            "quick": quick,
+            "size": plain(size),
+            "tuning": asdict(tuning),
+            "runs": {m: plain(c.describe()) for m, c in configs.items()},
+        },
         "curves": curves,
         "seconds": round(time.monotonic() - begin, 1),
         "peak_rss_mb": peak_rss_mb(),

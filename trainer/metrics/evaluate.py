@@ -45,7 +45,9 @@ def judge(
     seen = torch.cat([features(images[i : i + chunk]) for i in parts])
     scores = {name: torch.cat([reward(images[i : i + chunk], prompts[i : i + chunk]) for i in parts]) for name, reward in rewards.items()}
     per_prompt = {name: torch.stack([values[groups == g].mean() for g in range(len(ids))]).double() for name, values in scores.items()}
-    return Judged(per_prompt, within_prompt_diversity(seen, groups), frechet_distance(seen, reference), log_covariance_distance(seen, reference))
+    return Judged(
+        per_prompt, within_prompt_diversity(seen, groups), frechet_distance(seen, reference), log_covariance_distance(seen, reference)
+    )
 
 
 def frontier_point(judged: Judged, base: Judged, axis: str, rows: Tensor | None = None) -> tuple[float, float]:

@@ -20,7 +20,9 @@ def dominated_area(points: Sequence[tuple[float, float]]) -> float:
     return area
 
 
-def bootstrap(statistic: Callable[[Tensor], Tensor], n: int, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> tuple[Tensor, Tensor]:
+def bootstrap(
+    statistic: Callable[[Tensor], Tensor], n: int, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """Percentile interval of `statistic(rows)` over resampled rows (n,) int64, with replacement (Efron 1979).
 
     The same seed resamples the same rows, so that statistics of several models are paired.

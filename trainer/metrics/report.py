@@ -18,43 +18,6 @@ from .evaluate import Judged, frontier_point
 _NAMES = {"base": "base", "base_unguided": "base, unguided", "refl": "ReFL", "imagerefl": "ImageReFL"}
 _COLOURS = {"refl": "#c4532d", "imagerefl": "#1f6f8b", "base": "#444444", "base_unguided": "#999999"}
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>ImageReFL: reward and diversity</title>
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
- h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
- table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
- td:first-child, th:first-child { text-align: left } tr.headline { background: #f2f7f9; font-weight: 600 }
- img { max-width: 100%; height: auto } .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem }
- figure { margin: 0 } figcaption { font-size: .9rem; color: #555 } .grids img { image-rendering: pixelated; width: 100% }
- .note { background: #fff6e0; padding: .6rem 1rem; border-left: 4px solid #e0a800 } details { margin-top: 2rem } pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
- .rows { columns: 2; font-size: .9rem; color: #555 }
-</style></head><body>
-<h1>Reward up, diversity kept?</h1>
-{% if quick %}<p class="note">This was the quick demo. It proves that everything runs; its models are too short-trained and its samples too few to prove the method.</p>{% endif %}
-<p>{{ summary }}</p>
-<h2>The reward–diversity frontier</h2>
-<p>Each point is one switch k: the base model draws the first k of {{ steps }} steps, the tuned model the rest. Right is more diverse than left, up is better liked
-by a preference model that training never saw. The dotted lines are the base model.</p>
-<img alt="held-out reward against diversity for every switch k" src="data:image/png;base64,{{ frontier }}">
-<p>Area that each frontier dominates (held-out reward): {% for name, area, low, high in areas %}{{ name }} {{ "%.3f"|format(area) }} [{{ "%.3f"|format(low) }}, {{ "%.3f"|format(high) }}]{% if not loop.last %}, {% endif %}{% endfor %};
-lead of ImageReFL over ReFL {{ "%.3f"|format(lead[0]) }} to {{ "%.3f"|format(lead[1]) }} (95 % bootstrap over prompts).</p>
-<h2>Same prompts, same seeds</h2>
-<p class="rows">{% for prompt in shown %}row {{ loop.index }}: “{{ prompt }}”<br>{% endfor %}</p>
-<div class="grids">{% for name, picture in grids %}<figure><img alt="{{ name }}: one prompt per row, one seed per column" src="data:image/png;base64,{{ picture }}"><figcaption>{{ name }}</figcaption></figure>{% endfor %}</div>
-<h2>Figures</h2>
-<table><tr><th>model</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
-{% for row in table %}<tr{% if row.headline %} class="headline"{% endif %}><td>{{ row.name }}</td>{% for v in row["values"] %}<td>{{ "%.3f"|format(v) }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-<p>reward: the preference model that training sees; heldout: another architecture, trained on other choices; both in standard deviations of the base model's images.
-gold: the simulated rater's own utility, never trained on. diversity: 1 − mean cosine within a prompt; FID and LogCov against real renders (lower is closer).</p>
-<h2>Over training</h2>
-<img alt="rewards and diversity over training" src="data:image/png;base64,{{ curves }}">
-<details><summary>Settings</summary><pre>{{ settings }}</pre></details>
-</body></html>
-"""
-
 
 def _png(picture: Any) -> str:
     buffer = io.BytesIO()
@@ -136,7 +99,7 @@ def write_report(
         name = f"{_NAMES[point['model']]}, k={point['k']}"
         table.append({"name": name, "headline": point["k"] == headline, "values": [point[c] for c in columns]})
     environment = Environment(autoescape=True)
-    page = environment.from_string(_PAGE).render(
+    page = environment.from_string(Path(__file__).with_name("report.html.j2").read_text("utf-8")).render(
         quick=results["config"]["quick"],
         summary=summary(results, headline),
         steps=20,
@@ -162,5 +125,8 @@ def summary(results: Mapping[str, Any], headline: int) -> str:
         kept = 100 * point["diversity"] / base["diversity"]
         return f"held-out reward {point['heldout'] - base['heldout']:+.2f}, {kept:.0f} % of the base model's diversity"
 
-    parts = [f"{_NAMES[m]} alone: {change(points[m, 0])}; combined at k={headline}: {change(points[m, headline])}." for m in ("refl", "imagerefl")]
+    parts = [
+        f"{_NAMES[m]} alone: {change(points[m, 0])}; combined at k={headline}: {change(points[m, headline])}."
+        for m in ("refl", "imagerefl")
+    ]
     return " ".join(parts)

@@ -32,11 +32,19 @@ class ReFL:
     sigma_high: float = field(default=0.0, metadata={"min": 0.0, "help": "with sigma_low: the range of m as noise levels, instead"})
     sigma_low: float = field(default=0.0, metadata={"min": 0.0, "help": "lowest noise level of m; 0 means: use the indices"})
     per_sample: bool = field(default=True, metadata={"help": "draw m for each sample (official code: one per batch)"})
-    guidance: float = field(default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "classifier-free guidance in training; 1 is off, as official"})
-    eta: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0, "help": "noise of the rollout: 1 ancestral (official), 0 deterministic"})
-    threshold: float | None = field(default=None, metadata={"help": "loss max(0, threshold − reward), ReFL's 2.0 on standardised rewards; none: −reward"})
+    guidance: float = field(
+        default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "classifier-free guidance in training; 1 is off, as official"}
+    )
+    eta: float = field(
+        default=1.0, metadata={"min": 0.0, "max": 1.0, "help": "noise of the rollout: 1 ancestral (official), 0 deterministic"}
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "loss max(0, threshold − reward), ReFL's 2.0 on standardised rewards; none: −reward"}
+    )
     reward_weight: float = field(default=1.0, metadata={"min": 0.0, "help": "weight of the reward loss"})
-    kl_weight: float = field(default=0.0, metadata={"min": 0.0, "help": "weight of the squared distance to the base model's noise prediction at m"})
+    kl_weight: float = field(
+        default=0.0, metadata={"min": 0.0, "help": "weight of the squared distance to the base model's noise prediction at m"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.grad_from <= self.grad_to < self.steps:
@@ -109,8 +117,12 @@ class ImageReFL(ReFL):
     """
 
     start_from: int = field(default=30, metadata={"min": 0, "max": 999, "help": "first index to which a real image may be noised"})
-    start_to: int = field(default=30, metadata={"min": 0, "max": 999, "help": "last such index, included; the gradient step never precedes it"})
-    refl_share: float = field(default=0.25, metadata={"min": 0.0, "max": 1.0, "help": "share of micro-batches that start from noise (plain ReFL)"})
+    start_to: int = field(
+        default=30, metadata={"min": 0, "max": 999, "help": "last such index, included; the gradient step never precedes it"}
+    )
+    refl_share: float = field(
+        default=0.25, metadata={"min": 0.0, "max": 1.0, "help": "share of micro-batches that start from noise (plain ReFL)"}
+    )
     diffusion_weight: float = field(default=0.01, metadata={"min": 0.0, "help": "weight of the diffusion loss (official 0.01)"})
 
     def __post_init__(self) -> None:

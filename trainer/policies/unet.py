@@ -6,7 +6,7 @@ variance-exploding coordinates, x_VE = x_VP / √ᾱ and σ = √((1−ᾱ)/ᾱ)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,8 @@ class UNetPolicy:
 
         if self.lora is not None:
             raise ValueError("this policy has an adapter already")
-        self.unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=True))
+        alpha: Any = lora.alpha  # peft computes with any number, and types it int
+        self.unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets), init_lora_weights=True))
         self.lora = lora
         from ..draws import generator
 
@@ -90,7 +91,7 @@ class UNetPolicy:
         return [p for _, p in self.named_parameters()]
 
     @contextmanager
-    def adapter_off(self) -> Iterator[None]:
+    def adapter_off(self) -> Generator[None]:
         """The base model inside the block. Restores requires_grad, which peft's own switch sets on the way back."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -117,7 +118,8 @@ class UNetPolicy:
             if uncond is None:
                 return self._predict(x, sigma, cond)
             both = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([cond, uncond]))
-            return classifier_free_guidance(*both.chunk(2), guidance)
+            conditional, unconditional = both.chunk(2)
+            return classifier_free_guidance(conditional, unconditional, guidance)
 
         return denoise
 
@@ -161,7 +163,9 @@ class UNetPolicy:
         missing = sorted({p for p in prompts if p not in self._embeddings})
         for first in range(0, len(missing), 64):
             part = missing[first : first + 64]
-            tokens = self.tokenizer(part, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(
+                part, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            )
             for prompt, row in zip(part, self.text_encoder(tokens.input_ids.to(self.device))[0]):
                 self._embeddings[prompt] = row
         return torch.stack([self._embeddings[p] for p in prompts])
