@@ -37,6 +37,20 @@ def test_a_saved_lora_loads_back_to_the_same_model(policy, pipeline_folder, tmp_
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_strength_scales_the_whole_update(policy, pipeline_folder, tmp_path):
+    """Half strength equals half alpha, and none the base."""
+    tuned(policy)
+    save_lora(policy, tmp_path / "a.safetensors", {})
+    tensors = load_file(tmp_path / "a.safetensors")
+    save_file({k: v / 2 if k.endswith(".alpha") else v for k, v in tensors.items()}, tmp_path / "half.safetensors")
+    policies = [UNetPolicy.load(pipeline_folder) for _ in range(4)]
+    load_lora(policies[0], tmp_path / "a.safetensors", 0.5)
+    load_lora(policies[1], tmp_path / "half.safetensors")
+    load_lora(policies[2], tmp_path / "a.safetensors", 0.0)
+    torch.testing.assert_close(denoised(policies[0]), denoised(policies[1]))
+    torch.testing.assert_close(denoised(policies[2]), denoised(policies[3]))
+
+
 def test_diffusers_loads_every_key_and_predicts_the_same(policy, pipeline_folder, tmp_path):
     tuned(policy)
     save_lora(policy, tmp_path / "a.safetensors", {})

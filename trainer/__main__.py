@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=described.splitlines()[0],
             description=described,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # `--lr=…` must never become another flag
         )
         configure(command)
         command.set_defaults(run=run)
@@ -39,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is missing: pip install -e '.[train]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
 
 

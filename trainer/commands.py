@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -23,7 +22,7 @@ from .metrics.evaluate import frontier_area, intervals, judge
 from .policies.unet import UNetPolicy
 from .reward import Reward, Standardised
 from .rewards.two_tower import TwoTower
-from .run import Run, TrainConfig, file_hash
+from .run import Run, TrainConfig, file_hash, interruptible
 from .sampling import METHODS, Switch
 
 DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
@@ -102,26 +101,15 @@ def run_train(arguments: argparse.Namespace) -> int:
     if config.checkpoint_reward and isinstance(reward, Standardised) and isinstance(reward.reward, TwoTower):
         reward.reward.checkpoint_gradients(True)
 
-    stopping = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        with tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"]) as bar:
-            for done in run.steps():
-                bar.set_postfix(loss=f"{done.loss:.3f}", reward=f"{done.logs['reward']:.3f}")
-                bar.update()
-                if stopping and done.number < config.steps:
-                    run.save()
-                    bar.close()
-                    print(f"stopped after step {done.number}; saved {run.checkpoint_path}; go on with --resume")
-                    return 130
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    with interruptible() as stopping, tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"]) as bar:
+        for done in run.steps():
+            bar.set_postfix(loss=f"{done.loss:.3f}", reward=f"{done.logs['reward']:.3f}")
+            bar.update()
+            if stopping() and done.number < config.steps:
+                run.save()
+                bar.close()
+                print(f"stopped after step {done.number}; saved {run.checkpoint_path}; go on with --resume")
+                return 130
     print(f"wrote {run.folder / 'lora.safetensors'}: every key read back")
     return 0
 
@@ -175,6 +163,7 @@ def _configure_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--switch", default="auto", help="where the tuned model takes over: auto (from the LoRA), 15, 75%%, sigma=0.63; 0 is tuned only"
     )
+    parser.add_argument("--strength", type=float, default=1.0, help="strength of the LoRA (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that has files")
     _configure_generation(parser)
@@ -195,7 +184,7 @@ def run_sample(arguments: argparse.Namespace) -> int:
             switched = Switch(sigma=metadata["switch_sigma"]).index(sigmas)
         else:
             switched = Switch.parse(arguments.switch).index(sigmas)
-        load_lora(base, arguments.lora)  # one set of weights: the adapter is off for the base, on for the tuned model
+        load_lora(base, arguments.lora, arguments.strength)  # one set of weights: the adapter is off for the base, on for the tuned model
         drawn = generate(base, {"tuned": base}, prompts, [switched], settings)["tuned", switched]
     _fresh_folder(arguments.out, arguments.overwrite)
     for i, (image, prompt) in enumerate(zip(drawn, prompts)):
@@ -306,7 +295,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             reference = torch.cat([features(part) for part in real.split(64)])
     at_base = judge(from_base, prompts, rewards, features, reference)
     judged = {key: judge(images, prompts, rewards, features, reference) for key, images in drawn.items()}
-    results = {
+    results: dict[str, Any] = {
         "base": at_base.means(),
         "points": [{"model": m, "k": k, **j.means()} for (m, k), j in judged.items()],
         "frontier": {m: {r: frontier_area([judged[m, k] for k in switches], at_base, r) for r in rewards} for m in tuned},
@@ -332,6 +321,7 @@ def _configure_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="everything small: proves that it runs, not that it works")
     parser.add_argument("--seed", type=int, default=0, help="training and test seed")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+    parser.add_argument("--resume", action="store_true", help="go on after Ctrl-C or a crash")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
@@ -339,7 +329,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     from .demo.show import show
 
     print("about 2 minutes on two CPU cores" if arguments.quick else "about 15 minutes on two CPU cores; --quick takes about 2", flush=True)
-    results = show(arguments.out, quick=arguments.quick, seed=arguments.seed, overwrite=arguments.overwrite)
+    results = show(arguments.out, quick=arguments.quick, seed=arguments.seed, overwrite=arguments.overwrite, resume=arguments.resume)
     print(f"wrote {arguments.out / 'report.html'} ({results['seconds']:.0f} s, {results['peak_rss_mb']:.0f} MB)")
     return 0
 

@@ -64,8 +64,11 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
     return tensors, json.loads(header.get("imagerefl", "{}")), header
 
 
-def load_lora(policy: UNetPolicy, path: Path) -> dict[str, Any]:
-    """Attach the LoRA of a file to a policy without adapter; every key must match. Returns its metadata."""
+def load_lora(policy: UNetPolicy, path: Path, strength: float = 1.0) -> dict[str, Any]:
+    """Attach the LoRA of a file, scaled by `strength`, to a policy without adapter; every key must match.
+
+    Returns the file's metadata.
+    """
     tensors, metadata, _ = read_lora(path)
     downs = {key.split(".")[0]: value for key, value in tensors.items() if key.endswith(".lora_down.weight")}
     if not downs:
@@ -88,5 +91,5 @@ def load_lora(policy: UNetPolicy, path: Path) -> dict[str, Any]:
         for key, parameter in expected.items():
             if parameter.shape != weights[key].shape:
                 raise ValueError(f"{path}: {key} has shape {tuple(weights[key].shape)}, the model wants {tuple(parameter.shape)}")
-            parameter.copy_(weights[key])
+            parameter.copy_(weights[key] * (strength if key.endswith("lora_up.weight") else 1.0))
     return metadata

@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,23 @@ class TrainConfig:
     def describe(self) -> dict[str, Any]:
         """The settings that decide the result, for metadata: everything but where it is written."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("out", "save_every", "device")}
+
+
+@contextmanager
+def interruptible() -> Generator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes the yielded function return True; a second one interrupts as usual."""
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: stopping
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def file_hash(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from ..lora_file import load_lora
 from ..metrics.evaluate import Judged, area_interval, frontier_area, intervals, judge
 from ..policies.unet import Lora, UNetPolicy
 from ..reward import Reward
-from ..run import Run, TrainConfig, file_hash
+from ..run import Run, TrainConfig, file_hash, interruptible
 from . import files, world
 
 log = logging.getLogger(__name__)
@@ -103,28 +102,35 @@ def train_config(method: str, out: Path, size: DemoSize, tuning: Tuning, seed: i
     )
 
 
-def train_one(config: TrainConfig, samples: Samples, on_step: Callable[[Run], object] = lambda run: None) -> Path:
-    """Train, showing progress; returns the LoRA's path."""
+def train_one(config: TrainConfig, samples: Samples, on_step: Callable[[Run], object] = lambda run: None, *, resume: bool = False) -> Path:
+    """Train, showing progress, or go on from a checkpoint; returns the LoRA's path. Ctrl-C saves and raises KeyboardInterrupt."""
     from tqdm import tqdm
 
     policy = UNetPolicy.load(files.PIPELINE)
     reward = files.load_reward("proxy")
     run = Run(config, policy, samples, reward, file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors"))
-    run.open_folder(overwrite=True, resume=False)
-    with tqdm(total=config.steps, desc=f"training {config.objective['name']}", unit="step") as bar:
+    run.open_folder(overwrite=True, resume=resume and run.checkpoint_path.is_file())
+    name = config.objective["name"]
+    with interruptible() as stopping, tqdm(total=config.steps, initial=run.step, desc=f"training {name}", unit="step") as bar:
         for done in run.steps():
             bar.set_postfix(reward=f"{done.logs['reward']:.2f}")
             bar.update()
             on_step(run)
+            if stopping():
+                run.save()
+                raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {done.number}; go on with --resume")
     return Path(config.out) / "lora.safetensors"
 
 
 class Curve:
-    """Proxy, held-out, gold and diversity of the model under training, on a few prompts, every `every` steps."""
+    """Proxy, held-out, gold and diversity of the model under training, on a few prompts, every `every` steps.
 
-    def __init__(self, judges: dict[str, Reward], prompts: list[str], every: int, seed: int) -> None:
+    The points lie in the run's folder beside its log, so that a resumed run has them all.
+    """
+
+    def __init__(self, judges: dict[str, Reward], prompts: list[str], every: int, seed: int, folder: Path) -> None:
         self.judges, self.prompts, self.every, self.seed = judges, prompts, every, seed
-        self.points: list[dict[str, float]] = []
+        self.path = folder / "curve.json"
         self.features = files.load_reader().features
 
     def __call__(self, run: Run) -> None:
@@ -134,7 +140,13 @@ class Curve:
         settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=self.seed + 1)
         images = generate(run.policy, {"tuned": run.policy}, self.prompts, [0], settings)["tuned", 0]
         judged = judge(images, self.prompts, self.judges, self.features, self.features(images))
-        self.points.append({"step": float(run.step), **{k: v for k, v in judged.means().items() if k not in ("fid", "logcov")}})
+        point = {"step": float(run.step), **{k: v for k, v in judged.means().items() if k not in ("fid", "logcov")}}
+        earlier = [p for p in self.points() if p["step"] < run.step] if run.step > 1 else []
+        self.path.write_text(json.dumps([*earlier, point]), "utf-8")
+
+    def points(self) -> list[dict[str, float]]:
+        """What has been measured so far."""
+        return json.loads(self.path.read_text("utf-8")) if self.path.is_file() else []
 
 
 def judges() -> dict[str, Reward]:
@@ -147,16 +159,16 @@ def figures(judged: Judged) -> dict[str, float]:
     return {name: round(value, 5) for name, value in judged.means().items()}
 
 
-def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False, tuning: Tuning | None = None) -> dict[str, Any]:
+def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run the demo into `out`; returns what `results.json` holds."""
     from tqdm import tqdm
 
-    from ..metrics.report import write_report
+    from ..metrics.report import overview_figure, write_report
 
     begin = time.monotonic()
-    size, tuning = (QUICK if quick else FULL), tuning or Tuning()
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ConfigError(f"{out} exists: add --overwrite to replace it")
+    size, tuning = (QUICK if quick else FULL), Tuning()
+    if out.exists() and any(out.iterdir()) and not overwrite and not resume:
+        raise ConfigError(f"{out} exists: add --overwrite to replace it, or --resume to go on")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").unlink(missing_ok=True)
@@ -171,13 +183,14 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     tuned: dict[str, Any] = {}
     configs: dict[str, TrainConfig] = {}
     for method in ("refl", "imagerefl"):
-        curve = Curve(judges(), watched, 10, seed)
         config = configs[method] = train_config(method, out / "runs" / method, size, tuning, seed)
-        lora = train_one(config, samples, curve)
+        curve = Curve(judges(), watched, 10, seed, Path(config.out))
+        finished = resume and (Path(config.out) / "lora.safetensors").is_file()
+        lora = Path(config.out) / "lora.safetensors" if finished else train_one(config, samples, curve, resume=resume)
         (out / f"{method}.safetensors").write_bytes(lora.read_bytes())
         policy = UNetPolicy.load(files.PIPELINE)
         load_lora(policy, out / f"{method}.safetensors")
-        tuned[method], curves[method] = policy, curve.points
+        tuned[method], curves[method] = policy, curve.points()
 
     prompts = captions(size.prompts, "test", seed)
     texts = [c.text for c in prompts for _ in range(size.per_prompt)]
@@ -219,10 +232,17 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     pictures = {"base": base_images, "base_unguided": unguided, **{f"{m} k={k}": p for (m, k), p in drawn.items()}}
     write_report(out / "report.html", results, pictures, texts, size.per_prompt, START, at_base, by_method, size.switches)
+    overview_figure(pictures, texts, size.per_prompt, START, at_base, by_method, size.switches).savefig(out / "overview.png", dpi=110)
     return results
 
 
 def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far."""
+    """Largest resident memory of this process so far, in megabytes."""
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -37,17 +37,7 @@ def frontier_figure(base: Judged, by_method: Mapping[str, Sequence[Judged]], swi
 
     figure = Figure(figsize=(4.6 * len(axes), 3.8))
     for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes):
-        for method, points in by_method.items():
-            at = [frontier_point(p, base, axis) for p in points]
-            panel.plot([x for x, _ in at], [y for _, y in at], "o-", color=_COLOURS[method], label=_NAMES[method])
-            for (x, y), k in zip(at, switches):
-                panel.annotate(f"k={k}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=_COLOURS[method])
-        panel.axhline(0, color="#888888", linestyle=":", linewidth=1)
-        panel.axvline(1, color="#888888", linestyle=":", linewidth=1)
-        panel.plot([1], [0], "s", color=_COLOURS["base"], label="base")
-        panel.set_xlabel("diversity / base diversity")
-        panel.set_ylabel(f"{'proxy' if axis == 'reward' else axis} gain (base s.d.)")
-        panel.legend(fontsize=8)
+        _frontier_panel(panel, base, by_method, switches, axis)
     figure.tight_layout()
     return figure
 
@@ -68,6 +58,46 @@ def curves_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
         panel.legend(fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def overview_figure(
+    drawn: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    per_prompt: int,
+    headline: int,
+    base: Judged,
+    by_method: Mapping[str, Sequence[Judged]],
+    switches: Sequence[int],
+) -> Any:
+    """One picture for a README: the same prompts (rows) and seeds (columns) from four models, and the frontier."""
+    from matplotlib.figure import Figure
+
+    rows, columns = 4, min(4, per_prompt)
+    labels = ["base", "refl k=0", f"refl k={headline}", f"imagerefl k={headline}"]
+    titles = ["base", "ReFL alone", f"base → ReFL at step {headline}", f"base → ImageReFL at step {headline}"]
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    panels = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 1.35])
+    chosen = [p * per_prompt + i for p in range(rows) for i in range(columns)]
+    for panel, label, title in zip(panels, labels, titles):
+        panel.imshow(pictures.grid(drawn[label][chosen], columns).permute(1, 2, 0).numpy(), interpolation="nearest")
+        panel.set_title(title, fontsize=10)
+        panel.axis("off")
+    _frontier_panel(panels[4], base, by_method, switches, "heldout")
+    return figure
+
+
+def _frontier_panel(panel: Any, base: Judged, by_method: Mapping[str, Sequence[Judged]], switches: Sequence[int], axis: str) -> None:
+    for method, points in by_method.items():
+        at = [frontier_point(p, base, axis) for p in points]
+        panel.plot([x for x, _ in at], [y for _, y in at], "o-", color=_COLOURS[method], label=_NAMES[method])
+        for (x, y), k in zip(at, switches):
+            panel.annotate(f"k={k}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=_COLOURS[method])
+    panel.axhline(0, color="#888888", linestyle=":", linewidth=1)
+    panel.axvline(1, color="#888888", linestyle=":", linewidth=1)
+    panel.plot([1], [0], "s", color=_COLOURS["base"], label="base")
+    panel.set_xlabel("diversity / base diversity")
+    panel.set_ylabel(f"{'proxy' if axis == 'reward' else axis} gain (base s.d.)")
+    panel.legend(fontsize=8)
 
 
 def write_report(

@@ -1,0 +1,205 @@
+"""The comparison of docs/results.md: base, ReFL and ImageReFL, alone and combined, with the baselines every user asks about.
+
+    python -m trainer.demo.results seed FOLDER SEED     # one training seed; finished seeds are left alone
+    python -m trainer.demo.results table FOLDER OUT.md
+
+Equal optimizer steps and batch for both methods, the same test prompts and sampling seeds for all models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import encode_images
+from ..generate import Generation, generate, generate_base
+from ..lora_file import load_lora, save_lora
+from ..metrics.evaluate import Judged, frontier_area, intervals, judge
+from ..metrics.frontier import bootstrap
+from ..policies.unet import UNetPolicy
+from ..run import Run
+from . import files, show
+from .show import GUIDANCE, START, STEPS
+
+log = logging.getLogger(__name__)
+
+SWITCHES = (0, 10, 12, 15, 17, 18)
+STRENGTHS = (0.25, 0.5, 0.75)
+EVERY = 10  # steps between the points of the training curves, and between the LoRAs that early stopping may pick
+
+
+def train_both(folder: Path, seed: int, size: show.DemoSize, tuning: show.Tuning) -> dict[str, list[dict[str, float]]]:
+    """Train ReFL and ImageReFL, keeping every `EVERY`th adapter; returns the training curves."""
+    base = UNetPolicy.load(files.PIPELINE)
+    samples = encode_images(base, *show.real_images(size.real, seed))
+    watched = [c.text for c in show.captions(12, "validation") for _ in range(4)]
+    curves: dict[str, list[dict[str, float]]] = {}
+    for method in ("refl", "imagerefl"):
+        curve = show.Curve(show.judges(), watched, EVERY, seed, folder / method)
+
+        def on_step(run: Run, curve: show.Curve = curve, method: str = method) -> None:
+            curve(run)
+            if run.step % EVERY == 0:
+                save_lora(run.policy, folder / f"{method}-{run.step:04d}.safetensors", run.metadata())
+
+        show.train_one(show.train_config(method, folder / method, size, tuning, seed), samples, on_step)
+        curves[method] = curve.points()
+    return curves
+
+
+def _images(loras: dict[str, tuple[Path, float]], texts: list[str], switches: tuple[int, ...], seed: int) -> dict[tuple[str, int], Tensor]:
+    tuned: dict[str, Any] = {}
+    for name, (path, strength) in loras.items():
+        tuned[name] = UNetPolicy.load(files.PIPELINE)
+        load_lora(tuned[name], path, strength)
+    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=seed)
+    return generate(UNetPolicy.load(files.PIPELINE), tuned, texts, switches, settings)
+
+
+def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, per_prompt: int, tuning: show.Tuning) -> dict[str, Any]:
+    """One training seed: train, generate, judge. The test set does not depend on the seed."""
+    size = show.DemoSize(refl_updates=updates, imagerefl_updates=updates, batch=batch, prompts=prompts, per_prompt=per_prompt)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = train_both(folder, seed, size, tuning)
+    captions = show.captions(prompts, "results")
+    texts = [c.text for c in captions for _ in range(per_prompt)]
+    scorers, reader = show.judges(), files.load_reader()
+    with torch.no_grad():
+        reference = torch.cat([reader.features(part) for part in show.real_renders(captions, 4 * per_prompt, 1).split(64)])
+
+    def judged(images: Tensor) -> Judged:
+        return judge(images, texts, scorers, reader.features, reference)
+
+    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=1234)
+    base_policy = UNetPolicy.load(files.PIPELINE)
+    base = judged(generate_base(base_policy, texts, settings))
+    unguided = judged(generate_base(base_policy, texts, Generation(steps=STEPS, guidance=1.0, seed=1234)))
+    loras = {m: (folder / m / "lora.safetensors", 1.0) for m in ("refl", "imagerefl")}
+    models = {(n, k): judged(images) for (n, k), images in _images(loras, texts, SWITCHES, 1234).items()}
+    weaker = {f"refl x{s}": (loras["refl"][0], s) for s in STRENGTHS}
+    goal = float(models["imagerefl", START].rewards["reward"].mean())
+    early = early_stop(curves["refl"], curves["imagerefl"])
+    weaker[f"refl at step {early}"] = (folder / f"refl-{early:04d}.safetensors", 1.0)
+    models |= {(n, k): judged(images) for (n, k), images in _images(weaker, texts, (0,), 1234).items()}
+    frontier = {m: {axis: frontier_area([models[m, k] for k in SWITCHES], base, axis) for axis in scorers} for m in ("refl", "imagerefl")}
+    per_prompt_values = {
+        f"{n}|{k}": {**{r: v.tolist() for r, v in j.rewards.items()}, "diversity": j.diversity.tolist()}
+        for (n, k), j in {**models, ("base", STEPS): base, ("base unguided", STEPS): unguided}.items()
+    }
+    return {
+        "seed": seed,
+        "updates": updates,
+        "batch": batch,
+        "prompts": prompts,
+        "per_prompt": per_prompt,
+        "imagerefl_goal": goal,
+        "base": base.means(),
+        "base_unguided": unguided.means(),
+        "points": [{"model": n, "k": k, **j.means(), "ci": intervals(j, base)} for (n, k), j in models.items()],
+        "frontier": frontier,
+        "curves": curves,
+        "per_prompt_values": per_prompt_values,
+    }
+
+
+def early_stop(refl: list[dict[str, float]], imagerefl: list[dict[str, float]]) -> int:
+    """The first kept step at which ReFL's reward on the validation prompts reaches ImageReFL's last one."""
+    goal = imagerefl[-1]["reward"]
+    kept = [p for p in refl if p["step"] >= EVERY]
+    return int(next((p["step"] for p in kept if p["reward"] >= goal), kept[-1]["step"]))
+
+
+def table(folder: Path) -> str:
+    """Markdown of every finished seed."""
+    runs = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("seed*.json"))]
+    if not runs:
+        raise SystemExit(f"no finished seed in {folder}")
+    first = runs[0]
+    out = [
+        f"{first['updates']} optimizer steps of {first['batch']} for both methods; "
+        f"{first['prompts']} test prompts × {first['per_prompt']} images; "
+        f"{STEPS} ancestral steps, base guidance {GUIDANCE:g}, tuned model unguided; headline k = {START}, the training start index.",
+        "",
+    ]
+    for run in runs:
+        out += [f"### Training seed {run['seed']}", "", "| model | k | proxy | held-out | gold | diversity | of base | FID | LogCov |"]
+        out += ["|---|---|---|---|---|---|---|---|---|"]
+        rows = [("base", STEPS, run["base"], None), ("base, unguided", STEPS, run["base_unguided"], None)]
+        rows += [(p["model"], p["k"], p, p["ci"]) for p in run["points"]]
+        for name, k, values, ci in rows:
+            cells = [_cell(values, ci, axis) for axis in ("reward", "heldout", "gold", "diversity")]
+            share = values["diversity"] / run["base"]["diversity"]
+            out.append(f"| {name} | {k} | {' | '.join(cells)} | {100 * share:.0f} % | {values['fid']:.2f} | {values['logcov']:.2f} |")
+        areas = ", ".join(f"{m} {a['heldout']:.3f} (proxy {a['reward']:.3f}, gold {a['gold']:.3f})" for m, a in run["frontier"].items())
+        out += ["", f"Frontier area, held-out axis: {areas}.", ""]
+    return "\n".join(out)
+
+
+def _cell(values: dict[str, Any], ci: dict[str, list[float]] | None, axis: str) -> str:
+    if ci is None:
+        return f"{values[axis]:.3f}"
+    return f"{values[axis]:.3f} ({ci[axis][0]:+.2f} … {ci[axis][1]:+.2f})"
+
+
+def claims(folder: Path) -> str:
+    """The paper's claims, each as a paired difference over prompts, per seed, with its 95 % interval."""
+    out = ["| claim | seed | difference | 95 % interval |", "|---|---|---|---|"]
+    tests = [
+        ("ReFL raises held-out reward", "heldout", f"refl|{0}", f"base|{STEPS}"),
+        ("ReFL raises gold", "gold", f"refl|{0}", f"base|{STEPS}"),
+        ("ReFL loses diversity (to the unguided base)", "diversity", f"refl|{0}", f"base unguided|{STEPS}"),
+        ("combined generation wins diversity back", "diversity", f"refl|{START}", f"refl|{0}"),
+        ("… at this change of held-out reward", "heldout", f"refl|{START}", f"refl|{0}"),
+        ("ImageReFL against ReFL, both combined: held-out", "heldout", f"imagerefl|{START}", f"refl|{START}"),
+        ("ImageReFL against ReFL, both combined: diversity", "diversity", f"imagerefl|{START}", f"refl|{START}"),
+    ]
+    for path in sorted(folder.glob("seed*.json")):
+        run = json.loads(path.read_text("utf-8"))
+        values = run["per_prompt_values"]
+        for claim, axis, a, b in tests:
+            difference = torch.tensor(values[a][axis]) - torch.tensor(values[b][axis])
+            low, high = bootstrap(lambda rows, d=difference: d[rows].mean(), len(difference))
+            out.append(f"| {claim} | {run['seed']} | {float(difference.mean()):+.3f} | {float(low):+.3f} … {float(high):+.3f} |")
+    return "\n".join(out)
+
+
+def main() -> None:
+    """Run one seed, or write the tables."""
+    parser = argparse.ArgumentParser(description="The comparison of docs/results.md")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("seed", help="train and judge one seed")
+    one.add_argument("folder", type=Path)
+    one.add_argument("seed", type=int)
+    one.add_argument("--updates", type=int, default=100)
+    one.add_argument("--batch", type=int, default=16)
+    one.add_argument("--prompts", type=int, default=100)
+    one.add_argument("--per-prompt", type=int, default=8)
+    one.add_argument("--lr", type=float, default=show.Tuning().lr)
+    one.add_argument("--threads", type=int, default=1)
+    tables = commands.add_parser("table", help="write the tables of all finished seeds")
+    tables.add_argument("folder", type=Path)
+    tables.add_argument("out", type=Path)
+    a = parser.parse_args()
+    if a.command == "table":
+        a.out.write_text(f"{table(a.folder)}\n## The claims\n\n{claims(a.folder)}\n", "utf-8")
+        return
+    torch.set_num_threads(a.threads)
+    target = a.folder / f"seed{a.seed}.json"
+    if target.is_file():
+        log.info("%s is finished", target)
+        return
+    result = run_seed(a.folder / f"seed{a.seed}", a.seed, a.updates, a.batch, a.prompts, a.per_prompt, show.Tuning(lr=a.lr))
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n", "utf-8")
+    os.replace(partial, target)
+
+
+if __name__ == "__main__":
+    main()
