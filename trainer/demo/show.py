@@ -37,17 +37,17 @@ GUIDANCE = 3.0  # of the base model
 class DemoSize:
     """How much the demo does."""
 
-    refl_updates: int = 60
-    imagerefl_updates: int = 120
+    refl_updates: int = 50
+    imagerefl_updates: int = 100
     batch: int = 32
-    prompts: int = 50
+    prompts: int = 40
     per_prompt: int = 8
     switches: tuple[int, ...] = (0, 10, 12, 15, 17, 18)
     real: int = 1024
 
 
 FULL = DemoSize()
-QUICK = DemoSize(refl_updates=20, imagerefl_updates=30, batch=16, prompts=24, per_prompt=4, switches=(0, 15, 18), real=384)
+QUICK = DemoSize(refl_updates=12, imagerefl_updates=20, batch=16, prompts=16, per_prompt=4, switches=(0, 15, 18), real=384)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     base = UNetPolicy.load(files.PIPELINE)
     images, image_captions = real_images(size.real, seed)
     samples = encode_images(base, images, image_captions)
-    watched = [c.text for c in captions(8, "watch", seed) for _ in range(4)]
+    watched = [c.text for c in captions(4 if quick else 8, "watch", seed) for _ in range(4)]
     curves: dict[str, list[dict[str, float]]] = {}
     tuned: dict[str, Any] = {}
     configs: dict[str, TrainConfig] = {}

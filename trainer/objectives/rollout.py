@@ -13,7 +13,7 @@ from torch import Tensor
 from ..denoiser import per_sample
 from ..policy import Batch, Policy
 from ..reward import Reward
-from ..sampling import step
+from ..sampling import alpha, step
 
 Logs = dict[str, Tensor]
 
@@ -163,8 +163,8 @@ class ImageReFL(ReFL):
         x, denoised = self._from_start(policy, batch, start, at_start, first, last, sigmas)
         loss, logs = self._reward_loss(policy, batch, reward, x, sigmas[last], denoised)
         if self.diffusion_weight > 0:
-            # ε̂ − ε = −(x̂0 − x0)·α/σ, in either space
-            scale = (policy.add_noise(torch.ones_like(start), torch.zeros_like(start), sigmas[first])) / per_sample(sigmas[first], start)
+            here = sigmas[first]
+            scale = per_sample(alpha(here, policy.space) / here, start)  # ε̂ − ε = −(x̂0 − x0)·α/σ, in either space
             errors = ((at_start - batch.latents) * scale).square().flatten(1).mean(1)
             loss = loss + self.diffusion_weight * errors.mean()
             logs["diffusion"] = errors.detach()
