@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..data import encode_images
-from ..generate import Generation, generate, generate_base
+from ..generate import Generation, generate
 from ..lora_file import load_lora, save_lora
-from ..metrics.evaluate import Judged, frontier_area, intervals, judge
+from ..metrics.evaluate import frontier_area, intervals
 from ..metrics.frontier import bootstrap
 from ..policies.unet import UNetPolicy
 from ..run import Run
@@ -32,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SWITCHES = (0, 10, 12, 15, 17, 18)
 STRENGTHS = (0.25, 0.5, 0.75)
+SAMPLING_SEED = 1234  # the same test noise for every training seed
 EVERY = 10  # steps between the points of the training curves, and between the LoRAs that early stopping may pick
 
 
@@ -54,13 +54,10 @@ def train_both(folder: Path, seed: int, size: show.DemoSize, tuning: show.Tuning
     return curves
 
 
-def _images(loras: dict[str, tuple[Path, float]], texts: list[str], switches: tuple[int, ...], seed: int) -> dict[tuple[str, int], Tensor]:
-    tuned: dict[str, Any] = {}
-    for name, (path, strength) in loras.items():
-        tuned[name] = UNetPolicy.load(files.PIPELINE)
-        load_lora(tuned[name], path, strength)
-    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=seed)
-    return generate(UNetPolicy.load(files.PIPELINE), tuned, texts, switches, settings)
+def _load(path: Path, strength: float = 1.0) -> UNetPolicy:
+    policy = UNetPolicy.load(files.PIPELINE)
+    load_lora(policy, path, strength)
+    return policy
 
 
 def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, per_prompt: int, tuning: show.Tuning) -> dict[str, Any]:
@@ -68,44 +65,32 @@ def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, pe
     size = show.DemoSize(refl_updates=updates, imagerefl_updates=updates, batch=batch, prompts=prompts, per_prompt=per_prompt)
     folder.mkdir(parents=True, exist_ok=True)
     curves = train_both(folder, seed, size, tuning)
-    captions = show.captions(prompts, "results")
-    texts = [c.text for c in captions for _ in range(per_prompt)]
-    scorers, reader = show.judges(), files.load_reader()
-    with torch.no_grad():
-        reference = torch.cat([reader.features(part) for part in show.real_renders(captions, 4 * per_prompt, 1).split(64)])
-
-    def judged(images: Tensor) -> Judged:
-        return judge(images, texts, scorers, reader.features, reference)
-
-    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=1234)
-    base_policy = UNetPolicy.load(files.PIPELINE)
-    base = judged(generate_base(base_policy, texts, settings))
-    unguided = judged(generate_base(base_policy, texts, Generation(steps=STEPS, guidance=1.0, seed=1234)))
-    loras = {m: (folder / m / "lora.safetensors", 1.0) for m in ("refl", "imagerefl")}
-    models = {(n, k): judged(images) for (n, k), images in _images(loras, texts, SWITCHES, 1234).items()}
-    weaker = {f"refl x{s}": (loras["refl"][0], s) for s in STRENGTHS}
-    goal = float(models["imagerefl", START].rewards["reward"].mean())
+    bench = show.Bench(show.captions(prompts, "results"), per_prompt, 1)
+    base_policy, tuned = UNetPolicy.load(files.PIPELINE), {m: _load(folder / m / "lora.safetensors") for m in ("refl", "imagerefl")}
+    judged = {key: bench(images) for key, images in show.draw(base_policy, tuned, bench.texts, SWITCHES, SAMPLING_SEED).items()}
     early = early_stop(curves["refl"], curves["imagerefl"])
-    weaker[f"refl at step {early}"] = (folder / f"refl-{early:04d}.safetensors", 1.0)
-    models |= {(n, k): judged(images) for (n, k), images in _images(weaker, texts, (0,), 1234).items()}
-    frontier = {m: {axis: frontier_area([models[m, k] for k in SWITCHES], base, axis) for axis in scorers} for m in ("refl", "imagerefl")}
-    per_prompt_values = {
-        f"{n}|{k}": {**{r: v.tolist() for r, v in j.rewards.items()}, "diversity": j.diversity.tolist()}
-        for (n, k), j in {**models, ("base", STEPS): base, ("base unguided", STEPS): unguided}.items()
-    }
+    weaker = {f"refl x{s}": _load(folder / "refl" / "lora.safetensors", s) for s in STRENGTHS}
+    weaker[f"refl at step {early}"] = _load(folder / f"refl-{early:04d}.safetensors")
+    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=SAMPLING_SEED)
+    judged |= {key: bench(images) for key, images in generate(base_policy, weaker, bench.texts, (0,), settings).items()}
+    base = judged.pop(("base", STEPS))
+    unguided = judged.pop(("base_unguided", STEPS))
+    everything = {**judged, ("base", STEPS): base, ("base unguided", STEPS): unguided}
     return {
         "seed": seed,
         "updates": updates,
         "batch": batch,
         "prompts": prompts,
         "per_prompt": per_prompt,
-        "imagerefl_goal": goal,
         "base": base.means(),
         "base_unguided": unguided.means(),
-        "points": [{"model": n, "k": k, **j.means(), "ci": intervals(j, base)} for (n, k), j in models.items()],
-        "frontier": frontier,
+        "points": [{"model": n, "k": k, **j.means(), "ci": intervals(j, base)} for (n, k), j in judged.items()],
+        "frontier": {m: {a: frontier_area([judged[m, k] for k in SWITCHES], base, a) for a in bench.rewards} for m in tuned},
         "curves": curves,
-        "per_prompt_values": per_prompt_values,
+        "per_prompt_values": {
+            f"{n}|{k}": {**{r: v.tolist() for r, v in j.rewards.items()}, "diversity": j.diversity.tolist()}
+            for (n, k), j in everything.items()
+        },
     }
 
 
@@ -140,6 +125,26 @@ def table(folder: Path) -> str:
         areas = ", ".join(f"{m} {a['heldout']:.3f} (proxy {a['reward']:.3f}, gold {a['gold']:.3f})" for m, a in run["frontier"].items())
         out += ["", f"Frontier area, held-out axis: {areas}.", ""]
     return "\n".join(out)
+
+
+def curves_figure(folder: Path) -> Any:
+    """Proxy, held-out, gold and diversity over training: the mean of the seeds, and their range as a band."""
+    from matplotlib.figure import Figure
+
+    runs = [json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("seed*.json"))]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for panel, method in zip(figure.subplots(1, 2, sharey=True), ("refl", "imagerefl")):
+        steps = [p["step"] for p in runs[0]["curves"][method]]
+        for axis, label in (("reward", "proxy"), ("heldout", "held-out"), ("gold", "gold"), ("diversity", "diversity, ratio")):
+            values = torch.tensor([[p[axis] for p in run["curves"][method]] for run in runs])
+            values = values / values[:, :1] if axis == "diversity" else values - values[:, :1]
+            (line,) = panel.plot(steps, values.mean(0), label=label)
+            panel.fill_between(steps, values.amin(0), values.amax(0), alpha=0.2, color=line.get_color())
+        panel.set_title({"refl": "ReFL", "imagerefl": "ImageReFL"}[method] + ", tuned model alone (k = 0)")
+        panel.set_xlabel("optimizer step")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    return figure
 
 
 def _cell(values: dict[str, Any], ci: dict[str, list[float]] | None, axis: str) -> str:
@@ -188,7 +193,8 @@ def main() -> None:
     tables.add_argument("out", type=Path)
     a = parser.parse_args()
     if a.command == "table":
-        a.out.write_text(f"{table(a.folder)}\n## The claims\n\n{claims(a.folder)}\n", "utf-8")
+        a.out.write_text(f"{table(a.folder)}\n### The claims\n\n{claims(a.folder)}\n", "utf-8")
+        curves_figure(a.folder).savefig(a.out.with_suffix(".png"), dpi=100)
         return
     torch.set_num_threads(a.threads)
     target = a.folder / f"seed{a.seed}.json"

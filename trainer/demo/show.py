@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +159,22 @@ def figures(judged: Judged) -> dict[str, float]:
     return {name: round(value, 5) for name, value in judged.means().items()}
 
 
-def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Run the demo into `out`; returns what `results.json` holds."""
-    from tqdm import tqdm
+class Bench:
+    """The judges of the embedded world, with real renders of the test prompts as the reference of FID and LogCov."""
 
-    from ..metrics.report import overview_figure, write_report
+    def __init__(self, prompts: list[world.Caption], per_prompt: int, seed: int) -> None:
+        self.texts = [c.text for c in prompts for _ in range(per_prompt)]
+        self.rewards, self.features = judges(), files.load_reader().features
+        with torch.no_grad():
+            self.reference = torch.cat([self.features(part) for part in real_renders(prompts, 4 * per_prompt, seed).split(64)])
 
-    begin = time.monotonic()
-    size, tuning = (QUICK if quick else FULL), Tuning()
+    def __call__(self, images: Tensor) -> Judged:
+        """Judge images (N,3,64,64) of `texts`."""
+        return judge(images, self.texts, self.rewards, self.features, self.reference)
+
+
+def open_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
+    """Create the demo's folder, or refuse one that is in use."""
     if out.exists() and any(out.iterdir()) and not overwrite and not resume:
         raise ConfigError(f"{out} exists: add --overwrite to replace it, or --resume to go on")
     try:
@@ -175,65 +183,75 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error}") from error
 
+
+def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Run the demo into `out`; returns what `results.json` holds."""
+    from ..metrics.report import Comparison, overview_figure, write_report
+
+    begin = time.monotonic()
+    size, tuning = (QUICK if quick else FULL), Tuning()
+    open_folder(out, overwrite=overwrite, resume=resume)
     base = UNetPolicy.load(files.PIPELINE)
-    images, image_captions = real_images(size.real, seed)
-    samples = encode_images(base, images, image_captions)
+    samples = encode_images(base, *real_images(size.real, seed))
     watched = [c.text for c in captions(4 if quick else 8, "watch", seed) for _ in range(4)]
+    configs = {m: train_config(m, out / "runs" / m, size, tuning, seed) for m in ("refl", "imagerefl")}
+    tuned: dict[str, UNetPolicy] = {}
     curves: dict[str, list[dict[str, float]]] = {}
-    tuned: dict[str, Any] = {}
-    configs: dict[str, TrainConfig] = {}
-    for method in ("refl", "imagerefl"):
-        config = configs[method] = train_config(method, out / "runs" / method, size, tuning, seed)
-        curve = Curve(judges(), watched, 10, seed, Path(config.out))
-        finished = resume and (Path(config.out) / "lora.safetensors").is_file()
-        lora = Path(config.out) / "lora.safetensors" if finished else train_one(config, samples, curve, resume=resume)
+    for method, config in configs.items():
+        curve, lora = Curve(judges(), watched, 10, seed, Path(config.out)), Path(config.out) / "lora.safetensors"
+        if not (resume and lora.is_file()):
+            train_one(config, samples, curve, resume=resume)
         (out / f"{method}.safetensors").write_bytes(lora.read_bytes())
-        policy = UNetPolicy.load(files.PIPELINE)
-        load_lora(policy, out / f"{method}.safetensors")
-        tuned[method], curves[method] = policy, curve.points()
+        tuned[method], curves[method] = UNetPolicy.load(files.PIPELINE), curve.points()
+        load_lora(tuned[method], lora)
 
-    prompts = captions(size.prompts, "test", seed)
-    texts = [c.text for c in prompts for _ in range(size.per_prompt)]
-    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=seed)
-    total = len(texts) * (2 + 2 * len(size.switches))
-    with tqdm(total=total, desc="generating", unit="image") as bar:
-        base_images = generate_base(base, texts, settings, bar.update)
-        unguided = generate_base(base, texts, Generation(steps=STEPS, guidance=1.0, seed=seed), bar.update)
-        drawn = generate(base, tuned, texts, size.switches, settings, bar.update)
-    reader, scorers = files.load_reader(), judges()
-    with torch.no_grad():
-        reference = torch.cat([reader.features(r) for r in real_renders(prompts, 4 * size.per_prompt, seed + 1).split(64)])
-    judged = {key: judge(pictures, texts, scorers, reader.features, reference) for key, pictures in drawn.items()}
-    at_base, at_unguided = (judge(p, texts, scorers, reader.features, reference) for p in (base_images, unguided))
-
-    by_method = {m: [judged[m, k] for k in size.switches] for m in tuned}
+    bench = Bench(captions(size.prompts, "test", seed), size.per_prompt, seed + 1)
+    drawn = draw(base, tuned, bench.texts, size.switches, seed)
+    judged = {key: bench(images) for key, images in drawn.items()}
+    shown = Comparison(
+        drawn={f"{name} k={k}" if name in tuned else name: images for (name, k), images in drawn.items()},
+        prompts=bench.texts,
+        per_prompt=size.per_prompt,
+        headline=START,
+        switches=size.switches,
+        base=judged["base", STEPS],
+        by_method={m: [judged[m, k] for k in size.switches] for m in tuned},
+    )
     results: dict[str, Any] = {
-        "base": figures(at_base),
-        "base_unguided": figures(at_unguided),
-        "points": [{"model": m, "k": k, **figures(j)} for (m, k), j in judged.items()],
-        "frontier": {m: {axis: round(frontier_area(points, at_base, axis), 4) for axis in scorers} for m, points in by_method.items()},
+        **{name: figures(judged[name, STEPS]) for name in ("base", "base_unguided")},
+        "points": [{"model": m, "k": k, **figures(judged[m, k])} for m in tuned for k in size.switches],
+        "frontier": {m: {a: round(frontier_area(p, shown.base, a), 4) for a in bench.rewards} for m, p in shown.by_method.items()},
         "seed": seed,
-        "n": len(texts),
+        "n": len(bench.texts),
         "ci": {
-            "points": [{"model": m, "k": k, **intervals(j, at_base, seed)} for (m, k), j in judged.items()],
-            "frontier": {m: area_interval(points, at_base, "heldout", None, seed) for m, points in by_method.items()},
-            "frontier_lead": area_interval(by_method["imagerefl"], at_base, "heldout", by_method["refl"], seed),
+            "points": [{"model": m, "k": k, **intervals(judged[m, k], shown.base, seed)} for m in tuned for k in size.switches],
+            "frontier": {m: area_interval(points, shown.base, "heldout", None, seed) for m, points in shown.by_method.items()},
+            "frontier_lead": area_interval(shown.by_method["imagerefl"], shown.base, "heldout", shown.by_method["refl"], seed),
         },
-        "config": {
-            "quick": quick,
-            "size": plain(size),
-            "tuning": asdict(tuning),
-            "runs": {m: plain(c.describe()) for m, c in configs.items()},
-        },
+        "config": {"quick": quick, "size": plain(size), "tuning": plain(tuning), "runs": {m: c.describe() for m, c in configs.items()}},
         "curves": curves,
         "seconds": round(time.monotonic() - begin, 1),
         "peak_rss_mb": peak_rss_mb(),
     }
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    pictures = {"base": base_images, "base_unguided": unguided, **{f"{m} k={k}": p for (m, k), p in drawn.items()}}
-    write_report(out / "report.html", results, pictures, texts, size.per_prompt, START, at_base, by_method, size.switches)
-    overview_figure(pictures, texts, size.per_prompt, START, at_base, by_method, size.switches).savefig(out / "overview.png", dpi=110)
+    write_report(out / "report.html", results, shown)
+    overview_figure(shown).savefig(out / "overview.png", dpi=110)
     return results
+
+
+def draw(
+    base: UNetPolicy, tuned: dict[str, UNetPolicy], texts: list[str], switches: tuple[int, ...], seed: int
+) -> dict[tuple[str, int], Tensor]:
+    """Images of the base, guided and not, and of every tuned model at every switch, by (name, k)."""
+    from tqdm import tqdm
+
+    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=seed)
+    with tqdm(total=len(texts) * (2 + len(tuned) * len(switches)), desc="generating", unit="image") as bar:
+        images = {
+            ("base", STEPS): generate_base(base, texts, settings, bar.update),
+            ("base_unguided", STEPS): generate_base(base, texts, replace(settings, guidance=1.0), bar.update),
+        }
+        return images | generate(base, tuned, texts, switches, settings, bar.update)
 
 
 def peak_rss_mb() -> float:

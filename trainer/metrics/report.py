@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,19 @@ from .evaluate import Judged, frontier_point
 
 _NAMES = {"base": "base", "base_unguided": "base, unguided", "refl": "ReFL", "imagerefl": "ImageReFL"}
 _COLOURS = {"refl": "#c4532d", "imagerefl": "#1f6f8b", "base": "#444444", "base_unguided": "#999999"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a page is made of: images (N,3,H,W) by model, each prompt's images in a row, and how they were judged."""
+
+    drawn: Mapping[str, Tensor]
+    prompts: Sequence[str]
+    per_prompt: int
+    headline: int  # the k that the text speaks of
+    switches: Sequence[int]
+    base: Judged
+    by_method: Mapping[str, Sequence[Judged]]  # in the order of `switches`
 
 
 def _png(picture: Any) -> str:
@@ -31,13 +44,13 @@ def _figure_png(figure: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def frontier_figure(base: Judged, by_method: Mapping[str, Sequence[Judged]], switches: Sequence[int], axes: Sequence[str]) -> Any:
+def frontier_figure(shown: Comparison, axes: Sequence[str]) -> Any:
     """Reward against diversity, one panel per reward, one line per method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(axes), 3.8))
     for panel, axis in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes):
-        _frontier_panel(panel, base, by_method, switches, axis)
+        _frontier_panel(panel, shown, axis)
     figure.tight_layout()
     return figure
 
@@ -60,37 +73,29 @@ def curves_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Any:
     return figure
 
 
-def overview_figure(
-    drawn: Mapping[str, Tensor],
-    prompts: Sequence[str],
-    per_prompt: int,
-    headline: int,
-    base: Judged,
-    by_method: Mapping[str, Sequence[Judged]],
-    switches: Sequence[int],
-) -> Any:
+def overview_figure(shown: Comparison) -> Any:
     """One picture for a README: the same prompts (rows) and seeds (columns) from four models, and the frontier."""
     from matplotlib.figure import Figure
 
-    rows, columns = 4, min(4, per_prompt)
+    rows, columns, headline = 4, min(4, shown.per_prompt), shown.headline
     labels = ["base", "refl k=0", f"refl k={headline}", f"imagerefl k={headline}"]
     titles = ["base", "ReFL alone", f"base → ReFL at step {headline}", f"base → ImageReFL at step {headline}"]
     figure = Figure(figsize=(15, 3.6), layout="constrained")
     panels = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 1.35])
-    chosen = [p * per_prompt + i for p in range(rows) for i in range(columns)]
+    chosen = [p * shown.per_prompt + i for p in range(rows) for i in range(columns)]
     for panel, label, title in zip(panels, labels, titles):
-        panel.imshow(pictures.grid(drawn[label][chosen], columns).permute(1, 2, 0).numpy(), interpolation="nearest")
+        panel.imshow(pictures.grid(shown.drawn[label][chosen], columns).permute(1, 2, 0).numpy(), interpolation="nearest")
         panel.set_title(title, fontsize=10)
         panel.axis("off")
-    _frontier_panel(panels[4], base, by_method, switches, "heldout")
+    _frontier_panel(panels[4], shown, "heldout")
     return figure
 
 
-def _frontier_panel(panel: Any, base: Judged, by_method: Mapping[str, Sequence[Judged]], switches: Sequence[int], axis: str) -> None:
-    for method, points in by_method.items():
-        at = [frontier_point(p, base, axis) for p in points]
+def _frontier_panel(panel: Any, shown: Comparison, axis: str) -> None:
+    for method, points in shown.by_method.items():
+        at = [frontier_point(p, shown.base, axis) for p in points]
         panel.plot([x for x, _ in at], [y for _, y in at], "o-", color=_COLOURS[method], label=_NAMES[method])
-        for (x, y), k in zip(at, switches):
+        for (x, y), k in zip(at, shown.switches):
             panel.annotate(f"k={k}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=_COLOURS[method])
     panel.axhline(0, color="#888888", linestyle=":", linewidth=1)
     panel.axvline(1, color="#888888", linestyle=":", linewidth=1)
@@ -100,26 +105,15 @@ def _frontier_panel(panel: Any, base: Judged, by_method: Mapping[str, Sequence[J
     panel.legend(fontsize=8)
 
 
-def write_report(
-    path: Path,
-    results: Mapping[str, Any],
-    drawn: Mapping[str, Tensor],
-    prompts: Sequence[str],
-    per_prompt: int,
-    headline: int,
-    base: Judged,
-    by_method: Mapping[str, Sequence[Judged]],
-    switches: Sequence[int],
-) -> None:
-    """Write the demo's page. `drawn` holds images (N,3,H,W) by label, `prompts` the prompt of each, grouped."""
+def write_report(path: Path, results: Mapping[str, Any], shown: Comparison) -> None:
+    """Write the demo's page."""
     from jinja2 import Environment
 
-    rows = 4
-    shown = list(dict.fromkeys(prompts))[:rows]
+    rows, headline = 4, shown.headline
     order = ["base", "base_unguided", "refl k=0", f"refl k={headline}", "imagerefl k=0", f"imagerefl k={headline}"]
     grids = []
     for label in order:
-        sheet = pictures.to_pil(pictures.grid(drawn[label][: rows * per_prompt], per_prompt))
+        sheet = pictures.to_pil(pictures.grid(shown.drawn[label][: rows * shown.per_prompt], shown.per_prompt))
         sheet = sheet.resize((sheet.width * 2, sheet.height * 2), 0)
         name, _, k = label.partition(" ")
         grids.append((f"{_NAMES[name]}{', ' + k if k else ''}", _png(sheet)))
@@ -133,10 +127,10 @@ def write_report(
         quick=results["config"]["quick"],
         summary=summary(results, headline),
         steps=20,
-        frontier=_figure_png(frontier_figure(base, by_method, switches, ["heldout", "reward", "gold"])),
-        areas=[(_NAMES[m], results["frontier"][m]["heldout"], *results["ci"]["frontier"][m]) for m in by_method],
+        frontier=_figure_png(frontier_figure(shown, ["heldout", "reward", "gold"])),
+        areas=[(_NAMES[m], results["frontier"][m]["heldout"], *results["ci"]["frontier"][m]) for m in shown.by_method],
         lead=results["ci"]["frontier_lead"],
-        shown=[html.unescape(s) for s in shown],
+        shown=list(dict.fromkeys(shown.prompts))[:rows],
         grids=grids,
         columns=columns,
         table=table,
