@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,11 @@ def test_objective_table_is_checked_before_anything_is_loaded():
         TrainConfig(out="x", objective={"name": "refl", "stepz": 3}).build_objective()
     with pytest.raises(ConfigError, match="objective: gradient range"):
         TrainConfig(out="x", objective={"name": "refl", "steps": 5}).build_objective()
+
+
+@pytest.mark.parametrize("preset", sorted((Path(__file__).parent.parent / "presets").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_preset_is_a_valid_config(preset):
+    config = build(TrainConfig, read_toml(preset))
+    objective = config.build_objective()
+    assert preset.stem.startswith(config.objective["name"])
+    assert objective.steps in (20, 40)

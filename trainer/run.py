@@ -168,7 +168,7 @@ class Run:
                 parameter.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
-            self.ema.values = {k: v.clone() for k, v in state["ema"].items()}
+            self.ema.values = {k: state["ema"][k].to(v.device) for k, v in self.ema.values.items()}
         self.step = state["step"]
         self._trim_log()
 

@@ -191,8 +191,12 @@ class TextToLatent(nn.Module):
         self.unet, self.text = architecture.build_unet(), architecture.build_text_encoder()
 
 
-def pretrain_unet(work: Path, seed: int, steps: int, batch: int = 64, compiled: bool = False) -> None:
-    """UNet and text encoder: ε-prediction, min-SNR-5 weights (arXiv:2303.09556), one caption in ten dropped."""
+def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False) -> None:
+    """UNet and text encoder: ε-prediction, min-SNR-5 weights (arXiv:2303.09556), one caption in ten dropped.
+
+    After a start with large batches the batch is halved, and the loss raised where SNR is low: there layout and shape
+    are decided, and an ε-loss hardly sees an error of x0.
+    """
     architecture.write_tokenizer(work / "tokenizer")
     tokenizer = architecture.load_tokenizer(work / "tokenizer")
     cache = torch.load(work / "latents.pt", weights_only=True)
@@ -202,7 +206,8 @@ def pretrain_unet(work: Path, seed: int, steps: int, batch: int = 64, compiled: 
     unet = torch.compile(model.unet) if compiled else model.unet
 
     def loss_at(step: int) -> Tensor:
-        draws, rng = _generator(seed, "unet", step), random.Random(f"{seed}/{step}")
+        begun, draws, rng = step < 1250, _generator(seed, "unet", step), random.Random(f"{seed}/{step}")
+        batch = 64 if begun else 32
         rows = torch.randint(len(latents), (batch,), generator=draws)
         captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
         tokens = tokenizer(captions, padding="max_length", max_length=architecture.CONTEXT, truncation=True, return_tensors="pt")
@@ -214,7 +219,8 @@ def pretrain_unet(work: Path, seed: int, steps: int, batch: int = 64, compiled: 
         x = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
         predicted = unet(x, t, encoder_hidden_states=model.text(tokens.input_ids)[0]).sample
         snr = cumulative[t] / (1 - cumulative[t])
-        return ((predicted - noise).square().mean((1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
+        weight = (5 / snr).clamp(max=1) * (1 if begun else (1 + 1 / snr).clamp(max=8) / 4)
+        return ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
 
     fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250)
 

@@ -184,4 +184,4 @@ class ImageReFL(ReFL):
         x = self._roll(policy, batch, x, first + 1, last, sigmas)
         prompts = [batch.prompts[r] for r in onward.tolist()]
         later = policy.denoiser(prompts, self.guidance)(x[onward], sigmas[last[onward]])
-        return x, at_start.index_copy(0, onward, later)
+        return x, at_start.index_copy(0, onward.to(at_start.device), later)
