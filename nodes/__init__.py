@@ -2,10 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import switch
+
 
 class Extension(ComfyExtension):
     """What ComfyUI asks for the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Every node of the pack; there are none in this version."""
-        return []
+        """Every node of the pack."""
+        return switch.NODES

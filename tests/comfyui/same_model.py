@@ -4,65 +4,21 @@ Usage: same_model.py COMFYUI PACK PIPELINE LORA. Prints one JSON line of errors.
 as ComfyUI does, and never as `trainer`.
 """
 
-import importlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
-comfy_path, pack, pipeline_folder, lora = sys.argv[1:5]
-sys.path.insert(0, comfy_path)
-sys.argv = sys.argv[:1]
-
-import torch
-
-torch.set_num_threads(1)
-from comfy.cli_args import args
-
-args.cpu = True
+import embedded  # first: it puts ComfyUI on the path
 import comfy.diffusers_convert
-import comfy.lora
-import comfy.lora_convert
-import comfy.model_patcher
 import comfy.sd
 import comfy.sd1_clip
-import comfy.supported_models
-import comfy.utils
+import torch
 from safetensors.torch import load_file
 
-spec = importlib.util.spec_from_file_location("custom_nodes.the/pack", Path(pack) / "__init__.py", submodule_search_locations=[pack])
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
-unet_policy = importlib.import_module(f"{spec.name}.trainer.policies.unet")
-lora_file = importlib.import_module(f"{spec.name}.trainer.lora_file")
-assert "trainer" not in sys.modules
-
-policy = unet_policy.UNetPolicy.load(pipeline_folder)
+pipeline_folder, lora = embedded.arguments
+policy = embedded.ours("trainer.policies.unet").UNetPolicy.load(pipeline_folder)
 errors = {}
-
-state = policy.unet.state_dict()
-config = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
-    "transformer_depth": [1, 1], "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1], "context_dim": 128,
-    "num_heads": 4, "num_head_channels": -1, "use_spatial_transformer": True, "legacy": False, "use_linear_in_transformer": False,
-    "adm_in_channels": None, "use_temporal_attention": False,
-}  # fmt: skip
-
-
-class Embedded(comfy.supported_models.SD15):
-    unet_config = {}
-    unet_extra_config = {}
-
-
-model_config = Embedded(config)
-model_config.set_inference_dtype(torch.float32, None)
-model = model_config.get_model({}, "", device="cpu")
-keys = comfy.utils.unet_to_diffusers(config)
-renamed = {ours: state[theirs] for theirs, ours in keys.items() if theirs in state}
-assert len(renamed) == len(state), "a UNet tensor has no ComfyUI name"
-model.diffusion_model.load_state_dict(renamed)
-patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+patcher = embedded.build(policy.unet.state_dict())
+model = patcher.model
 
 x, cond = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), policy.embed(["a red star", "a blue ring"])
 sigma = policy._table[torch.tensor([226, 701])].float()  # on the table: between its entries ComfyUI rounds, we interpolate
@@ -98,14 +54,9 @@ assert not unexpected and missing == ["text_projection.weight"], (missing, unexp
 encoded = clip.encode_token_weights(tokenizer.tokenize_with_weights("a red star, blurred"))[0]
 errors["text"] = float((encoded - policy.embed(["a red star, blurred"])).abs().max())
 
-tensors = load_file(lora)
-key_map = comfy.lora.model_lora_keys_unet(model, {})
-patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(tensors), key_map, log_missing=False)
-tuned = patcher.clone()
-applied = tuned.add_patches(patches, 1.0)
-errors["unmatched"] = sum(k.endswith(".alpha") for k in tensors) - len(applied)
+tuned, errors["unmatched"] = embedded.with_lora(patcher, load_file(lora))
 tuned.patch_model()
-lora_file.load_lora(policy, Path(lora))
+embedded.ours("trainer.lora_file").load_lora(policy, Path(lora))
 with torch.no_grad():
     base, ours = ours, policy.denoiser(["a red star", "a blue ring"])(x, sigma)
     errors["tuned"] = float((tuned.model.apply_model(x, sigma, c_crossattn=cond) - ours).abs().max())

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +42,20 @@ def _save(state: object, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+# Two processes of one thread each train faster than one of two threads: start both with RANK and WORLD_SIZE set.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joined = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(joined)
+    for gradient, averaged in zip(gradients, (joined / WORLD).split([g.numel() for g in gradients])):
+        gradient.copy_(averaged.view_as(gradient))
 
 
 class Average:
@@ -93,12 +108,15 @@ def fit(
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        _average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update(module, step)
         recent.append(float(loss.detach()))
         if not math.isfinite(recent[-1]):
             raise FloatingPointError(f"{name}: loss {recent[-1]} at step {step}")
+        if RANK:
+            continue
         if (step + 1) % 100 == 0 or step + 1 == steps:
             line = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - begin, 1)}
             with open(work / f"{name}.jsonl", "a") as file:
@@ -206,8 +224,8 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False) -> 
     unet = torch.compile(model.unet) if compiled else model.unet
 
     def loss_at(step: int) -> Tensor:
-        begun, draws, rng = step < 1250, _generator(seed, "unet", step), random.Random(f"{seed}/{step}")
-        batch = 64 if begun else 32
+        begun, draws, rng = step < 1250, _generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}")
+        batch = (64 if begun else 32) // WORLD
         rows = torch.randint(len(latents), (batch,), generator=draws)
         captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
         tokens = tokenizer(captions, padding="max_length", max_length=architecture.CONTEXT, truncation=True, return_tensors="pt")
@@ -420,6 +438,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.work.mkdir(parents=True, exist_ok=True)
+    if WORLD > 1:
+        dist.init_process_group("gloo", init_method=f"file://{(arguments.work / 'rendezvous').resolve()}", rank=RANK, world_size=WORLD)
     for stage in arguments.stages:
         STAGES[stage](arguments.work, arguments.seed, arguments.steps, compiled=arguments.compile)
 

@@ -30,8 +30,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 FINISH = ("edge", "tone", "light")
 """The attributes that say how a scene is rendered rather than what it shows."""
 
-# How often a caption names each attribute: content mostly, layout sometimes, finish seldom.
-_NAMED = {"shape": 0.9, "colour": 0.75, "size": 0.4, "position": 0.4, "background": 0.5, "edge": 0.25, "tone": 0.25, "light": 0.25}
+# How often a caption names each attribute: content mostly, layout sometimes, finish seldom. Where the object stands is never
+# said: a UNet on 8×8 latents has no sense of place, and after 200 000 pictures it still put "on the left" anywhere.
+_NAMED = {"shape": 0.9, "colour": 0.75, "size": 0.4, "position": 0.0, "background": 0.5, "edge": 0.25, "tone": 0.25, "light": 0.25}
 
 _RGB = torch.tensor(
     [[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.12, 0.72, 0.20], [0.10, 0.80, 0.85], [0.15, 0.28, 0.92], [0.62, 0.16, 0.82]]

@@ -59,9 +59,8 @@ class UNetPolicy:
         folder = Path(folder)
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False, use_safetensors=True
-        )
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+        pipeline.to(torch.float32)  # after loading: the argument for it has changed its name between versions
         return UNetPolicy(pipeline, device)
 
     # -- the adapter ---------------------------------------------------------------------------------------------

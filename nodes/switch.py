@@ -1,0 +1,228 @@
+"""Combined generation in a graph: a MODEL that is the base down to a noise level and the tuned model from there on.
+
+The rule is exact for every sampler: *tuned for each evaluation with σ ≤ σ_k (1 + 1e-4)*, where σ_k is the noise level of
+step k of the steps actually run. Evaluations between steps fall on their own side of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+
+from .residency import KEY, Gate, GatedPatches, check_same_family, extra_patches
+
+MODES = ["step", "fraction", "last steps", "sigma"]
+_MARGIN = 1 + 1e-4
+
+
+def switch_sigma(sigmas: torch.Tensor, mode: str, at: float) -> float:
+    """The largest σ that the tuned model evaluates, for the levels (T+1,) of a run; infinity is tuned only, −1 base only."""
+    steps = len(sigmas) - 1
+    if mode == "sigma":
+        return at * _MARGIN
+    k = {"step": round(at), "fraction": round(at * steps), "last steps": steps - round(at)}[mode]
+    if not 0 <= k <= steps:
+        raise ValueError(f"the switch at {mode} {at:g} lies outside the {steps} steps that are run")
+    if k == 0:
+        return float("inf")
+    return float(sigmas[k]) * _MARGIN if k < steps else -1.0
+
+
+def _tuned_now(t: torch.Tensor, options: dict[str, Any], mode: str, at: float) -> bool:
+    sigmas = options.get("sample_sigmas")
+    return sigmas is not None and float(t.max()) <= switch_sigma(sigmas, mode, at)
+
+
+def switched(base: Any, tuned: Any, mode: str, at: float, strength: float = 1.0) -> Any:
+    """Base and tuned MODEL as one. LoRA clones share one set of weights; two checkpoints stay resident together."""
+    check_same_family(base, tuned)
+    model = base.clone()
+    if base.is_clone(tuned):
+        gate, extra = Gate(), extra_patches(base, tuned)
+        if not extra:
+            raise ValueError("the tuned model equals the base: load the reward LoRA on it")
+        for key, patches in extra.items():
+            weighted = [(patch[0] * strength, *patch[1:]) for patch in patches]
+            model.add_weight_wrapper(key, GatedPatches(key, weighted, gate))
+
+        def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
+            gate.open = _tuned_now(t, options, mode, at)
+            try:
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            finally:
+                gate.open = False
+    else:
+        if strength != 1.0:
+            raise ValueError(f"strength {strength:g}: between two checkpoints only 1 is possible; merge them first")
+        model.set_additional_models(KEY, [tuned])
+
+        def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
+            if _tuned_now(t, options, mode, at):
+                # not apply_model: the wrappers in `options` would call this function again
+                return tuned.model._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY, route)
+    return model
+
+
+class CombinedGuider(comfy.samplers.CFGGuider):
+    """Classifier-free guidance with one scale for the base's part and one for the tuned; scale 1 evaluates no negative."""
+
+    def set_switch(self, mode: str, at: float, cfg: float, tuned_cfg: float) -> None:
+        """Where the second scale takes over."""
+        self.set_cfg(cfg)
+        self.mode, self.at, self.tuned_cfg = mode, at, tuned_cfg
+
+    def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None, **kwargs: Any) -> Any:
+        options = model_options or {}
+        tuned = _tuned_now(timestep, options.get("transformer_options", {}), self.mode, self.at)
+        positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        cfg = self.tuned_cfg if tuned else self.cfg
+        return comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, cfg, model_options=options, seed=seed)
+
+
+_MODE = io.Combo.Input(
+    "mode", options=MODES, default="fraction", tooltip="How switch_at is read: step k, share of all steps, last n steps, or σ."
+)
+_AT = io.Float.Input(
+    "switch_at",
+    default=0.75,
+    min=0.0,
+    max=10000.0,
+    step=0.01,
+    tooltip="Where the tuned model takes over. The paper uses step 30 of 40 for SD1.5 (fraction 0.75, σ 0.635) and 35 of 40 for SDXL "
+    "(σ 0.346). Step 0 is the tuned model alone, the last step the base alone.",
+)
+_STRENGTH = io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="Strength of the tuned part's LoRA; 1 as loaded.")
+
+
+class BaseTunedSwitch(io.ComfyNode):
+    """MODEL + MODEL -> MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return io.Schema(
+            node_id="ImageReFLSwitch",
+            display_name="Base→Tuned Switch",
+            category="ImageReFL/sampling",
+            description="The base model draws the first steps (layout, variety), the reward-tuned model the last ones (finish). "
+            "Works with every sampler node. A LoRA on the base shares its weights.",
+            inputs=[
+                io.Model.Input("base", tooltip="The model that draws the first steps."),
+                io.Model.Input("tuned", tooltip="The same model with the reward LoRA loaded on it, or another checkpoint of the family."),
+                _MODE,
+                _AT,
+                _STRENGTH,
+            ],
+            outputs=[io.Model.Output("model", display_name="MODEL", tooltip="Use it in any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, base: Any, tuned: Any, mode: str, switch_at: float, strength: float) -> io.NodeOutput:
+        """The switched model."""
+        return io.NodeOutput(switched(base, tuned, mode, switch_at, strength))
+
+
+class CombinedKSampler(io.ComfyNode):
+    """Base→Tuned Switch and sampler in one, with a guidance scale for each part."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return io.Schema(
+            node_id="ImageReFLCombinedKSampler",
+            display_name="Combined KSampler (base→tuned)",
+            category="ImageReFL/sampling",
+            description="Samples with the base model first, then the tuned model, in one call: any sampler, its history kept.",
+            inputs=[
+                io.Model.Input("base", tooltip="The model that draws the first steps."),
+                io.Model.Input("tuned", tooltip="The same model with the reward LoRA loaded on it, or another checkpoint of the family."),
+                _MODE,
+                _AT,
+                _STRENGTH,
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the noise."),
+                io.Int.Input("steps", default=40, min=1, max=10000, tooltip="Sampler steps; the paper uses 40."),
+                io.Float.Input(
+                    "cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5 (SDXL 5)."
+                ),
+                io.Float.Input(
+                    "tuned_cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance of the tuned part. 1 is none and skips the negative: what the paper uses, since it trains without.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler; multistep history crosses the switch."
+                ),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="Spacing of the noise levels."),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1, sampling starts from the latent.",
+                ),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        mode: str,
+        switch_at: float,
+        strength: float,
+        seed: int,
+        steps: int,
+        cfg: float,
+        tuned_cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        denoise: float,
+    ) -> io.NodeOutput:
+        """Sample."""
+        model = switched(base, tuned, mode, switch_at, strength)
+        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        if not bool(torch.isfinite(latent).all()):
+            raise ValueError("the latent holds numbers that are not finite: look at the node that made it")
+        plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
+        if len(plan.sigmas) > 1:
+            switch_sigma(plan.sigmas, mode, switch_at)  # an impossible switch is refused before any step
+        guider = CombinedGuider(model)
+        guider.set_conds(positive, negative)
+        guider.set_switch(mode, switch_at, cfg, tuned_cfg)
+        samples = guider.sample(
+            comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
+            latent,
+            comfy.samplers.sampler_object(sampler_name),
+            plan.sigmas,
+            denoise_mask=latent_image.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(plan.sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        return io.NodeOutput({**latent_image, "samples": samples.to(comfy.model_management.intermediate_device())})
+
+
+NODES = [BaseTunedSwitch, CombinedKSampler]
