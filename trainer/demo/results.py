@@ -60,12 +60,14 @@ def _load(path: Path, strength: float = 1.0) -> UNetPolicy:
     return policy
 
 
-def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, per_prompt: int, tuning: show.Tuning) -> dict[str, Any]:
+def run_seed(
+    folder: Path, seed: int, updates: int, batch: int, prompts: int, per_prompt: int, tuning: show.Tuning, test_set: str = "results"
+) -> dict[str, Any]:
     """One training seed: train, generate, judge. The test set does not depend on the seed."""
     size = show.DemoSize(refl_updates=updates, imagerefl_updates=updates, batch=batch, prompts=prompts, per_prompt=per_prompt)
     folder.mkdir(parents=True, exist_ok=True)
     curves = train_both(folder, seed, size, tuning)
-    bench = show.Bench(show.captions(prompts, "results"), per_prompt, 1)
+    bench = show.Bench(show.captions(prompts, test_set), per_prompt, 1)
     base_policy, tuned = UNetPolicy.load(files.PIPELINE), {m: _load(folder / m / "lora.safetensors") for m in ("refl", "imagerefl")}
     judged = {key: bench(images) for key, images in show.draw(base_policy, tuned, bench.texts, SWITCHES, SAMPLING_SEED).items()}
     early = early_stop(curves["refl"], curves["imagerefl"])
@@ -187,6 +189,7 @@ def main() -> None:
     one.add_argument("--prompts", type=int, default=50)
     one.add_argument("--per-prompt", type=int, default=4)
     one.add_argument("--lr", type=float, default=show.Tuning().lr)
+    one.add_argument("--test-set", default="results", help="name that the test prompts are drawn from; another one for choosing settings")
     one.add_argument("--threads", type=int, default=1)
     tables = commands.add_parser("table", help="write the tables of all finished seeds")
     tables.add_argument("folder", type=Path)
@@ -201,7 +204,7 @@ def main() -> None:
     if target.is_file():
         log.info("%s is finished", target)
         return
-    result = run_seed(a.folder / f"seed{a.seed}", a.seed, a.updates, a.batch, a.prompts, a.per_prompt, show.Tuning(lr=a.lr))
+    result = run_seed(a.folder / f"seed{a.seed}", a.seed, a.updates, a.batch, a.prompts, a.per_prompt, show.Tuning(lr=a.lr), a.test_set)
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n", "utf-8")
     os.replace(partial, target)
