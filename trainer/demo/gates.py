@@ -79,7 +79,7 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
 
 
 @torch.no_grad()
-def measure(n: int = 1000) -> dict[str, Any]:
+def measure(n: int = 500) -> dict[str, Any]:
     """Every gate's figure."""
     policy, reader = UNetPolicy.load(files.PIPELINE), files.load_reader()
     captions = show.captions(n, "gates")
@@ -87,7 +87,7 @@ def measure(n: int = 1000) -> dict[str, Any]:
     settings = Generation(steps=show.STEPS, guidance=show.GUIDANCE, seed=11)
     samples = generate_base(policy, texts, settings)
 
-    few, each = captions[:100], 8
+    few, each = captions[:60], 8
     repeated = [c.text for c in few for _ in range(each)]
     drawn, real = generate_base(policy, repeated, settings), show.real_renders(few, each, 3)
     groups = torch.arange(len(few)).repeat_interleave(each)

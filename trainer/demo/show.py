@@ -52,9 +52,9 @@ QUICK = DemoSize(refl_updates=12, imagerefl_updates=20, batch=16, prompts=16, pe
 
 @dataclass(frozen=True)
 class Tuning:
-    """Hyper-parameters that both methods share, chosen on another seed (docs/results.md)."""
+    """Hyper-parameters that both methods share (docs/results.md says how they were chosen)."""
 
-    lr: float = 1e-3
+    lr: float = 4e-3
     rank: int = 8
     refl_share: float = 0.25
     diffusion_weight: float = 0.05
