@@ -31,7 +31,7 @@ def read_back(reader: Reader, images: Tensor, captions: list[world.Caption]) -> 
         joint.append(all(hits.values()))
         for name, hit in hits.items():
             right[name].append(hit)
-    return {"joint": sum(joint) / len(joint), **{name: sum(hits) / len(hits) for name, hits in right.items()}}
+    return {"joint": sum(joint) / len(joint), **{name: sum(hits) / len(hits) for name, hits in right.items() if hits}}
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
 
 
 @torch.no_grad()
-def measure(n: int = 500) -> dict[str, Any]:
+def measure(n: int = 400) -> dict[str, Any]:
     """Every gate's figure."""
     policy, reader = UNetPolicy.load(files.PIPELINE), files.load_reader()
     captions = show.captions(n, "gates")
@@ -87,7 +87,7 @@ def measure(n: int = 500) -> dict[str, Any]:
     settings = Generation(steps=show.STEPS, guidance=show.GUIDANCE, seed=11)
     samples = generate_base(policy, texts, settings)
 
-    few, each = captions[:60], 8
+    few, each = captions[:40], 8
     repeated = [c.text for c in few for _ in range(each)]
     drawn, real = generate_base(policy, repeated, settings), show.real_renders(few, each, 3)
     groups = torch.arange(len(few)).repeat_interleave(each)
@@ -106,7 +106,7 @@ def measure(n: int = 500) -> dict[str, Any]:
         "autoencoder": reconstruction(policy, reader, captions),
         "base": read_back(reader, samples, captions),
         "diversity": {"base": diversity[0], "renders": diversity[1], "ratio": diversity[0] / diversity[1]},
-        "decided_after_switch": decided_after_the_switch(policy, texts[:24], 4, 4),
+        "decided_after_switch": decided_after_the_switch(policy, texts[:16], 4, 4),
         "agrees_with_rater": agreement,
         "correlation": {f"{names[i]}–{names[j]}": float(stacked[i, j]) for i in range(3) for j in range(i + 1, 3)},
         "prompts": n,

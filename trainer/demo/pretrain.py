@@ -215,7 +215,10 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False) -> 
     After a start with large batches the batch is halved, and the loss raised where SNR is low: there layout and shape
     are decided, and an ε-loss hardly sees an error of x0.
     """
-    architecture.write_tokenizer(work / "tokenizer")
+    if RANK == 0:
+        architecture.write_tokenizer(work / "tokenizer")
+    if WORLD > 1:
+        dist.barrier()
     tokenizer = architecture.load_tokenizer(work / "tokenizer")
     cache = torch.load(work / "latents.pt", weights_only=True)
     scenes, latents = cache["scenes"].long(), cache["latents"]

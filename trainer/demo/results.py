@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 SWITCHES = (0, 10, 15, 18)
 STRENGTHS = (0.25, 0.5, 0.75)
 SAMPLING_SEED = 1234  # the same test noise for every training seed
-EVERY = 20  # steps between the points of the training curves, and between the LoRAs that early stopping may pick
+EVERY = 16  # steps between the points of the training curves, and between the LoRAs that early stopping may pick
 
 
 def train_both(folder: Path, seed: int, size: show.DemoSize, tuning: show.Tuning) -> dict[str, list[dict[str, float]]]:
     """Train ReFL and ImageReFL, keeping every `EVERY`th adapter; returns the training curves."""
     base = UNetPolicy.load(files.PIPELINE)
     samples = encode_images(base, *show.real_images(size.real, seed))
-    watched = [c.text for c in show.captions(8, "validation") for _ in range(4)]
+    watched = [c.text for c in show.captions(6, "validation") for _ in range(4)]
     curves: dict[str, list[dict[str, float]]] = {}
     for method in ("refl", "imagerefl"):
         curve = show.Curve(show.judges(), watched, EVERY, seed, folder / method)
@@ -184,9 +184,9 @@ def main() -> None:
     one = commands.add_parser("seed", help="train and judge one seed")
     one.add_argument("folder", type=Path)
     one.add_argument("seed", type=int)
-    one.add_argument("--updates", type=int, default=60)
+    one.add_argument("--updates", type=int, default=48)
     one.add_argument("--batch", type=int, default=16)
-    one.add_argument("--prompts", type=int, default=40)
+    one.add_argument("--prompts", type=int, default=32)
     one.add_argument("--per-prompt", type=int, default=4)
     one.add_argument("--lr", type=float, default=show.Tuning().lr)
     one.add_argument("--test-set", default="results", help="name that the test prompts are drawn from; another one for choosing settings")
