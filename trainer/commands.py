@@ -191,7 +191,8 @@ def run_sample(arguments: argparse.Namespace) -> int:
         path = arguments.out / f"{i:05d}.png"
         pictures.to_pil(image).save(path)
         path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
-    pictures.to_pil(pictures.grid(drawn, arguments.n)).save(arguments.out / "grid.jpg", quality=95)
+    sheet = arguments.out.with_name(arguments.out.name + "-grid.png")  # beside the folder: inside are images with prompts alone
+    pictures.to_pil(pictures.grid(drawn, arguments.n)).save(sheet)
     (arguments.out / "settings.json").write_text(
         json.dumps({**plain(settings), "model": arguments.model, "lora": str(arguments.lora or ""), "k": switched}, indent=1) + "\n",
         "utf-8",

@@ -60,7 +60,8 @@ class UNetPolicy:
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"{folder} is no diffusers pipeline: it has no model_index.json")
         pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False, use_safetensors=True)
-        pipeline.to(torch.float32)  # after loading: the argument for it has changed its name between versions
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            part.float()  # after loading: the argument for it has changed its name between versions
         return UNetPolicy(pipeline, device)
 
     # -- the adapter ---------------------------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""Sampling, scoring and evaluating as a user strings them together."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from trainer.__main__ import main
+
+
+@pytest.mark.slow
+def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
+    run, images = tmp_path / "run", tmp_path / "images"
+    small = ["--steps=2", "--batch=2", "--images=demo", f"--out={run}", "--objective.name=imagerefl", "--objective.steps=20"]
+    ranges = ["--objective.grad_from=15", "--objective.grad_to=19", "--objective.start_from=15", "--objective.start_to=15"]
+    assert main(["train", *small, *ranges]) == 0
+    lora = run / "lora.safetensors"
+    assert main(["sample", "--lora", str(lora), "--prompt", "a red star", "-n", "2", "--out", str(images)]) == 0
+    out = capsys.readouterr().out
+    assert "base for 15 of 20 steps" in out  # auto: the level that training started from, as the LoRA's metadata says
+    assert main(["sample", "--prompt", "a red star", "--out", str(images)]) == 2
+    assert "exists: add --overwrite" in capsys.readouterr().err
+    assert main(["score", str(images), "--reward", "demo-proxy", "--reward", "demo-gold", "--out", str(tmp_path / "s.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
+    assert len(rows) == 2 and {"path", "prompt", "demo-proxy", "demo-gold"} == set(rows[0]) and rows[0]["prompt"] == "a red star"
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    judged = tmp_path / "judged.json"
+    arguments = [
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "-n",
+        "2",
+        "--reward",
+        "demo-heldout",
+        "--out",
+        str(judged),
+        "--switches",
+        "0,15",
+    ]
+    assert main(["evaluate", "--lora", f"mine={lora}", *arguments]) == 0
+    results = json.loads(judged.read_text())
+    assert [(p["model"], p["k"]) for p in results["points"]] == [("mine", 0), ("mine", 15)] and "mine" in results["frontier"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--out", "x"], "no prompt"),
+        (["sample", "--prompt", "a", "-n", "0", "--out", "x"], "at least 1 image"),
+        (["sample", "--prompt", "a", "--steps", "0", "--out", "x"], "steps = 0: give at least 1"),
+        (["sample", "--prompt", "a", "--lora", "none.safetensors", "--out", "x"], "no LoRA file none.safetensors"),
+        (["score", "none"], "no image folder none"),
+        (["score", "none", "--reward", "best"], "unknown reward 'best'"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and message in error
+    assert not list(tmp_path.iterdir())
