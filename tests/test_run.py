@@ -19,12 +19,12 @@ from trainer.lora_file import read_lora
 ROOT = Path(__file__).parent.parent
 
 
-def settings(pipeline_folder, reward_folder, image_folder, out, **more):
+def settings(pipeline_folder, reward_folder, image_folder, folder, **more):
     values = {
         "model": str(pipeline_folder),
         "reward": str(reward_folder),
         "images": str(image_folder),
-        "out": str(out),
+        "out": str(folder),
         "steps": 6,
         "batch": 2,
         "accumulate": 2,
