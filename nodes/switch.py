@@ -90,19 +90,24 @@ class CombinedGuider(comfy.samplers.CFGGuider):
         return comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, cfg, model_options=options, seed=seed)
 
 
-_MODE = io.Combo.Input(
-    "mode", options=MODES, default="fraction", tooltip="How switch_at is read: step k, share of all steps, last n steps, or σ."
-)
-_AT = io.Float.Input(
-    "switch_at",
-    default=0.75,
-    min=0.0,
-    max=10000.0,
-    step=0.01,
-    tooltip="Where the tuned model takes over. The paper uses step 30 of 40 for SD1.5 (fraction 0.75, σ 0.635) and 35 of 40 for SDXL "
-    "(σ 0.346). Step 0 is the tuned model alone, the last step the base alone.",
-)
-_STRENGTH = io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="Strength of the tuned part's LoRA; 1 as loaded.")
+_SWITCH = [
+    io.Model.Input("base", tooltip="The model that draws the first steps."),
+    io.Model.Input("tuned", tooltip="The same model with the reward LoRA loaded on it, or another checkpoint of the family."),
+    io.Combo.Input(
+        "mode", options=MODES, default="fraction", tooltip="How switch_at is read: step k, share of all steps, last n steps, or σ."
+    ),
+    io.Float.Input(
+        "switch_at",
+        default=0.75,
+        min=0.0,
+        max=10000.0,
+        step=0.01,
+        tooltip="Where the tuned model takes over. The paper uses step 30 of 40 for SD1.5 (fraction 0.75, σ 0.635) and 35 of 40 for SDXL "
+        "(σ 0.346). Step 0 is the tuned model alone, the last step the base alone.",
+    ),
+    io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="Strength of the tuned part's LoRA; 1 as loaded."),
+]
+"""The inputs that say which two models, and where one hands over to the other."""
 
 
 class BaseTunedSwitch(io.ComfyNode):
@@ -118,11 +123,7 @@ class BaseTunedSwitch(io.ComfyNode):
             description="The base model draws the first steps (layout, variety), the reward-tuned model the last ones (finish). "
             "Works with every sampler node. A LoRA on the base shares its weights.",
             inputs=[
-                io.Model.Input("base", tooltip="The model that draws the first steps."),
-                io.Model.Input("tuned", tooltip="The same model with the reward LoRA loaded on it, or another checkpoint of the family."),
-                _MODE,
-                _AT,
-                _STRENGTH,
+                *_SWITCH,
             ],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="Use it in any sampler.")],
         )
@@ -145,11 +146,7 @@ class CombinedKSampler(io.ComfyNode):
             category="ImageReFL/sampling",
             description="Samples with the base model first, then the tuned model, in one call: any sampler, its history kept.",
             inputs=[
-                io.Model.Input("base", tooltip="The model that draws the first steps."),
-                io.Model.Input("tuned", tooltip="The same model with the reward LoRA loaded on it, or another checkpoint of the family."),
-                _MODE,
-                _AT,
-                _STRENGTH,
+                *_SWITCH,
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the noise."),
                 io.Int.Input("steps", default=40, min=1, max=10000, tooltip="Sampler steps; the paper uses 40."),
                 io.Float.Input(
