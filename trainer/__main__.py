@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (configure, run) in COMMANDS.items():
-        described = (run.__doc__ or "").strip()
+        described = inspect.getdoc(run) or name
         command = commands.add_parser(
             name,
             help=described.splitlines()[0],

@@ -7,7 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,24 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--key=value ...]"
-    lines = [f"  --{f.name}=…{'':<{max(0, 20 - len(f.name))}} {f.metadata.get('help', '')}" for f in fields(TrainConfig)]
     from .objectives import OBJECTIVES
+    from .policies.unet import Lora
 
+    lines = _settings(TrainConfig, "", {"objective", "lora"})
+    lines += ["", "adapter:", *_settings(Lora, "lora.", set())]
     for name, kind in OBJECTIVES.items():
-        lines.append(f"\nobjective {name} (--objective.name={name}):")
-        lines += [
-            f"  --objective.{f.name}=…{'':<{max(0, 10 - len(f.name))}} {f.metadata.get('help', '')} [{f.default}]" for f in fields(kind)
-        ]
+        lines += ["", f"objective {name} (--objective.name={name}):", *_settings(kind, "objective.", set())]
     parser.epilog = "settings:\n" + "\n".join(lines)
+
+
+def _settings(kind: Any, prefix: str, tables: set[str]) -> list[str]:
+    """Help lines of a dataclass: key, meaning, default."""
+    lines: list[str] = []
+    for f in fields(kind):
+        if f.name not in tables:
+            default = "" if f.default is MISSING or f.default == "" else f" [{json.dumps(plain(f.default))}]"
+            lines.append(f"  {'--' + prefix + f.name + '=…':<32} {f.metadata.get('help', '')}{default}")
+    return lines
 
 
 def run_train(arguments: argparse.Namespace) -> int:
