@@ -24,7 +24,7 @@ from .objectives import OBJECTIVES
 from .policies.unet import Lora, UNetPolicy
 from .policy import Batch
 from .reward import Reward
-from .train import Ema, NonFinite, Step, train
+from .train import Ema, Step, train
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,10 @@ class Run:
         return self.samples.batch(self.config.seed, step, number * self.config.batch, self.config.batch, number)
 
     def steps(self) -> Iterator[Step]:
-        """Train to config.steps, logging each step and saving every `save_every`; saves too when interrupted or failing."""
+        """Train to config.steps, logging each step and saving every `save_every`.
+
+        A step that is not finite raises NonFinite and saves nothing: the last checkpoint stays good.
+        """
         c = self.config
         rate = (lambda s: c.lr * min(1.0, (s + 1) / c.warmup)) if c.warmup else None
         begin = time.monotonic()
@@ -213,19 +216,16 @@ class Run:
             learning_rate=rate,
         )
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            try:
-                for done in loop:
-                    if self.ema:
-                        self.ema.update(self.policy.named_parameters())
-                    self.step = done.number
-                    line = {"step": done.number, "loss": done.loss, "grad_norm": done.grad_norm, **done.logs}
-                    file.write(json.dumps({**line, "seconds": round(time.monotonic() - begin, 3)}) + "\n")
-                    file.flush()
-                    if done.number % c.save_every == 0 or done.number == c.steps:
-                        self.save()
-                    yield done
-            except NonFinite:
-                raise  # the last checkpoint is good, and what is in memory may not be
+            for done in loop:
+                if self.ema:
+                    self.ema.update(self.policy.named_parameters())
+                self.step = done.number
+                line = {"step": done.number, "loss": done.loss, "grad_norm": done.grad_norm, **done.logs}
+                file.write(json.dumps({**line, "seconds": round(time.monotonic() - begin, 3)}) + "\n")
+                file.flush()
+                if done.number % c.save_every == 0 or done.number == c.steps:
+                    self.save()
+                yield done
         self.finish()
 
     def finish(self) -> Path:

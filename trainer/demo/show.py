@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class Tuning:
     rank: int = 8
     refl_share: float = 0.25
     diffusion_weight: float = 0.05
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def captions(n: int, *purpose: int | str) -> list[world.Caption]:
@@ -87,7 +86,7 @@ def real_renders(prompts: list[world.Caption], per_prompt: int, seed: int) -> Te
 
 def train_config(method: str, out: Path, size: DemoSize, tuning: Tuning, seed: int) -> TrainConfig:
     """The run of one method: ReFL from noise, ImageReFL from noised renders, everything else equal."""
-    shared = {"steps": STEPS, "grad_from": START, "grad_to": STEPS - 1, **tuning.extra}
+    shared = {"steps": STEPS, "grad_from": START, "grad_to": STEPS - 1}
     images = {"start_from": START, "start_to": START, "refl_share": tuning.refl_share, "diffusion_weight": tuning.diffusion_weight}
     return TrainConfig(
         out=str(out),
