@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import switch
+from . import demo, judging, lora, objectives, rewards, switch, training
 
 
 class Extension(ComfyExtension):
@@ -10,4 +10,6 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
-        return switch.NODES
+        rewards.register_folder()
+        modules = (switch, lora, rewards, training, objectives, judging, demo)
+        return [node for module in modules for node in module.NODES]

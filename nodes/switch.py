@@ -6,6 +6,8 @@ step k of the steps actually run. Evaluations between steps fall on their own si
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -18,30 +20,51 @@ import torch
 from comfy_api.latest import io
 
 from .residency import KEY, Gate, GatedPatches, check_same_family, extra_patches
+from .sockets import CATEGORY, schema
 
-MODES = ["step", "fraction", "last steps", "sigma"]
+MODES = ["auto", "step", "fraction", "last steps", "sigma"]
+ATTACHMENT = "imagerefl"  # a MODEL's LoRA metadata, under this key of its attachments
 _MARGIN = 1 + 1e-4
 
-
-def switch_sigma(sigmas: torch.Tensor, mode: str, at: float) -> float:
-    """The largest σ that the tuned model evaluates, for the levels (T+1,) of a run; infinity is tuned only, −1 base only."""
-    steps = len(sigmas) - 1
-    if mode == "sigma":
-        return at * _MARGIN
-    k = {"step": round(at), "fraction": round(at * steps), "last steps": steps - round(at)}[mode]
-    if not 0 <= k <= steps:
-        raise ValueError(f"the switch at {mode} {at:g} lies outside the {steps} steps that are run")
-    if k == 0:
-        return float("inf")
-    return float(sigmas[k]) * _MARGIN if k < steps else -1.0
+TunedNow = Callable[[torch.Tensor, dict[str, Any]], bool]
 
 
-def _tuned_now(t: torch.Tensor, options: dict[str, Any], mode: str, at: float) -> bool:
-    sigmas = options.get("sample_sigmas")
-    return sigmas is not None and float(t.max()) <= switch_sigma(sigmas, mode, at)
+@dataclass(frozen=True)
+class Rule:
+    """Which evaluations are the tuned model's, from their σ and the transformer options of the sampling run."""
+
+    mode: str
+    at: float
+
+    def sigma(self, sigmas: torch.Tensor) -> float:
+        """The largest σ that the tuned model evaluates, for levels (T+1,); infinity is tuned only, −1 base only."""
+        steps = len(sigmas) - 1
+        if self.mode == "sigma":
+            return self.at * _MARGIN
+        k = {"step": round(self.at), "fraction": round(self.at * steps), "last steps": steps - round(self.at)}[self.mode]
+        if not 0 <= k <= steps:
+            raise ValueError(f"the switch at {self.mode} {self.at:g} lies outside the {steps} steps that are run")
+        if k == 0:
+            return float("inf")
+        return float(sigmas[k]) * _MARGIN if k < steps else -1.0
+
+    def __call__(self, t: torch.Tensor, options: dict[str, Any]) -> bool:
+        """Whether an evaluation at t (B,) is the tuned model's."""
+        sigmas = options.get("sample_sigmas")
+        return sigmas is not None and float(t.max()) <= self.sigma(sigmas)
 
 
-def switched(base: Any, tuned: Any, mode: str, at: float, strength: float = 1.0) -> Any:
+def rule(tuned: Any, mode: str, at: float) -> Rule:
+    """The rule of the widgets; `auto` reads the level that the tuned model's LoRA recommends."""
+    if mode != "auto":
+        return Rule(mode, at)
+    recommended = (tuned.get_attachment(ATTACHMENT) or {}).get("switch_sigma")
+    if recommended is None:
+        raise ValueError("auto needs a LoRA that says where to switch: load one trained by ImageReFL with Load Reward LoRA")
+    return Rule("sigma", float(recommended))
+
+
+def switched(base: Any, tuned: Any, tuned_now: TunedNow, strength: float = 1.0) -> Any:
     """Base and tuned MODEL as one. LoRA clones share one set of weights; two checkpoints stay resident together."""
     check_same_family(base, tuned)
     model = base.clone()
@@ -54,7 +77,7 @@ def switched(base: Any, tuned: Any, mode: str, at: float, strength: float = 1.0)
             model.add_weight_wrapper(key, GatedPatches(key, weighted, gate))
 
         def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
-            gate.open = _tuned_now(t, options, mode, at)
+            gate.open = tuned_now(t, options)
             try:
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
             finally:
@@ -65,7 +88,7 @@ def switched(base: Any, tuned: Any, mode: str, at: float, strength: float = 1.0)
         model.set_additional_models(KEY, [tuned])
 
         def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
-            if _tuned_now(t, options, mode, at):
+            if tuned_now(t, options):
                 # not apply_model: the wrappers in `options` would call this function again
                 return tuned.model._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -75,17 +98,24 @@ def switched(base: Any, tuned: Any, mode: str, at: float, strength: float = 1.0)
 
 
 class CombinedGuider(comfy.samplers.CFGGuider):
-    """Classifier-free guidance with one scale for the base's part and one for the tuned; scale 1 evaluates no negative."""
+    """Classifier-free guidance with a scale, and if wanted a conditioning, for each part; scale 1 evaluates no negative."""
 
-    def set_switch(self, mode: str, at: float, cfg: float, tuned_cfg: float) -> None:
-        """Where the second scale takes over."""
+    def set_switch(self, tuned_now: TunedNow, cfg: float, tuned_cfg: float) -> None:
+        """Which evaluations take the second scale."""
         self.set_cfg(cfg)
-        self.mode, self.at, self.tuned_cfg = mode, at, tuned_cfg
+        self.tuned_now, self.tuned_cfg = tuned_now, tuned_cfg
+
+    def set_all_conds(self, positive: Any, negative: Any, tuned_positive: Any = None, tuned_negative: Any = None) -> None:
+        """Conditioning of both parts; the tuned part's defaults to the base's."""
+        given = {"positive": positive, "negative": negative, "tuned_positive": tuned_positive, "tuned_negative": tuned_negative}
+        self.inner_set_conds({name: cond for name, cond in given.items() if cond is not None})
 
     def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None, **kwargs: Any) -> Any:
         options = model_options or {}
-        tuned = _tuned_now(timestep, options.get("transformer_options", {}), self.mode, self.at)
+        tuned = self.tuned_now(timestep, options.get("transformer_options", {}))
         positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        if tuned:
+            positive, negative = self.conds.get("tuned_positive", positive), self.conds.get("tuned_negative", negative)
         cfg = self.tuned_cfg if tuned else self.cfg
         return comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, cfg, model_options=options, seed=seed)
 
@@ -94,7 +124,11 @@ _SWITCH = [
     io.Model.Input("base", tooltip="The model that draws the first steps."),
     io.Model.Input("tuned", tooltip="The same model with the reward LoRA loaded on it, or another checkpoint of the family."),
     io.Combo.Input(
-        "mode", options=MODES, default="fraction", tooltip="How switch_at is read: step k, share of all steps, last n steps, or σ."
+        "mode",
+        options=MODES,
+        default="fraction",
+        tooltip="How switch_at is read: step k, share of all steps, last n steps, or σ. auto: the level the LoRA was trained from "
+        "(switch_at is ignored; needs Load Reward LoRA).",
     ),
     io.Float.Input(
         "switch_at",
@@ -109,6 +143,34 @@ _SWITCH = [
 ]
 """The inputs that say which two models, and where one hands over to the other."""
 
+_CFG = io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5 (SDXL 5).")
+_TUNED_CFG = io.Float.Input(
+    "tuned_cfg",
+    default=1.0,
+    min=0.0,
+    max=100.0,
+    step=0.1,
+    tooltip="Guidance of the tuned part. 1 is none and skips the negative: what the paper uses, since it trains without.",
+)
+_PROMPTS = [
+    io.Conditioning.Input("positive", tooltip="What the image should show."),
+    io.Conditioning.Input("negative", tooltip="What it should not show."),
+]
+_TUNED_PROMPTS = [
+    io.Conditioning.Input("tuned_positive", optional=True, tooltip="Another positive for the tuned part. Not connected: the same."),
+    io.Conditioning.Input("tuned_negative", optional=True, tooltip="Another negative for the tuned part. Not connected: the same."),
+]
+
+
+def guider(
+    model: Any, tuned_now: TunedNow, cfg: float, tuned_cfg: float, positive: Any, negative: Any, tuned_positive: Any, tuned_negative: Any
+) -> CombinedGuider:
+    """A CombinedGuider over a switched model."""
+    made = CombinedGuider(model)
+    made.set_all_conds(positive, negative, tuned_positive, tuned_negative)
+    made.set_switch(tuned_now, cfg, tuned_cfg)
+    return made
+
 
 class BaseTunedSwitch(io.ComfyNode):
     """MODEL + MODEL -> MODEL."""
@@ -116,22 +178,57 @@ class BaseTunedSwitch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Sockets and texts."""
-        return io.Schema(
+        return schema(
             node_id="ImageReFLSwitch",
             display_name="Base→Tuned Switch",
-            category="ImageReFL/sampling",
+            category=f"{CATEGORY}/sampling",
             description="The base model draws the first steps (layout, variety), the reward-tuned model the last ones (finish). "
             "Works with every sampler node. A LoRA on the base shares its weights.",
-            inputs=[
-                *_SWITCH,
-            ],
+            search_aliases=["combined generation", "refiner", "switch model at step"],
+            inputs=[*_SWITCH],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="Use it in any sampler.")],
         )
 
     @classmethod
     def execute(cls, base: Any, tuned: Any, mode: str, switch_at: float, strength: float) -> io.NodeOutput:
         """The switched model."""
-        return io.NodeOutput(switched(base, tuned, mode, switch_at, strength))
+        return io.NodeOutput(switched(base, tuned, rule(tuned, mode, switch_at), strength))
+
+
+class CombinedGuiderNode(io.ComfyNode):
+    """MODEL + MODEL + CONDITIONING -> GUIDER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLCombinedGuider",
+            display_name="Combined Guider (base→tuned)",
+            category=f"{CATEGORY}/sampling",
+            description="Base→Tuned Switch with a guidance scale for each part, for SamplerCustomAdvanced.",
+            inputs=[*_SWITCH, _CFG, _TUNED_CFG, *_PROMPTS, *_TUNED_PROMPTS],
+            outputs=[io.Guider.Output("guider", display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        mode: str,
+        switch_at: float,
+        strength: float,
+        cfg: float,
+        tuned_cfg: float,
+        positive: Any,
+        negative: Any,
+        tuned_positive: Any = None,
+        tuned_negative: Any = None,
+    ) -> io.NodeOutput:
+        """The guider."""
+        when = rule(tuned, mode, switch_at)
+        model = switched(base, tuned, when, strength)
+        return io.NodeOutput(guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative))
 
 
 class CombinedKSampler(io.ComfyNode):
@@ -140,41 +237,26 @@ class CombinedKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Sockets and texts."""
-        return io.Schema(
+        return schema(
             node_id="ImageReFLCombinedKSampler",
             display_name="Combined KSampler (base→tuned)",
-            category="ImageReFL/sampling",
+            category=f"{CATEGORY}/sampling",
             description="Samples with the base model first, then the tuned model, in one call: any sampler, its history kept.",
+            search_aliases=["combined generation", "two model sampler"],
             inputs=[
                 *_SWITCH,
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the noise."),
                 io.Int.Input("steps", default=40, min=1, max=10000, tooltip="Sampler steps; the paper uses 40."),
-                io.Float.Input(
-                    "cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5 (SDXL 5)."
-                ),
-                io.Float.Input(
-                    "tuned_cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance of the tuned part. 1 is none and skips the negative: what the paper uses, since it trains without.",
-                ),
+                _CFG,
+                _TUNED_CFG,
                 io.Combo.Input(
                     "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler; multistep history crosses the switch."
                 ),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="Spacing of the noise levels."),
-                io.Conditioning.Input("positive", tooltip="What the image should show."),
-                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                *_PROMPTS,
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Below 1, sampling starts from the latent.",
-                ),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1, sampling starts from the latent."),
+                *_TUNED_PROMPTS,
             ],
             outputs=[io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent.")],
         )
@@ -197,19 +279,19 @@ class CombinedKSampler(io.ComfyNode):
         negative: Any,
         latent_image: dict[str, Any],
         denoise: float,
+        tuned_positive: Any = None,
+        tuned_negative: Any = None,
     ) -> io.NodeOutput:
         """Sample."""
-        model = switched(base, tuned, mode, switch_at, strength)
+        when = rule(tuned, mode, switch_at)
+        model = switched(base, tuned, when, strength)
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         if not bool(torch.isfinite(latent).all()):
             raise ValueError("the latent holds numbers that are not finite: look at the node that made it")
         plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
         if len(plan.sigmas) > 1:
-            switch_sigma(plan.sigmas, mode, switch_at)  # an impossible switch is refused before any step
-        guider = CombinedGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_switch(mode, switch_at, cfg, tuned_cfg)
-        samples = guider.sample(
+            when.sigma(plan.sigmas)  # an impossible switch is refused before any step
+        samples = guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative).sample(
             comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
             latent,
             comfy.samplers.sampler_object(sampler_name),
@@ -222,4 +304,4 @@ class CombinedKSampler(io.ComfyNode):
         return io.NodeOutput({**latent_image, "samples": samples.to(comfy.model_management.intermediate_device())})
 
 
-NODES = [BaseTunedSwitch, CombinedKSampler]
+NODES = [BaseTunedSwitch, CombinedKSampler, CombinedGuiderNode]

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from trainer.lora_file import save_lora
-from trainer.policies.unet import Lora, UNetPolicy
+from trainer.policies.unet import UNetPolicy
+from trainer.policy import Lora
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,6 +79,7 @@ def test_combined_sampling_equals_two_separate_models(exactness, mode):
 @pytest.mark.slow
 def test_the_ends_are_the_stock_sampler_bit_for_bit_and_the_base_is_left_alone(exactness):
     assert exactness["ends euler"] and exactness["ends dpmpp_2m"] and exactness["base untouched"] and exactness["denoise"]
+    assert exactness["auto"] and exactness["own conditioning"] and exactness["guider"]
     assert exactness["stock sampler"] <= 1e-6 and exactness["strength"] <= 1e-5
 
 
@@ -94,6 +96,7 @@ def test_impossible_switches_are_refused_with_a_reason(exactness):
     expected = {
         "beyond": "lies outside the 8 steps",
         "equal": "the tuned model equals the base",
+        "auto": "load one trained by ImageReFL with Load Reward LoRA",
         "reversed": "the base has a LoRA that the tuned model lacks",
         "not finite": "not finite",
         "flow": "one of base and tuned model is a flow model",
@@ -105,6 +108,83 @@ def test_impossible_switches_are_refused_with_a_reason(exactness):
 @comfyui
 @pytest.mark.slow
 def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
-    assert exactness["registered"] == ["ImageReFLCombinedKSampler", "ImageReFLSwitch"]
+    assert len(exactness["registered"]) == 18, exactness["registered"]
     assert exactness["described"]
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
+
+
+@comfyui
+@pytest.mark.slow
+def test_one_step_in_a_graph_has_the_headless_gradient(pipeline_folder, tmp_path):
+    errors = run_inside("gradient.py", pipeline_folder, cwd=tmp_path)
+    assert errors["modules"] > 50 and errors["latents"] < 1e-4
+    assert max(errors["refl"], errors["guided"], errors["imagerefl"]) < 1e-3, errors
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    return run_inside("graph.py", cwd=tmp_path_factory.mktemp("graph"))
+
+
+@comfyui
+@pytest.mark.slow
+def test_reward_nodes_score_combine_pick_and_save(graph):
+    claims = ["z is raw on the stored scale", "a prompt per image", "combined", "gold has no gradient", "best first, ties in order"]
+    for claim in [*claims, "matching latents", "matching images", "score in the file"]:
+        assert graph[claim] is True, claim
+
+
+@comfyui
+@pytest.mark.slow
+def test_training_in_a_graph_shows_progress_and_gives_a_lora_that_every_loader_takes(graph):
+    assert graph["progress"][:5] == [0, 1, 2, 3, 4] and graph["previews"] == 3
+    assert graph["losses"] == 4 and graph["curves"][0] == 1 and graph["preview"] == [8, 64, 64, 3] and "4 steps" in graph["report"]
+    assert graph["file equals MODEL"] and graph["LoRA has an effect"] and graph["unmatched"] == 0
+    assert graph["ReFL without images or clip"] == 4
+
+
+@comfyui
+@pytest.mark.slow
+def test_cancel_saves_within_a_step_and_resuming_equals_an_uninterrupted_run(graph):
+    assert graph["cancelled after"] == 2 and set(graph["resumable"]) == {"cut", "whole"}
+    assert graph["resumed equals uninterrupted"] and graph["resumed losses"] == 2
+    assert graph["only finished or cancelled runs on disk"] == ["cut", "refl", "whole"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_training_cancel_and_failures_leave_the_host_as_it_was(graph):
+    assert graph["base untouched"] and graph["base untouched by Cancel"] and graph["base untouched by failures"]
+    assert graph["nothing left on the host"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_judging_nodes_agree_with_the_stock_sampler_and_with_themselves(graph):
+    assert graph["sweep"] == [[1, 196, 196, 3], [1, 400, 600, 3], [9, 64, 64, 3]]
+    assert graph["sweep's k = T against the stock sampler"] < 1e-4
+    assert abs(graph["diversity of equal images"]) < 1e-6 and max(map(abs, graph["distance to itself"])) < 0.01
+
+
+@comfyui
+@pytest.mark.slow
+def test_bad_input_in_a_graph_gets_a_sentence(graph):
+    expected = {
+        "prompts ≠ images": "2 prompts for 3 images",
+        "empty batch": "an empty image batch",
+        "not finite": "not finite",
+        "missing reward": "no reward 'no-such'",
+        "no gradient": "has no gradient",
+        "no images": "connect some",
+        "captions ≠ images": "2 prompts for 8 images",
+        "no prompt": "write one per line",
+        "no clip": "connect a clip",
+        "no such module": "nothing to train",
+        "changed settings": "another lr",
+        "below the threshold": "the best score is 2",
+        "switches beyond": "from 0 to 6",
+        "broken LoRA": "no readable safetensors",
+    }
+    assert graph["refused"].keys() == expected.keys()
+    for name, message in expected.items():
+        assert message in graph["refused"][name], (name, graph["refused"][name])

@@ -14,12 +14,12 @@ from trainer.__main__ import main
 def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
     run, images = tmp_path / "run", tmp_path / "images"
     small = ["--steps=2", "--batch=2", "--images=demo", f"--out={run}", "--objective.name=imagerefl", "--objective.steps=20"]
-    ranges = ["--objective.grad_from=15", "--objective.grad_to=19", "--objective.start_from=15", "--objective.start_to=15"]
+    ranges = ["--objective.grad_from=12", "--objective.grad_to=19", "--objective.start_from=12", "--objective.start_to=12"]
     assert main(["train", *small, *ranges]) == 0
     lora = run / "lora.safetensors"
     assert main(["sample", "--lora", str(lora), "--prompt", "a red star", "-n", "2", "--out", str(images)]) == 0
     out = capsys.readouterr().out
-    assert "base for 15 of 20 steps" in out  # auto: the level that training started from, as the LoRA's metadata says
+    assert "base for 12 of 20 steps" in out  # auto: the level that training started from, as the LoRA's metadata says
     assert main(["sample", "--prompt", "a red star", "--out", str(images)]) == 2
     assert "exists: add --overwrite" in capsys.readouterr().err
     assert main(["score", str(images), "--reward", "demo-proxy", "--reward", "demo-gold", "--out", str(tmp_path / "s.csv")]) == 0
@@ -37,11 +37,11 @@ def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
         "--out",
         str(judged),
         "--switches",
-        "0,15",
+        "0,12",
     ]
     assert main(["evaluate", "--lora", f"mine={lora}", *arguments]) == 0
     results = json.loads(judged.read_text())
-    assert [(p["model"], p["k"]) for p in results["points"]] == [("mine", 0), ("mine", 15)] and "mine" in results["frontier"]
+    assert [(p["model"], p["k"]) for p in results["points"]] == [("mine", 0), ("mine", 12)] and "mine" in results["frontier"]
 
 
 @pytest.mark.parametrize(

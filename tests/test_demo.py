@@ -25,13 +25,13 @@ def test_the_shipped_files_are_those_of_the_manifest_and_small():
 @pytest.mark.slow
 def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        show, "QUICK", show.DemoSize(refl_updates=2, imagerefl_updates=2, batch=4, prompts=5, per_prompt=4, switches=(0, 15, 18), real=8)
+        show, "QUICK", show.DemoSize(refl_updates=2, imagerefl_updates=2, batch=4, prompts=5, per_prompt=4, switches=(0, 12, 16), real=8)
     )
     results = show.show(tmp_path / "demo", quick=True)
     on_disk = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert on_disk.keys() >= {"base", "base_unguided", "points", "frontier", "seed", "n", "ci", "config", "seconds", "peak_rss_mb"}
     assert set(on_disk["base"]) == set(on_disk["base_unguided"]) == FIGURES
-    assert [(p["model"], p["k"]) for p in on_disk["points"]] == [(m, k) for m in ("refl", "imagerefl") for k in (0, 15, 18)]
+    assert [(p["model"], p["k"]) for p in on_disk["points"]] == [(m, k) for m in ("refl", "imagerefl") for k in (0, 12, 16)]
     assert all(set(p) == FIGURES | {"model", "k"} for p in on_disk["points"])
     assert set(on_disk["frontier"]) == {"refl", "imagerefl"} and on_disk["n"] == 20
     for name in ("refl", "imagerefl"):

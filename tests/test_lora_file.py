@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from trainer.lora_file import load_lora, read_lora, save_lora
-from trainer.policies.unet import Lora, UNetPolicy
+from trainer.policies.unet import UNetPolicy
+from trainer.policy import Lora
 
 
 def tuned(policy, rank=4, alpha=8.0):

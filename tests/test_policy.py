@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from trainer.draws import Draws
 from trainer.generate import Generation, generate, generate_base
 from trainer.objectives import ImageReFL
-from trainer.policies.unet import Lora, UNetPolicy
-from trainer.policy import Batch
+from trainer.policies.unet import UNetPolicy
+from trainer.policy import Batch, Lora
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
 

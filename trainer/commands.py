@@ -75,7 +75,7 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--key=value ...]"
     from .objectives import OBJECTIVES
-    from .policies.unet import Lora
+    from .policy import Lora
 
     lines = _settings(TrainConfig, "", {"objective", "lora"})
     lines += ["", "adapter:", *_settings(Lora, "lora.", set())]

@@ -13,27 +13,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .policies.unet import Lora, UNetPolicy
+from .policies.unet import UNetPolicy
+from .policy import Lora, Trainable, kohya_key
 
 
-def _kohya_name(peft_name: str) -> str:
-    """`a.b.to_q.lora_A.default.weight` -> `lora_unet_a_b_to_q.lora_down.weight`."""
-    module, half = peft_name.split(".lora_")
-    return f"lora_unet_{module.replace('.', '_')}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
-
-
-def save_lora(policy: UNetPolicy, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
+def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the adapter (or `weights` under peft's names, an EMA say), read it back, and check that every key matches.
 
     The file appears whole or not at all.
     """
     if policy.lora is None:
         raise ValueError("the policy has no adapter to save")
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in policy.named_parameters():
-        value = parameter if weights is None else weights[name]
-        tensors[_kohya_name(name)] = value.detach().float().cpu().contiguous()
-        tensors[_kohya_name(name).split(".")[0] + ".alpha"] = torch.tensor(float(policy.lora.alpha))
+    tensors = lora_tensors(policy, weights)
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(policy.lora.rank),
@@ -49,6 +40,18 @@ def save_lora(policy: UNetPolicy, path: Path, metadata: Mapping[str, Any], weigh
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lora_tensors(policy: Trainable, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The adapter (or `weights` under peft's names) as a file holds it: float32 on the CPU, with an alpha per module."""
+    alpha = policy.lora.alpha if policy.lora else 1.0
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in policy.named_parameters():
+        key = policy.file_key(name)
+        value = parameter if weights is None else weights[name]
+        tensors[key] = value.detach().float().cpu().contiguous()
+        tensors[key.rsplit(".lora_", 1)[0] + ".alpha"] = torch.tensor(float(alpha))
+    return tensors
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
@@ -82,7 +85,7 @@ def load_lora(policy: UNetPolicy, path: Path, strength: float = 1.0) -> dict[str
     if unknown:
         raise ValueError(f"{path} was made for another model: {len(unknown)} of {len(downs)} modules unknown, first {unknown[0]}")
     policy.add_lora(Lora(ranks.pop(), alphas.pop(), tuple(sorted(modules[name] for name in downs))))
-    expected = {_kohya_name(name): parameter for name, parameter in policy.named_parameters()}
+    expected = {kohya_key(name): parameter for name, parameter in policy.named_parameters()}
     weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
     if set(expected) != set(weights):
         odd = sorted(set(expected) ^ set(weights))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .draws import Draws
+from .draws import Draws, generator
 from .sampling import Space
 
 
@@ -57,6 +58,53 @@ class Policy(Protocol):
     def parameters(self) -> Iterable[nn.Parameter]:
         """What the optimizer moves: the adapter alone."""
         ...
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter that is trained (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = field(default=8, metadata={"min": 1, "max": 1024, "help": "rank of the update"})
+    alpha: float = field(default=8.0, metadata={"min": 1e-3, "max": 4096.0, "help": "the update is scaled by alpha/rank"})
+    targets: tuple[str, ...] = field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), metadata={"help": "module names that get an adapter (official: attention)"}
+    )
+
+
+class Trainable(Policy, Protocol):
+    """A policy with a LoRA adapter that a run can attach, save and resume."""
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter attached, if any."""
+        ...
+
+    def add_lora(self, lora: Lora, seed: int = 0) -> None:
+        """Attach an adapter that starts as the identity; its random half depends on `seed` alone."""
+        ...
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's parameters by peft's names, `<module>.lora_A.default.weight`."""
+        ...
+
+    def file_key(self, name: str) -> str:
+        """A parameter's name in a LoRA file."""
+        ...
+
+    def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
+        """Trade time for memory: recompute activations in the backward pass."""
+        ...
+
+
+def kohya_key(name: str) -> str:
+    """`a.b.to_q.lora_A.default.weight` -> `lora_unet_a_b_to_q.lora_down.weight`."""
+    module, half = name.split(".lora_")
+    return f"lora_unet_{module.replace('.', '_')}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
+
+
+def initial_down(name: str, shape: Sequence[int], rank: int, seed: int) -> Tensor:
+    """An adapter's random half, as the official code draws it: Gaussian with standard deviation 1/rank."""
+    return torch.randn(tuple(shape), generator=generator(seed, "lora", name)) / rank
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from .config import ConfigError, build, plain
 from .data import Samples
 from .lora_file import save_lora
 from .objectives import OBJECTIVES
-from .policies.unet import Lora, UNetPolicy
-from .policy import Batch
+from .policy import Batch, Lora, Trainable
 from .reward import Reward
 from .train import Ema, Step, train
 
@@ -103,7 +102,7 @@ def file_hash(path: Path) -> str:
 class Run:
     """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors`."""
 
-    def __init__(self, config: TrainConfig, policy: UNetPolicy, samples: Samples, reward: Reward, base_hash: str = "") -> None:
+    def __init__(self, config: TrainConfig, policy: Trainable, samples: Samples, reward: Reward, base_hash: str = "") -> None:
         self.config, self.policy, self.samples, self.reward = config, policy, samples, reward
         self.objective = config.build_objective()
         if not reward.differentiable:
@@ -236,9 +235,12 @@ class Run:
 
     def metadata(self) -> dict[str, Any]:
         """What the LoRA file says of itself; the switch is what `--switch auto` uses."""
-        import diffusers
-        import peft
+        from importlib.metadata import PackageNotFoundError, version
 
+        versions = {"torch": torch.__version__}
+        for package in ("diffusers", "peft"):  # a graph has neither
+            with suppress(PackageNotFoundError):
+                versions[package] = version(package)
         sigmas = self.policy.sigmas(self.objective.steps)
         return {
             "base": self.base_hash,
@@ -246,5 +248,5 @@ class Run:
             "step": self.step,
             "switch_sigma": self.objective.recommended_sigma(sigmas),
             "tuned_guidance": self.objective.guidance,
-            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__},
+            "versions": versions,
         }

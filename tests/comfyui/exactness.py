@@ -10,17 +10,18 @@ import embedded  # first: it puts ComfyUI on the path
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
+import comfy_extras.nodes_custom_sampler
 import nodes as stock
 import torch
 from safetensors.torch import load_file
 
 pipeline_folder, lora, style_lora = embedded.arguments
-state = embedded.ours("trainer.policies.unet").UNetPolicy.load(pipeline_folder).unet.state_dict()
 switch = embedded.ours("nodes.switch")
 draws = torch.Generator().manual_seed(0)
 positive = [[torch.randn(1, 77, 128, generator=draws), {}]]
 negative = [[torch.randn(1, 77, 128, generator=draws), {}]]
 STEPS, K, CFG, TUNED_CFG = 8, 5, 4.0, 1.5
+RULE = switch.Rule("step", 1)
 
 
 def latent():
@@ -51,9 +52,9 @@ def truth(base, tuned, sampler):
     return guider.sample(noise, start, comfy.samplers.sampler_object(sampler), plan.sigmas, disable_pbar=True, seed=3)
 
 
-def combined(base, tuned, sampler, at=K, cfg=CFG, tuned_cfg=TUNED_CFG, steps=STEPS, denoise=1.0):
-    node = switch.CombinedKSampler
-    out = node.execute(base, tuned, "step", at, 1.0, 3, steps, cfg, tuned_cfg, sampler, "normal", positive, negative, latent(), denoise)
+def combined(base, tuned, sampler, at=K, cfg=CFG, tuned_cfg=TUNED_CFG, steps=STEPS, denoise=1.0, mode="step", **conds):
+    node, prompts = switch.CombinedKSampler, (positive, negative)
+    out = node.execute(base, tuned, mode, at, 1.0, 3, steps, cfg, tuned_cfg, sampler, "normal", *prompts, latent(), denoise, **conds)
     return out.result[0]["samples"]
 
 
@@ -76,19 +77,19 @@ def refused(call):
 results = {"shared": {}, "two": {}, "styled": {}}
 with torch.inference_mode():
     reward, style = load_file(lora), load_file(style_lora)
-    base = embedded.build(state)
+    base = embedded.build(pipeline_folder)
     tuned, _ = embedded.with_lora(base, reward)
     plain = stock_sample(base, "euler")
     for sampler in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp", "dpm_2"):
-        expected = truth(embedded.build(state), embedded.with_lora(embedded.build(state), reward)[0], sampler)
+        expected = truth(embedded.build(pipeline_folder), embedded.with_lora(embedded.build(pipeline_folder), reward)[0], sampler)
         results["shared"][sampler] = error(combined(base, tuned, sampler), expected)
-        other = embedded.with_lora(embedded.build(state), reward)[0]
-        results["two"][sampler] = error(combined(embedded.build(state), other, sampler), expected)
+        other = embedded.with_lora(embedded.build(pipeline_folder), reward)[0]
+        results["two"][sampler] = error(combined(embedded.build(pipeline_folder), other, sampler), expected)
     styled_base, _ = embedded.with_lora(base, style)
     styled_tuned, _ = embedded.with_lora(styled_base, reward)
     for sampler in ("euler", "dpmpp_2m"):
-        apart = embedded.with_lora(embedded.build(state), style)[0]
-        expected = truth(apart, embedded.with_lora(embedded.with_lora(embedded.build(state), style)[0], reward)[0], sampler)
+        apart = embedded.with_lora(embedded.build(pipeline_folder), style)[0]
+        expected = truth(apart, embedded.with_lora(embedded.with_lora(embedded.build(pipeline_folder), style)[0], reward)[0], sampler)
         results["styled"][sampler] = error(combined(styled_base, styled_tuned, sampler), expected)
     for name, sampler in (("euler", "euler"), ("dpmpp_2m", "dpmpp_2m")):
         same = [
@@ -100,6 +101,24 @@ with torch.inference_mode():
     results["stock sampler"] = error(through_stock, combined(base, tuned, "dpmpp_2m", tuned_cfg=CFG))
     results["base untouched"] = bool(torch.equal(stock_sample(base, "euler"), plain))
     results["effect"] = error(combined(base, tuned, "euler", at=0, tuned_cfg=CFG), plain)
+    recommended = float(comfy.samplers.KSampler(base, STEPS, torch.device("cpu"), "euler", "normal", 1.0, {}).sigmas[K])
+    told = tuned.clone()
+    told.set_attachments(switch.ATTACHMENT, {"switch_sigma": recommended})
+    automatic = combined(base, told, "euler", mode="auto")
+    results["auto"] = bool(torch.equal(automatic, combined(base, tuned, "euler")))
+    others = {"tuned_positive": negative, "tuned_negative": positive}
+    swapped = combined(base, tuned, "euler", at=0, **others)
+    with_swapped = stock.KSampler().sample(tuned, 3, STEPS, TUNED_CFG, "euler", "normal", negative, positive, latent())[0]["samples"]
+    results["own conditioning"] = bool(torch.equal(swapped, with_swapped))
+    made = switch.CombinedGuiderNode.execute(base, tuned, "step", K, 1.0, CFG, TUNED_CFG, positive, negative).result[0]
+    noise = comfy_extras.nodes_custom_sampler.Noise_RandomNoise(3)
+    chosen = comfy.samplers.sampler_object("dpmpp_2m")
+    levels = comfy.samplers.KSampler(base, STEPS, torch.device("cpu"), "dpmpp_2m", "normal", 1.0, {}).sigmas
+    advanced = comfy_extras.nodes_custom_sampler.SamplerCustomAdvanced
+    guided = getattr(advanced, "execute", None) or advanced().sample
+    guided = guided(noise, made, chosen, levels, latent())
+    guided = (guided.result if hasattr(guided, "result") else guided)[0]["samples"]
+    results["guider"] = bool(torch.equal(guided, combined(base, tuned, "dpmpp_2m")))
     half = switch.BaseTunedSwitch.execute(base, tuned, "step", 0, 0.5).result[0]
     results["strength"] = error(stock_sample(half, "euler"), stock_sample(embedded.with_lora(base, reward, 0.5)[0], "euler"))
     results["denoise"] = bool(torch.isfinite(combined(base, tuned, "euler", at=2, steps=4, denoise=0.5)).all())
@@ -110,8 +129,9 @@ with torch.inference_mode():
     results["evaluations"] = calls
     results["refused"] = {
         "beyond": refused(lambda: combined(base, tuned, "euler", at=STEPS + 1)),
-        "equal": refused(lambda: switch.switched(base, base.clone(), "step", 1)),
-        "reversed": refused(lambda: switch.switched(tuned, base, "step", 1)),
+        "equal": refused(lambda: switch.switched(base, base.clone(), RULE)),
+        "auto": refused(lambda: switch.BaseTunedSwitch.execute(base, tuned, "auto", 0.0, 1.0)),
+        "reversed": refused(lambda: switch.switched(tuned, base, RULE)),
         "not finite": refused(
             lambda: switch.CombinedKSampler.execute(
                 base, tuned, "step", 1, 1.0, 0, 2, 1.0, 1.0, "euler", "normal", positive, negative,
@@ -124,13 +144,14 @@ with torch.inference_mode():
     flow.add_object_patch(
         "model_sampling", type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST), {})()
     )
-    results["refused"]["flow"] = refused(lambda: switch.switched(base, flow, "step", 1))
+    results["refused"]["flow"] = refused(lambda: switch.switched(base, flow, RULE))
     asyncio.run(stock.load_custom_node(embedded.pack))
     results["registered"] = sorted(name for name in stock.NODE_CLASS_MAPPINGS if name.startswith("ImageReFL"))
-    results["described"] = all(
-        options.get("tooltip")
-        for name in results["registered"]
-        for group in stock.NODE_CLASS_MAPPINGS[name].INPUT_TYPES().values()
-        for _, options in group.values()
-    )
+    texts = []
+    for name in results["registered"]:
+        node = stock.NODE_CLASS_MAPPINGS[name]
+        groups = node.INPUT_TYPES()
+        texts += [options.get("tooltip") for group in ("required", "optional") for _, options in groups.get(group, {}).values()]
+        texts += [*(getattr(node, "OUTPUT_TOOLTIPS", None) or []), node.DESCRIPTION]
+    results["described"] = all(texts) and len(texts) > 100
 print(json.dumps(results))

@@ -10,12 +10,14 @@ import gzip
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+if TYPE_CHECKING:  # imported where something is built: in a graph diffusers may be absent
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 from .world import ATTRIBUTES, SIZE, vocabulary
 
@@ -65,11 +67,15 @@ def vocabulary_size() -> int:
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer that `write_tokenizer` left in `folder`."""
+    from transformers import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def build_text_encoder() -> CLIPTextModel:
     """CLIP text model, 2 layers of 128."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     end = vocabulary_size() - 1
     return CLIPTextModel(
         CLIPTextConfig(
@@ -90,6 +96,8 @@ def build_text_encoder() -> CLIPTextModel:
 
 def build_unet() -> UNet2DConditionModel:
     """ε-prediction UNet on 4×8×8 latents, cross-attention at both levels."""
+    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
+
     build: Any = UNet2DConditionModel
     return build(
         sample_size=SIZE // 8,
@@ -111,6 +119,8 @@ def build_vae() -> AutoencoderKL:
     64 channels at full resolution, because 32 channels in 32 groups make the last normalisation forget every colour;
     no residual blocks on the way down, which the pictures do not need and which would cost half the time.
     """
+    from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+
     build: Any = AutoencoderKL  # its annotations say tuple[str] for a tuple of any length
     return build(
         block_out_channels=(64, 64, 64, 64),
@@ -126,6 +136,8 @@ def build_vae() -> AutoencoderKL:
 
 def build_scheduler() -> DDPMScheduler:
     """SD1.5's noise schedule with the official ImageReFL sampler settings."""
+    from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
+
     return DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data import encode_images
 from ..draws import Draws
 from ..objectives import ImageReFL, ReFL
-from ..policies.unet import Lora, UNetPolicy
-from ..policy import Batch, Policy
+from ..policies.unet import UNetPolicy
+from ..policy import Batch, Lora, Policy
 from ..reward import Standardised
 from ..rewards.two_tower import TwoTower
 from . import files, show

@@ -18,6 +18,11 @@ FOLDER = Path(__file__).parent / "weights"
 PIPELINE = FOLDER / "pipeline"
 
 
+def loras() -> dict[str, Path]:
+    """The embedded model's LoRAs by name: `demo-refl`, `demo-imagerefl`."""
+    return {f"demo-{path.stem}": path for path in sorted((FOLDER / "loras").glob("*.safetensors"))}
+
+
 def load_reader() -> Reader:
     """The attribute reader: feature extractor of diversity and FID, and the gold rater's eyes."""
     reader = Reader()

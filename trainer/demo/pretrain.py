@@ -30,6 +30,7 @@ from . import architecture, rater, world
 
 log = logging.getLogger(__name__)
 
+DECAY = 0.35  # share of a stage's steps over which the learning rate falls to zero
 LATENT_NOISE = 0.08  # standard deviation that the decoder learns to forgive, in units of the latents' own
 
 
@@ -86,7 +87,7 @@ def fit(
     warmup: int = 200,
     save_every: int = 500,
 ) -> Average:
-    """Adam with warm-up, a plateau and a linear decay over the last 35 % of steps, on `loss_at(step)`; returns the averaged weights.
+    """Adam with warm-up, a plateau and a linear decay over the last DECAY of steps, on `loss_at(step)`; returns the averaged weights.
 
     State lives in `work/name.pt`, losses in `work/name.jsonl`.
     """
@@ -104,7 +105,7 @@ def fit(
     begin, recent = time.monotonic(), []
     for step in range(done, steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (0.35 * steps))
+            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (DECAY * steps))
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -135,10 +136,22 @@ def scene_batch(seed: int, stage: str, step: int, n: int) -> tuple[Tensor, Tenso
     return attributes, world.render(attributes, jitter)
 
 
+def _widened(attributes: Tensor, jitter: Tensor) -> Tensor:
+    """Jitter beyond [0,1) that renders any rotation, and radii of 8.5–11 and 15.5–19 pixels."""
+    jitter, radius = jitter.clone(), torch.tensor([[8.5, 11.0], [15.5, 19.0]])
+    size = attributes[:, list(world.ATTRIBUTES).index("size")]
+    ours, theirs = world.RADIUS[size], radius[size]
+    wanted = theirs[:, 0] + (theirs[:, 1] - theirs[:, 0]) * jitter[:, 1]
+    jitter[:, 0] = (2 * math.pi * jitter[:, 0] / world.TILT + 1) / 2
+    jitter[:, 1] = (wanted - ours[:, 0]) / (ours[:, 1] - ours[:, 0])
+    return jitter
+
+
 def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: bool = False) -> None:
     """The autoencoder: deterministic mean, fixed latent noise, no adversary.
 
-    The posterior's width is fixed rather than learned: sampling it from the start stalls the decoder.
+    The posterior's width is fixed rather than learned: sampling it from the start stalls the decoder. Objects are seen at
+    every rotation and at more sizes than scenes have, so that the code holds more than the scenes.
     """
     vae: Any = architecture.build_vae()
     encode, decode = vae.encoder, vae.decoder
@@ -146,25 +159,49 @@ def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: b
         encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
 
     def loss_at(step: int) -> Tensor:
-        _, images = scene_batch(seed, "vae", step, batch)
-        images = images * 2 - 1
+        attributes, jitter = world.draw_scenes(batch, _generator(seed, "vae", step))
+        images = world.render(attributes, _widened(attributes, jitter)) * 2 - 1
         with torch.autocast("cpu", torch.bfloat16):
             mean = vae.quant_conv(encode(images))[:, :4]
         mean = mean.float()
         noise = torch.randn(mean.shape, generator=_generator(seed, "vae noise", step))
         with torch.autocast("cpu", torch.bfloat16):
             decoded = decode(vae.post_quant_conv(mean + LATENT_NOISE * noise))
-        error = decoded.float() - images
         # the penalty on the mean is the KL term of a posterior of fixed width; it keeps the latents near unit scale
         penalty = 1e-3 * (mean.square().mean() - 1).relu() + 1e-5 * mean.square().mean()
+        error = decoded.float() - images
         if step < 1500:
             return error.square().mean() + 0.05 * error.abs().mean() + penalty
-        # then absolute errors, most of all where the object is: grounds are nine tenths of the pixels and soon perfect
-        found = (images - images[..., :1, :1]).abs().sum(1, keepdim=True) > 0.1
-        weight = 1 + 4 * F.max_pool2d(found.float(), 3, stride=1, padding=1)
-        return (weight * (error.square() + 0.3 * error.abs())).mean() + penalty
+        return _object_loss(error, images) + penalty
 
     fit("vae", vae, loss_at, steps=steps, lr=1.5e-3, work=work, decay=0.998)
+
+
+def _object_loss(error: Tensor, images: Tensor) -> Tensor:
+    """Squared and absolute errors, most of all where the object is: grounds are nine tenths of the pixels and soon perfect."""
+    found = (images - images[..., :1, :1]).abs().sum(1, keepdim=True) > 0.1
+    weight = 1 + 4 * F.max_pool2d(found.float(), 3, stride=1, padding=1)
+    return (weight * (error.square() + 0.3 * error.abs())).mean()
+
+
+def pretrain_decoder(work: Path, seed: int, steps: int, batch: int = 16, compiled: bool = False) -> None:
+    """The decoder alone, on the scenes as they are; latents stay what they were, so the UNet can train meanwhile."""
+    vae = load_stage(work, "vae", architecture.build_vae())
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    decoder: Any = torch.compile(vae.decoder) if compiled else vae.decoder
+
+    def loss_at(step: int) -> Tensor:
+        _, images = scene_batch(seed, "decoder", step, batch)
+        images = images * 2 - 1
+        draws = _generator(seed, "decoder noise", step)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.quant_conv(vae.encoder(images))[:, :4].float()
+            decoded = decoder(vae.post_quant_conv(mean + LATENT_NOISE * torch.randn(mean.shape, generator=draws)))
+        return _object_loss(decoded.float() - images, images)
+
+    fit("decoder", vae, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998)
 
 
 def load_stage(work: Path, name: str, module: nn.Module) -> Any:
@@ -209,11 +246,11 @@ class TextToLatent(nn.Module):
         self.unet, self.text = architecture.build_unet(), architecture.build_text_encoder()
 
 
-def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False) -> None:
+def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, batch: int = 64) -> None:
     """UNet and text encoder: ε-prediction, min-SNR-5 weights (arXiv:2303.09556), one caption in ten dropped.
 
-    After a start with large batches the batch is halved, and the loss raised where SNR is low: there layout and shape
-    are decided, and an ε-loss hardly sees an error of x0.
+    Until the learning rate falls, captions are padded to 24 tokens instead of 77: no caption is longer, and a step costs a
+    quarter less.
     """
     if RANK == 0:
         architecture.write_tokenizer(work / "tokenizer")
@@ -224,24 +261,23 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False) -> 
     scenes, latents = cache["scenes"].long(), cache["latents"]
     cumulative = architecture.build_scheduler().alphas_cumprod
     model = TextToLatent()
-    unet = torch.compile(model.unet) if compiled else model.unet
+    unet: Any = torch.compile(model.unet, dynamic=False) if compiled else model.unet
 
     def loss_at(step: int) -> Tensor:
-        begun, draws, rng = step < 1250, _generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}")
-        batch = (64 if begun else 32) // WORLD
-        rows = torch.randint(len(latents), (batch,), generator=draws)
+        draws, rng, n = _generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}"), batch // WORLD
+        tokens = 24 if step < (1 - DECAY) * steps else architecture.CONTEXT
+        rows = torch.randint(len(latents), (n,), generator=draws)
         captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
-        tokens = tokenizer(captions, padding="max_length", max_length=architecture.CONTEXT, truncation=True, return_tensors="pt")
-        t = torch.randint(1000, (batch,), generator=draws)
-        noise = torch.randn(batch, 4, 8, 8, generator=draws)
+        ids = tokenizer(captions, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
+        t = torch.randint(1000, (n,), generator=draws)
+        noise = torch.randn(n, 4, 8, 8, generator=draws)
         signal = cumulative[t][:, None, None, None]
         # posterior noise as at training time of the decoder
-        x0 = latents[rows] + LATENT_NOISE * torch.randn(batch, 4, 8, 8, generator=draws)
+        x0 = latents[rows] + LATENT_NOISE * torch.randn(n, 4, 8, 8, generator=draws)
         x = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
-        predicted = unet(x, t, encoder_hidden_states=model.text(tokens.input_ids)[0]).sample
+        predicted = unet(x, t, encoder_hidden_states=model.text(ids)[0]).sample
         snr = cumulative[t] / (1 - cumulative[t])
-        weight = (5 / snr).clamp(max=1) * (1 if begun else (1 + 1 / snr).clamp(max=8) / 4)
-        return ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
+        return ((predicted - noise).square().mean((1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
 
     fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250)
 
@@ -252,7 +288,7 @@ def cache_gallery(work: Path, seed: int, steps: int, **_: object) -> None:
 
     Decoding is the slow part of training on such pictures; this does it once.
     """
-    vae = load_stage(work, "vae", architecture.build_vae())
+    vae = load_stage(work, "decoder", architecture.build_vae())
     cache = torch.load(work / "latents.pt", weights_only=True)
     pictures = []
     for step in range(steps):
@@ -358,7 +394,7 @@ def export(work: Path, seed: int, steps: int, **_: object) -> None:
     from . import files
 
     scale = float(torch.load(work / "latents.pt", weights_only=True)["scale"])
-    vae = load_stage(work, "vae", architecture.build_vae())
+    vae = load_stage(work, "decoder", architecture.build_vae())
     _fold_scale(vae, scale / architecture.LATENT_SCALE)
     networks = load_stage(work, "unet", TextToLatent())
     build: Any = StableDiffusionPipeline
@@ -418,6 +454,7 @@ def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
 STAGES: dict[str, Callable[..., None]] = {
     "vae": pretrain_vae,
     "latents": cache_latents,
+    "decoder": pretrain_decoder,
     "unet": pretrain_unet,
     "gallery": cache_gallery,
     "reader": pretrain_reader,

@@ -1,5 +1,6 @@
 """The comparison of docs/results.md: base, ReFL and ImageReFL, alone and combined, with the baselines every user asks about.
 
+    python -m trainer.demo.results grid FOLDER          # learning rates, on a seed and prompts of their own
     python -m trainer.demo.results seed FOLDER SEED     # one training seed; finished seeds are left alone
     python -m trainer.demo.results table FOLDER OUT.md
 
@@ -12,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from .show import GUIDANCE, START, STEPS
 
 log = logging.getLogger(__name__)
 
-SWITCHES = (0, 10, 15, 18)
+SWITCHES = (0, 8, 12, 16)
 STRENGTHS = (0.25, 0.5, 0.75)
 SAMPLING_SEED = 1234  # the same test noise for every training seed
-EVERY = 16  # steps between the points of the training curves, and between the LoRAs that early stopping may pick
+GRID_SEED = 9  # of the runs that choose the learning rate
+EVERY = 8  # steps between the points of the training curves, and between the LoRAs that early stopping may pick
 
 
 def train_both(folder: Path, seed: int, size: show.DemoSize, tuning: show.Tuning) -> dict[str, list[dict[str, float]]]:
@@ -60,14 +63,12 @@ def _load(path: Path, strength: float = 1.0) -> UNetPolicy:
     return policy
 
 
-def run_seed(
-    folder: Path, seed: int, updates: int, batch: int, prompts: int, per_prompt: int, tuning: show.Tuning, test_set: str = "results"
-) -> dict[str, Any]:
+def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, per_prompt: int) -> dict[str, Any]:
     """One training seed: train, generate, judge. The test set does not depend on the seed."""
     size = show.DemoSize(refl_updates=updates, imagerefl_updates=updates, batch=batch, prompts=prompts, per_prompt=per_prompt)
     folder.mkdir(parents=True, exist_ok=True)
-    curves = train_both(folder, seed, size, tuning)
-    bench = show.Bench(show.captions(prompts, test_set), per_prompt, 1)
+    curves = train_both(folder, seed, size, show.Tuning())
+    bench = show.Bench(show.captions(prompts, "results"), per_prompt, 1)
     base_policy, tuned = UNetPolicy.load(files.PIPELINE), {m: _load(folder / m / "lora.safetensors") for m in ("refl", "imagerefl")}
     judged = {key: bench(images) for key, images in show.draw(base_policy, tuned, bench.texts, SWITCHES, SAMPLING_SEED).items()}
     early = early_stop(curves["refl"], curves["imagerefl"])
@@ -75,6 +76,8 @@ def run_seed(
     weaker[f"refl at step {early}"] = _load(folder / f"refl-{early:04d}.safetensors")
     settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=SAMPLING_SEED)
     judged |= {key: bench(images) for key, images in generate(base_policy, weaker, bench.texts, (0,), settings).items()}
+    free = generate(base_policy, tuned, bench.texts, (START,), replace(settings, guidance=1.0))
+    judged |= {(f"{name}, base unguided", k): bench(images) for (name, k), images in free.items()}
     base = judged.pop(("base", STEPS))
     unguided = judged.pop(("base_unguided", STEPS))
     everything = {**judged, ("base", STEPS): base, ("base unguided", STEPS): unguided}
@@ -94,6 +97,27 @@ def run_seed(
             for (n, k), j in everything.items()
         },
     }
+
+
+def run_grid(folder: Path, rates: tuple[float, ...], updates: int, batch: int, prompts: int, per_prompt: int) -> dict[str, Any]:
+    """Both methods at each learning rate, on a fourth seed and prompts that no result uses.
+
+    A method's choice is the rate with the largest frontier area on the held-out axis, over START and 0.
+    """
+    bench = show.Bench(show.captions(prompts, "validation grid"), per_prompt, 1)
+    base_policy = UNetPolicy.load(files.PIPELINE)
+    rows: list[dict[str, Any]] = []
+    for rate in rates:
+        size = show.DemoSize(refl_updates=updates, imagerefl_updates=updates, batch=batch)
+        train_both(folder / f"{rate:g}", GRID_SEED, size, show.Tuning(refl_lr=rate, imagerefl_lr=rate))
+        tuned = {m: _load(folder / f"{rate:g}" / m / "lora.safetensors") for m in ("refl", "imagerefl")}
+        judged = {k: bench(i) for k, i in show.draw(base_policy, tuned, bench.texts, (0, START), SAMPLING_SEED).items()}
+        base = judged["base", STEPS]
+        for name in tuned:
+            points = {str(k): judged[name, k].means() for k in (0, START)}
+            area = frontier_area([judged[name, k] for k in (0, START)], base, "heldout")
+            rows.append({"model": name, "lr": rate, "area": area, "points": points})
+    return {"seed": GRID_SEED, "updates": updates, "batch": batch, "prompts": prompts, "per_prompt": per_prompt, "rows": rows}
 
 
 def early_stop(refl: list[dict[str, float]], imagerefl: list[dict[str, float]]) -> int:
@@ -184,13 +208,15 @@ def main() -> None:
     one = commands.add_parser("seed", help="train and judge one seed")
     one.add_argument("folder", type=Path)
     one.add_argument("seed", type=int)
-    one.add_argument("--updates", type=int, default=48)
-    one.add_argument("--batch", type=int, default=16)
-    one.add_argument("--prompts", type=int, default=32)
-    one.add_argument("--per-prompt", type=int, default=4)
-    one.add_argument("--lr", type=float, default=show.Tuning().lr)
-    one.add_argument("--test-set", default="results", help="name that the test prompts are drawn from; another one for choosing settings")
-    one.add_argument("--threads", type=int, default=1)
+    grid = commands.add_parser("grid", help="both methods at several learning rates")
+    grid.add_argument("folder", type=Path)
+    grid.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    for command in (one, grid):
+        command.add_argument("--updates", type=int, default=48)
+        command.add_argument("--batch", type=int, default=16)
+        command.add_argument("--prompts", type=int, default=32)
+        command.add_argument("--per-prompt", type=int, default=4)
+        command.add_argument("--threads", type=int, default=1)
     tables = commands.add_parser("table", help="write the tables of all finished seeds")
     tables.add_argument("folder", type=Path)
     tables.add_argument("out", type=Path)
@@ -200,11 +226,14 @@ def main() -> None:
         curves_figure(a.folder).savefig(a.out.with_suffix(".png"), dpi=100)
         return
     torch.set_num_threads(a.threads)
-    target = a.folder / f"seed{a.seed}.json"
+    target = a.folder / ("grid.json" if a.command == "grid" else f"seed{a.seed}.json")
     if target.is_file():
         log.info("%s is finished", target)
         return
-    result = run_seed(a.folder / f"seed{a.seed}", a.seed, a.updates, a.batch, a.prompts, a.per_prompt, show.Tuning(lr=a.lr), a.test_set)
+    size = (a.updates, a.batch, a.prompts, a.per_prompt)
+    result = (
+        run_grid(target.with_suffix(""), tuple(a.rates), *size) if a.command == "grid" else run_seed(target.with_suffix(""), a.seed, *size)
+    )
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n", "utf-8")
     os.replace(partial, target)

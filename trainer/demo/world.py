@@ -38,7 +38,8 @@ _RGB = torch.tensor(
     [[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.12, 0.72, 0.20], [0.10, 0.80, 0.85], [0.15, 0.28, 0.92], [0.62, 0.16, 0.82]]
 )
 _BACKGROUND_RGB = torch.tensor([[0.94, 0.94, 0.94], [0.52, 0.52, 0.52], [0.07, 0.07, 0.07], [0.44, 0.29, 0.17]])
-_RADIUS = torch.tensor([[8.5, 11.0], [15.5, 19.0]])  # pixels, per size
+RADIUS = torch.tensor([[11.0, 13.0], [16.5, 19.5]])  # pixels, per size
+TILT = math.pi / 12  # a scene's object leans at most this far, radians
 _CENTRE_X = torch.tensor([[17.0, 23.0], [29.0, 35.0], [41.0, 47.0]])  # pixels, per position
 _CENTRE_Y = (22.0, 42.0)  # never named: free layout
 
@@ -124,12 +125,12 @@ def vocabulary() -> list[str]:
 def render(attributes: Tensor, jitter: Tensor) -> Tensor:
     """Anti-aliased pictures of scenes.
 
-    attributes: (B,8) int64; jitter: (B,8) in [0,1): rotation, radius, x, y, light direction, brightness of object and
+    attributes: (B,8) int64; jitter: (B,8) in [0,1): tilt, radius, x, y, light direction, brightness of object and
     background, hue. Returns (B,3,64,64) in [0,1].
     """
     shape, colour, size, position, background, edge, tone, light = attributes.unbind(1)
-    rotation = 2 * math.pi * jitter[:, 0]
-    radius = _between(_RADIUS[size], jitter[:, 1])
+    rotation = TILT * (2 * jitter[:, 0] - 1)
+    radius = _between(RADIUS[size], jitter[:, 1])
     centre_x = _between(_CENTRE_X[position], jitter[:, 2])
     centre_y = _CENTRE_Y[0] + (_CENTRE_Y[1] - _CENTRE_Y[0]) * jitter[:, 3]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser, classifier_free_guidance, per_sample
+from ..policy import Lora, initial_down, kohya_key
 from ..sampling import Space, add_noise, leading_timesteps
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The adapter that is trained (Hu et al. 2021, arXiv:2106.09685)."""
-
-    rank: int = field(default=8, metadata={"min": 1, "max": 1024, "help": "rank of the update"})
-    alpha: float = field(default=8.0, metadata={"min": 1e-3, "max": 4096.0, "help": "the update is scaled by alpha/rank"})
-    targets: tuple[str, ...] = field(
-        default=("to_q", "to_k", "to_v", "to_out.0"), metadata={"help": "module names that get an adapter (official: attention)"}
-    )
 
 
 class UNetPolicy:
@@ -75,12 +64,10 @@ class UNetPolicy:
         alpha: Any = lora.alpha  # peft computes with any number, and types it int
         self.unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets), init_lora_weights=True))
         self.lora = lora
-        from ..draws import generator
-
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if "lora_A" in name:  # Gaussian of variance 1/rank, as the official code
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator(seed, "lora", name)) / lora.rank)
+                if "lora_A" in name:
+                    parameter.copy_(initial_down(name, parameter.shape, lora.rank, seed))
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The adapter's parameters with peft's names."""
@@ -89,6 +76,10 @@ class UNetPolicy:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
         return [p for _, p in self.named_parameters()]
+
+    def file_key(self, name: str) -> str:
+        """A parameter's name in a LoRA file."""
+        return kohya_key(name)
 
     @contextmanager
     def adapter_off(self) -> Generator[None]:

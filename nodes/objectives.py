@@ -1,0 +1,39 @@
+"""One node per objective of the trainer: its widgets are the dataclass's fields, so that a new objective appears by itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.objectives import OBJECTIVES
+from .sockets import CATEGORY, Objective, collected, schema, widgets
+
+
+def objective_node(name: str, kind: type[Any]) -> type[io.ComfyNode]:
+    """The node of one objective."""
+
+    class Node(io.ComfyNode):
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            """Sockets and texts."""
+            return schema(
+                node_id=f"ImageReFLObjective{kind.__name__}",
+                display_name=f"Objective: {kind.__name__}",
+                category=f"{CATEGORY}/training",
+                description=" ".join(inspect.cleandoc(kind.__doc__ or "").split()),
+                inputs=widgets(kind),
+                outputs=[Objective.Output("objective", display_name="OBJECTIVE", tooltip="For Align LoRA Train.")],
+            )
+
+        @classmethod
+        def execute(cls, **values: Any) -> io.NodeOutput:
+            """The objective; impossible settings are refused here, before any step."""
+            return io.NodeOutput((name, collected(kind, values)))
+
+    Node.__name__ = f"Objective{kind.__name__}"
+    return Node
+
+
+NODES = [objective_node(name, kind) for name, kind in OBJECTIVES.items()]

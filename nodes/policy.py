@@ -1,0 +1,321 @@
+"""A ComfyUI MODEL and VAE as what the trainer aligns. ComfyUI loads and evaluates; the adapter is ours while training.
+
+The adapter is a bypass, y + s·B(A x): frozen weights, quantised or not, are never touched, and the base model is the same
+network with the bypass closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..trainer.denoiser import Denoiser, classifier_free_guidance
+from ..trainer.policy import Lora, initial_down, kohya_key
+from ..trainer.sampling import Space, add_noise, leading_timesteps
+
+Conditioning = list[tuple[Tensor, dict[str, Any]]]
+
+# Blocks whose activations are recomputed, by the names of ComfyUI's classes
+_DENOISER_BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
+_DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
+
+
+def lora_targets(model: Any) -> dict[str, str]:
+    """Trainable modules of a model: the name that a LoRA file uses -> the name inside `diffusion_model`.
+
+    UNets take diffusers' names (kohya files), transformers that ComfyUI maps from diffusers theirs, all others their own.
+    """
+    own = {name.removeprefix("diffusion_model."): name for name, _ in model.named_modules() if name.startswith("diffusion_model.")}
+    config = model.model_config.unet_config
+    if "num_res_blocks" in config:
+        names = comfy.utils.unet_to_diffusers(config)
+        return {here.removesuffix(".weight"): there.removesuffix(".weight") for here, there in names.items() if here.endswith(".weight")}
+    keys = comfy.lora.model_lora_keys_unet(model, {})
+    mapped = {k.removeprefix("transformer."): v for k, v in keys.items() if k.startswith("transformer.") and isinstance(v, str)}
+    if mapped:
+        return {name: key.removeprefix("diffusion_model.").removesuffix(".weight") for name, key in mapped.items()}
+    return {name: name for name in own}
+
+
+class Adapter(nn.Module):
+    """The two halves of one module's update, in float32."""
+
+    def __init__(self, module: nn.Module, rank: int, device: torch.device) -> None:
+        super().__init__()
+        if isinstance(module, nn.Conv2d):
+            down = torch.zeros(rank, module.in_channels, *module.kernel_size, device=device)
+            up = torch.zeros(module.out_channels, rank, 1, 1, device=device)
+        else:
+            down = torch.zeros(rank, module.in_features, device=device)
+            up = torch.zeros(module.out_features, rank, device=device)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    def forward(self, x: Tensor, module: Any) -> Tensor:
+        """B(A x) for the input of `module`."""
+        if isinstance(module, nn.Conv2d):
+            return F.conv2d(F.conv2d(x, self.down, stride=module.stride, padding=module.padding, dilation=module.dilation), self.up)
+        return F.linear(F.linear(x, self.down), self.up)
+
+
+class ComfyPolicy:
+    """MODEL, VAE and a way to condition on a prompt, as a trainer.policy.Trainable.
+
+    Use it inside `loaded()`. `latent_shape` is (C,h,w); `gradient_vae` decodes where gradients are needed (a TAESD, say).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        condition: Callable[[str], Conditioning],
+        latent_shape: tuple[int, int, int],
+        gradient_vae: Any = None,
+    ) -> None:
+        dimensions = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2)
+        if dimensions != 2:
+            raise ValueError("this model draws video or sound: reward training knows images only")
+        self.model, self.vae, self.gradient_vae = model, vae, gradient_vae or vae
+        self.latent_shape = latent_shape
+        self.device = comfy.model_management.get_torch_device()
+        self._condition = condition
+        self._encoded: dict[str, list[dict[str, Any]]] = {}
+        self._conds: dict[str, dict[str, Any]] = {}
+        self._sampling = model.get_model_object("model_sampling")
+        self.space: Space = "flow" if isinstance(self._sampling, comfy.model_sampling.CONST) else "ve"
+        self.lora: Lora | None = None
+        self._adapters: dict[str, tuple[str, Adapter]] = {}  # by the name in files: name inside the model, adapter
+        self._tuned = True
+        self._checkpointed = (False, True)
+
+    # -- the adapter ---------------------------------------------------------------------------------------------
+
+    def add_lora(self, lora: Lora, seed: int = 0) -> None:
+        """Attach an adapter that starts as the identity; its random half depends on `seed` alone."""
+        if self.lora is not None:
+            raise ValueError("this policy has an adapter already")
+        modules = dict(self.model.model.diffusion_model.named_modules())
+        for name, inside in sorted(lora_targets(self.model.model).items()):
+            wanted = any(name == target or name.endswith("." + target) for target in lora.targets)
+            if wanted and isinstance(modules.get(inside), nn.Linear | nn.Conv2d):
+                adapter = Adapter(modules[inside], lora.rank, self.device)
+                first = initial_down(f"{name}.lora_A.default.weight", adapter.down.shape, lora.rank, seed)
+                with torch.no_grad():
+                    adapter.down.copy_(first)
+                self._adapters[name] = (inside, adapter)
+        if not self._adapters:
+            raise ValueError(f"no module of this model is called {', '.join(lora.targets)}: nothing to train")
+        self.lora = lora
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's parameters by peft's names."""
+        pairs = [(name, adapter) for name, (_, adapter) in self._adapters.items()]
+        return [p for n, a in pairs for p in ((f"{n}.lora_A.default.weight", a.down), (f"{n}.lora_B.default.weight", a.up))]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer moves."""
+        return [p for _, p in self.named_parameters()]
+
+    def file_key(self, name: str) -> str:
+        """kohya names for UNets, `transformer.` names where ComfyUI maps them, generic ones otherwise."""
+        if "num_res_blocks" in self.model.model.model_config.unet_config:
+            return kohya_key(name)
+        module, half = name.split(".lora_")
+        keys = comfy.lora.model_lora_keys_unet(self.model.model, {})
+        prefix = "transformer." if f"transformer.{module}" in keys else "diffusion_model."
+        return f"{prefix}{module}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
+
+    def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
+        """Recompute activations block by block; the decoder, which is the peak of memory, always does."""
+        self._checkpointed = (denoiser, True)
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loaded(self, others: Sequence[Any], batch: int) -> Generator[None]:
+        """Models on their device, weights fit for autograd, adapters attached; all is as before afterwards.
+
+        `others` are patchers to load as well (rewards).
+        """
+        management = comfy.model_management
+        shape = [2 * batch, *self.latent_shape]
+        needed = 4 * self.model.model.memory_required(shape) + self.gradient_vae.memory_used_decode(shape, self.gradient_vae.vae_dtype)
+        vaes = [self.vae.patcher] + ([self.gradient_vae.patcher] if self.gradient_vae is not self.vae else [])
+        management.load_models_gpu([self.model, *vaes, *others], memory_required=needed, force_full_load=True)
+        for module in (self.model.model, self.vae.first_stage_model, self.gradient_vae.first_stage_model):
+            make_trainable_through(module)
+        with ExitStack() as stack:
+            self.model.pre_run()
+            stack.callback(self.model.cleanup)
+            network = self.model.model.diffusion_model
+            modules = dict(network.named_modules())
+            for inside, adapter in self._adapters.values():
+                stack.enter_context(
+                    _replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
+                )
+            if self._checkpointed[0]:
+                stack.enter_context(_recomputed(network, _DENOISER_BLOCKS))
+            stack.enter_context(_recomputed(self.gradient_vae.first_stage_model, _DECODER_BLOCKS))
+            try:
+                yield
+            finally:
+                for parameter in self.parameters():
+                    parameter.grad = None
+        management.soft_empty_cache()
+
+    def _bypass(self, inner: Callable[..., Tensor], module: nn.Module, adapter: Adapter) -> Callable[..., Tensor]:
+        assert self.lora is not None
+        scale = self.lora.alpha / self.lora.rank
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            output = inner(x, *args, **kwargs)
+            return output + (scale * adapter(x.float(), module)).to(output.dtype) if self._tuned else output
+
+        return forward
+
+    # -- denoisers -----------------------------------------------------------------------------------------------
+
+    def denoiser(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
+        """The tuned model; guidance 1 evaluates no unconditional branch."""
+        return lambda x, sigma: self._guided(x, sigma, prompts, guidance)
+
+    def reference(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
+        """The base model, without gradient."""
+
+        @torch.no_grad()
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            self._tuned = False
+            try:
+                return self._guided(x, sigma, prompts, guidance)
+            finally:
+                self._tuned = True
+
+        return denoise
+
+    def _guided(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], guidance: float) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        x, sigma = x.to(self.device), sigma.to(self.device)
+        if guidance == 1:
+            return self._predict(x, sigma, prompts)
+        both = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), [*prompts, *[""] * len(prompts)])
+        conditional, unconditional = both.chunk(2)
+        return classifier_free_guidance(conditional, unconditional, guidance)
+
+    def _predict(self, x: Tensor, sigma: Tensor, prompts: Sequence[str]) -> Tensor:
+        options = dict(self.model.model_options.get("transformer_options", {}))
+        # the default splits attention by the memory that is free, which recomputation would find changed
+        options["optimized_attention_override"] = lambda _, *a, **k: comfy.ldm.modules.attention.attention_pytorch(*a, **k)
+        return self.model.model.apply_model(x, sigma, transformer_options=options, **self._embedded(prompts, x)).float()
+
+    @torch.no_grad()
+    def prepare(self, prompt: str) -> list[dict[str, Any]]:
+        """A prompt's conditioning, encoded once; call it for all prompts while the text encoder is loaded."""
+        if prompt not in self._encoded:
+            copied = [[_copied(cond), {k: _copied(v) for k, v in extra.items()}] for cond, extra in self._condition(prompt)]
+            self._encoded[prompt] = comfy.sampler_helpers.convert_cond(copied)
+        return list(self._encoded[prompt])
+
+    def _embedded(self, prompts: Sequence[str], x: Tensor) -> dict[str, Any]:
+        """What the model wants to know of each prompt, side by side; each distinct prompt is prepared once."""
+        for prompt in prompts:
+            if prompt not in self._conds:
+                conds = comfy.samplers.encode_model_conds(
+                    self.model.model.extra_conds, self.prepare(prompt), x[:1].detach(), self.device, "positive"
+                )
+                if len(conds) != 1:
+                    raise ValueError(f"the conditioning of {prompt!r} has {len(conds)} parts: training takes one plain prompt")
+                whole = conds[0]["model_conds"]
+                self._conds[prompt] = {k: c.process_cond(batch_size=1, device=self.device, area=None) for k, c in whole.items()}
+        first, *others = [self._conds[p] for p in prompts]
+        if any(not cond.can_concat(other[key]) for other in others for key, cond in first.items()):
+            raise ValueError("the prompts of one batch have conditioning of different shapes: make them of similar length, or batch 1")
+        return {key: cond.concat([other[key] for other in others]) for key, cond in first.items()}
+
+    # -- noise levels and pixels ---------------------------------------------------------------------------------
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The official `leading` grid on models with a table of levels, ComfyUI's `simple` schedule on flow models."""
+        if self.space == "ve" and isinstance(getattr(self._sampling, "sigmas", None), Tensor):
+            levels = self._sampling.sigmas[torch.tensor(leading_timesteps(steps, len(self._sampling.sigmas)))]
+            return torch.cat([levels, levels.new_zeros(1)]).float().to(self.device)
+        return comfy.samplers.calculate_sigmas(self._sampling, "simple", steps).float().to(self.device)
+
+    def start(self, noise: Tensor, steps: int) -> Tensor:
+        """N(0,1) at the first level: noise·√(1+σ₀²) in variance-exploding coordinates, the noise itself in flow."""
+        noise = noise.to(self.device)
+        return noise * (1 + self.sigmas(steps)[0].square()).sqrt() if self.space == "ve" else noise
+
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """α(σ)·x0 + σ·noise."""
+        return add_noise(x0, noise, sigma, self.space)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled latents of images (B,3,H,W) in [0,1]: ComfyUI gives the posterior's mean, so the deviation is 0."""
+        latents = self.model.model.process_latent_in(self.vae.encode(images.movedim(1, -1))).to(self.device).float()
+        return latents, torch.zeros_like(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
+        vae = self.gradient_vae if torch.is_grad_enabled() else self.vae
+        unscaled = self.model.model.process_latent_out(latents)
+        pixels = vae.first_stage_model.decode(unscaled.to(vae.vae_dtype).to(vae.device))
+        return (pixels.float().to(self.device) / 2 + 0.5).clamp(0, 1)
+
+
+def make_trainable_through(module: nn.Module) -> None:
+    """Replace inference tensors, which autograd refuses, by equal ordinary ones; no gradient to the weights themselves."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None and (parameter.is_inference() or parameter.requires_grad):
+                part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None and buffer.is_inference():
+                part._buffers[name] = buffer.clone()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Generator[None]:
+    """Inside, `module.forward` is `make(forward)`."""
+    before = module.__dict__.get("forward")
+    module.forward = make(module.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def _recomputed(network: nn.Module, kinds: set[str]) -> Generator[None]:
+    """Inside, blocks of these classes keep no activations for the backward pass."""
+
+    def make(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for module in network.modules():
+            if type(module).__name__ in kinds:
+                stack.enter_context(_replaced_forward(module, make))
+        yield

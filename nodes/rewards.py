@@ -1,0 +1,395 @@
+"""Rewards in a graph: load, combine, score, keep the best, and write a score into the picture's file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from PIL.PngImagePlugin import PngInfo
+
+from ..trainer.demo import files
+from ..trainer.images import to_pil
+from ..trainer.rewards.two_tower import TwoTower
+from .sockets import CATEGORY, Reward, pixels, schema
+
+DEMO = {"demo-proxy": "proxy", "demo-heldout": "heldout", "demo-gold": "gold"}
+_FOLDER = "rewards"
+
+
+def register_folder() -> None:
+    """`models/rewards`, and what extra_model_paths.yaml says of it; called once, when ComfyUI loads the pack."""
+    paths, _ = folder_paths.folder_names_and_paths.get(_FOLDER, ([], set()))
+    ours = str(Path(folder_paths.models_dir) / _FOLDER)
+    folder_paths.folder_names_and_paths[_FOLDER] = ([*paths, *([] if ours in paths else [ours])], {".safetensors"})
+
+
+def names() -> list[str]:
+    """What Load Reward Model offers: the embedded rewards, and every reward folder in models/rewards."""
+    found: list[str] = []
+    for root in folder_paths.get_folder_paths(_FOLDER):
+        found += [str(p.parent.relative_to(root)) for p in sorted(Path(root).glob("**/config.json"))]
+    return [*DEMO, *dict.fromkeys(found)]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A reward with its scale and, where it is a network, the patcher that ComfyUI moves between devices."""
+
+    name: str
+    reward: Any
+    mean: float = 0.0
+    std: float = 1.0
+    patchers: tuple[Any, ...] = field(default=(), repr=False)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients reach the pixels."""
+        return self.reward.differentiable
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """(B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean of base images."""
+        return (self.raw(images, prompts) - self.mean) / self.std
+
+    def raw(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """The model's own score (B,)."""
+        return self.reward(images, prompts)
+
+    def to_device(self) -> None:
+        """Let ComfyUI bring the networks to its device, making room as for any model."""
+        if self.patchers:
+            comfy.model_management.load_models_gpu(list(self.patchers), force_full_load=True)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Σ wᵢ·zᵢ of rewards on their own scales, or of raw scores."""
+
+    parts: tuple[tuple[Any, float], ...]
+    normalised: bool = True
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return " + ".join(f"{weight:g} {part.name}" for part, weight in self.parts)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every part has a gradient."""
+        return all(part.differentiable for part, _ in self.parts)
+
+    @property
+    def patchers(self) -> tuple[Any, ...]:
+        """The networks of all parts."""
+        return tuple(p for part, _ in self.parts for p in part.patchers)
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """(B,3,H,W) in [0,1], B prompts -> (B,)."""
+        return self._sum([part(images, prompts) if self.normalised else part.raw(images, prompts) for part, _ in self.parts])
+
+    def raw(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """The weighted sum of the parts' own scores (B,)."""
+        return self._sum([part.raw(images, prompts) for part, _ in self.parts])
+
+    def _sum(self, scores: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([weight * score for (_, weight), score in zip(self.parts, scores)]).sum(0)
+
+    def to_device(self) -> None:
+        """Bring all networks to the device together."""
+        if self.patchers:
+            comfy.model_management.load_models_gpu(list(self.patchers), force_full_load=True)
+
+
+def load(name: str) -> Loaded:
+    """A reward by the name that `names` lists."""
+    with torch.inference_mode(False):  # its weights must be able to carry gradients to the pixels later
+        if name == "demo-gold":
+            return Loaded(name, files.load_reward("gold"))
+        if name in DEMO:
+            tower, config = files.load_tower(DEMO[name])
+        else:
+            roots = [Path(root) for root in folder_paths.get_folder_paths(_FOLDER)]
+            folder = next((root / name for root in roots if (root / name / "config.json").is_file()), None)
+            if folder is None:
+                raise FileNotFoundError(f"no reward {name!r} in {' or '.join(map(str, roots))}: put its folder there, then refresh")
+            tower, config = TwoTower.load(folder)
+    management = comfy.model_management
+    patcher = comfy.model_patcher.ModelPatcher(tower.model, management.get_torch_device(), management.unet_offload_device())
+    return Loaded(name, tower, float(config.get("mean", 0.0)), float(config.get("std", 1.0)), (patcher,))
+
+
+def prompt_per_image(prompts: Sequence[str], n: int) -> list[str]:
+    """One prompt for all images, or one each."""
+    if len(prompts) == 1:
+        return list(prompts) * n
+    if len(prompts) != n:
+        raise ValueError(f"{len(prompts)} prompts for {n} images: give one prompt, or one per image")
+    return list(prompts)
+
+
+@torch.no_grad()
+def score(reward: Any, images: torch.Tensor, prompts: Sequence[str], chunk: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw and normalised scores (N,), on the CPU."""
+    reward.to_device()
+    device = comfy.model_management.get_torch_device() if reward.patchers else images.device
+    raw: list[torch.Tensor] = []
+    scaled: list[torch.Tensor] = []
+    with torch.inference_mode(False):
+        for first in range(0, len(images), chunk):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            part, texts = images[first : first + chunk].clone().to(device), prompts[first : first + chunk]
+            raw.append(reward.raw(part, texts).float().cpu())
+            scaled.append(reward(part, texts).float().cpu())
+    return torch.cat(raw), torch.cat(scaled)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+class LoadReward(io.ComfyNode):
+    """-> REWARD_MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLLoadReward",
+            display_name="Load Reward Model",
+            category=f"{CATEGORY}/rewards",
+            description="A model that scores how much people would like an image under a prompt.",
+            search_aliases=["hps", "pickscore", "imagereward", "preference model"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=names(),
+                    tooltip="demo-*: the embedded world's own, for the demo model. Others: folders in models/rewards.",
+                )
+            ],
+            outputs=[Reward.Output("reward", display_name="REWARD_MODEL", tooltip="For scoring, training and judging.")],
+        )
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        """Load."""
+        return io.NodeOutput(load(name))
+
+
+class CombineRewards(io.ComfyNode):
+    """REWARD_MODEL × up to 4 -> REWARD_MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        inputs: list[Any] = []
+        for i, letter in enumerate("abcd"):
+            inputs += [
+                Reward.Input(f"reward_{letter}", optional=i > 0, tooltip="A reward; chain two of these nodes for more than four."),
+                io.Float.Input(
+                    f"weight_{letter}", default=1.0, min=-100.0, max=100.0, step=0.05, tooltip="Its weight; negative to avoid it."
+                ),
+            ]
+        return schema(
+            node_id="ImageReFLCombineRewards",
+            display_name="Combine Rewards",
+            category=f"{CATEGORY}/rewards",
+            description="A weighted sum of rewards. Several rewards at once are harder to exploit than one.",
+            inputs=[
+                *inputs,
+                io.Boolean.Input(
+                    "normalise",
+                    default=True,
+                    tooltip="Sum standard deviations (z-scores) rather than raw scores, whose scales differ by orders of magnitude.",
+                ),
+            ],
+            outputs=[Reward.Output("reward", display_name="REWARD_MODEL", tooltip="The sum.")],
+        )
+
+    @classmethod
+    def execute(cls, normalise: bool, **inputs: Any) -> io.NodeOutput:
+        """Combine."""
+        given = [(inputs[f"reward_{x}"], inputs[f"weight_{x}"]) for x in "abcd" if inputs.get(f"reward_{x}") is not None]
+        return io.NodeOutput(Combined(tuple(given), normalise))
+
+
+class RewardScorer(io.ComfyNode):
+    """IMAGE, prompts, REWARD_MODEL -> scores."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLScore",
+            display_name="Reward Scorer",
+            category=f"{CATEGORY}/rewards",
+            description="Scores every image under its prompt.",
+            search_aliases=["rate images", "aesthetic score"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Images, as one batch or a list of batches."),
+                Reward.Input("reward", tooltip="What scores them."),
+                io.String.Input("prompt", multiline=True, tooltip="One prompt for all images, or a list with one per image."),
+                io.Boolean.Input(
+                    "prompt_per_line", default=False, tooltip="Read each line of the prompt as the prompt of one image, in their order."
+                ),
+            ],
+            outputs=[
+                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="Per image, in standard deviations."),
+                io.Float.Output("raw", display_name="raw", is_output_list=True, tooltip="Per image, on the model's own scale."),
+                io.String.Output("table", display_name="table", tooltip="Both, as a table."),
+                io.Float.Output("mean", display_name="mean", tooltip="Mean of the scores."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images: list[torch.Tensor], reward: list[Any], prompt: list[str], prompt_per_line: list[bool]) -> io.NodeOutput:
+        """Score."""
+        batch = torch.cat([pixels(part) for part in images])
+        lines = [line for text in prompt for line in (text.splitlines() if prompt_per_line[0] else [text]) if line.strip()]
+        texts = prompt_per_image(lines or [""], len(batch))
+        raw, scaled = score(reward[0], batch, texts)
+        rows = [(i, f"{z:.4f}", f"{r:.4f}", text) for i, (z, r, text) in enumerate(zip(scaled.tolist(), raw.tolist(), texts))]
+        text = table(("image", "z", "raw", "prompt"), rows)
+        return io.NodeOutput(scaled.tolist(), raw.tolist(), text, float(scaled.mean()), ui=ui.PreviewText(text))
+
+
+def best(scores: Sequence[float], k: int, threshold: float | None) -> list[int]:
+    """Indices of the k highest scores that reach the threshold, best first; equal scores keep their order."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return [i for i in order[:k] if threshold is None or scores[i] >= threshold]
+
+
+class PickBest(io.ComfyNode):
+    """IMAGE, scores, LATENT -> the best of them."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLPickBest",
+            display_name="Pick Best",
+            category=f"{CATEGORY}/rewards",
+            description="Keeps the images with the highest scores, and their latents.",
+            search_aliases=["best of n", "top k"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The images that were scored."),
+                io.Float.Input("scores", force_input=True, tooltip="The Reward Scorer's scores, one per image."),
+                io.Int.Input("k", default=1, min=1, max=4096, tooltip="How many to keep."),
+                io.Latent.Input("latents", optional=True, tooltip="The latents that the images were decoded from, to keep with them."),
+                io.Float.Input(
+                    "threshold", optional=True, force_input=True, tooltip="Drop images below this score. Not connected: none is dropped."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("best_images", display_name="IMAGE", tooltip="Best first."),
+                io.Latent.Output("best_latents", display_name="LATENT", tooltip="Theirs, in the same order; empty if none were given."),
+                io.Int.Output("best_indices", display_name="indices", is_output_list=True, tooltip="Where they stood, from 0."),
+                io.Float.Output("best_scores", display_name="scores", is_output_list=True, tooltip="Their scores."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: list[torch.Tensor],
+        scores: list[float],
+        k: list[int],
+        latents: list[dict[str, Any]] | None = None,
+        threshold: list[float] | None = None,
+    ) -> io.NodeOutput:
+        """Pick."""
+        batch = torch.cat(images)
+        if len(scores) != len(batch):
+            raise ValueError(f"{len(scores)} scores for {len(batch)} images: connect the scorer that saw these images")
+        chosen = best(scores, k[0], threshold[0] if threshold else None)
+        if not chosen:
+            raise ValueError(f"no image reaches {threshold[0] if threshold else 0:g}; the best score is {max(scores):.4f}")
+        return io.NodeOutput(batch[chosen], _rows(latents, len(batch), chosen), chosen, [scores[i] for i in chosen])
+
+
+def _rows(latents: list[dict[str, Any]] | None, n: int, chosen: list[int]) -> dict[str, Any] | None:
+    """The latents of chosen images, with their masks and batch indices."""
+    if not latents:
+        return None
+    samples = torch.cat([part["samples"] for part in latents])
+    if len(samples) != n:
+        raise ValueError(f"{len(samples)} latents for {n} images: connect the latents that these images were decoded from")
+    kept: dict[str, Any] = {"samples": samples[chosen]}
+    counts = [len(part["samples"]) for part in latents]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    numbers = [part.get("batch_index", range(start, start + count)) for part, start, count in zip(latents, starts, counts)]
+    kept["batch_index"] = [[i for group in numbers for i in group][row] for row in chosen]
+    if all("noise_mask" in part for part in latents):
+        masks = [part["noise_mask"].expand(count, *part["noise_mask"].shape[1:]) for part, count in zip(latents, counts)]
+        kept["noise_mask"] = torch.cat(masks)[chosen]
+    return kept
+
+
+class SaveScored(io.ComfyNode):
+    """IMAGE, scores -> files."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLSaveScored",
+            display_name="Save Image with Score",
+            category=f"{CATEGORY}/rewards",
+            description="Saves PNG files that carry their score, beside the workflow that made them.",
+            is_input_list=True,
+            is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            inputs=[
+                io.Image.Input("images", tooltip="What to save."),
+                io.Float.Input("scores", force_input=True, tooltip="One per image."),
+                io.String.Input(
+                    "filename_prefix", default="ImageReFL", tooltip="Below the output folder; %date% and the like are filled in."
+                ),
+                io.String.Input("reward_name", default="reward", tooltip="Whose score it is: the key in the file."),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, images: list[torch.Tensor], scores: list[float], filename_prefix: list[str], reward_name: list[str]) -> io.NodeOutput:
+        """Save."""
+        from comfy.cli_args import args
+
+        batch = torch.cat([pixels(part) for part in images])
+        if len(scores) != len(batch):
+            raise ValueError(f"{len(scores)} scores for {len(batch)} images: connect the scorer that saw these images")
+        height, width = batch.shape[2:]
+        place = folder_paths.get_save_image_path(filename_prefix[0], folder_paths.get_output_directory(), width, height)
+        folder, filename, counter, subfolder, _ = place
+        saved: list[dict[str, str]] = []
+        for i, (picture, value) in enumerate(zip(batch, scores)):
+            info = PngInfo()
+            info.add_text("score", json.dumps({reward_name[0]: value}))
+            if not args.disable_metadata:
+                if cls.hidden.prompt is not None:
+                    info.add_text("prompt", json.dumps(_first(cls.hidden.prompt)))
+                for key, text in (_first(cls.hidden.extra_pnginfo) or {}).items():
+                    info.add_text(key, json.dumps(text))
+            name = f"{filename.replace('%batch_num%', str(i))}_{counter + i:05}_.png"
+            to_pil(picture).save(Path(folder) / name, pnginfo=info)
+            saved.append({"filename": name, "subfolder": subfolder, "type": "output"})
+        return io.NodeOutput(ui={"images": saved})
+
+
+def _first(value: Any) -> Any:
+    """A hidden input, which list nodes may get wrapped in a list."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+NODES = [LoadReward, CombineRewards, RewardScorer, PickBest, SaveScored]

@@ -1,0 +1,96 @@
+"""Socket types, layouts, and widgets made from the trainer's dataclasses. It knows no node."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..trainer.config import build
+
+CATEGORY = "ImageReFL"
+Reward = io.Custom("REWARD_MODEL")
+Objective = io.Custom("ALIGN_OBJECTIVE")
+LoraWeights = io.Custom("LORA_MODEL")  # the stock train, save and load nodes' own types
+Losses = io.Custom("LOSS_MAP")
+
+
+def schema(**keywords: Any) -> io.Schema:
+    """A node's schema, without the keywords that this ComfyUI does not know."""
+    known = {f.name for f in dataclasses.fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in keywords.items() if name in known})
+
+
+def pixels(image: torch.Tensor) -> torch.Tensor:
+    """IMAGE (B,H,W,C) -> (B,3,H,W) in [0,1], float32."""
+    if image.ndim != 4 or len(image) == 0:
+        raise ValueError(f"an empty image batch (shape {tuple(image.shape)}): connect at least one image")
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("an image holds numbers that are not finite: look at the node that made it")
+    return image[..., :3].movedim(-1, 1).float().clamp(0, 1)
+
+
+def image(pictures: torch.Tensor) -> torch.Tensor:
+    """(B,3,H,W) in [0,1] -> IMAGE (B,H,W,3) on the CPU."""
+    return pictures.detach().movedim(1, -1).float().cpu().contiguous()
+
+
+def figure(drawn: Any) -> torch.Tensor:
+    """A matplotlib Figure as IMAGE (1,H,W,3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    pixels_ = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    width, height = canvas.get_width_height()
+    return pixels_.reshape(1, height, width, 4)[..., :3].float() / 255
+
+
+def widgets(kind: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:
+    """One input per field of a dataclass, with its default, range and help; a field that may be None is an optional socket."""
+    hints = typing.get_type_hints(kind)
+    return [_widget(f, hints[f.name]) for f in dataclasses.fields(kind) if f.name not in skip]
+
+
+def _widget(field: Any, hint: Any) -> Any:
+    meta, tooltip = field.metadata, _sentence(field)
+    if hint is bool:
+        return io.Boolean.Input(field.name, default=field.default, tooltip=tooltip)
+    if hint is int:
+        return io.Int.Input(field.name, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip)
+    if hint is float:
+        low, high = float(meta.get("min", -1e6)), float(meta.get("max", 1e6))
+        # a step as fine as the default: learning rates and loss weights are small
+        step = 10.0 ** -_decimals(field.default)
+        return io.Float.Input(field.name, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
+    if typing.get_origin(hint) is tuple:
+        return io.String.Input(field.name, default=", ".join(field.default), tooltip=f"{tooltip} Separate by commas.")
+    if type(None) in typing.get_args(hint):
+        return io.Float.Input(field.name, optional=True, force_input=True, tooltip=f"{tooltip} Not connected: none.")
+    return io.String.Input(field.name, default=field.default, tooltip=tooltip)
+
+
+def _decimals(default: float) -> int:
+    text = f"{default:.6f}".rstrip("0")
+    return min(6, max(2, len(text.split(".")[1]) + 1))
+
+
+def _sentence(field: Any) -> str:
+    text = str(field.metadata.get("help", field.name.replace("_", " "))).strip()
+    text = text[0].upper() + text[1:].rstrip(".") + "."
+    bounds = [f"{word} {field.metadata[key]:g}" for key, word in (("min", "at least"), ("max", "at most")) if key in field.metadata]
+    return f"{text} Range: {', '.join(bounds)}." if bounds else text
+
+
+def collected(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """The dataclass that a node's widgets describe; wrong values raise the trainer's own sentence."""
+    hints = typing.get_type_hints(kind)
+    given = {k: v for k, v in values.items() if k in hints and v is not None}
+    for name, value in given.items():
+        if typing.get_origin(hints[name]) is tuple and isinstance(value, str):
+            given[name] = [part.strip() for part in value.split(",") if part.strip()]
+    return build(kind, given)

@@ -1,0 +1,347 @@
+"""Training in a graph: the headless trainer's run over a ComfyUI model, with progress, preview and Cancel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..trainer.config import build, plain
+from ..trainer.data import Samples, encode_images
+from ..trainer.generate import Generation, generate
+from ..trainer.images import grid, to_pil
+from ..trainer.lora_file import lora_tensors
+from ..trainer.objectives import OBJECTIVES, ImageReFL
+from ..trainer.policy import Lora
+from ..trainer.run import Run, TrainConfig
+from ..trainer.sampling import Switch
+from ..trainer.train import NonFinite
+from .policy import ComfyPolicy
+from .rewards import prompt_per_image
+from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, figure, image, pixels, schema, widgets
+from .switch import ATTACHMENT
+
+_NEW = "new run"
+_OURS = ("steps", "batch", "accumulate", "lr", "warmup", "max_grad_norm", "ema", "seed", "save_every", "checkpoint_denoiser")
+"""The settings of a run that are widgets; the others are sockets here, or of no use in a graph."""
+
+
+def runs_folder() -> Path:
+    """Where runs keep their state and LoRA."""
+    return Path(folder_paths.get_output_directory()) / "imagerefl"
+
+
+def resumable() -> list[str]:
+    """Runs that have a checkpoint, newest first."""
+    found = sorted(runs_folder().glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime)
+    return [p.parent.name for p in found]
+
+
+def new_folder(name: str) -> Path:
+    """A folder that no run has used: name, name_2, name_3, …"""
+    plain_name = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ") or "run"
+    number = 1
+    while (folder := runs_folder() / (plain_name if number == 1 else f"{plain_name}_{number}")).exists():
+        number += 1
+    return folder
+
+
+class Watch:
+    """What a run shows while it trains: images of fixed prompts and noise by combined generation, and their rewards."""
+
+    def __init__(self, policy: ComfyPolicy, objective: Any, prompts: Sequence[str], judges: dict[str, Any], guidance: float) -> None:
+        self.policy, self.judges = policy, judges
+        self.prompts = [p for p in dict.fromkeys(prompts) if p][:4] * 2
+        self.settings = Generation(steps=objective.steps, guidance=guidance, seed=0, chunk=4)
+        sigmas = policy.sigmas(objective.steps)
+        self.k = Switch(sigma=objective.recommended_sigma(sigmas)).index(sigmas)
+        self.points: list[dict[str, float]] = []
+        self.images: Tensor | None = None
+
+    @torch.no_grad()
+    def look(self, step: int) -> Any:
+        """Generate and score; returns the preview as PIL."""
+        drawn = generate(self.policy, {"tuned": self.policy}, self.prompts, [self.k], self.settings)["tuned", self.k]
+        self.images = drawn
+        scores = {name: float(judge(drawn.to(self.policy.device), self.prompts).mean()) for name, judge in self.judges.items()}
+        self.points.append({"step": float(step), **scores})
+        return to_pil(grid(drawn, 4))
+
+    def figure(self, losses: Sequence[float], rewards: Sequence[float]) -> Tensor:
+        """Training reward of every step, and the judges' means of the watched images, as IMAGE."""
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+        panel = drawn.subplots()
+        panel.plot(range(1, len(rewards) + 1), rewards, color="#bbbbbb", label="training batch")
+        for name in self.judges:
+            panel.plot([p["step"] for p in self.points], [p[name] for p in self.points], marker="o", label=f"{name}, combined generation")
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel("reward, standard deviations of base images")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+        return figure(drawn)
+
+
+def _samples(policy: ComfyPolicy, prompts: list[str], images: Tensor | None) -> Samples:
+    if images is None:
+        return Samples(tuple(prompts))
+    return encode_images(policy, images, prompt_per_image(prompts, len(images)), chunk=4)
+
+
+def _condition(clip: Any, conditioning: Any) -> Any:
+    """How a prompt becomes CONDITIONING: by the CLIP, or the given one whatever the prompt."""
+    if clip is not None:
+        return lambda prompt: clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    if conditioning is not None:
+        return lambda prompt: conditioning
+    raise ValueError("connect a clip, which encodes each prompt, or a conditioning, which stands for all of them")
+
+
+def _fitted(images: Tensor, size: int) -> Tensor:
+    """Images (B,3,H,W) scaled to `size` pixels on the shorter side, centre cropped to a multiple of 8 as the VAE needs."""
+    height, width = images.shape[2:]
+    if size:
+        scale = size / min(height, width)
+        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+        images = torch.nn.functional.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        height = width = size
+    tall, wide = height // 8 * 8, width // 8 * 8
+    top, left = (images.shape[2] - tall) // 2, (images.shape[3] - wide) // 2
+    return images[:, :, top : top + tall, left : left + wide]
+
+
+def train_in_graph(
+    *,
+    model: Any,
+    vae: Any,
+    reward: Any,
+    prompts: str,
+    objective: tuple[str, Any],
+    settings: dict[str, Any],
+    lora: Lora,
+    name: str,
+    resume: str,
+    preview_every: int,
+    preview_cfg: float,
+    width: int,
+    height: int,
+    image_size: int,
+    clip: Any = None,
+    conditioning: Any = None,
+    images: Tensor | None = None,
+    heldout: Any = None,
+    gradient_vae: Any = None,
+) -> io.NodeOutput:
+    """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
+    texts = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if not texts:
+        raise ValueError("no prompt: write one per line, the caption of each image where images are connected")
+    if not reward.differentiable:
+        raise ValueError(f"reward {reward.name} has no gradient: training needs one that has (any two-tower reward, say)")
+    method, built = objective
+    if images is None and getattr(built, "refl_share", 1.0) < 1.0:
+        raise ValueError(f"{type(built).__name__} trains on real images: connect some, or set refl_share to 1")
+    folder = runs_folder() / resume if resume != _NEW else new_folder(name)
+    table = {"name": method, **{f.name: plain(getattr(built, f.name)) for f in fields(built)}}
+    config = build(
+        TrainConfig, {**settings, "out": str(folder), "objective": table, "model": "graph", "reward": reward.name, "lora": plain(lora)}
+    )
+    with torch.inference_mode(False), torch.enable_grad():
+        real = None if images is None else _fitted(pixels(images).clone(), image_size)
+        high, wide = (height, width) if real is None else (int(real.shape[2]), int(real.shape[3]))
+        channels = model.get_model_object("latent_format").latent_channels
+        ratio = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
+        policy = ComfyPolicy(model, vae, _condition(clip, conditioning), (channels, high // ratio, wide // ratio), gradient_vae)
+        policy.add_lora(config.lora, config.seed)
+        judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
+        patchers = [p for judge in judges.values() for p in judge.patchers]
+        if clip is not None:
+            comfy.model_management.load_models_gpu([clip.patcher])
+            for prompt in dict.fromkeys([*texts, ""]):
+                policy.prepare(prompt)
+        with policy.loaded(patchers, config.batch):
+            run = Run(config, policy, _samples(policy, texts, real), reward)
+            run.open_folder(overwrite=False, resume=resume != _NEW)
+            watch = Watch(policy, built, texts, judges, preview_cfg)
+            losses, rewards, report = _run(run, watch, preview_every)
+            weights = lora_tensors(policy, run.ema.values if run.ema else None)
+            metadata = run.metadata()
+    tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
+    tuned.set_attachments(ATTACHMENT, metadata)
+    shown = watch.images if watch.images is not None else torch.zeros(1, 3, 8, 8)
+    return io.NodeOutput(tuned, weights, {"loss": losses}, watch.figure(losses, rewards), image(shown), report)
+
+
+def _run(run: Run, watch: Watch, preview_every: int) -> tuple[list[float], list[float], str]:
+    """All steps of a run; Cancel or a failure saves what is good and goes on up."""
+    management, begin, first = comfy.model_management, time.monotonic(), run.step
+    bar = comfy.utils.ProgressBar(run.config.steps)
+    losses, rewards = [], []
+    if preview_every:
+        bar.update_absolute(first, run.config.steps, ("JPEG", watch.look(first), 512))
+    try:
+        for done in _steps(run):
+            losses.append(done.loss)
+            rewards.append(done.logs["reward"])
+            preview = None
+            if preview_every and (done.number % preview_every == 0 or done.number == run.config.steps):
+                preview = ("JPEG", watch.look(done.number), 512)
+            bar.update_absolute(done.number, run.config.steps, preview)
+            management.throw_exception_if_processing_interrupted()
+    except NonFinite:
+        raise
+    except BaseException:
+        if run.step > first:
+            run.save()
+        raise
+    seconds = time.monotonic() - begin
+    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    each = f" ({seconds / (run.step - first):.2f} s each)" if run.step > first else ""
+    return losses, rewards, f"{run.step - first} steps in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"
+
+
+def _steps(run: Run) -> Iterator[Any]:
+    yield from run.steps()
+
+
+def _run_inputs() -> list[Any]:
+    own = [w for w in widgets(TrainConfig, tuple(f.name for f in fields(TrainConfig) if f.name not in _OURS))]
+    return [
+        *own,
+        *widgets(Lora),
+        io.String.Input("name", default="imagerefl", tooltip="Folder of the run, below output/imagerefl; a number is added if it exists."),
+        io.Combo.Input(
+            "resume",
+            options=[_NEW, *resumable()],
+            default=_NEW,
+            tooltip="Go on from the state of a run that was cancelled, or give a finished one more steps. Settings must be the same.",
+        ),
+        io.Int.Input("preview_every", default=10, min=0, max=10000, tooltip="Steps between previews and their scores; 0 makes none."),
+        io.Float.Input("preview_cfg", default=7.5, min=0.0, max=30.0, step=0.1, tooltip="Guidance of the base's part of the preview."),
+        io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip="Pixels, where no images are connected."),
+        io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip="Pixels, where no images are connected."),
+        io.Int.Input(
+            "image_size", default=512, min=0, max=8192, step=8, tooltip="Shorter side that images are resized to; 0 keeps theirs."
+        ),
+    ]
+
+
+_SOCKETS = [
+    io.Model.Input("model", tooltip="The base model. It stays as it is."),
+    io.Vae.Input("vae", tooltip="Decodes for the reward, with gradients; always checkpointed."),
+    Reward.Input("reward", tooltip="What to raise. It needs a gradient: every two-tower reward has one."),
+    io.String.Input("prompts", multiline=True, tooltip="One per line. With images: the caption of each, in their order, or one for all."),
+]
+_OPTIONAL = [
+    io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts."),
+    io.Conditioning.Input("conditioning", optional=True, tooltip="Instead of a clip: one conditioning for all prompts."),
+    io.Image.Input("images", optional=True, tooltip="Real images to train from; ImageReFL needs them."),
+    Reward.Input(
+        "heldout", optional=True, tooltip="A second reward that training never sees: where it falls, the first is being exploited."
+    ),
+    io.Vae.Input("gradient_vae", optional=True, tooltip="A small VAE (TAESD) for the decoding that needs gradients: far less memory."),
+]
+_OUTPUTS = [
+    io.Model.Output("tuned", display_name="MODEL", tooltip="The tuned model: connect it as the tuned part of a Combined KSampler."),
+    LoraWeights.Output("lora", display_name="LORA_MODEL", tooltip="For the stock Save LoRA Weights and Load LoRA Model."),
+    Losses.Output("loss", display_name="LOSS_MAP", tooltip="For the stock Plot Loss Graph."),
+    io.Image.Output("curves", display_name="curves", tooltip="Reward and held-out reward over training."),
+    io.Image.Output("preview", display_name="preview", tooltip="The last preview images."),
+    io.String.Output("report", display_name="report", tooltip="Steps, time, memory, and where the files are."),
+]
+
+
+def _split(values: dict[str, Any]) -> dict[str, Any]:
+    """Widgets of the run and of the adapter, gathered; the rest as it is."""
+    settings = {key: values.pop(key) for key in _OURS}
+    targets = [t.strip() for t in values.pop("targets").split(",") if t.strip()]
+    lora = build(Lora, {"rank": values.pop("rank"), "alpha": values.pop("alpha"), "targets": targets}, "lora.")
+    return {"settings": settings, "lora": lora, **values}
+
+
+class AlignLoraTrain(io.ComfyNode):
+    """Any objective."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLAlignTrain",
+            display_name="Align LoRA Train",
+            category=f"{CATEGORY}/training",
+            description="Trains a LoRA with any objective of this pack.",
+            search_aliases=["reward fine-tuning", "refl", "alignprop"],
+            is_experimental=True,
+            is_output_node=True,
+            inputs=[*_SOCKETS, Objective.Input("objective", tooltip="From an Objective node."), *_run_inputs(), *_OPTIONAL],
+            outputs=_OUTPUTS,
+        )
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        """Train."""
+        return train_in_graph(**_split(values))
+
+
+_COMMON = ("refl_share", "diffusion_weight", "guidance")
+
+
+class ImageReFLTrain(io.ComfyNode):
+    """The one node that most people need."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        chosen = [w for w in widgets(ImageReFL, tuple(f.name for f in fields(ImageReFL) if f.name not in _COMMON))]
+        return schema(
+            node_id="ImageReFLTrain",
+            display_name="LoRA ImageReFL Train",
+            category=f"{CATEGORY}/training",
+            description="Trains a LoRA that makes the last sampling steps better by a reward's gradient on noised real images, so that "
+            "layout and variety stay the base model's. Use its result as the tuned part of a Combined KSampler.",
+            search_aliases=["reward fine-tuning", "train lora"],
+            is_experimental=True,
+            is_output_node=True,
+            inputs=[
+                *_SOCKETS,
+                io.Int.Input(
+                    "sampler_steps", default=40, min=1, max=1000, tooltip="Sampler steps T of the training grid; the paper uses 40."
+                ),
+                io.Float.Input(
+                    "switch_at",
+                    default=0.75,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="Share of the steps that the base model draws: images are noised to this level, and rewards taken after it. "
+                    "The paper: step 30 of 40.",
+                ),
+                *chosen,
+                *_run_inputs(),
+                *_OPTIONAL,
+            ],
+            outputs=_OUTPUTS,
+        )
+
+    @classmethod
+    def execute(cls, sampler_steps: int, switch_at: float, **values: Any) -> io.NodeOutput:
+        """Train."""
+        first = min(sampler_steps - 1, round(switch_at * sampler_steps))
+        common = {name: values.pop(name) for name in _COMMON}
+        ranges = {"grad_from": first, "grad_to": sampler_steps - 1, "start_from": first, "start_to": first}
+        built = build(OBJECTIVES["imagerefl"], {"steps": sampler_steps, **ranges, **common})
+        return train_in_graph(objective=("imagerefl", built), **_split(values))
+
+
+NODES = [ImageReFLTrain, AlignLoraTrain]
