@@ -33,21 +33,24 @@ _DENOISER_BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleSt
 _DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
 
 
-def lora_targets(model: Any) -> dict[str, str]:
-    """Trainable modules of a model: the name that a LoRA file uses -> the name inside `diffusion_model`.
+def lora_targets(model: Any) -> dict[str, tuple[str, set[str]]]:
+    """Modules of `diffusion_model` by their name there: the name that a LoRA file uses, and all names to choose them by.
 
-    UNets take diffusers' names (kohya files), transformers that ComfyUI maps from diffusers theirs, all others their own.
+    UNets go by diffusers' names (kohya files). Others go by their own, which every ComfyUI loads, and may be chosen by
+    diffusers' names too; a fused attention projection is chosen by any of its parts.
     """
-    own = {name.removeprefix("diffusion_model."): name for name, _ in model.named_modules() if name.startswith("diffusion_model.")}
     config = model.model_config.unet_config
     if "num_res_blocks" in config:
         names = comfy.utils.unet_to_diffusers(config)
-        return {here.removesuffix(".weight"): there.removesuffix(".weight") for here, there in names.items() if here.endswith(".weight")}
-    keys = comfy.lora.model_lora_keys_unet(model, {})
-    mapped = {k.removeprefix("transformer."): v for k, v in keys.items() if k.startswith("transformer.") and isinstance(v, str)}
-    if mapped:
-        return {name: key.removeprefix("diffusion_model.").removesuffix(".weight") for name, key in mapped.items()}
-    return {name: name for name in own}
+        pairs = {there.removesuffix(".weight"): here.removesuffix(".weight") for here, there in names.items() if here.endswith(".weight")}
+        return {inside: (name, {name}) for inside, name in pairs.items()}
+    found = {name: (name, {name}) for name, _ in model.diffusion_model.named_modules() if name}
+    for key, weight in comfy.lora.model_lora_keys_unet(model, {}).items():
+        weight = weight[0] if isinstance(weight, tuple) else weight
+        inside = weight.removeprefix("diffusion_model.").removesuffix(".weight")
+        if key.startswith("transformer.") and inside in found:
+            found[inside][1].add(key.removeprefix("transformer."))
+    return found
 
 
 class Adapter(nn.Module):
@@ -107,8 +110,8 @@ class ComfyPolicy:
         if self.lora is not None:
             raise ValueError("this policy has an adapter already")
         modules = dict(self.model.model.diffusion_model.named_modules())
-        for name, inside in sorted(lora_targets(self.model.model).items()):
-            wanted = any(name == target or name.endswith("." + target) for target in lora.targets)
+        for inside, (name, aliases) in sorted(lora_targets(self.model.model).items(), key=lambda item: item[1][0]):
+            wanted = any(alias == target or alias.endswith("." + target) for alias in aliases for target in lora.targets)
             if wanted and isinstance(modules.get(inside), nn.Linear | nn.Conv2d):
                 adapter = Adapter(modules[inside], lora.rank, self.device)
                 first = initial_down(f"{name}.lora_A.default.weight", adapter.down.shape, lora.rank, seed)
@@ -129,13 +132,11 @@ class ComfyPolicy:
         return [p for _, p in self.named_parameters()]
 
     def file_key(self, name: str) -> str:
-        """kohya names for UNets, `transformer.` names where ComfyUI maps them, generic ones otherwise."""
+        """kohya names for UNets, ComfyUI's generic ones for the others."""
         if "num_res_blocks" in self.model.model.model_config.unet_config:
             return kohya_key(name)
         module, half = name.split(".lora_")
-        keys = comfy.lora.model_lora_keys_unet(self.model.model, {})
-        prefix = "transformer." if f"transformer.{module}" in keys else "diffusion_model."
-        return f"{prefix}{module}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
+        return f"diffusion_model.{module}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
         """Recompute activations block by block; the decoder, which is the peak of memory, always does."""

@@ -32,7 +32,7 @@ def run_inside(script, *arguments, cwd):
     """Run a script with ComfyUI first on the path, away from our own `nodes` folder."""
     command = [sys.executable, ROOT / "tests" / "comfyui" / script, find_comfyui(), ROOT, *arguments]
     done = subprocess.run(
-        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -188,3 +188,40 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
     assert graph["refused"].keys() == expected.keys()
     for name, message in expected.items():
         assert message in graph["refused"][name], (name, graph["refused"][name])
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    return run_inside("families.py", cwd=tmp_path_factory.mktemp("families"))
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd3", "control"])
+def test_combined_sampling_is_exact_on_stock_loaded_families_and_with_a_controlnet(families, family):
+    """A 16 M UNet of the SD1.5 class, a 2 M flow transformer of the SD3 class; both weight-sharing modes."""
+    assert families[family] and families[f"{family}, unmatched"] == 0
+    assert max([*families[family].values(), *families[f"{family}, two"].values()]) <= 1e-5, families
+    assert all(families[f"{family}, ends"]) and families[f"{family}, effect"] > 0.01 and families["control matters"] > 0.01
+
+
+@comfyui
+@pytest.mark.slow
+def test_workflows_run_through_the_executor_and_a_failure_leaves_it_well(tmp_path):
+    told = run_inside("executor.py", cwd=tmp_path)
+    assert "lies outside the 20 steps" in told.pop("says why")
+    assert all(told.values()), told
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hundred_prompts(tmp_path):
+    told = run_inside("live.py", cwd=tmp_path)
+    for claim in ("every workflow is a template", "help page", "progress", "previews", "lora saved by the stock node"):
+        assert told[claim] is True, (claim, told)
+    for name in ("combined", "demo-two-checkpoints", "demo-score-and-pick-best", "demo-train-imagerefl", "demo-trade-off-sweep"):
+        assert told[name] == "execution_success", (name, told)
+    assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told
+    assert told["red node"][0] == "ImageReFLCombinedKSampler" and "lies outside the 20 steps" in told["red node"][1]
+    assert told["refused before it runs"] and told["same picture after all that"], told
+    assert told["MB grown between prompt 20 and 100"] <= 30, told

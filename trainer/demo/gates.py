@@ -79,7 +79,7 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
 
 
 @torch.no_grad()
-def measure(n: int = 400) -> dict[str, Any]:
+def measure(n: int = 1000) -> dict[str, Any]:
     """Every gate's figure."""
     policy, reader = UNetPolicy.load(files.PIPELINE), files.load_reader()
     captions = show.captions(n, "gates")
