@@ -17,12 +17,13 @@ from . import images as pictures
 from .config import ConfigError, build, override, plain, read_toml
 from .data import Samples, encode_images, load_samples, read_captions, read_prompts
 from .generate import Generation, generate, generate_base
+from .hashes import file_hash
 from .lora_file import load_lora, read_lora
 from .metrics.evaluate import frontier_area, intervals, judge
 from .policies.unet import UNetPolicy
 from .reward import Reward, Standardised
 from .rewards.two_tower import TwoTower
-from .run import Run, TrainConfig, file_hash, interruptible
+from .run import Run, TrainConfig, interruptible
 from .sampling import METHODS, Switch
 
 DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")

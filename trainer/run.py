@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import torch
 from . import checkpoint
 from .config import ConfigError, build, plain
 from .data import Samples
+from .hashes import file_hash as file_hash
 from .lora_file import save_lora
 from .objectives import OBJECTIVES
 from .policies.unet import Lora, UNetPolicy
@@ -89,15 +89,6 @@ def interruptible() -> Generator[Callable[[], bool]]:
         yield lambda: stopping
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Run:
