@@ -75,7 +75,7 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
             if name.endswith("logit_scale"):
                 p.fill_(4.6)
             elif p.ndim < 2:
-                p.add_(0.1 * noise)
+                p.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))  # norms' weights are about 1, all else about 0
             else:
                 p.copy_(noise / p[0].numel() ** 0.5 if "embedding" not in name and "pos_embed" not in name else 0.3 * noise)
     return module.eval().requires_grad_(False)
@@ -94,23 +94,37 @@ def pictures(sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0) -> list[Te
     return made
 
 
-# -- the independent side: transformers' models, torchvision's transforms, and plain loops ------------------------------
+# -- the independent side: transformers' models, a resize by matrices, and plain loops ------------------------------
+
+
+def _cubic(length: int, target: int) -> Tensor:
+    """Pillow's bicubic weights (target, length): Keys' kernel with a = −½, widened when shrinking, cut and renormalised at the edges."""
+    scale = length / target
+    centres = (torch.arange(target, dtype=torch.float64)[:, None] + 0.5) * scale - 0.5
+    x = (torch.arange(length, dtype=torch.float64) - centres).abs() / max(scale, 1.0)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _pixels(image: Tensor, size: int, pad: bool) -> Tensor:
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as T
-
-    bicubic = InterpolationMode.BICUBIC
+    height, width = image.shape[-2:]
     if pad:
-        height, width = image.shape[-2:]
         scale = size / max(height, width)
-        image = T.resize(image, [round(height * scale), round(width * scale)], bicubic, antialias=True).clamp(0, 1)
-        left, top = (size - image.shape[-1]) // 2, (size - image.shape[-2]) // 2
-        image = T.pad(image, [left, top, size - image.shape[-1] - left, size - image.shape[-2] - top])
+        target = (round(height * scale), round(width * scale))
     else:
-        image = T.center_crop(T.resize(image, [size], bicubic, antialias=True).clamp(0, 1), [size, size])
-    return T.normalize(image, list(CLIP_MEAN), list(CLIP_STD))
+        shorter = min(height, width)
+        target = (int(size * height / shorter), int(size * width / shorter))
+    wide = (image.double() @ _cubic(width, target[1]).T).clip(0, 1)
+    resized = (_cubic(height, target[0]) @ wide).clip(0, 1).float()
+    if pad:
+        top, left = ((size - side) // 2 for side in target)
+        square = torch.zeros(3, size, size)
+        square[:, top : top + target[0], left : left + target[1]] = resized
+    else:
+        top, left = (round((side - size) / 2) for side in target)
+        square = resized[:, top : top + size, left : left + size]
+    return (square - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 
 def _batch(images: Sequence[Tensor], size: int, pad: bool = False) -> Tensor:
@@ -312,10 +326,14 @@ def _write_mps(folder: Path, architecture: Mapping[str, Any]) -> Any:
         state[f"mps.cross_model.layers.{layer}.1.fn.rotary_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, 64, 2) / 64)
     save_file(state, folder / "model.safetensors")
     weights = {k.removeprefix("mps.cross_model.layers."): x for k, x in state.items() if "cross_model" in k}
-    return lambda images, prompts: torch.stack([_mps_of_one(model, weights, _pixels(i, size, False), p) for i, p in zip(images, prompts)])
+
+    def score(images: Sequence[Tensor], prompts: Sequence[str], threshold: float = 0.3) -> Tensor:
+        return torch.stack([_mps_of_one(model, weights, _pixels(i, size, False), p, threshold) for i, p in zip(images, prompts)])
+
+    return score
 
 
-def _mps_of_one(model: Any, weights: Mapping[str, Tensor], pixels: Tensor, prompt: str, threshold: float = 0.3) -> Tensor:
+def _mps_of_one(model: Any, weights: Mapping[str, Tensor], pixels: Tensor, prompt: str, threshold: float) -> Tensor:
     """One image, one prompt, head by head, as the paper's text and the released code describe it."""
     end = 49407
 

@@ -44,9 +44,11 @@ def resize_and_pad(images: Tensor, size: int) -> Tensor:
 
 
 def _resize(images: Tensor, target: tuple[int, int]) -> Tensor:
-    if images.shape[-2:] == target:
-        return images
-    return F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    """Width, then height, clipped after each as Pillow does: overshoot at edges would otherwise differ by several grey levels."""
+    for size in ((images.shape[-2], target[1]), target):
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return images
 
 
 def _centre(images: Tensor, height: int, width: int) -> Tensor:
