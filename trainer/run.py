@@ -38,7 +38,10 @@ class TrainConfig:
         default_factory=lambda: {"name": "imagerefl"}, metadata={"help": "table: name and the objective's fields"}
     )
     model: str = field(default="demo", metadata={"help": "diffusers folder, or `demo` for the embedded model"})
-    reward: str = field(default="demo-proxy", metadata={"help": "reward folder, or demo-proxy, demo-heldout"})
+    reward: str = field(
+        default="demo-proxy",
+        metadata={"help": "a name of `rewards list`, NAME@FILE, a reward folder, a Python file, or a sum: hpsv2.1=1, pickscore=0.5"},
+    )
     normalise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
     images: str = field(default="", metadata={"help": "folder of pictures with .txt captions, or `demo`"})
     prompts: str = field(default="", metadata={"help": "text file, one prompt per line, where no images are used"})

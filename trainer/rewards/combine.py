@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reward import Reward, Standardised
+from .preprocess import Fit
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Part:
     weight: float = 1.0
     mean: float | None = None
     std: float | None = None
+    size: int = 0  # pixels of the square that a reward without a rule of its own is shown; 0 shows the image as it is
+
+    @property
+    def fit(self) -> Fit | None:
+        """How images of any size become this reward's input; None where it takes them as they are."""
+        return getattr(self.reward, "fit", None) or (Fit(self.size) if self.size else None)
 
     @property
     def standardised(self) -> Reward:

@@ -23,6 +23,7 @@ class WeightFile:
     path: str
     revision: str = "main"
     also: tuple[str, ...] = ()
+    folder: str = ""  # another reward's, whose file this is too
 
     @property
     def name(self) -> str:
@@ -46,9 +47,10 @@ def folders(extra: Sequence[Path] = ()) -> list[Path]:
 
 def find(reward: str, file: WeightFile, places: Sequence[Path]) -> Path | None:
     """`<place>/<reward>/<file>`, or a file of an unmistakable name in the place itself; safetensors before pickles."""
+    own = file.folder or reward
     for place in places:
         names = (file.name, *file.also)
-        candidates = [*(place / reward / name for name in names), *(place / name for name in names if name not in _GENERIC)]
+        candidates = [*(place / own / name for name in names), *(place / name for name in names if name not in _GENERIC)]
         for path in sorted(candidates, key=lambda p: p.suffix != ".safetensors"):
             if path.is_file():
                 return path
@@ -79,7 +81,7 @@ def download(reward: str, file: WeightFile, place: Path) -> Path:
     """
     import huggingface_hub as hub
 
-    folder = place / reward
+    folder = place / (file.folder or reward)
     target = folder / file.name
     if target.is_file() and _record(target).is_file():
         return verify(target)

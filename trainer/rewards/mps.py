@@ -209,7 +209,7 @@ class MPS:
 
 def image_tokens(visual: Any, pixels: Tensor) -> Tensor:
     """All tokens of an open_clip image tower before its last norm, projected: (B,3,S,S) -> (B,1+patches,D)."""
-    x = visual.conv1(pixels.to(visual.proj.dtype)).flatten(2).transpose(1, 2)
+    x = visual.conv1(pixels.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
     return _blocks(visual.transformer, visual.ln_pre(x), None) @ visual.proj
 

@@ -79,7 +79,7 @@ def _hps_entry(file: str) -> Entry:
     return Entry(_hps, ARCHITECTURES["ViT-H-14"], {"weights": weights}, "Apache-2.0 (code)", "arXiv:2306.09341, huggingface.co/xswu/HPSv2")
 
 
-_L14 = WeightFile("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", also=("ViT-L-14.safetensors",))
+_L14 = WeightFile("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", folder="clip-l14")
 _OPENAI = "arXiv:2103.00020, github.com/openai/CLIP"
 
 # Licences are those of the code that published the weights; where a model card says more, the card counts.

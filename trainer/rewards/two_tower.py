@@ -72,7 +72,7 @@ class TwoTower:
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (B,D) float32, differentiable."""
         pixels = normalise(self.fit(images))
-        return F.normalize(self.model.encode_image(pixels.to(self.model.visual.proj.dtype)).float(), dim=-1)
+        return F.normalize(self.model.encode_image(pixels.to(self.model.visual.conv1.weight.dtype)).float(), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (B,D) float32 of prompts, without a graph."""

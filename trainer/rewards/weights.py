@@ -41,9 +41,10 @@ def read_state(path: Path, instead: str = "") -> dict[str, Tensor]:
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         safe = f"use {instead}" if instead else "use a safetensors file of the same weights"
-        raise ValueError(f"{path} is a pickle of more than tensors, which could run code; it was not opened: {safe}") from error
+        raise ValueError(f"{path} was not opened: it is a pickle of more than tensors, which could run code, or damaged; {safe}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no readable weight file, perhaps cut short: {str(error).splitlines()[0]}") from error
+        why = str(error).partition("\n")[0] or "it is empty"
+        raise ValueError(f"{path} is no readable weight file, perhaps cut short: {why}") from error
     if isinstance(loaded, dict) and isinstance(cast(dict[str, Any], loaded).get("state_dict"), dict):
         loaded = cast(dict[str, Any], loaded)["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in cast(dict[str, Any], loaded).values()):
@@ -76,5 +77,11 @@ def fill(make: Callable[[], Module], state: Mapping[str, Tensor], source: Path, 
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise ValueError(f"{source} is of another model: {name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
-    module.load_state_dict({k: v.to(held.device, held.dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}, assign=True)
+
+    def stored(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(held.device)
+        return tensor.to(held.device, held.dtype if tensor.ndim else torch.float32)  # a temperature stands alone and stays exact
+
+    module.load_state_dict({name: stored(tensor) for name, tensor in state.items()}, assign=True)
     return module.requires_grad_(False).eval()
