@@ -72,13 +72,14 @@ def run(arguments: argparse.Namespace, open_reward: Opener) -> int:
         table.write(good, out)
     if not outs:
         table.write_to(good, sys.stdout)
-    if arguments.write_back:
-        bad += table.write_back(good)
+    unwritten = table.write_back(good) if arguments.write_back else []
     if arguments.top:
         collect(table.best(good, arguments.top), arguments.top_folder, arguments.link)
     if journal:
         journal.clear()
-    return _report(good, bad, table, outs)
+    for row in unwritten:
+        print(f"scores not written back: {row.error}", file=sys.stderr)
+    return max(_report(good, bad, table, outs), int(bool(unwritten)))
 
 
 def _check_output(out: Path, arguments: argparse.Namespace) -> None:

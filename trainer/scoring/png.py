@@ -20,11 +20,14 @@ def write_text(path: Path, key: str, text: str) -> None:
     if not content.startswith(_SIGNATURE):
         raise ValueError(f"{path} is no PNG: scores can be written into PNG files only")
     prefix = key.encode("latin-1") + b"\0"
-    chunk = _chunk(b"tEXt", prefix + text.encode("ascii"))
-    kept = [whole for kind, body, whole in _chunks(content, path) if kind != b"IEND" and not (kind == b"tEXt" and body.startswith(prefix))]
+    kept = [(kind, whole) for kind, body, whole in _chunks(content, path) if not (kind == b"tEXt" and body.startswith(prefix))]
+    before = next((i for i, (kind, _) in enumerate(kept) if kind == b"IDAT"), None)  # where readers that stop at the pixels see it
+    if before is None:
+        raise ValueError(f"{path} is a PNG without pixels: it was not changed")
+    kept.insert(before, (b"tEXt", _chunk(b"tEXt", prefix + text.encode("ascii"))))
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(b"".join([_SIGNATURE, *kept, chunk, _chunk(b"IEND", b"")]))
+        partial.write_bytes(b"".join([_SIGNATURE, *(whole for _, whole in kept)]))
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
