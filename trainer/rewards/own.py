@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Own:
             spec.loader.exec_module(module)
         except Exception as error:
             raise ValueError(f"{path} fails when it is read: {type(error).__name__}: {error}") from error
-        function = getattr(module, "reward", None)
+        function: Any = getattr(module, "reward", None)
         if not callable(function):
             raise ValueError(f"{path} has no function reward(images, prompts)")
         return Own(function, str(path), bool(getattr(module, "DIFFERENTIABLE", True)))
