@@ -23,7 +23,7 @@ from .clip import ARCHITECTURES, tokenizer
 from .image_reward import ARCHITECTURE, TOKENS
 from .mps import CONDITION
 from .preprocess import CLIP_MEAN, CLIP_STD
-from .registry import load
+from .registry import REWARDS, load
 
 PROMPTS = (
     "a photo of a red fox in the snow",
@@ -400,10 +400,13 @@ def open_case(
 ) -> tuple[Reward, Callable[[Sequence[Tensor], Sequence[str]], Tensor]]:
     """The reward, loaded from random weights in `folder`, and its independent scorer."""
     scorer = CASES[name].write(folder, architecture)
-    file = next(p for p in sorted(folder.iterdir()) if p.suffix in (".pt", ".safetensors") and p.name != "vocab.txt")
-    if name == "aesthetic":
-        file = folder / "aesthetic-model.pth"
-    return load(f"{name}@{file}", architecture=architecture).reward, scorer
+    return reopen(name, folder, architecture), scorer
+
+
+def reopen(name: str, folder: Path, architecture: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Reward:
+    """The reward whose weights `open_case` wrote."""
+    own = REWARDS[name].files["weights"].name
+    return load(f"{name}@{folder / own}", dtype=dtype, architecture=architecture).reward
 
 
 @torch.no_grad()
@@ -415,18 +418,29 @@ def relative_error(reward: Reward, scorer: Callable[[Sequence[Tensor], Sequence[
     return float((ours - expected).abs().max() / expected.abs().max()), expected
 
 
+@torch.no_grad()
+def bf16_error(reward: Reward, half: Reward) -> float:
+    """Mean |bf16 − fp32| over the standard deviation of the fp32 scores of 64 images, each under its own prompt."""
+    images, prompts = torch.stack(pictures([(224, 224)] * 64, 3)), [f"a photo of thing {i}" for i in range(64)]
+    full = reward(images, prompts)
+    return float((half(images, prompts) - full).abs().mean() / full.std())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, one reward at a time: at the real sizes each needs up to 10 GB and some minutes."""
+    """Print the table, one reward at a time: at the real sizes each needs up to 13 GB and some minutes; bf16 is measured small."""
     parser = argparse.ArgumentParser(prog="python -m trainer.rewards.parity", description=main.__doc__)
     parser.add_argument("--reward", action="append", choices=list(CASES), help="default: all")
     parser.add_argument("--small", action="store_true", help="shrunken models, as in the tests")
     parsed = parser.parse_args(arguments)
-    print("| reward | against | largest relative difference |\n|---|---|---|", flush=True)
+    print("| reward | against | largest relative difference | bf16: mean change / s.d. |\n|---|---|---|---|", flush=True)
     for name in parsed.reward or CASES:
         case = CASES[name]
+        architecture = case.small if parsed.small else case.full
         with tempfile.TemporaryDirectory() as folder:
-            error, _ = relative_error(*open_case(name, Path(folder), case.small if parsed.small else case.full))
-        print(f"| {name} | {case.against} | {error:.1e} |", flush=True)
+            reward, scorer = open_case(name, Path(folder), architecture)
+            error, _ = relative_error(reward, scorer)
+            change = f"{bf16_error(reward, reopen(name, Path(folder), architecture, torch.bfloat16)):.1%}" if parsed.small else "–"
+        print(f"| {name} | {case.against} | {error:.1e} | {change} |", flush=True)
     return 0
 
 
