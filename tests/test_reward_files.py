@@ -250,7 +250,20 @@ def test_statistics_of_equal_scores_are_refused(tmp_path):
     with pytest.raises(ValueError, match="3 images with equal scores"):
         measure([2.0, 2.0, 2.0])
     write(tmp_path / "pickscore" / "statistics.json", 20.0, 2.0, 9)
-    assert Places([tmp_path]).read_statistics("pickscore") == (20.0, 2.0)
+    places = Places([tmp_path / "empty", tmp_path])
+    assert places.read_statistics("pickscore") == (20.0, 2.0) and places.read_statistics("mps") is None
+    assert places.statistics("mps") == tmp_path / "empty" / "mps" / "statistics.json"
+    assert places.statistics("mps@/x/y.safetensors").as_posix() == "/x/y.statistics.json"
+    with pytest.raises(ValueError, match="demo-proxy is no reward whose statistics can be kept"):
+        places.statistics("demo-proxy")
+
+
+def test_measured_statistics_of_a_reward_folder_replace_those_it_came_with(reward_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(reward_folder, tmp_path / "tower")
+    write(Places().statistics(str(folder)), 3.0, 2.0, 9)
+    assert (load(str(folder)).mean, load(str(folder)).std) == (3.0, 2.0)
 
 
 def test_files_are_read_without_running_anything(pickscore):

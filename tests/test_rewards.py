@@ -304,6 +304,14 @@ def test_a_faulty_reward_of_ones_own_is_said_to_be(text, message, tmp_path):
         load(str(tmp_path / "mine.py")).reward(squares(2, 8), ["a", "b"])
 
 
+def test_a_reward_of_ones_own_that_loses_the_gradient_is_said_to(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.format(flag="", body="images.detach().mean((1, 2, 3))"))
+    own = load(str(tmp_path / "mine.py")).reward
+    assert own(squares(1, 8), ["a"]).shape == (1,)
+    with pytest.raises(ValueError, match="no gradient reaches the pixels"):
+        own(squares(1, 8).requires_grad_(), ["a"])
+
+
 def test_a_reward_of_ones_own_scores_and_says_whether_it_has_a_gradient(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.format(flag="DIFFERENTIABLE = False", body="images.mean((1, 2, 3))"))
     own = load(str(tmp_path / "mine.py")).reward

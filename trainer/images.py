@@ -30,7 +30,7 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             opened.load()
             picture: Any = _eight_bit(ImageOps.exif_transpose(opened))
-            picture = picture.convert("RGBA") if picture.has_transparency_data else picture.convert("RGB")
+            picture = picture.convert("RGBA") if "A" in picture.getbands() or "transparency" in picture.info else picture.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no readable picture: {error}") from error
     if picture.mode == "RGBA":

@@ -62,6 +62,7 @@ def _calibrate(arguments: argparse.Namespace, open_reward: Callable[[str, str], 
     from ..scoring.items import find_items
     from ..scoring.scorer import score
 
+    path = Places().statistics(arguments.name)
     part = open_reward(arguments.name, arguments.device)
     items = find_items(arguments.paths, arguments.prompt, arguments.prompt_column)
     scores: list[float] = []
@@ -70,7 +71,6 @@ def _calibrate(arguments: argparse.Namespace, open_reward: Callable[[str, str], 
             raise ValueError(row.error)
         scores.append(row.raw[part.name])
     mean, std, number = measure(scores)
-    path = Places().statistics(arguments.name)
     write(path, mean, std, number)
     print(f"{arguments.name}: mean {mean:.5g}, standard deviation {std:.5g} over {number} images; wrote {path}")
     return 0

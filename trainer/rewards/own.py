@@ -49,4 +49,6 @@ class Own:
             raise ValueError(f"{self.source}: reward() gave {shape} for {len(images)} images: give a tensor of one score per image")
         if not torch.isfinite(scores).all():
             raise ValueError(f"{self.source}: reward() gave a score that is not finite")
+        if self.differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise ValueError(f"{self.source}: no gradient reaches the pixels: compute with tensors, or say DIFFERENTIABLE = False")
         return scores.float()

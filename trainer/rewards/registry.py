@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,21 +40,13 @@ class Entry:
     std: float | None = None
 
 
-def _cosine(paths: Paths, architecture: Mapping[str, Any], held: Held) -> TwoTower:
+def _tower(
+    paths: Paths, architecture: Mapping[str, Any], held: Held, rule: Literal["crop", "pad"] = "crop", scaled: bool = False
+) -> TwoTower:
     model = load_clip(paths["weights"], architecture, held)
-    return TwoTower(model, tokenizer(architecture["text_cfg"]["context_length"]), architecture["vision_cfg"]["image_size"])
-
-
-def _hps(paths: Paths, architecture: Mapping[str, Any], held: Held) -> TwoTower:
-    tower = _cosine(paths, architecture, held)
-    tower.fit = Fit(tower.fit.size, "pad")
-    return tower
-
-
-def _pickscore(paths: Paths, architecture: Mapping[str, Any], held: Held) -> TwoTower:
-    tower = _cosine(paths, architecture, held)
-    tower.scale = float(tower.model.logit_scale.float().exp())
-    return tower
+    size = architecture["vision_cfg"]["image_size"]
+    scale = float(model.logit_scale.exp()) if scaled else 1.0
+    return TwoTower(model, tokenizer(architecture["text_cfg"]["context_length"]), size, scale, Fit(size, rule))
 
 
 def _image_reward(paths: Paths, architecture: Mapping[str, Any], held: Held) -> ImageReward:
@@ -65,18 +58,24 @@ def _mps(paths: Paths, architecture: Mapping[str, Any], held: Held) -> MPS:
 
 
 def _aesthetic(paths: Paths, architecture: Mapping[str, Any], held: Held) -> Aesthetic:
-    return Aesthetic.load(_cosine({"weights": paths["clip"]}, architecture, held), paths["weights"])
+    return Aesthetic.load(_tower({"weights": paths["clip"]}, architecture, held), paths["weights"])
 
 
 def _clip(name: str, repository: str, licence: str, paper: str) -> Entry:
     file = WeightFile(repository, "open_clip_model.safetensors", also=("model.safetensors", "pytorch_model.bin"))
-    return Entry(_cosine, ARCHITECTURES[name], {"weights": file}, licence, paper)
+    return Entry(_tower, ARCHITECTURES[name], {"weights": file}, licence, paper)
 
 
 def _hps_entry(file: str) -> Entry:
     safe = file.removesuffix(".pt") + ".safetensors"
     weights = WeightFile("xswu/HPSv2", file, also=(safe, "model.safetensors"))
-    return Entry(_hps, ARCHITECTURES["ViT-H-14"], {"weights": weights}, "Apache-2.0 (code)", "arXiv:2306.09341, huggingface.co/xswu/HPSv2")
+    return Entry(
+        partial(_tower, rule="pad"),
+        ARCHITECTURES["ViT-H-14"],
+        {"weights": weights},
+        "Apache-2.0 (code)",
+        "arXiv:2306.09341, huggingface.co/xswu/HPSv2",
+    )
 
 
 _L14 = WeightFile("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", folder="clip-l14")
@@ -87,7 +86,7 @@ REWARDS: dict[str, Entry] = {
     "hpsv2.1": _hps_entry("HPS_v2.1_compressed.pt"),
     "hpsv2": _hps_entry("HPS_v2_compressed.pt"),
     "pickscore": Entry(
-        _pickscore,
+        partial(_tower, scaled=True),
         ARCHITECTURES["ViT-H-14"],
         {"weights": WeightFile("yuvalkirstain/PickScore_v1", "model.safetensors", also=("PickScore_v1.safetensors", "pytorch_model.bin"))},
         "MIT (code)",
@@ -144,20 +143,25 @@ class Places:
 
     folders: Sequence[Path] = field(default_factory=folders)
 
-    def statistics(self, name: str) -> Path:
-        """The file that `calibrate` writes for a reward of this name, or beside a user's own."""
-        return Path(name).with_suffix(".statistics.json") if name.endswith(".py") else self.folders[0] / name / "statistics.json"
+    def statistics(self, name_or_path: str) -> Path:
+        """Where the measured mean and standard deviation of a reward lie: in its folder, or beside a user's own file."""
+        name, at, file = name_or_path.partition("@")
+        if Path(name_or_path).is_dir():
+            return Path(name_or_path) / "statistics.json"
+        if at or name.endswith(".py"):
+            return Path(file or name).with_suffix(".statistics.json")
+        if name not in REWARDS:
+            raise ValueError(f"{name} is no reward whose statistics can be kept: use {', '.join(REWARDS)}, a file or a folder")
+        kept = [folder / name / "statistics.json" for folder in self.folders]
+        return next((path for path in kept if path.is_file()), kept[0])
 
-    def read_statistics(self, name: str) -> tuple[float, float] | None:
+    def read_statistics(self, name_or_path: str) -> tuple[float, float] | None:
         """Mean and standard deviation of a reward on its user's images, where they were measured."""
-        files = (
-            [Path(name).with_suffix(".statistics.json")] if name.endswith(".py") else [f / name / "statistics.json" for f in self.folders]
-        )
-        for file in files:
-            if file.is_file():
-                values = json.loads(file.read_text("utf-8"))
-                return values["mean"], values["std"]
-        return None
+        path = self.statistics(name_or_path)
+        if not path.is_file():
+            return None
+        values = json.loads(path.read_text("utf-8"))
+        return values["mean"], values["std"]
 
 
 def load(
@@ -178,12 +182,12 @@ def load(
         paths = locate(name, places, Path(file) if at else None)
         with torch.inference_mode(False):  # weights made inside a ComfyUI prompt would be inference tensors, which no graph may save
             reward = entry.make(paths, architecture or entry.architecture, Held(device, dtype))
-        return Part(name_or_path, reward, 1.0, *(places.read_statistics(name) or (entry.mean, entry.std)))
+        return Part(name_or_path, reward, 1.0, *(places.read_statistics(name_or_path) or (entry.mean, entry.std)))
     if name_or_path.endswith(".py"):
         return Part(name_or_path, Own.load(Path(name_or_path)), 1.0, *(places.read_statistics(name_or_path) or (None, None)))
     if Path(name_or_path).is_dir():
         tower, config = TwoTower.load(Path(name_or_path), device)
-        return Part(name_or_path, tower, 1.0, config["mean"], config["std"])
+        return Part(name_or_path, tower, 1.0, *(places.read_statistics(name_or_path) or (config["mean"], config["std"])))
     raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, NAME@FILE, a reward folder, or a Python file")
 
 
@@ -193,7 +197,7 @@ def locate(name: str, places: Places, weights: Path | None = None) -> dict[str, 
     beside = [weights.parent] if weights else []
     for role, file in REWARDS[name].files.items():
         if weights is not None and role == "weights":
-            found[role] = weights
+            found[role] = verify(weights)
             continue
         path = next((p for p in (b / n for b in beside for n in (file.name, *file.also)) if p.is_file()), None)
         path = path or find(name, file, places.folders)
