@@ -22,7 +22,7 @@ from ..reward import Reward
 from .clip import ARCHITECTURES, tokenizer
 from .image_reward import ARCHITECTURE, TOKENS
 from .mps import CONDITION
-from .preprocess import CLIP_MEAN, CLIP_STD
+from .preprocess import CLIP_MEAN, CLIP_STD, Fit
 from .registry import REWARDS, load
 
 PROMPTS = (
@@ -32,6 +32,7 @@ PROMPTS = (
     "a very long prompt " * 60,
 )
 SIZES = ((224, 224), (300, 300), (320, 200), (180, 333))  # square and not, larger and smaller than the towers' 224
+RESIZED = ((512, 512), (640, 384), (333, 500), (150, 100), (1024, 1024))
 
 SMALL_CLIP: dict[str, Any] = {
     "embed_dim": 128,
@@ -125,6 +126,33 @@ def _pixels(image: Tensor, size: int, pad: bool) -> Tensor:
         top, left = (round((side - size) / 2) for side in target)
         square = resized[:, top : top + size, left : left + size]
     return (square - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def with_pillow(image: Tensor, fit: Fit) -> Tensor:
+    """What `fit` makes of one image (3,H,W), by way of 8-bit pictures and Pillow, as the original packages do it."""
+    import numpy as np
+    from PIL import Image
+
+    height, width = image.shape[-2:]
+    side = min(height, width) if fit.rule == "crop" else max(height, width)
+    whole = int if fit.rule == "crop" else round
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    picture = picture.resize((whole(width * fit.size / side), whole(height * fit.size / side)), Image.Resampling.BICUBIC)
+    if fit.rule == "crop":
+        left, top = round((picture.width - fit.size) / 2), round((picture.height - fit.size) / 2)
+        square = picture.crop((left, top, left + fit.size, top + fit.size))
+    else:
+        square = Image.new("RGB", (fit.size, fit.size))
+        square.paste(picture, ((fit.size - picture.width) // 2, (fit.size - picture.height) // 2))
+    return torch.from_numpy(np.asarray(square, dtype=np.float32)).permute(2, 0, 1) / 255
+
+
+def pillow_error(size: tuple[int, int], fit: Fit) -> tuple[float, float]:
+    """Largest and mean |tensor − Pillow| of one natural-like image, in 255ths."""
+    (image,) = pictures([size], 1)
+    image = (image * 255).round() / 255
+    error = (fit(image[None])[0] - with_pillow(image, fit)).abs() * 255
+    return float(error.max()), float(error.mean())
 
 
 def _batch(images: Sequence[Tensor], size: int, pad: bool = False) -> Tensor:
@@ -421,7 +449,9 @@ def relative_error(reward: Reward, scorer: Callable[[Sequence[Tensor], Sequence[
 @torch.no_grad()
 def bf16_error(reward: Reward, half: Reward) -> float:
     """Mean |bf16 − fp32| over the standard deviation of the fp32 scores of 64 images, each under its own prompt."""
-    images, prompts = torch.stack(pictures([(224, 224)] * 64, 3)), [f"a photo of thing {i}" for i in range(64)]
+    styles = ("oil painting of a", "photo of a", "sketch of an old", "tiny red", "huge blue", "golden", "two", "a city with a")
+    things = ("fox", "castle", "ship", "tree", "car", "portrait", "lake", "robot")
+    images, prompts = torch.stack(pictures([(224, 224)] * 64, 3)), [f"{style} {thing}" for style in styles for thing in things]
     full = reward(images, prompts)
     return float((half(images, prompts) - full).abs().mean() / full.std())
 
@@ -441,6 +471,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error, _ = relative_error(reward, scorer)
             change = f"{bf16_error(reward, reopen(name, Path(folder), architecture, torch.bfloat16)):.1%}" if parsed.small else "–"
         print(f"| {name} | {case.against} | {error:.1e} | {change} |", flush=True)
+    print("\n| preprocessing | image | largest difference to Pillow, /255 | mean |\n|---|---|---|---|")
+    for fit in (Fit(224, "crop"), Fit(224, "pad")):
+        for size in RESIZED:
+            largest, mean = pillow_error(size, fit)
+            print(f"| {fit.rule} | {size[1]}×{size[0]} | {largest:.2f} | {mean:.2f} |")
     return 0
 
 
