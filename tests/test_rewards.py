@@ -312,3 +312,27 @@ def test_every_name_has_a_licence_and_a_source():
     for name, entry in REWARDS.items():
         assert entry.licence and entry.source, name
         assert isinstance(Path(name), Path) and all(f.repository.count("/") == 1 for f in entry.files.values())
+
+
+# -- as the commands name them ---------------------------------------------------------------------------------------
+
+
+def test_a_config_names_sums_and_rewards_of_ones_own(tmp_path):
+    from trainer.commands import load_reward
+
+    (tmp_path / "mine.py").write_text(OWN.format(flag="", body="images.mean((1, 2, 3))"))
+    images, prompts = squares(3, 64), ["a red star", "a blue ring", "a red star"]
+    proxy, heldout = (demo.load_reward(n)(images, prompts) for n in ("proxy", "heldout"))
+    torch.testing.assert_close(load_reward("demo-proxy", True)(images, prompts), proxy)
+    torch.testing.assert_close(load_reward("demo-proxy=1, demo-heldout=0.5", True)(images, prompts), proxy + 0.5 * heldout)
+    torch.testing.assert_close(load_reward(str(tmp_path / "mine.py"), False)(images, prompts), images.mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="rewards calibrate"):
+        load_reward(str(tmp_path / "mine.py"), True)
+
+
+def test_a_sum_recomputes_activations_in_every_part_that_can(reward_folder):
+    from trainer.commands import load_reward
+
+    total = load_reward(f"{reward_folder}=2, demo-proxy=1", True)
+    total.checkpoint_gradients(True)
+    assert all(p.reward.model.visual.transformer.grad_checkpointing for p in total.parts)

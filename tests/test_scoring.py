@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -363,9 +364,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder, capsys):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_write_one_table(folder):
-    code = "import sys; from trainer.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    (folder / "go.py").write_text(code)
-    root = Path(__file__).parent.parent
+    arguments = ["score", str(folder / "in"), "--reward", str(folder / "bright.py")]
     launch = [
         sys.executable,
         "-m",
@@ -378,20 +377,9 @@ def test_two_processes_share_the_work_and_write_one_table(folder):
         "--mixed_precision",
         "no",
     ]
-    command = [
-        *launch,
-        str(folder / "go.py"),
-        "score",
-        str(folder / "in"),
-        "--reward",
-        str(folder / "bright.py"),
-        "--out",
-        str(folder / "s.csv"),
-    ]
-    import os
-
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, timeout=240)
-    assert run(folder, "--out", folder / "one.csv") == 0
+    command = [*launch, "-m", "trainer", *arguments, "--out", str(folder / "s.csv")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert main([*arguments, "--out", str(folder / "one.csv")]) == 0
     assert (folder / "s.csv").read_text() == (folder / "one.csv").read_text() and not list(folder.glob("*.partial"))
 
 

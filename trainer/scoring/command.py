@@ -60,13 +60,13 @@ def run(arguments: argparse.Namespace, open_reward: Opener) -> int:
         table.best([], arguments.top)  # whether there is a score to rank by is known before the work
     items = find_items(arguments.paths, arguments.prompt, arguments.prompt_column)
 
-    journal = Journal(outs[0], process, {"rewards": [p.name for p in parts], "size": arguments.size}) if outs else None
+    journal = Journal(outs[0], process, _settings(arguments, parts)) if outs else None
     rows = _score_all(items, parts, journal, arguments, device, process, processes)
     if process > 0:
         return 0
     order = {(str(i.path), i.prompt): n for n, i in enumerate(items)}
     by_path = {path: n for (path, _), n in order.items()}
-    rows = sorted(rows, key=lambda r: order.get((r.path, r.prompt), by_path.get(r.path, 0)))
+    rows = sorted((r for r in rows if r.path in by_path), key=lambda r: order.get((r.path, r.prompt), by_path.get(r.path, 0)))
     good, bad = [r for r in rows if not r.error], [r for r in rows if r.error]
     for out in outs:
         table.write(good, out)
@@ -80,6 +80,12 @@ def run(arguments: argparse.Namespace, open_reward: Opener) -> int:
     for row in unwritten:
         print(f"scores not written back: {row.error}", file=sys.stderr)
     return max(_report(good, bad, table, outs), int(bool(unwritten)))
+
+
+def _settings(arguments: argparse.Namespace, parts: Sequence[Part]) -> dict[str, Any]:
+    """What must be the same when a stopped run goes on."""
+    same = {"rewards": [p.name for p in parts], "size": arguments.size}
+    return {**same, "prompt": arguments.prompt, "prompt column": arguments.prompt_column}
 
 
 def _check_output(out: Path, arguments: argparse.Namespace) -> None:
@@ -99,7 +105,7 @@ def _score_all(
     process: int,
     processes: int,
 ) -> list[Row]:
-    """Every row of every process, new and journalled."""
+    """Every row of every process, new and journalled; the first process alone gets them."""
     from tqdm import tqdm
 
     if journal is None:
@@ -110,10 +116,7 @@ def _score_all(
 
         together = PartialState(cpu=not device.startswith("cuda"))
     if arguments.resume:
-        # A row that failed is tried again: the file may have been mended.
-        done = {(r.path, r.prompt) for r in journal.rows() if not r.error}
-        paths = {path for path, _ in done}
-        left = [i for i in items if ((str(i.path), i.prompt) not in done if i.prompt is not None else str(i.path) not in paths)]
+        left = journal.left(items)
     else:
         if journal.all() and not arguments.overwrite and process == 0:
             raise ConfigError(f"{journal.all()[0]} is from a run that was stopped: add --resume to go on, or --overwrite to start again")
@@ -130,9 +133,7 @@ def _score_all(
         pass
     if together:
         together.wait_for_everyone()
-    latest = {(r.path, r.prompt if not r.error else ""): r for r in journal.rows()}
-    scored = {r.path for r in latest.values() if not r.error}
-    return [r for r in latest.values() if not r.error or r.path not in scored]
+    return journal.finished() if process == 0 else []
 
 
 def _report(good: Sequence[Row], bad: Sequence[Row], table: Table, outs: Sequence[Path]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .items import Item
 from .scorer import Row
 
 
@@ -37,6 +38,18 @@ class Journal:
                     self._check(read, path)
                 else:
                     yield Row(**read)
+
+    def left(self, items: Sequence[Item]) -> list[Item]:
+        """The items without a score; one that failed is tried again, for its file may have been mended."""
+        done = {(r.path, r.prompt) for r in self.rows() if not r.error}
+        paths = {path for path, _ in done}
+        return [i for i in items if ((str(i.path), i.prompt) not in done if i.prompt is not None else str(i.path) not in paths)]
+
+    def finished(self) -> list[Row]:
+        """The latest row of each picture and prompt; an error only where no score came later."""
+        latest = {(r.path, "" if r.error else r.prompt): r for r in self.rows()}
+        scored = {r.path for r in latest.values() if not r.error}
+        return [r for r in latest.values() if not r.error or r.path not in scored]
 
     def _check(self, read: Mapping[str, Any], path: Path) -> None:
         for key, value in self.settings.items():
