@@ -12,7 +12,8 @@ from trainer.metrics.distances import Moments, Reservoir, frechet_distance, kern
 from trainer.metrics.diversity import Diversity, pairwise_diversity, vendi_score, within_prompt_diversity
 from trainer.metrics.features import Dino
 from trainer.metrics.lpips import Lpips
-from trainer.rewards.parity import pictures, randomise
+from trainer.rewards.independent.pixels import pictures
+from trainer.rewards.independent.weights import randomise
 
 SMALL = {"size": 224, "patch": 32, "width": 48, "depth": 2, "heads": 3}
 

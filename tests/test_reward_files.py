@@ -14,6 +14,8 @@ from trainer.__main__ import main
 from trainer.rewards import parity
 from trainer.rewards.calibrate import measure, write
 from trainer.rewards.files import WeightFile, download, find, folders
+from trainer.rewards.independent.clip import write_pickscore
+from trainer.rewards.independent.pixels import pictures
 from trainer.rewards.registry import REWARDS, Places, load
 from trainer.rewards.weights import Held, fill, read_state
 
@@ -21,7 +23,7 @@ from trainer.rewards.weights import Held, fill, read_state
 @pytest.fixture
 def pickscore(tmp_path):
     (tmp_path / "pickscore").mkdir()
-    parity._write_pickscore(tmp_path / "pickscore", parity.SMALL_CLIP)
+    write_pickscore(tmp_path / "pickscore", parity.SMALL_CLIP)
     return tmp_path / "pickscore" / "model.safetensors"
 
 
@@ -30,7 +32,7 @@ def opened(path, name="pickscore"):
 
 
 def score(reward):
-    return reward(torch.stack(parity.pictures([(224, 224)])), ["a fox"])
+    return reward(torch.stack(pictures([(224, 224)])), ["a fox"])
 
 
 class Bomb:

@@ -16,6 +16,8 @@ from trainer.rewards import parity
 from trainer.rewards.combine import Part, WeightedSum, parse_weights
 from trainer.rewards.compressibility import JpegSize
 from trainer.rewards.decompose import Decomposed, common_direction
+from trainer.rewards.independent import clip as independent_clip
+from trainer.rewards.independent.pixels import pictures, pillow_error, pixel_batch
 from trainer.rewards.mps import MPS
 from trainer.rewards.own import Own
 from trainer.rewards.preprocess import Fit, resize_and_crop, resize_and_pad
@@ -36,7 +38,7 @@ def opened(tmp_path_factory):
 
 
 def squares(n, size=224, seed=3):
-    return torch.stack(parity.pictures([(size, size)] * n, seed))
+    return torch.stack(pictures([(size, size)] * n, seed))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,19 +50,21 @@ def test_each_port_agrees_with_an_independent_implementation(name, opened):
 
 def test_both_towers_agree_on_their_own(tmp_path):
     """Features, not only their products: image side for square and other images, text side for short and cut prompts."""
-    model = parity._transformers_clip(parity.SMALL_CLIP, 2)
-    parity._write_pickscore(tmp_path, parity.SMALL_CLIP)
+    model = independent_clip.transformers_clip(parity.SMALL_CLIP, 2)
+    independent_clip.write_pickscore(tmp_path, parity.SMALL_CLIP)
     tower = load(f"pickscore@{tmp_path / 'model.safetensors'}", architecture=parity.SMALL_CLIP).reward
-    images = parity.pictures()
-    expected = parity._images(model, parity._batch(images, 224))
+    images = pictures()
+    expected = independent_clip.image_features(model, pixel_batch(images, 224))
     torch.testing.assert_close(torch.cat([tower.image_features(i[None]) for i in images]), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(tower.text_features(parity.PROMPTS), parity._texts(model, parity.PROMPTS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        tower.text_features(parity.PROMPTS), independent_clip.text_features(model, parity.PROMPTS), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_the_pixels_are_those_of_finite_differences(name, opened):
     reward = opened[name][0]
-    image = torch.stack(parity.pictures([(230, 250)], 5)).clamp(0.05, 0.95).requires_grad_()
+    image = torch.stack(pictures([(230, 250)], 5)).clamp(0.05, 0.95).requires_grad_()
     (gradient,) = torch.autograd.grad(reward(image, ["a fox"]).sum(), image)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
     direction = gradient / gradient.norm()
@@ -164,7 +168,7 @@ def test_a_prompt_of_ten_thousand_characters_is_cut_to_what_the_tower_reads(open
 @pytest.mark.parametrize("size", parity.RESIZED)
 @pytest.mark.parametrize("rule", ["crop", "pad"])
 def test_tensor_preprocessing_agrees_with_pillows(size, rule):
-    largest, mean = parity.pillow_error(size, Fit(224, rule))
+    largest, mean = pillow_error(size, Fit(224, rule))
     assert largest <= 2 and mean <= 0.5
 
 
@@ -178,7 +182,7 @@ def test_every_size_becomes_a_square(fit, size):
 
 
 def test_a_crop_of_a_very_wide_image_is_the_crop_of_all_of_it():
-    image = torch.stack(parity.pictures([(20, 400)], 2))
+    image = torch.stack(pictures([(20, 400)], 2))
     whole = F.interpolate(image, (224, 224 * 20), mode="bicubic", antialias=True).clamp(0, 1)[..., 112 * 19 : 112 * 19 + 224]
     torch.testing.assert_close(resize_and_crop(image, 224), whole, atol=1e-5, rtol=0)
 

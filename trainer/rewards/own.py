@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Own:
         function: Any = getattr(module, "reward", None)
         if not callable(function):
             raise ValueError(f"{path} has no function reward(images, prompts)")
-        return Own(function, str(path), bool(getattr(module, "DIFFERENTIABLE", True)))
+        return Own(cast(Callable[[Tensor, Sequence[str]], Tensor], function), str(path), bool(getattr(module, "DIFFERENTIABLE", True)))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,3,H,W) in [0,1], B prompts -> (B,) float32."""
