@@ -92,9 +92,11 @@ REWARDS: dict[str, Entry] = {
         "MIT (code)",
         "arXiv:2305.01569, huggingface.co/yuvalkirstain/PickScore_v1",
     ),
-    "clip": _clip("ViT-B-32", "timm/vit_base_patch32_clip_224.openai", "MIT", _OPENAI),
-    "clip-l14": _clip("ViT-L-14", "timm/vit_large_patch14_clip_224.openai", "MIT", _OPENAI),
-    "clip-h14": _clip("ViT-H-14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", "arXiv:2212.07143, github.com/mlfoundations/open_clip"),
+    "clip": _clip("ViT-B-32", "timm/vit_base_patch32_clip_224.openai", "MIT (code)", _OPENAI),
+    "clip-l14": _clip("ViT-L-14", "timm/vit_large_patch14_clip_224.openai", "MIT (code)", _OPENAI),
+    "clip-h14": _clip(
+        "ViT-H-14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT (code)", "arXiv:2212.07143, github.com/mlfoundations/open_clip"
+    ),
     "imagereward": Entry(
         _image_reward,
         ARCHITECTURE,
