@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,20 @@ import torch
 
 from . import images as pictures
 from .config import ConfigError, build, override, plain, read_toml
-from .data import Samples, encode_images, load_samples, read_captions, read_prompts
+from .data import Samples, encode_images, load_samples, read_prompts
 from .generate import Generation, generate, generate_base
+from .hashes import file_hash
 from .lora_file import load_lora, read_lora
 from .metrics.evaluate import frontier_area, intervals, judge
 from .policies.unet import UNetPolicy
 from .reward import Reward, Standardised
+from .rewards import command as rewards_command
+from .rewards import registry
+from .rewards.combine import Part, WeightedSum, parse_weights
 from .rewards.two_tower import TwoTower
-from .run import Run, TrainConfig, file_hash, interruptible
+from .run import Run, TrainConfig, interruptible
 from .sampling import METHODS, Switch
+from .scoring import command as scoring_command
 
 DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
 
@@ -37,16 +40,28 @@ def load_policy(model: str, device: str = "cpu") -> UNetPolicy:
     return UNetPolicy.load(model, device)
 
 
-def load_reward(name: str, normalise: bool, device: str = "cpu") -> Reward:
-    """A reward by name, or from a reward folder."""
-    if name in DEMO_REWARDS:
-        from .demo import files
+def open_reward(name: str, device: str = "cpu") -> Part:
+    """One reward by name or path, with its statistics; see trainer.rewards.registry."""
+    if name not in DEMO_REWARDS:
+        try:
+            return registry.load(name, device)
+        except ValueError as error:
+            hint = f" ({', '.join(DEMO_REWARDS)} are the embedded world's)" if str(error).startswith("unknown reward") else ""
+            raise ConfigError(f"{error}{hint}") from error
+    from .demo import files
 
-        return files.load_reward(name.removeprefix("demo-"), normalise)
-    if not Path(name).is_dir():
-        raise ConfigError(f"unknown reward {name!r}: use {', '.join(DEMO_REWARDS)}, or a reward folder")
-    tower, config = TwoTower.load(Path(name), device)
-    return Standardised(tower, config["mean"], config["std"]) if normalise else tower
+    if name == "demo-gold":
+        return Part(name, files.load_reward("gold"), mean=0.0, std=1.0, size=64)  # its own scale is the embedded world's
+    tower, config = files.load_tower(name.removeprefix("demo-"))
+    return Part(name, tower, 1.0, config["mean"], config["std"])
+
+
+def load_reward(spec: str, normalise: bool, device: str = "cpu") -> Reward:
+    """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
+    parts = [replace(open_reward(name, device), weight=weight) for name, weight in parse_weights(spec)]
+    if len(parts) == 1 and parts[0].weight == 1:
+        return parts[0].standardised if normalise else parts[0].reward
+    return WeightedSum(parts, raw=not normalise)
 
 
 def _base_hash(model: str) -> str:
@@ -107,8 +122,11 @@ def run_train(arguments: argparse.Namespace) -> int:
     policy = load_policy(config.model, config.device)
     run = Run(config, policy, _samples(config, policy), reward, _base_hash(config.model))
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
-    if config.checkpoint_reward and isinstance(reward, Standardised) and isinstance(reward.reward, TwoTower):
-        reward.reward.checkpoint_gradients(True)
+    if config.checkpoint_reward:
+        recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
+        if recompute is None:
+            raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
+        recompute(True)
 
     with interruptible() as stopping, tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"]) as bar:
         for done in run.steps():
@@ -216,40 +234,14 @@ def run_sample(arguments: argparse.Namespace) -> int:
 # -- score -----------------------------------------------------------------------------------------------------------
 
 
-def _configure_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="pictures, with .txt captions beside them unless --prompt is given")
-    parser.add_argument("--prompt", help="one prompt for all pictures")
-    parser.add_argument("--reward", action="append", help=f"{', '.join(DEMO_REWARDS)}, or a reward folder; may be given several times")
-    parser.add_argument("--raw", action="store_true", help="raw scores, not standard deviations of the base model's images")
-    parser.add_argument("--size", type=int, default=0, help="pixels the pictures are cropped to (default: the reward's own)")
-    parser.add_argument("--out", type=Path, help="CSV file (default: the terminal)")
-
-
 def run_score(arguments: argparse.Namespace) -> int:
-    """Score a folder of images by one or more rewards, as CSV."""
-    names = arguments.reward or ["demo-proxy"]
-    rewards = {name: load_reward(name, not arguments.raw) for name in names}
-    if arguments.prompt:
-        pairs = [(path, arguments.prompt) for path in pictures.find(arguments.folder)] if arguments.folder.is_dir() else []
-        if not pairs:
-            raise ConfigError(f"{arguments.folder} holds no picture")
-    else:
-        pairs = read_captions(arguments.folder)
-    size = arguments.size or (64 if all(n in DEMO_REWARDS for n in names) else 224)
-    rows: list[list[Any]] = []
-    for first in range(0, len(pairs), 32):
-        part = pairs[first : first + 32]
-        batch, prompts = torch.stack([pictures.load(path, size) for path, _ in part]), [prompt for _, prompt in part]
-        with torch.no_grad():
-            scores = [reward(batch, prompts).tolist() for reward in rewards.values()]
-        rows += [[str(path), prompt, *(round(s, 5) for s in values)] for (path, prompt), *values in zip(part, *scores)]
-    target = open(arguments.out, "w", newline="", encoding="utf-8") if arguments.out else sys.stdout  # noqa: SIM115
-    try:
-        csv.writer(target).writerows([["path", "prompt", *names], *rows])
-    finally:
-        if arguments.out:
-            target.close()
-    return 0
+    """Score pictures by one or more rewards: folders, globs or manifests in, CSV and JSONL out."""
+    return scoring_command.run(arguments, open_reward)
+
+
+def run_rewards(arguments: argparse.Namespace) -> int:
+    """List rewards with licence and source, fetch their weights, measure their statistics."""
+    return rewards_command.run(arguments, open_reward)
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------
@@ -348,6 +340,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "demo": (_configure_demo, run_demo),
     "train": (_configure_train, run_train),
     "sample": (_configure_sample, run_sample),
-    "score": (_configure_score, run_score),
+    "score": (scoring_command.configure, run_score),
+    "rewards": (rewards_command.configure, run_rewards),
     "evaluate": (_configure_evaluate, run_evaluate),
 }

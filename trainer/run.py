@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import torch
 from . import checkpoint
 from .config import ConfigError, build, plain
 from .data import Samples
+from .hashes import file_hash as file_hash
 from .lora_file import save_lora
 from .objectives import OBJECTIVES
 from .policy import Batch, Lora, Trainable
@@ -37,7 +37,10 @@ class TrainConfig:
         default_factory=lambda: {"name": "imagerefl"}, metadata={"help": "table: name and the objective's fields"}
     )
     model: str = field(default="demo", metadata={"help": "diffusers folder, or `demo` for the embedded model"})
-    reward: str = field(default="demo-proxy", metadata={"help": "reward folder, or demo-proxy, demo-heldout"})
+    reward: str = field(
+        default="demo-proxy",
+        metadata={"help": "a name of `rewards list`, NAME@FILE, a reward folder, a Python file, or a sum: hpsv2.1=1, pickscore=0.5"},
+    )
     normalise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
     images: str = field(default="", metadata={"help": "folder of pictures with .txt captions, or `demo`"})
     prompts: str = field(default="", metadata={"help": "text file, one prompt per line, where no images are used"})
@@ -88,15 +91,6 @@ def interruptible() -> Generator[Callable[[], bool]]:
         yield lambda: stopping
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Run:

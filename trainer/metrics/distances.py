@@ -1,4 +1,4 @@
-"""Distances between two sets of features: Fréchet and log-covariance."""
+"""Distances between two sets of features: Fréchet, kernel and log-covariance; streaming where a few sums say it all."""
 
 from __future__ import annotations
 
@@ -6,11 +6,45 @@ import torch
 from torch import Tensor
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features of shape {tuple(features.shape)}: give at least two rows (N,D)")
-    features = features.double()
-    return features.mean(0), features.T.cov()
+class Moments:
+    """Mean and covariance of features that come in batches (Chan, Golub and LeVeque 1979): any number of images, one D×D matrix."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> Moments:
+        """Add features (N,D)."""
+        if features.ndim != 2:
+            raise ValueError(f"features of shape {tuple(features.shape)}: give rows (N,D)")
+        features = features.detach().double().cpu()
+        if not self.number:
+            self._mean, self._scatter = features.new_zeros(features.shape[1]), features.new_zeros(features.shape[1], features.shape[1])
+        n, total = len(features), self.number + len(features)
+        if n:
+            change = features.mean(0) - self._mean
+            centred = features - features.mean(0)
+            self._scatter = self._scatter + centred.T @ centred + change.outer(change) * (self.number * n / total)
+            self._mean = self._mean + change * (n / total)
+            self.number = total
+        return self
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) float64."""
+        self._enough()
+        return self._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D,D) float64, over N−1."""
+        self._enough()
+        return self._scatter / (self.number - 1)
+
+    def _enough(self) -> None:
+        if self.number < 2:
+            raise ValueError(f"{self.number} rows of features: give at least two rows (N,D)")
 
 
 def _psd_sqrt(matrix: Tensor) -> Tensor:
@@ -18,24 +52,71 @@ def _psd_sqrt(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """‖μa−μb‖² + tr(Ca + Cb − 2(Ca^½ Cb Ca^½)^½) of features (N,D) and (M,D) (FID, Heusel et al. 2017, arXiv:1706.08500, eq. 6)."""
-    mean_a, cov_a = _moments(a)
-    mean_b, cov_b = _moments(b)
-    root = _psd_sqrt(cov_a)
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    a, b = (x if isinstance(x, Moments) else Moments().update(x) for x in (a, b))
+    root = _psd_sqrt(a.covariance)
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross)
 
 
-def log_covariance_distance(a: Tensor, b: Tensor, ridge: float = 1e-3) -> float:
+def log_covariance_distance(a: Tensor | Moments, b: Tensor | Moments, ridge: float = 1e-3) -> float:
     """‖log(Ca+λI) − log(Cb+λI)‖_F of unit-normalised features (N,D), (M,D), with λ = ridge · mean eigenvalue of Cb.
 
     Our reading of the paper's LogCovDistance, whose formula is not published: comparable between our own tables only.
+    Moments must be of features that were normalised before.
     """
-    cov_a, cov_b = (_moments(torch.nn.functional.normalize(x, dim=1))[1] for x in (a, b))
+    cov_a, cov_b = (
+        (x if isinstance(x, Moments) else Moments().update(torch.nn.functional.normalize(x.double(), dim=1))).covariance for x in (a, b)
+    )
     ridged = ridge * cov_b.trace() / len(cov_b) * torch.eye(len(cov_b), dtype=torch.float64)
     logs: list[Tensor] = []
     for cov in (cov_a, cov_b):
         values, vectors = torch.linalg.eigh(cov + ridged)
         logs.append((vectors * values.clamp(min=1e-30).log()) @ vectors.T)
     return float((logs[0] - logs[1]).norm())
+
+
+def kernel_distance(a: Tensor, b: Tensor, draws: torch.Generator, subset: int = 1000, subsets: int = 100) -> tuple[float, float]:
+    """Unbiased MMD² with the kernel (x·y/D + 1)³ (KID, Bińkowski et al. 2018, arXiv:1801.01401, section 4): mean and standard
+    deviation over `subsets` draws of `subset` rows, or of all where there are fewer.
+    """
+    n = min(subset, len(a), len(b))
+    if n < 2 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}: give at least two rows (N,D) of one width")
+    values: list[Tensor] = []
+    for _ in range(subsets):
+        x, y = (rows[torch.randperm(len(rows), generator=draws)[:n]].double() for rows in (a, b))
+        within = sum(((_cubic(z, z).sum() - _cubic(z, z).diagonal().sum()) / (n * (n - 1)) for z in (x, y)), start=x.new_zeros(()))
+        values.append(within - 2 * _cubic(x, y).mean())
+    found = torch.stack(values)
+    return float(found.mean()), float(found.std(correction=0))
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+class Reservoir:
+    """At most `size` rows, a uniform sample of all that came (Vitter 1985, algorithm R): what a kernel distance needs of a long stream."""
+
+    def __init__(self, size: int, draws: torch.Generator) -> None:
+        self.size, self.draws, self.seen = size, draws, 0
+        self._rows: list[Tensor] = []
+
+    def update(self, features: Tensor) -> Reservoir:
+        """Add features (N,D)."""
+        for row in features.detach().cpu():
+            self.seen += 1
+            if len(self._rows) < self.size:
+                self._rows.append(row.clone())
+            else:
+                place = int(torch.randint(self.seen, (1,), generator=self.draws))
+                if place < self.size:
+                    self._rows[place] = row.clone()
+        return self
+
+    @property
+    def rows(self) -> Tensor:
+        """(min(size, seen), D)."""
+        return torch.stack(self._rows)

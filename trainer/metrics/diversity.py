@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,13 +16,58 @@ def within_prompt_diversity(features: Tensor, groups: Tensor) -> Tensor:
     """
     if len(features) != len(groups):
         raise ValueError(f"{len(features)} features for {len(groups)} prompt ids")
+    streamed = Diversity().update(features, groups.tolist()).values()
+    return torch.stack([streamed[int(g)] for g in groups.unique(sorted=True)])
+
+
+class Diversity:
+    """The same of features that come in batches, in any order: one sum of unit vectors per prompt is enough.
+
+    Σ over ordered pairs of cosines = ‖Σu‖² − n, so 1 − (‖Σu‖² − n)/(n(n−1)).
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[Hashable, tuple[int, Tensor]] = {}
+
+    def update(self, features: Tensor, groups: Sequence[Hashable]) -> Diversity:
+        """Add features (N,D) and the prompt id of each."""
+        if len(features) != len(groups):
+            raise ValueError(f"{len(features)} features for {len(groups)} prompt ids")
+        for group, unit in zip(groups, F.normalize(features.detach().double(), dim=1).cpu()):
+            number, total = self._sums.get(group, (0, torch.zeros_like(unit)))
+            self._sums[group] = (number + 1, total + unit)
+        return self
+
+    def values(self) -> dict[Hashable, Tensor]:
+        """Prompt id -> diversity (), in the order in which prompts came."""
+        for group, (n, _) in self._sums.items():
+            if n < 2:
+                raise ValueError(f"prompt {group} has {n} image: diversity needs at least two")
+        return {group: 1 - (total.square().sum() - n) / (n * (n - 1)) for group, (n, total) in self._sums.items()}
+
+
+def pairwise_diversity(distance: Callable[[Tensor, Tensor], Tensor], images: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, Tensor]:
+    """Mean distance over the pairs of images that share a prompt, as of LPIPS: images (N,…), `distance` of (P,…), (P,…) -> (P,)."""
+    if len(images) != len(groups):
+        raise ValueError(f"{len(images)} images for {len(groups)} prompt ids")
+    values: dict[Hashable, Tensor] = {}
+    for group in dict.fromkeys(groups):
+        rows = images[[i for i, g in enumerate(groups) if g == group]]
+        if len(rows) < 2:
+            raise ValueError(f"prompt {group} has {len(rows)} image: diversity needs at least two")
+        left, right = torch.combinations(torch.arange(len(rows))).unbind(1)
+        values[group] = torch.cat([distance(rows[a], rows[b]) for a, b in zip(left.split(32), right.split(32))]).mean()
+    return values
+
+
+def vendi_score(features: Tensor) -> float:
+    """exp(−Σ λ log λ) over the eigenvalues of the similarities K/n, K the cosines (Friedman and Dieng 2022, arXiv:2210.02410, eq. 3).
+
+    features (N,D). The effective number of different images: 1 for copies, N for images at right angles.
+    """
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"features of shape {tuple(features.shape)}: give rows (N,D)")
     unit = F.normalize(features.double(), dim=1)
-    values: list[Tensor] = []
-    for group in groups.unique(sorted=True):
-        rows = unit[groups == group]
-        n = len(rows)
-        if n < 2:
-            raise ValueError(f"prompt {int(group)} has {n} image: diversity needs at least two")
-        # Σ over ordered pairs of cosines = ‖Σ u‖² − n
-        values.append(1 - (rows.sum(0).square().sum() - n) / (n * (n - 1)))
-    return torch.stack(values)
+    smaller = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same eigenvalues but for zeros
+    values = torch.linalg.eigvalsh(smaller / len(unit)).clamp(min=0)
+    return float(torch.special.entr(values).sum().exp())

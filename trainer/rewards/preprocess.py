@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP preprocessing
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# A crop shows the middle square alone; what lies further out than this many sides is cut before resizing, which bounds memory.
+WIDEST = 8
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Shorter side to `size` (bicubic, antialiased: without it a reward can be hacked by frequencies it never shows), centre crop."""
+    """Shorter side to `size` (bicubic, antialiased: without it a reward can be hacked by frequencies it never shows), centre crop.
+
+    The longer side is truncated and half a pixel of the crop rounds to even, as in torchvision, which the models were trained with.
+    """
     height, width = images.shape[-2:]
-    if (height, width) != (size, size):
-        scale = size / min(height, width)
-        target = (max(size, round(height * scale)), max(size, round(width * scale)))
-        images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (target[0] - size) // 2, (target[1] - size) // 2
-        images = images[..., top : top + size, left : left + size]
+    if (height, width) == (size, size):
+        return images
+    if max(height, width) > WIDEST * min(height, width):
+        images = _centre(images, min(height, WIDEST * width), min(width, WIDEST * height))
+        height, width = images.shape[-2:]
+    shorter = min(height, width)
+    target = (size * height // shorter, size * width // shorter)
+    return _centre(_resize(images, target), size, size)
+
+
+def resize_and_pad(images: Tensor, size: int) -> Tensor:
+    """Longer side to `size` (bicubic, antialiased), black on both sides of the shorter one (HPSv2's evaluation code)."""
+    height, width = images.shape[-2:]
+    longer = max(height, width)
+    target = (max(1, round(height * size / longer)), max(1, round(width * size / longer)))
+    top, left = (size - target[0]) // 2, (size - target[1]) // 2
+    return F.pad(_resize(images, target), (left, size - target[1] - left, top, size - target[0] - top))
+
+
+def _resize(images: Tensor, target: tuple[int, int]) -> Tensor:
+    """Width, then height, clipped after each as Pillow does: overshoot at edges would otherwise differ by several grey levels."""
+    for size in ((images.shape[-2], target[1]), target):
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     return images
+
+
+def _centre(images: Tensor, height: int, width: int) -> Tensor:
+    top, left = round((images.shape[-2] - height) / 2), round((images.shape[-1] - width) / 2)
+    return images[..., top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How images of any size become a reward's square input; two equal Fits give equal pixels, so one result serves both."""
+
+    size: int
+    rule: Literal["crop", "pad"] = "crop"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] -> (B,3,size,size) in [0,1] float32; images of that size pass unchanged."""
+        fit = resize_and_crop if self.rule == "crop" else resize_and_pad
+        return fit(images.float(), self.size)
 
 
 def normalise(images: Tensor, mean: tuple[float, float, float] = CLIP_MEAN, std: tuple[float, float, float] = CLIP_STD) -> Tensor:

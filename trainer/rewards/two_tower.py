@@ -13,22 +13,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..reward import same_number
-from .preprocess import normalise, resize_and_crop
+from .preprocess import Fit, normalise
+
+TEXTS_KEPT = 20_000  # features of so many prompts stay in memory: 80 MB at 1024 numbers each
+TEXTS_AT_ONCE = 64
 
 
 class TwoTower:
     """An open_clip model as a trainer.reward.Reward: scale·cos(f_image, f_text).
 
-    Each distinct prompt is encoded once in the reward's life; the image path keeps its graph.
+    CLIPScore (Hessel et al. 2021, arXiv:2104.08718, without its weight and its clipping at 0), HPSv2 (Wu et al. 2023,
+    arXiv:2306.09341, eq. 1 without the temperature), PickScore (Kirstain et al. 2023, arXiv:2305.01569, eq. 1).
+    Each distinct prompt is encoded once; the image path keeps its graph.
     """
 
     differentiable = True
 
-    def __init__(self, model: nn.Module, tokenize: Callable[[Sequence[str]], Tensor], size: int, scale: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, tokenize: Callable[[Sequence[str]], Tensor], size: int, scale: float = 1.0, fit: Fit | None = None
+    ) -> None:
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenize = tokenize
         self.size = size
         self.scale = scale
+        self.fit = fit or Fit(size)
         self._texts: dict[str, Tensor] = {}
 
     @staticmethod
@@ -55,22 +63,31 @@ class TwoTower:
         same_number(images, prompts)
         return self.scale * (self.image_features(images) * self.text_features(prompts)).sum(-1)
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Unit vectors (B,D), differentiable."""
-        pixels = normalise(resize_and_crop(images.float(), self.size))
-        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+    def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
+        """(B,3,H,W), B prompts, P prefixes -> (B,P): each image once, under each of its prefixed prompts."""
+        same_number(images, prompts)
+        texts = self.text_features([prefix + prompt for prompt in prompts for prefix in prefixes])
+        return self.scale * torch.einsum("bd,bpd->bp", self.image_features(images), texts.unflatten(0, (len(prompts), len(prefixes))))
 
-    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors (B,D) float32, differentiable."""
+        pixels = normalise(self.fit(images))
+        return F.normalize(self.model.encode_image(pixels.to(self.model.visual.conv1.weight.dtype)).float(), dim=-1)
+
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors (B,D) of prompts."""
-        missing = sorted({p for p in prompts if p not in self._texts})
-        if missing:
-            device = next(self.model.parameters()).device
-            for first in range(0, len(missing), 64):
-                part = missing[first : first + 64]
+        """Unit vectors (B,D) float32 of prompts, without a graph."""
+        missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
+        # Features made inside inference mode could not meet a graph later, and these are kept.
+        with torch.inference_mode(False), torch.no_grad():
+            device = self.model.logit_scale.device
+            for first in range(0, len(missing), TEXTS_AT_ONCE):
+                part = missing[first : first + TEXTS_AT_ONCE]
                 rows = F.normalize(self.model.encode_text(self.tokenize(part).to(device)).float(), dim=-1)
                 self._texts.update(zip(part, rows))
-        return torch.stack([self._texts[p] for p in prompts])
+        features = torch.stack([self._texts[p] for p in prompts])
+        while len(self._texts) > TEXTS_KEPT:
+            del self._texts[next(iter(self._texts))]
+        return features
 
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Recompute the image tower's activations in the backward pass."""

@@ -1,0 +1,72 @@
+"""What metrics see of images: DINO's class token, under its own normalisation or under the one of ImageReFL's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Fit, normalise
+from ..rewards.vit import ViT
+from ..rewards.weights import FLOAT_ON_CPU, Held, fill, read_state
+
+VITS16: dict[str, int] = {"size": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6}  # facebook/dino-vits16
+
+_FROM_TRANSFORMERS = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "encoder.layer.": "blocks.",
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".attention.output.dense.": ".attn.proj.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+    "layernorm.": "norm.",
+}
+
+
+def _to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT state in timm's names, as DINO's authors publish it; one in transformers' names is renamed, its q, k and v stacked."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = key
+        for theirs, ours in _FROM_TRANSFORMERS.items():
+            name = name.replace(theirs, ours) if theirs.startswith(".") or name.startswith(theirs) else name
+        if ".attention.attention.query." in name:
+            rows = [state[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            renamed[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(rows)
+        elif ".attention.attention." not in name and not name.startswith(("pooler.", "head.")):
+            renamed[name] = tensor
+    return renamed
+
+
+class Dino:
+    """DINO ViT-S/16 (Caron et al. 2021, arXiv:2104.14294) as a feature extractor: images -> (B,384).
+
+    `normalisation` "imagenet" is DINO's own and gives the metric to report; "clip" is what ImageReFL's code feeds it, and
+    gives figures comparable to its DinoDiversity. The two are different metrics: `name` keeps them apart.
+    """
+
+    def __init__(self, model: ViT, size: int = 224, normalisation: Literal["imagenet", "clip"] = "imagenet") -> None:
+        self.model = model
+        self.fit = Fit(size)
+        self.name = "dino" if normalisation == "imagenet" else "dino_clip_normalised"
+        self._mean, self._std = (IMAGENET_MEAN, IMAGENET_STD) if normalisation == "imagenet" else (CLIP_MEAN, CLIP_STD)
+
+    @staticmethod
+    def load(
+        path: Path,
+        normalisation: Literal["imagenet", "clip"] = "imagenet",
+        held: Held = FLOAT_ON_CPU,
+        architecture: Mapping[str, Any] = VITS16,
+    ) -> Dino:
+        """From `model.safetensors` or `pytorch_model.bin` of facebook/dino-vits16, or the authors' `dino_deitsmall16_pretrain.pth`."""
+        return Dino(fill(lambda: ViT(**architecture), _to_timm(read_state(path)), path, held), architecture["size"], normalisation)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] -> (B,D) float32, differentiable; not normalised."""
+        return self.model(normalise(self.fit(images), self._mean, self._std))[:, 0].float()

@@ -1,0 +1,27 @@
+"""A reward's mean and standard deviation over images, in one pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def measure(scores: Iterable[float]) -> tuple[float, float, int]:
+    """Mean, standard deviation and number of scores (Welford 1962); at least two different ones."""
+    number, mean, squares = 0, 0.0, 0.0
+    for score in scores:
+        number += 1
+        change = score - mean
+        mean += change / number
+        squares += change * (score - mean)
+    if number < 2 or squares == 0:
+        raise ValueError(f"{number} images with {'equal scores' if number > 1 else 'a score'}: a standard deviation needs two that differ")
+    return mean, math.sqrt(squares / (number - 1)), number
+
+
+def write(path: Path, mean: float, std: float, number: int) -> None:
+    """The file that `registry.Places.read_statistics` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"mean": mean, "std": std, "images": number}, indent=1) + "\n", "utf-8")

@@ -1,0 +1,104 @@
+"""Where reward weights lie, how they are fetched, and how a file is known to be the one that was fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..hashes import file_hash
+
+# Names that many repositories use say nothing outside a folder of the reward's own.
+_GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a reward: where the hub has it, and other names under which people keep the same weights."""
+
+    repository: str
+    path: str
+    revision: str = "main"
+    also: tuple[str, ...] = ()
+    folder: str = ""  # another reward's, whose file this is too
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+def folders(extra: Sequence[Path] = ()) -> list[Path]:
+    """Where weights are looked for, best first: `extra`, ComfyUI's models/rewards, the user's cache.
+
+    ComfyUI is the one this pack is installed in, or the one that COMFYUI_PATH names.
+    """
+    found = list(extra)
+    pack = Path(__file__).absolute().parents[2]  # not resolved: the pack may be a link in custom_nodes
+    if pack.parent.name == "custom_nodes":
+        found.append(pack.parent.parent / "models" / "rewards")
+    if os.environ.get("COMFYUI_PATH"):
+        found.append(Path(os.environ["COMFYUI_PATH"]) / "models" / "rewards")
+    return [*found, Path.home() / ".cache" / "imagerefl" / "rewards"]
+
+
+def find(reward: str, file: WeightFile, places: Sequence[Path]) -> Path | None:
+    """`<place>/<reward>/<file>`, or a file of an unmistakable name in the place itself; safetensors before pickles."""
+    own = file.folder or reward
+    for place in places:
+        names = (file.name, *file.also)
+        candidates = [*(place / own / name for name in names), *(place / name for name in names if name not in _GENERIC)]
+        for path in sorted(candidates, key=lambda p: p.suffix != ".safetensors"):
+            if path.is_file():
+                return path
+    return None
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def verify(path: Path) -> Path:
+    """The path, once its content has the hash recorded when it was downloaded; a file without a record was put there by its user."""
+    record = _record(path)
+    if record.is_file():
+        expected = json.loads(record.read_text("utf-8"))["sha256"]
+        found = file_hash(path)
+        if found != expected:
+            raise ValueError(
+                f"{path} has changed since it was downloaded (sha256 {found[:12]}…, recorded {expected[:12]}…): download it again"
+            )
+    return path
+
+
+def download(reward: str, file: WeightFile, place: Path) -> Path:
+    """Fetch one file from the hub into `<place>/<reward>/` and record its revision and hash; a recorded file is verified instead.
+
+    A file that once had another hash is refused: weights that change under the same name are not the same reward.
+    """
+    import huggingface_hub as hub
+
+    folder = place / (file.folder or reward)
+    target = folder / file.name
+    if target.is_file() and _record(target).is_file():
+        return verify(target)
+    try:
+        commit: Any = hub.get_hf_file_metadata(hub.hf_hub_url(file.repository, file.path, revision=file.revision)).commit_hash
+        fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=folder))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
+        raise ValueError(
+            f"cannot download {file.path} of {file.repository}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    if fetched != target:
+        os.replace(fetched, target)
+    record = {"repository": file.repository, "path": file.path, "revision": commit or file.revision, "sha256": file_hash(target)}
+    if _record(target).is_file():
+        recorded = json.loads(_record(target).read_text("utf-8"))["sha256"]
+        if recorded != record["sha256"]:
+            target.unlink()
+            raise ValueError(f"{file.repository} now has another {file.path} (sha256 {record['sha256'][:12]}…, recorded {recorded[:12]}…)")
+    _record(target).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    return target

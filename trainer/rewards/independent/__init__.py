@@ -1,0 +1,1 @@
+"""Independent implementations of the rewards, which the ports are checked against; written apart from them, and slow."""

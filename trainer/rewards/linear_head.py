@@ -1,0 +1,23 @@
+"""The head that ImageReward and LAION's aesthetic predictor share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class LinearHead(nn.Module):
+    """Five linear layers with nothing between them but dropout, which is off here: one linear map in five factors.
+
+    The numbers of the layers are those of the released files, where dropout takes the places between.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+        self.layers = nn.ModuleDict({str(i): nn.Linear(*size) for i, size in sizes.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,width) -> (B,) float32."""
+        for layer in self.layers.values():
+            x = layer(x)
+        return x[:, 0].float()

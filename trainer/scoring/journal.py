@@ -1,0 +1,76 @@
+"""What has been scored so far, on disk line by line, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .items import Item
+from .scorer import Row
+
+
+class Journal:
+    """One process's rows beside the output, `<out>.<process>.partial`; those of all processes count when a run goes on.
+
+    The first line says what is being scored by; a journal of other rewards is refused.
+    """
+
+    def __init__(self, out: Path, process: int, settings: Mapping[str, Any]) -> None:
+        self.out, self.settings = out, json.loads(json.dumps(settings))
+        self.path = out.with_name(f"{out.name}.{process}.partial")
+
+    def all(self) -> list[Path]:
+        """The journals of every process of this output."""
+        return sorted(self.out.parent.glob(f"{self.out.name}.*.partial"))
+
+    def rows(self) -> Iterator[Row]:
+        """Every row that some process has finished; a line that a kill cut short is skipped."""
+        for path in self.all():
+            for number, line in enumerate(path.read_text("utf-8").splitlines()):
+                try:
+                    read = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if number == 0:
+                    self._check(read, path)
+                else:
+                    yield Row(**read)
+
+    def left(self, items: Sequence[Item]) -> list[Item]:
+        """The items without a score; one that failed is tried again, for its file may have been mended."""
+        done = {(r.path, r.prompt) for r in self.rows() if not r.error}
+        paths = {path for path, _ in done}
+        return [i for i in items if ((str(i.path), i.prompt) not in done if i.prompt is not None else str(i.path) not in paths)]
+
+    def finished(self) -> list[Row]:
+        """The latest row of each picture and prompt; an error only where no score came later."""
+        latest = {(r.path, "" if r.error else r.prompt): r for r in self.rows()}
+        scored = {r.path for r in latest.values() if not r.error}
+        return [r for r in latest.values() if not r.error or r.path not in scored]
+
+    def _check(self, read: Mapping[str, Any], path: Path) -> None:
+        for key, value in self.settings.items():
+            if read.get(key) != value:
+                raise ValueError(f"{path} was scored with {key} {read.get(key)!r}, now {value!r}: delete it, or ask for the same")
+
+    def clear(self) -> None:
+        """Delete every journal of this output."""
+        for path in self.all():
+            path.unlink()
+
+    def append(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Write each row as it passes."""
+        fresh = not self.path.is_file()
+        torn = not fresh and not self.path.read_bytes().endswith(b"\n")
+        with open(self.path, "a", encoding="utf-8") as file:
+            if fresh:
+                file.write(json.dumps(self.settings) + "\n")
+            elif torn:
+                file.write("\n")
+            for row in rows:
+                file.write(json.dumps(asdict(row)) + "\n")
+                file.flush()
+                yield row

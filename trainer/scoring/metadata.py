@@ -1,0 +1,92 @@
+"""The prompt that ComfyUI or A1111 wrote into a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image
+
+_USER_COMMENT, _EXIF_IFD = 0x9286, 0x8769
+_TEXT_INPUTS = ("text", "prompt", "text_g", "t5xxl", "clip_l", "string", "value", "text_l")  # of encoders, then of text nodes
+_POSITIVE = ("positive", "conditioning", "conditioning_1", "conditioning_to", "cond", "guider")
+
+
+def embedded_prompt(path: Path) -> str | None:
+    """The positive prompt in a PNG's text or another picture's EXIF, or None."""
+    try:
+        with Image.open(path) as picture:
+            texts = {str(k): v for k, v in picture.info.items() if isinstance(v, str)}
+            exif = picture.getexif()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # whoever reads the pixels says what is wrong
+    tags = [*exif.values(), *exif.get_ifd(_EXIF_IFD).values()]
+    for comment in filter(None, map(_decoded, tags)):
+        label, colon, rest = comment.partition(":")
+        if colon and label.lower() in ("prompt", "workflow"):  # ComfyUI's way for WebP and JPEG
+            texts.setdefault(label.lower(), rest)
+        else:
+            texts.setdefault("parameters", comment)
+    return _comfyui(texts.get("prompt")) or _a1111(texts.get("parameters"))
+
+
+def _decoded(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        return None
+    if value.startswith(b"UNICODE\0"):
+        body = value[8:]
+        # Written big-endian by A1111; zeros in the odd places show the other order.
+        return body.decode("utf-16-le" if body[1::2].count(0) > body[0::2].count(0) else "utf-16-be", "replace")
+    return value.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace")
+
+
+def _a1111(parameters: str | None) -> str | None:
+    """What stands before the negative prompt and the settings; only text that has settings counts."""
+    if parameters is None or "Steps: " not in parameters:
+        return None
+    lines: list[str] = []
+    for line in parameters.splitlines():
+        if line.startswith(("Negative prompt:", "Steps: ")):
+            break
+        lines.append(line)
+    return "\n".join(lines).strip() or None
+
+
+def _comfyui(text: str | None) -> str | None:
+    """The text that reaches the positive input of a sampler in an API graph, followed link by link."""
+    try:
+        graph: Any = json.loads(text or "")
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(graph, dict):
+        return None
+    nodes = {str(k): cast(dict[str, Any], v)["inputs"] for k, v in cast(dict[str, Any], graph).items() if _is_node(v)}
+    for inputs in nodes.values():
+        if "positive" in inputs or "guider" in inputs:
+            found = _follow(nodes, inputs, set())
+            if found:
+                return found
+    return None
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(cast(dict[str, Any], value).get("inputs"), dict)
+
+
+def _follow(nodes: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Any], seen: set[str]) -> str | None:
+    """Depth first, towards the inputs that carry the positive prompt; `seen` ends circles."""
+    for name in (*_POSITIVE, *_TEXT_INPUTS):
+        value = inputs.get(name)
+        if isinstance(value, str) and name in _TEXT_INPUTS and value.strip():
+            return value.strip()
+        if isinstance(value, list) and value and str(cast(list[Any], value)[0]) in nodes:
+            source = str(cast(list[Any], value)[0])
+            if source not in seen:
+                found = _follow(nodes, nodes[source], seen | {source})
+                if found:
+                    return found
+    return None

@@ -1,0 +1,112 @@
+"""Rows of scores as a table: raw and standardised columns, the weighted sum, CSV, JSONL, PNG text, the best of each prompt."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ..rewards.combine import Part
+from .png import write_text
+from .scorer import Row
+
+KEY = "imagerefl_scores"
+
+
+class Table:
+    """Columns: path, prompt, per reward its raw score and, where its statistics are known, `<name>_z`; then `score`.
+
+    `score` is the weighted sum of standard deviations, or of raw scores where `raw` is set. A single reward is its own score.
+    Several of which one has no statistics cannot be added: there is no `score` then.
+    """
+
+    def __init__(self, parts: Sequence[Part], raw: bool = False) -> None:
+        self.parts, self.raw = tuple(parts), raw
+        known = [p.std is not None for p in parts]
+        self.summed = raw or all(known) or len(parts) == 1
+        self.columns = ["path", "prompt"]
+        for part, has in zip(parts, known):
+            self.columns += [part.name, part.name + "_z"] if has else [part.name]
+        self.columns += ["score"] if self.summed else []
+
+    def line(self, row: Row) -> dict[str, Any]:
+        """A row as values by column."""
+        values: dict[str, Any] = {"path": row.path, "prompt": row.prompt}
+        total = 0.0
+        for part in self.parts:
+            raw = row.raw[part.name]
+            values[part.name] = raw
+            term = raw
+            if part.mean is not None and part.std is not None:
+                values[part.name + "_z"] = (raw - part.mean) / part.std
+                term = raw if self.raw else values[part.name + "_z"]
+            total += part.weight * term
+        return {**values, "score": total} if self.summed else values
+
+    def write(self, rows: Sequence[Row], path: Path) -> None:
+        """All rows, as CSV or JSONL by the file's suffix."""
+        partial = path.with_name(path.name + ".writing")
+        try:
+            with open(partial, "w", newline="", encoding="utf-8") as file:
+                self.write_to(rows, file, path.suffix.lower() == ".jsonl")
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path}: {error}") from error
+
+    def write_to(self, rows: Sequence[Row], file: IO[str], jsonl: bool = False) -> None:
+        """All rows, to an open file."""
+        lines = [{k: round(v, 6) if isinstance(v, float) else v for k, v in self.line(row).items()} for row in rows]
+        if jsonl:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            return
+        writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+    def write_back(self, rows: Sequence[Row]) -> list[Row]:
+        """Put each picture's scores into its PNG text, under the key `imagerefl_scores`; returns rows that could not be, with why."""
+        failed: list[Row] = []
+        for row in rows:
+            values = {k: v for k, v in self.line(row).items() if k != "path"}
+            try:
+                write_text(Path(row.path), KEY, json.dumps(values))
+            except (ValueError, OSError) as error:
+                failed.append(Row(row.path, row.prompt, error=str(error)))
+        return failed
+
+    def best(self, rows: Sequence[Row], number: int) -> Mapping[str, list[Row]]:
+        """The `number` highest scores of each prompt, best first; HPS and its like compare pictures of one prompt only."""
+        if not self.summed:
+            lacking = next(p.name for p in self.parts if p.std is None)
+            raise ValueError(f"no score to rank by: {lacking} has no statistics; run `python -m trainer rewards calibrate`, or add --raw")
+        prompts: dict[str, list[Row]] = {}
+        for row in rows:
+            prompts.setdefault(row.prompt, []).append(row)
+        return {p: sorted(group, key=lambda r: -self.line(r)["score"])[:number] for p, group in prompts.items()}
+
+
+def collect(best: Mapping[str, Sequence[Row]], folder: Path, link: bool = False) -> None:
+    """Copy, or link, the best pictures into one folder per prompt, `01-<name>` being the best."""
+    for prompt, rows in best.items():
+        place = folder / folder_name(prompt)
+        place.mkdir(parents=True, exist_ok=True)
+        for rank, row in enumerate(rows, 1):
+            source, target = Path(row.path), place / f"{rank:02d}-{Path(row.path).name}"
+            target.unlink(missing_ok=True)
+            if link:
+                target.symlink_to(source.absolute())
+            else:
+                shutil.copy2(source, target)
+
+
+def folder_name(prompt: str) -> str:
+    """A prompt as a folder's name that every file system takes: its first words and, since those may repeat, a hash of the whole."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
+    return f"{words or 'prompt'}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
