@@ -154,7 +154,7 @@ class LoadDemoModel(io.ComfyNode):
             search_aliases=["embedded model", "tiny stable diffusion"],
             inputs=[],
             outputs=[
-                io.Model.Output("model", display_name="MODEL", tooltip="Use 20 steps and CFG 3."),
+                io.Model.Output("model", display_name="MODEL", tooltip="Use 20 steps and CFG 2."),
                 io.Clip.Output("clip", display_name="CLIP", tooltip="Knows the words of its world: shapes, colours, sizes, finishes."),
                 io.Vae.Output("vae", display_name="VAE", tooltip="64×64 pixels to 8×8 latents."),
             ],

@@ -17,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..trainer.demo import files
 from ..trainer.images import to_pil
-from ..trainer.rewards.two_tower import TwoTower
+from ..trainer.rewards.registry import REWARDS, Places
+from ..trainer.rewards.registry import load as load_part
 from .sockets import CATEGORY, Reward, pixels, schema
 
 DEMO = {"demo-proxy": "proxy", "demo-heldout": "heldout", "demo-gold": "gold"}
@@ -32,21 +33,24 @@ def register_folder() -> None:
 
 
 def names() -> list[str]:
-    """What Load Reward Model offers: the embedded rewards, and every reward folder in models/rewards."""
-    found: list[str] = []
-    for root in folder_paths.get_folder_paths(_FOLDER):
-        found += [str(p.parent.relative_to(root)) for p in sorted(Path(root).glob("**/config.json"))]
-    return [*DEMO, *dict.fromkeys(found)]
+    """What Load Reward Model offers: the embedded rewards, the known ones, and reward folders of one's own in models/rewards."""
+    own = [p.parent.name for root in roots() for p in sorted(root.glob("*/merges.txt.gz"))]
+    return [*DEMO, *REWARDS, *(name for name in dict.fromkeys(own) if name not in REWARDS)]
+
+
+def roots() -> list[Path]:
+    """The folders that hold rewards."""
+    return [Path(root) for root in folder_paths.get_folder_paths(_FOLDER)]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A reward with its scale and, where it is a network, the patcher that ComfyUI moves between devices."""
+    """A reward with its scale, where that is known, and the patchers of its networks, which ComfyUI moves between devices."""
 
     name: str
     reward: Any
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | None = None
+    std: float | None = None
     patchers: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
@@ -55,8 +59,9 @@ class Loaded:
         return self.reward.differentiable
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """(B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean of base images."""
-        return (self.raw(images, prompts) - self.mean) / self.std
+        """(B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean, or raw where these are not known."""
+        raw = self.raw(images, prompts)
+        return raw if self.mean is None or self.std is None else (raw - self.mean) / self.std
 
     def raw(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """The model's own score (B,)."""
@@ -112,17 +117,25 @@ def load(name: str) -> Loaded:
     with torch.inference_mode(False):  # its weights must be able to carry gradients to the pixels later
         if name == "demo-gold":
             return Loaded(name, files.load_reward("gold"))
-        if name in DEMO:
-            tower, config = files.load_tower(DEMO[name])
-        else:
-            roots = [Path(root) for root in folder_paths.get_folder_paths(_FOLDER)]
-            folder = next((root / name for root in roots if (root / name / "config.json").is_file()), None)
-            if folder is None:
-                raise FileNotFoundError(f"no reward {name!r} in {' or '.join(map(str, roots))}: put its folder there, then refresh")
-            tower, config = TwoTower.load(folder)
+        folder = (
+            files.FOLDER / DEMO[name] if name in DEMO else next((r / name for r in roots() if (r / name / "merges.txt.gz").is_file()), None)
+        )
+        part = load_part(str(folder or name), places=Places(roots()))
     management = comfy.model_management
-    patcher = comfy.model_patcher.ModelPatcher(tower.model, management.get_torch_device(), management.unet_offload_device())
-    return Loaded(name, tower, float(config.get("mean", 0.0)), float(config.get("std", 1.0)), (patcher,))
+    devices = management.get_torch_device(), management.unet_offload_device()
+    patchers = tuple(comfy.model_patcher.ModelPatcher(network, *devices) for network in _networks(part.reward))
+    return Loaded(name, part.reward, part.mean, part.std, patchers)
+
+
+def _networks(reward: Any) -> list[torch.nn.Module]:
+    """The modules that a reward holds, itself or through a reward inside it."""
+    found: list[torch.nn.Module] = []
+    for value in vars(reward).values():
+        if isinstance(value, torch.nn.Module):
+            found.append(value)
+        elif hasattr(value, "differentiable"):
+            found += _networks(value)
+    return found
 
 
 def prompt_per_image(prompts: Sequence[str], n: int) -> list[str]:
@@ -172,7 +185,7 @@ class LoadReward(io.ComfyNode):
                 io.Combo.Input(
                     "name",
                     options=names(),
-                    tooltip="demo-*: the embedded world's own, for the demo model. Others: folders in models/rewards.",
+                    tooltip="demo-*: the embedded world's own, for the demo model. Others: weights in models/rewards/<name>.",
                 )
             ],
             outputs=[Reward.Output("reward", display_name="REWARD_MODEL", tooltip="For scoring, training and judging.")],
@@ -218,6 +231,12 @@ class CombineRewards(io.ComfyNode):
     def execute(cls, normalise: bool, **inputs: Any) -> io.NodeOutput:
         """Combine."""
         given = [(inputs[f"reward_{x}"], inputs[f"weight_{x}"]) for x in "abcd" if inputs.get(f"reward_{x}") is not None]
+        unknown = [part.name for part, _ in given if isinstance(part, Loaded) and part.std is None]
+        if normalise and unknown:
+            raise ValueError(
+                f"no mean and standard deviation are known for {unknown[0]}: measure them with `python -m trainer rewards calibrate`, "
+                "or switch normalise off"
+            )
         return io.NodeOutput(Combined(tuple(given), normalise))
 
 

@@ -20,14 +20,17 @@ comfy_path, pack = (Path(p) for p in sys.argv[1:3])
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
-def start(folder, port):
-    """The server, with the pack under custom_nodes and nothing of its own written outside `folder`."""
+def start(folder, port, models=None):
+    """The server, with the pack under custom_nodes and nothing of its own written outside `folder`; `models` holds further files."""
     nodes = folder / "custom_nodes"
     nodes.mkdir(parents=True)
     (nodes / "comfyui-imagerefl").symlink_to(pack.resolve())
     for name in ("output", "temp", "user", "input"):
         (folder / name).mkdir()
-    (folder / "extra.yaml").write_text(f"test:\n  custom_nodes: {nodes.resolve()}\n", "utf-8")
+    lines = [f"custom_nodes: {nodes.resolve()}"]
+    if models is not None:
+        lines += [f"{kind.name}: {kind.resolve()}" for kind in sorted(models.iterdir())]
+    (folder / "extra.yaml").write_text("test:\n" + "".join(f"  {line}\n" for line in lines), "utf-8")
     command = [sys.executable, comfy_path / "main.py", "--cpu", "--port", port, "--disable-api-nodes", "--preview-method", "latent2rgb"]
     command += ["--extra-model-paths-config", folder / "extra.yaml", "--database-url", "sqlite:///:memory:"]
     for name in ("output", "temp", "user", "input"):

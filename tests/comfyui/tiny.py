@@ -76,3 +76,28 @@ def random_lora(model, seed, targets):
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + len(name))))
     return embedded.ours("trainer.lora_file").lora_tensors(policy)
+
+
+def write_checkpoint(path, seed):
+    """A whole SD1.5-class checkpoint that CheckpointLoaderSimple takes: tiny UNet, TAESD, CLIP-L of the real size."""
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    )
+    parts = {
+        "model.diffusion_model.": unet_state(seed),
+        "first_stage_model.": comfy.taesd.taesd.TAESD(latent_channels=4).state_dict(),
+        "cond_stage_model.transformer.": {n if n.startswith("text_model") else f"text_model.{n}": v for n, v in text.state_dict().items()},
+    }
+    save_file({prefix + n: v.half().contiguous() for prefix, state in parts.items() for n, v in state.items()}, path)
+
+
+if __name__ == "__main__":  # tiny.py COMFYUI PACK CHECKPOINT LORA
+    from safetensors.torch import save_file
+
+    checkpoint, lora = embedded.arguments
+    write_checkpoint(checkpoint, 1)
+    save_file(random_lora(sd15(1), 2, ("to_q", "to_k", "to_v", "to_out.0")), lora)

@@ -40,9 +40,9 @@ GUIDANCE = 2.0  # of the base model: 3 follows the prompt better still, and lose
 class DemoSize:
     """How much the demo does."""
 
-    refl_updates: int = 50
-    imagerefl_updates: int = 100
-    batch: int = 32
+    refl_updates: int = 48
+    imagerefl_updates: int = 48
+    batch: int = 16
     prompts: int = 40
     per_prompt: int = 8
     switches: tuple[int, ...] = (0, 6, 9, 12, 15, 17)
@@ -50,7 +50,7 @@ class DemoSize:
 
 
 FULL = DemoSize()
-QUICK = DemoSize(refl_updates=12, imagerefl_updates=20, batch=16, prompts=16, per_prompt=4, switches=(0, 12, 16), real=384)
+QUICK = DemoSize(refl_updates=12, imagerefl_updates=12, batch=16, prompts=16, per_prompt=4, switches=(0, 12, 16), real=384)
 
 
 @dataclass(frozen=True)
