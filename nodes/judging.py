@@ -39,7 +39,8 @@ _VISION = ClipVision.Input(
 def features(images: Tensor, clip_vision: Any) -> Tensor:
     """(N,3,H,W) in [0,1] -> (N,D)."""
     if clip_vision is not None:
-        return clip_vision.encode_image(images.movedim(1, -1), crop="center")["image_embeds"].float().cpu()
+        parts = [clip_vision.encode_image(part.movedim(1, -1), crop="center")["image_embeds"] for part in images.split(64)]
+        return torch.cat([part.float().cpu() for part in parts])
     reader = files.load_reader()
     return torch.cat([reader.features(part) for part in images.cpu().split(64)])
 

@@ -34,7 +34,8 @@ def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path.name} was made for another model: only {len(applied)} of its {len(modules)} modules exist in this one")
     if text:
         raise ValueError(f"{path.name} also changes the text encoder: use the stock Load LoRA for it")
-    if not any(bool(value.any()) for key, value in tensors.items() if "lora_up" in key or "lora_B" in key):
+    ups = [value for key, value in tensors.items() if "lora_up" in key or "lora_B" in key or ".up.weight" in key]
+    if ups and not any(bool(value.any()) for value in ups):
         raise ValueError(f"{path.name} changes nothing: its weights are all zero")
     tuned.set_attachments(ATTACHMENT, metadata)
     return tuned, metadata

@@ -93,6 +93,11 @@ class ComfyPolicy:
         self.model, self.vae, self.gradient_vae = model, vae, gradient_vae or vae
         self.latent_shape = latent_shape
         self.device = comfy.model_management.get_torch_device()
+        if model.model.get_dtype() == torch.float16 and hasattr(model, "set_model_compute_dtype"):
+            # reward gradients inside the network are too small for fp16, and vanish without a word
+            self.model = model.clone()
+            wide = torch.bfloat16 if comfy.model_management.should_use_bf16(self.device) else torch.float32
+            self.model.set_model_compute_dtype(wide)
         self._condition = condition
         self._encoded: dict[str, list[dict[str, Any]]] = {}
         self._conds: dict[str, dict[str, Any]] = {}
@@ -155,7 +160,7 @@ class ComfyPolicy:
         needed = 4 * self.model.model.memory_required(shape) + self.gradient_vae.memory_used_decode(shape, self.gradient_vae.vae_dtype)
         vaes = [self.vae.patcher] + ([self.gradient_vae.patcher] if self.gradient_vae is not self.vae else [])
         management.load_models_gpu([self.model, *vaes, *others], memory_required=needed, force_full_load=True)
-        for module in (self.model.model, self.vae.first_stage_model, self.gradient_vae.first_stage_model):
+        for module in (self.model.model, self.vae.first_stage_model, self.gradient_vae.first_stage_model, *(p.model for p in others)):
             make_trainable_through(module)
         with ExitStack() as stack:
             self.model.pre_run()
@@ -174,7 +179,7 @@ class ComfyPolicy:
             finally:
                 for parameter in self.parameters():
                     parameter.grad = None
-        management.soft_empty_cache()
+                management.soft_empty_cache()
 
     def _bypass(self, inner: Callable[..., Tensor], module: nn.Module, adapter: Adapter) -> Callable[..., Tensor]:
         assert self.lora is not None
@@ -288,6 +293,8 @@ def make_trainable_through(module: nn.Module) -> None:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.model_management
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.weight_adapter
 import torch
@@ -61,9 +62,25 @@ def extra_patches(base: Any, tuned: Any) -> dict[str, list[tuple[Any, ...]]]:
     missing = set(base.patches) - set(tuned.patches)
     if missing:
         raise ValueError(f"the base has a LoRA that the tuned model lacks ({min(missing)}): load the reward LoRA on top of the base")
-    if base.object_patches.keys() != tuned.object_patches.keys():
-        raise ValueError("base and tuned model have different model patches (sampling settings, say): give both the same")
+    same = base.object_patches.keys() == tuned.object_patches.keys()
+    if not same or any(base.object_patches[k] is not tuned.object_patches[k] for k in base.object_patches):
+        raise ValueError("base and tuned model have different model patches (sampling settings, say): patch first, then load the LoRA")
+    if _attention_patches(base) != _attention_patches(tuned):
+        raise ValueError(
+            "base and tuned model differ in more than a LoRA (attention patches, FreeU and the like): patch first, then load it"
+        )
+    for key in extra:
+        convert = comfy.model_patcher.get_key_weight(base.model, key)[2]
+        if convert is not None:
+            raise ValueError(
+                f"{key} is stored in a scaled format (fp8): a LoRA cannot be switched on it; load the checkpoint in another dtype"
+            )
     return extra
+
+
+def _attention_patches(model: Any) -> set[str]:
+    options = model.model_options.get("transformer_options", {})
+    return {f"{kind} {name}" for kind in ("patches", "patches_replace") for name in options.get(kind, {})}
 
 
 def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -78,6 +95,10 @@ def check_same_family(base: Any, tuned: Any) -> None:
     flow = [isinstance(m.get_model_object("model_sampling"), comfy.model_sampling.CONST) for m in (base, tuned)]
     if flow[0] != flow[1]:
         raise ValueError("one of base and tuned model is a flow model, the other is not: their noise levels mean different things")
+    for key in ("in_channels", "context_dim", "adm_in_channels"):
+        sizes = [m.model.model_config.unet_config.get(key) for m in (base, tuned)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"base and tuned model are of different families: {key} is {sizes[0]} and {sizes[1]}")
     unets = [m.model.diffusion_model for m in (base, tuned)]
     if type(unets[0]) is not type(unets[1]):
         raise ValueError(f"base and tuned model are of different families: {type(unets[0]).__name__} and {type(unets[1]).__name__}")

@@ -60,12 +60,17 @@ class Loaded:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """(B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean, or raw where these are not known."""
-        raw = self.raw(images, prompts)
-        return raw if self.mean is None or self.std is None else (raw - self.mean) / self.std
+        return self.scaled(self.raw(images, prompts))
 
     def raw(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """The model's own score (B,)."""
+        if not self.patchers:  # no network that ComfyUI moves: it works where its own state is
+            return self.reward(images.cpu(), prompts).to(images.device)
         return self.reward(images, prompts)
+
+    def scaled(self, raw: torch.Tensor) -> torch.Tensor:
+        """Raw scores in standard deviations above the mean, or as they are where these are not known."""
+        return raw if self.mean is None or self.std is None else (raw - self.mean) / self.std
 
     def to_device(self) -> None:
         """Let ComfyUI bring the networks to its device, making room as for any model."""
@@ -150,7 +155,8 @@ def prompt_per_image(prompts: Sequence[str], n: int) -> list[str]:
 @torch.no_grad()
 def score(reward: Any, images: torch.Tensor, prompts: Sequence[str], chunk: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw and normalised scores (N,), on the CPU."""
-    reward.to_device()
+    with torch.inference_mode(False):  # moving a network inside inference mode would unfit it for training later
+        reward.to_device()
     device = comfy.model_management.get_torch_device() if reward.patchers else images.device
     raw: list[torch.Tensor] = []
     scaled: list[torch.Tensor] = []
@@ -158,8 +164,10 @@ def score(reward: Any, images: torch.Tensor, prompts: Sequence[str], chunk: int 
         for first in range(0, len(images), chunk):
             comfy.model_management.throw_exception_if_processing_interrupted()
             part, texts = images[first : first + chunk].clone().to(device), prompts[first : first + chunk]
-            raw.append(reward.raw(part, texts).float().cpu())
-            scaled.append(reward(part, texts).float().cpu())
+            own = reward.raw(part, texts)
+            raw.append(own.float().cpu())
+            # a sum of standardised parts cannot be had from the sum of raw ones
+            scaled.append((reward.scaled(own) if isinstance(reward, Loaded) else reward(part, texts)).float().cpu())
     return torch.cat(raw), torch.cat(scaled)
 
 

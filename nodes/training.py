@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from .rewards import prompt_per_image
 from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, figure, image, pixels, schema, widgets
 from .switch import ATTACHMENT
 
-_NEW = "new run"
+_NEW = "a new run"
 _OURS = ("steps", "batch", "accumulate", "lr", "warmup", "max_grad_norm", "ema", "seed", "save_every", "checkpoint_denoiser")
 """The settings of a run that are widgets; the others are sockets here, or of no use in a graph."""
 
@@ -99,6 +101,17 @@ def _samples(policy: ComfyPolicy, prompts: list[str], images: Tensor | None) -> 
     return encode_images(policy, images, prompt_per_image(prompts, len(images)), chunk=4)
 
 
+def _fingerprint(model: Any, data: Any) -> str:
+    """A short hash of a model's kind and first weights, and of prompts or images."""
+    digest = hashlib.blake2b(digest_size=8)
+    if model is not None:
+        digest.update(repr([(n, tuple(p.shape)) for n, p in model.model.diffusion_model.named_parameters()]).encode())
+        first = next(p for p in model.model.diffusion_model.parameters() if p.ndim > 1)
+        digest.update(first.detach().float().cpu().flatten()[:4096].clone().numpy().tobytes())
+    digest.update(data.detach().cpu().clone().numpy().tobytes() if isinstance(data, Tensor) else "\n".join(data).encode())
+    return digest.hexdigest()
+
+
 def _condition(clip: Any, conditioning: Any) -> Any:
     """How a prompt becomes CONDITIONING: by the CLIP, or the given one whatever the prompt."""
     if clip is not None:
@@ -152,11 +165,13 @@ def train_in_graph(
     method, built = objective
     if images is None and getattr(built, "refl_share", 1.0) < 1.0:
         raise ValueError(f"{type(built).__name__} trains on real images: connect some, or set refl_share to 1")
+    if resume != _NEW and resume not in resumable():
+        raise ValueError(f"no run {resume!r} to resume: choose one of {', '.join(resumable()) or 'none yet'}")
     folder = runs_folder() / resume if resume != _NEW else new_folder(name)
     table = {"name": method, **{f.name: plain(getattr(built, f.name)) for f in fields(built)}}
-    config = build(
-        TrainConfig, {**settings, "out": str(folder), "objective": table, "model": "graph", "reward": reward.name, "lora": plain(lora)}
-    )
+    # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
+    same = {"model": f"graph: {_fingerprint(model, texts)}", "images": "" if images is None else f"graph: {_fingerprint(None, images)}"}
+    config = build(TrainConfig, {**settings, **same, "out": str(folder), "objective": table, "reward": reward.name, "lora": plain(lora)})
     with torch.inference_mode(False), torch.enable_grad():
         real = None if images is None else _fitted(pixels(images).clone(), image_size)
         high, wide = (height, width) if real is None else (int(real.shape[2]), int(real.shape[3]))
@@ -170,11 +185,16 @@ def train_in_graph(
             comfy.model_management.load_models_gpu([clip.patcher])
             for prompt in dict.fromkeys([*texts, ""]):
                 policy.prepare(prompt)
+        samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
         with policy.loaded(patchers, config.batch):
-            run = Run(config, policy, _samples(policy, texts, real), reward)
+            run = Run(config, policy, samples, reward)
             run.open_folder(overwrite=False, resume=resume != _NEW)
+            if run.step >= config.steps:
+                raise ValueError(f"{resume} is at step {run.step} already: raise steps to go on")
             watch = Watch(policy, built, texts, judges, preview_cfg)
-            losses, rewards, report = _run(run, watch, preview_every)
+            report = _run(run, watch, preview_every)
+            log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
+            losses, rewards = [line["loss"] for line in log], [line["reward"] for line in log]
             weights = lora_tensors(policy, run.ema.values if run.ema else None)
             metadata = run.metadata()
     tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
@@ -183,17 +203,16 @@ def train_in_graph(
     return io.NodeOutput(tuned, weights, {"loss": losses}, watch.figure(losses, rewards), image(shown), report)
 
 
-def _run(run: Run, watch: Watch, preview_every: int) -> tuple[list[float], list[float], str]:
+def _run(run: Run, watch: Watch, preview_every: int) -> str:
     """All steps of a run; Cancel or a failure saves what is good and goes on up."""
     management, begin, first = comfy.model_management, time.monotonic(), run.step
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     bar = comfy.utils.ProgressBar(run.config.steps)
-    losses, rewards = [], []
     if preview_every:
         bar.update_absolute(first, run.config.steps, ("JPEG", watch.look(first), 512))
     try:
-        for done in _steps(run):
-            losses.append(done.loss)
-            rewards.append(done.logs["reward"])
+        for done in run.steps():
             preview = None
             if preview_every and (done.number % preview_every == 0 or done.number == run.config.steps):
                 preview = ("JPEG", watch.look(done.number), 512)
@@ -208,11 +227,7 @@ def _run(run: Run, watch: Watch, preview_every: int) -> tuple[list[float], list[
     seconds = time.monotonic() - begin
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     each = f" ({seconds / (run.step - first):.2f} s each)" if run.step > first else ""
-    return losses, rewards, f"{run.step - first} steps in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"
-
-
-def _steps(run: Run) -> Iterator[Any]:
-    yield from run.steps()
+    return f"{run.step - first} steps in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"
 
 
 def _run_inputs() -> list[Any]:

@@ -45,7 +45,8 @@ async def ready(base, process):
 
 async def choose_template(page, name):
     """Through the template browser, as a user: the pack's entry in the list, then the card."""
-    await page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    await page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
+    await page.wait_for_timeout(3000)
     await page.get_by_text("comfyui-imagerefl", exact=True).first.click(timeout=60_000)
     card = page.get_by_text(name, exact=True).first
     await card.wait_for(timeout=60_000)
@@ -126,8 +127,9 @@ async def main():
             page.set_default_timeout(120_000)
             await page.goto(base, wait_until="domcontentloaded")
             await page.wait_for_function("() => window.app?.graph && window.app.extensionManager?.command")
-            await page.wait_for_timeout(4000)
+            await page.wait_for_timeout(8000)
             await page.keyboard.press("Escape")  # the dialog of a first start
+            await page.wait_for_timeout(1500)
             for path in sorted((pack / "workflows").glob("*.json")):
                 if not only or path.stem in only:
                     results[path.stem] = await look(page, base, path.stem)

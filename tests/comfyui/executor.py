@@ -15,7 +15,7 @@ import nodes as stock
 for name in ("output", "temp"):
     Path(name).mkdir()
     getattr(folder_paths, f"set_{name}_directory")(str(Path(name).resolve()))
-from live import api_form, changed
+from workflows import api_form, changed
 
 results = {}
 
@@ -43,7 +43,7 @@ async def main():
         validity = await execution.validate_prompt(name, prompt, None)
         assert validity[0], validity[1:]
         assert not validity[3], validity[3]  # an invalid output would be dropped, and the rest run
-        await executor.execute_async(prompt, name, {}, validity[2])
+        await executor.execute_async(prompt, name, {"client_id": "a browser"}, validity[2])
         return executor.success
 
     prompts = {}

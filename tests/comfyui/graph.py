@@ -87,7 +87,7 @@ with torch.inference_mode():
     settings = {
         "model": model, "vae": vae, "reward": proxy, "prompts": captions, "clip": clip, "images": pictures, "heldout": heldout,
         "steps": 4, "batch": 2, "accumulate": 1, "lr": 4e-3, "warmup": 0, "max_grad_norm": 1.0, "ema": 0.5, "seed": 0, "save_every": 50,
-        "checkpoint_denoiser": True, "rank": 2, "alpha": 2.0, "targets": "to_q, to_k, to_v, to_out.0", "resume": "new run",
+        "checkpoint_denoiser": True, "rank": 2, "alpha": 2.0, "targets": "to_q, to_k, to_v, to_out.0", "resume": "a new run",
         "preview_every": 2, "preview_cfg": 3.0, "width": 64, "height": 64, "image_size": 64,
     }  # fmt: skip
     own = {"sampler_steps": 6, "switch_at": 0.5, "refl_share": 0.5, "diffusion_weight": 0.05, "guidance": 1.0}
@@ -153,6 +153,7 @@ with torch.inference_mode():
     refused("empty batch", lambda: call("Score", [images[:0]], [proxy], ["a"], [False]))
     refused("not finite", lambda: call("Score", [images * float("nan")], [proxy], ["a"], [False]))
     refused("missing reward", lambda: call("LoadReward", "no-such"))
+    refused("missing weights", lambda: call("LoadReward", "hpsv2.1"))
     refused("no gradient", lambda: call("Train", name="x", **own, **{**settings, "reward": gold}))
     refused("no images", lambda: call("Train", name="x", **own, **{**settings, "images": None}))
     refused("captions ≠ images", lambda: call("Train", name="x", **own, **{**settings, "prompts": "a\nb"}))

@@ -15,9 +15,9 @@ import uuid
 from pathlib import Path
 
 import aiohttp
+from workflows import api_form, changed
 
 comfy_path, pack = (Path(p) for p in sys.argv[1:3])
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
 def start(folder, port, models=None):
@@ -43,32 +43,6 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def api_form(workflow, described):
-    """A workflow as the browser saves it, in the form that the server runs."""
-    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] not in described:
-            assert node["type"] in ("MarkdownNote", "Note"), f"unknown node {node['type']}"
-            continue
-        inputs, values = {}, list(node.get("widgets_values", []))
-        fields = {
-            name: spec for group in ("required", "optional") for name, spec in described[node["type"]]["input"].get(group, {}).items()
-        }
-        for name, spec in fields.items():
-            options = spec[1] if len(spec) > 1 else {}
-            if (isinstance(spec[0], list) or spec[0] in WIDGETS) and not options.get("forceInput"):
-                inputs[name] = values.pop(0)
-                if values and values[0] in ("fixed", "randomize", "increment", "decrement") and spec[0] == "INT":
-                    values.pop(0)
-        assert not values, f"{node['type']} has {len(values)} widget values too many: {values}"
-        for socket_ in node.get("inputs", []):
-            if socket_.get("link") is not None:
-                inputs[socket_["name"]] = list(links[socket_["link"]])
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
 
 
 class Client:
@@ -109,15 +83,6 @@ class Client:
         prompt_id = await self.queue(prompt)
         assert isinstance(prompt_id, str), prompt_id
         return await self.until(prompt_id, "execution_success", "execution_error", "execution_interrupted", seconds=seconds)
-
-
-def changed(prompt, kind, **inputs):
-    """A copy of a prompt with some inputs of the nodes of one kind set."""
-    copy = json.loads(json.dumps(prompt))
-    for node in copy.values():
-        if node["class_type"] == kind:
-            node["inputs"].update(inputs)
-    return copy
 
 
 def resident_mb(pid):
@@ -179,7 +144,7 @@ async def check(folder, process, port):
         beyond = changed(combined, "ImageReFLCombinedKSampler", mode="step", switch_at=21.0)
         failed = await client.run(beyond)
         results["red node"] = (failed["data"].get("node_type"), failed["data"].get("exception_message", "").strip())
-        refused = await client.queue(changed(combined, "ImageReFLCombinedKSampler", cfg=-1.0))
+        refused = await client.queue(changed(prompts["demo-two-checkpoints"], "ImageReFLCombinedKSampler", cfg=-1.0))
         results["refused before it runs"] = "node_errors" in refused and len(refused["node_errors"]) == 1
         # a file name carries a counter, its bytes the whole workflow: compare pixels of a fresh run with the first one's
         again = changed(combined, "KSampler", steps=19)

@@ -15,6 +15,8 @@ SD15 = {
     "legacy": False, "adm_in_channels": None,
 }  # fmt: skip
 
+OUTER = {"transformer_depth_output": [0, 0], "transformer_depth_middle": -1}  # the parts that a ControlNet lacks
+
 
 def _random(module, seed):
     """Weights small enough for finite pictures; norms start as the identity."""
@@ -31,7 +33,7 @@ def _random(module, seed):
 def unet_state(seed):
     """An SD1.5-class UNet of one level, 16 M parameters."""
     kind = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
-    config = {**SD15, "out_channels": 4, "transformer_depth_output": [0, 0], "transformer_depth_middle": -1}
+    config = {**SD15, "out_channels": 4, **OUTER}
     state = _random(kind(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init), seed)
     # ComfyUI fills these group norms by name only
     return {n: torch.ones_like(v) if v.ndim == 1 and _scales(n, state) else v for n, v in state.items()}

@@ -57,8 +57,8 @@ QUICK = DemoSize(refl_updates=12, imagerefl_updates=12, batch=16, prompts=16, pe
 class Tuning:
     """Hyper-parameters of both methods (docs/results.md says how they were chosen)."""
 
-    refl_lr: float = 4e-3
-    imagerefl_lr: float = 4e-3
+    refl_lr: float = 1e-3
+    imagerefl_lr: float = 2e-3
     rank: int = 8
     refl_share: float = 0.25
     diffusion_weight: float = 0.05
