@@ -231,7 +231,7 @@ class Run:
         """What the LoRA file says of itself; the switch is what `--switch auto` uses."""
         from importlib.metadata import PackageNotFoundError, version
 
-        versions = {"torch": torch.__version__}
+        versions = {"torch": str(torch.__version__)}
         for package in ("diffusers", "peft"):  # a graph has neither
             with suppress(PackageNotFoundError):
                 versions[package] = version(package)

@@ -94,7 +94,8 @@ def write_checkpoint(path, seed):
         "first_stage_model.": comfy.taesd.taesd.TAESD(latent_channels=4).state_dict(),
         "cond_stage_model.transformer.": {n if n.startswith("text_model") else f"text_model.{n}": v for n, v in text.state_dict().items()},
     }
-    save_file({prefix + n: v.half().contiguous() for prefix, state in parts.items() for n, v in state.items()}, path)
+    halved = {prefix: [(n, v.half() if "stage_model" in prefix else v) for n, v in state.items()] for prefix, state in parts.items()}
+    save_file({prefix + n: v.contiguous() for prefix, state in halved.items() for n, v in state}, path)
 
 
 if __name__ == "__main__":  # tiny.py COMFYUI PACK CHECKPOINT LORA
