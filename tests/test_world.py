@@ -42,7 +42,7 @@ def test_a_circles_area_is_its_radius_squared_times_pi():
     jitter = torch.full((1, 8), 0.5)
     red = world.render(scene, jitter)[0, 0]
     covered = ((red - red[0, 0]) / (red[32, 32] - red[0, 0])).sum()
-    radius = 0.92 * 17.25
+    radius = 0.92 * float(world.RADIUS[1].mean())
     assert float(covered) == pytest.approx(3.14159 * radius**2, rel=0.02)
 
 

@@ -91,7 +91,7 @@ def write_checkpoint(path, seed):
     )
     parts = {
         "model.diffusion_model.": unet_state(seed),
-        "first_stage_model.": comfy.taesd.taesd.TAESD(latent_channels=4).state_dict(),
+        "first_stage_model.": _random(comfy.taesd.taesd.TAESD(latent_channels=4), seed) | {"vae_scale": torch.ones(1)},
         "cond_stage_model.transformer.": {n if n.startswith("text_model") else f"text_model.{n}": v for n, v in text.state_dict().items()},
     }
     halved = {prefix: [(n, v.half() if "stage_model" in prefix else v) for n, v in state.items()] for prefix, state in parts.items()}
