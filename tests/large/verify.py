@@ -318,12 +318,7 @@ def in_comfyui(comfyui, what, folder, told, log):
 
 def passed(row, comfy):
     """Whether a row shows what it must."""
-    good = (
-        "error" not in row
-        and row.get("diffusers_unmatched") == 0
-        and row["diffusers_off"] < TOLERANCE["diffusers"]
-        and row["effect"] > 1e-3
-    )
+    good = "error" not in row and row.get("diffusers_unmatched") == 0 and row["diffusers_off"] < TOLERANCE and row["effect"] > 1e-3
     if not (good and comfy):
         return good
     theirs = row["comfyui"]
