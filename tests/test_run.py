@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import stat
+import subprocess
+import sys
 
 import pytest
-from tests_of_runs import command, finish, same_lora, settings, wait_for_steps
+from tests_of_runs import ROOT, command, finish, same_lora, settings, wait_for_steps
+
+from trainer import checkpoint
 
 
 @pytest.mark.slow
@@ -23,6 +28,9 @@ def test_an_interrupted_run_resumes_to_the_same_tensors_and_metadata(how, pipeli
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
     code, out, err = finish(["train", *settings(*paths, tmp_path / "cut"), "--resume"])
     assert code == 0 and "every key read back" in out, err
+    assert stat.S_IMODE((tmp_path / "cut" / "lora.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "cut" / "config.json").stat().st_mode
+    )
     same_lora(tmp_path / "whole" / "lora.safetensors", tmp_path / "cut" / "lora.safetensors")
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
@@ -109,3 +117,52 @@ def test_a_non_finite_step_keeps_the_last_checkpoint(pipeline_folder, reward_fol
     assert "is not finite" in capsys.readouterr().err
     assert not (tmp_path / "bad" / "lora.safetensors").exists()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
+
+
+@pytest.mark.slow
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(pipeline_folder, reward_folder, image_folder, tmp_path):
+    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", steps=10_000)
+    process = command(["train", *given])
+    try:
+        wait_for_steps(tmp_path / "out" / "log.jsonl", 3, process)
+        for how in ("--overwrite", "--resume"):
+            code, _, err = finish(["train", *given, how])
+            assert code == 2 and "another run is writing to" in err, err
+    finally:
+        process.kill()
+        process.communicate()
+    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", steps=2)
+    assert finish(["train", *given, "--overwrite"])[0] == 0  # a killed run blocks nothing
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files of limited size are POSIX's")
+@pytest.mark.parametrize("room", [0, 100, 20_000])
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_file(room, tmp_path):
+    """Whatever byte the disk is full at: torch's archive fails in another way at each."""
+    program = f"""
+import resource, signal, sys, torch
+from pathlib import Path
+from trainer import checkpoint, lora_file
+path = Path(sys.argv[1])
+writes = [
+    lambda: checkpoint.save({{"x": torch.zeros(100_000)}}, path),
+    lambda: checkpoint.write_text("a" * 30_000, path.with_name("log.jsonl")),
+    lambda: lora_file.write_tensors({{"x": torch.zeros(100_000)}}, path.with_name("lora.safetensors"), {{}}, lambda _: None),
+]
+checkpoint.save({{"x": torch.ones(3)}}, path)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+for write in writes:
+    try:
+        write()
+        sys.exit(1)
+    except OSError as error:
+        print(error)
+"""
+    path = tmp_path / "checkpoint.pt"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and all("cannot write" in line for line in said) and "the previous checkpoint is intact" in said[0], said
+    assert checkpoint.load(path)["x"].tolist() == [1, 1, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -19,9 +19,22 @@ def save(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch's archive turns a disk that is full early on into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {error}; {'the previous checkpoint is intact' if path.exists() else 'nothing was saved'}"
+        ) from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """A text file, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}; the previous checkpoint is intact") from error
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

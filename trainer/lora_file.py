@@ -49,12 +49,17 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
     partial = path.with_name(path.name + ".partial")
     contiguous = {key: value.contiguous() for key, value in sorted(tensors.items())}
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(contiguous, partial, metadata=dict(header))
+        partial.chmod(mode)  # safetensors makes files that only their owner may read
         with safe_open(partial, framework="pt") as file:
             if set(file.keys()) != set(tensors) or any(not torch.equal(file.get_tensor(k), v) for k, v in contiguous.items()):
-                raise OSError(f"{path}: what was written does not read back; is the disk full?")
+                raise OSError("what was written does not read back; is the disk full?")
         check(partial)
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

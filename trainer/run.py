@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from . import checkpoint
 from .config import ConfigError, build, plain
@@ -117,6 +117,9 @@ def interruptible() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+LOCK = ".lock"
+
+
 class Run:
     """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors`; watched, also
     `watch.json` and `best.safetensors`.
@@ -169,6 +172,7 @@ class Run:
         self.ema = Ema(policy.named_parameters(), config.ema) if config.ema > 0 else None
         self.step = 0
         self.base_hash = base_hash
+        self._lock = FileLock(self.folder / LOCK, thread_local=False)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -182,16 +186,28 @@ class Run:
         if resume:
             if not self.checkpoint_path.is_file():
                 raise ConfigError(f"nothing to resume: no {self.checkpoint_path}")
+            self._take_folder()
             self.load()
         elif self.processes.main:
             self._clear_folder(overwrite)
         self.processes.exchange(None)
 
+    def _take_folder(self) -> None:
+        """Refuse a folder that another run is writing. The system gives it back when this process ends, however it ends."""
+        if self.processes.main:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise ConfigError(f"another run is writing to {self.folder}: wait for it, or give another `out`") from error
+            except OSError as error:
+                raise ConfigError(f"cannot write to {self.folder}: {error}") from error
+
     def _clear_folder(self, overwrite: bool) -> None:
-        if self.folder.exists() and any(self.folder.iterdir()) and not overwrite:
+        if self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()) and not overwrite:
             raise ConfigError(f"{self.folder} exists: add --overwrite to replace its run, or --resume to go on")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_folder()
             for name in ("log.jsonl", "checkpoint.pt", "lora.safetensors", "watch.json", "best.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
             (self.folder / "config.json").write_text(json.dumps(plain(self.config), indent=2) + "\n", "utf-8")
@@ -255,9 +271,7 @@ class Run:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line that a kill cut short
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), "utf-8")
-        os.replace(partial, path)
+        checkpoint.write_text("".join(line + "\n" for line in kept), path)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -291,15 +305,14 @@ class Run:
             learning_rate=rate,
             processes=self.processes,
         )
-        with open(self.folder / "log.jsonl" if self.processes.main else os.devnull, "a", encoding="utf-8") as file:
+        try:
             for done in loop:
                 if self.ema:
                     self.ema.update(self.policy.named_parameters())
                 self.step = done.number
                 calls = self._calls()
                 line = {"step": done.number, "loss": done.loss, "grad_norm": done.grad_norm, "calls": calls, **done.logs}
-                file.write(json.dumps({**line, "seconds": round(time.monotonic() - begin, 3)}) + "\n")
-                file.flush()
+                self._write_log({**line, "seconds": round(time.monotonic() - begin, 3)})
                 if tracker:
                     tracker.log({name: value for name, value in line.items() if name != "step"}, done.number)
                 last = done.number == c.steps or 0 < c.budget <= calls
@@ -313,9 +326,21 @@ class Run:
                 yield done
                 if last:
                     break
-        if tracker:
-            tracker.close()
-        self.finish()
+            if tracker:
+                tracker.close()
+            self.finish()
+        finally:
+            self._lock.release()
+
+    def _write_log(self, line: Mapping[str, Any]) -> None:
+        if not self.processes.main:
+            return
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error}; what was saved before is intact") from error
 
     def finish(self) -> Path:
         """Write the LoRA with everything that says where it came from."""
@@ -336,7 +361,7 @@ class Run:
         with self._averaged():
             point = watcher.look(self.step)
         log.info("watched: %s", ", ".join(f"{name} {value:.3f}" for name, value in point.items()))
-        (self.folder / "watch.json").write_text(json.dumps(watcher.points, indent=1) + "\n", "utf-8")
+        checkpoint.write_text(json.dumps(watcher.points, indent=1) + "\n", self.folder / "watch.json")
         if watcher.best is point:
             save_lora(self.policy, self.folder / "best.safetensors", self.metadata(), self.ema.values if self.ema else None)
 
