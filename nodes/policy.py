@@ -7,7 +7,7 @@ network with the bypass closed.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -218,6 +218,10 @@ class ComfyPolicy:
             yield
         finally:
             self._tuned = True
+
+    def merged(self) -> nullcontext[None]:
+        """Nothing: ComfyUI's weights may be quantised, and are never touched."""
+        return nullcontext()
 
     def _guided(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], guidance: float) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +41,9 @@ class ToyPolicy:
 
     def reference(self, prompts, guidance=1.0):
         return lambda x, sigma: self._denoise(x, sigma, torch.zeros(2, dtype=x.dtype)).detach()
+
+    def merged(self):
+        return contextlib.nullcontext()
 
     def sigmas(self, steps):
         return torch.cat([torch.linspace(4.0, 0.1, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -70,6 +70,9 @@ class Family:
             return x - level * output if self.prediction == "epsilon" else scale.square() * x - level * scale * output
 
         return denoise
+
+    def merged(self):
+        return nullcontext()
 
     def reference(self, prompts, guidance=1.0):
         inner = self.denoiser(prompts, guidance)

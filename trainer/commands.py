@@ -42,6 +42,7 @@ from .scoring import command as scoring_command
 from .watch import Watch, Watcher
 
 DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_policy(model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0) -> DiffusersPolicy:
@@ -51,17 +52,18 @@ def load_policy(model: str, device: str = "cpu", options: ModelOptions | None = 
         from .demo import files
 
         model = str(files.PIPELINE)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if options.dtype not in dtypes:
-        raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(dtypes)}")
-    return policies.load_policy(model, device, dtypes[options.dtype], image_size or None, options.prediction, options.parts)
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
+    return policies.load_policy(model, device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts)
 
 
-def open_reward(name: str, device: str = "cpu") -> Part:
+def open_reward(name: str, device: str = "cpu", dtype: str = "float32") -> Part:
     """One reward by name or path, with its statistics; see trainer.rewards.registry."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"reward_dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
     if name not in DEMO_REWARDS:
         try:
-            return registry.load(name, device)
+            return registry.load(name, device, DTYPES[dtype])
         except ValueError as error:
             hint = f" ({', '.join(DEMO_REWARDS)} are the embedded world's)" if str(error).startswith("unknown reward") else ""
             raise ConfigError(f"{error}{hint}") from error
@@ -69,13 +71,13 @@ def open_reward(name: str, device: str = "cpu") -> Part:
 
     if name == "demo-gold":
         return Part(name, files.load_reward("gold"), mean=0.0, std=1.0, size=64)  # its own scale is the embedded world's
-    tower, config = files.load_tower(name.removeprefix("demo-"))
+    tower, config = TwoTower.load(files.FOLDER / name.removeprefix("demo-"), device, DTYPES[dtype])
     return Part(name, tower, 1.0, config["mean"], config["std"])
 
 
-def load_reward(spec: str, normalise: bool, device: str = "cpu") -> Reward:
+def load_reward(spec: str, normalise: bool, device: str = "cpu", dtype: str = "float32") -> Reward:
     """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
-    parts = [replace(open_reward(name, device), weight=weight) for name, weight in parse_weights(spec)]
+    parts = [replace(open_reward(name, device, dtype), weight=weight) for name, weight in parse_weights(spec)]
     if len(parts) == 1 and parts[0].weight == 1:
         return parts[0].standardised if normalise else parts[0].reward
     return WeightedSum(parts, raw=not normalise)
@@ -131,6 +133,15 @@ def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, sampl
     return Watcher(config.watch, policy, judges, towers[0].image_features, prompts, objective.steps, objective.guidance, config.seed + 1)
 
 
+def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
+    """The settings that change time and memory and, but for rounding, no result."""
+    policy.merges, policy.slices_decoder = config.merge_rollouts, config.slice_decoder
+    if config.channels_last:
+        policy.use_channels_last()
+    if config.compile:
+        policy.compile()
+
+
 # -- train -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,8 +188,9 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
     config = build(TrainConfig, values)
     config.build_objective()
     device = processes.device(config.device)
-    reward = load_reward(config.reward, config.normalise, device)
+    reward = load_reward(config.reward, config.normalise, device, config.reward_dtype)
     policy = load_policy(config.model, device, config.model_options, config.image_size)
+    _set_speed(policy, config)
     samples = _samples(config, policy, processes)
     if config.consistency:
         _load_consistency(policy, config)
@@ -192,6 +204,8 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
             raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
         recompute(True)
 
+    if config.offload_encoders:
+        policy.park_encoders()
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
     with interruptible() as stopping, bar:
         for done in run.steps():

@@ -61,6 +61,10 @@ class Counted:
         """Another state inside the block."""
         return self.policy.adapter(state)
 
+    def merged(self) -> AbstractContextManager[None]:
+        """Cheaper evaluations inside the block."""
+        return self.policy.merged()
+
     def sigmas(self, steps: int) -> Tensor:
         """(steps+1,)."""
         return self.policy.sigmas(steps)

@@ -51,6 +51,13 @@ class Policy(Protocol):
         """The states that `adapter` knows."""
         ...
 
+    def merged(self) -> AbstractContextManager[None]:
+        """Around evaluations without gradient: where the policy can, they cost what the base model's do.
+
+        Nothing but rounding changes, and nothing at all afterwards. The adapter's values must stay as they are inside.
+        """
+        ...
+
     def sigmas(self, steps: int) -> Tensor:
         """Decreasing noise levels (steps+1,), the last one 0."""
         ...

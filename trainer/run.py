@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -23,6 +23,8 @@ from .hashes import file_hash as file_hash
 from .lora_file import save_lora
 from .objectives import OBJECTIVES, Objective, Surroundings
 from .objectives.base import ImageFeatures
+from .optimizers import Name as OptimizerName
+from .optimizers import build_optimizer
 from .policies.load import ModelOptions
 from .policy import Batch, Lora, Trainable
 from .processes import ALONE, Processes
@@ -65,6 +67,9 @@ class TrainConfig:
     )
     batch: int = field(default=8, metadata={"min": 1, "help": "samples per micro-batch, of all processes together"})
     accumulate: int = field(default=1, metadata={"min": 1, "help": "micro-batches per optimizer step; gradients are averaged"})
+    optimizer: OptimizerName = field(
+        default="adamw", metadata={"help": "adamw, adamw-fused (one kernel), or adamw-8bit (a quarter of its memory; needs bitsandbytes)"}
+    )
     lr: float = field(default=1e-4, metadata={"min": 0.0, "help": "AdamW learning rate"})
     warmup: int = field(default=0, metadata={"min": 0, "help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"min": 0.0, "help": "AdamW weight decay"})
@@ -77,6 +82,18 @@ class TrainConfig:
     checkpoint_denoiser: bool = field(default=False, metadata={"help": "recompute UNet activations: less memory, more time"})
     checkpoint_decoder: bool = field(default=False, metadata={"help": "recompute VAE decoder activations"})
     checkpoint_reward: bool = field(default=False, metadata={"help": "recompute reward activations"})
+    slice_decoder: bool = field(default=False, metadata={"help": "decode one image at a time: the decoder's memory is one image's"})
+    offload_encoders: bool = field(
+        default=True, metadata={"help": "text encoders and the VAE's encoder wait on the CPU while an accelerator trains"}
+    )
+    merge_rollouts: bool = field(
+        default=True, metadata={"help": "the LoRA lies in the weights while a rollout needs no gradient (float32 weights only)"}
+    )
+    channels_last: bool = field(default=False, metadata={"help": "convolutions with channels as the fastest dimension, for tensor cores"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the denoiser's blocks: minutes at the start, faster steps"})
+    reward_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "of the trained reward's weights: float32 or bfloat16"}
+    )
     watch: Watch = field(default_factory=Watch, metadata={"help": "table: a held-out reward to watch, keep the best by, and stop by"})
     tracker: TrackerName = field(default="", metadata={"help": "tensorboard or wandb, beside log.jsonl"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps or xpu"})
@@ -168,7 +185,10 @@ class Run:
         if policy.lora is None:
             policy.add_lora(config.lora, config.seed)
         policy.checkpoint_gradients(denoiser=config.checkpoint_denoiser, decoder=config.checkpoint_decoder)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+        try:
+            self.optimizer = build_optimizer(config.optimizer, policy.parameters(), config.lr, config.weight_decay)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.ema = Ema(policy.named_parameters(), config.ema) if config.ema > 0 else None
         self.step = 0
         self.base_hash = base_hash

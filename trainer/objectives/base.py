@@ -139,7 +139,7 @@ def weight_of_reward() -> Any:
 def roll(policy: Policy, batch: Batch, x: Tensor, first: Tensor, last: Tensor, sigmas: Tensor, guidance: float, eta: float) -> Tensor:
     """Steps first…last−1 of each sample, without gradient; samples whose range is empty stay as they are. first, last: (B,)."""
     x = x.clone()
-    with torch.no_grad():
+    with torch.no_grad(), policy.merged():
         for i in range(int(first.min()), int(last.max())):
             rows = ((first <= i) & (i < last)).nonzero()[:, 0]
             if len(rows) == 0:

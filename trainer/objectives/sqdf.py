@@ -165,11 +165,12 @@ def rollouts(objective: SQDF, policy: Policy, batch: Batch) -> tuple[Tensor, Ten
     x = policy.start(batch.draws.normal("start", policy.latent_shape), objective.steps)
     denoiser = policy.denoiser(batch.prompts, objective.guidance)
     states: list[Tensor] = []
-    for i in range(objective.steps):
-        states.append(x)
-        here, there = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
-        noise = batch.draws.normal(f"step {i}", policy.latent_shape).to(x)
-        x = step(x, denoiser(x, here), here, there, noise, 1.0, policy.space)
+    with policy.merged():
+        for i in range(objective.steps):
+            states.append(x)
+            here, there = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
+            noise = batch.draws.normal(f"step {i}", policy.latent_shape).to(x)
+            x = step(x, denoiser(x, here), here, there, noise, 1.0, policy.space)
     return torch.stack(states, 1), x
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser, classifier_free_guidance
 from ..policy import AdapterState, Lora, initial_down, kohya_key
@@ -69,7 +70,13 @@ class DiffusersPolicy:
         self.vae = pipeline.vae
         self.lora: Lora | None = None
         self.states: frozenset[AdapterState] = frozenset({"base"})
+        self.merges = False
+        """Whether `merged` folds the adapter into the frozen weights."""
+        self.slices_decoder = False
+        """Whether `decode` takes one image at a time, and keeps nothing of it for the backward pass but its latent."""
         self._state: str = TRAINED
+        self._folded: list[tuple[nn.Module, nn.Parameter, nn.Parameter]] = []  # module, its own weight, weight with the adapter inside
+        self._parked = False
         self._embeddings: dict[str, Conditioning] = {}
         self.latent_shape: tuple[int, int, int] = self._latent_shape(image_size)
 
@@ -222,7 +229,8 @@ class DiffusersPolicy:
         """Another state of the network inside the block; afterwards the one before."""
         if state not in self.states:
             raise ValueError("no consistency adapter is loaded: give one in `consistency`, or let the base model estimate")
-        before = self._state
+        before, folded = self._state, self._folded
+        self._unfold()
         with self._flags_kept():
             self._activate(state)
         try:
@@ -230,17 +238,64 @@ class DiffusersPolicy:
         finally:
             with self._flags_kept():
                 self._activate(before)
+            self._fold(folded)
+
+    @contextmanager
+    def merged(self) -> Generator[None]:
+        """Inside, the adapter that is on lies in the frozen weights: no gradient reaches it, and an evaluation with one is refused.
+
+        The weights are not computed back afterwards, their originals are kept: one more copy of the adapted matrices. In
+        bfloat16 nothing is done: an entry that the update moves by less than half of its last digit would not move at all.
+        """
+        if self.merges and self.dtype == torch.float32 and not self._folded and self._state != "base":
+            self._fold(self._with_adapter(self._state))
+            try:
+                yield
+            finally:
+                self._unfold()
+        else:
+            yield
+
+    @torch.no_grad()
+    def _with_adapter(self, name: str) -> list[tuple[nn.Module, nn.Parameter, nn.Parameter]]:
+        """Every module of an adapter with its weight W and W + s·BA."""
+        return [
+            (module, module.weight, nn.Parameter(module.weight + layer.get_delta_weight(name), requires_grad=False))
+            for layer in self._tuners()
+            if name in layer.lora_A
+            for module in [layer.get_base_layer()]
+        ]
+
+    def _fold(self, folded: list[tuple[nn.Module, nn.Parameter, nn.Parameter]]) -> None:
+        if folded:
+            for module, _, weight in folded:
+                module.weight = weight
+            with self._flags_kept():
+                for layer in self._tuners():
+                    layer.enable_adapters(False)
+            self._folded = folded
+
+    def _unfold(self) -> None:
+        if self._folded:
+            for module, weight, _ in self._folded:
+                module.weight = weight
+            self._folded = []
+            with self._flags_kept():
+                self._activate(self._state)
+
+    def _tuners(self) -> list[Any]:
+        """peft's layers."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [layer for layer in self.network.modules() if isinstance(layer, BaseTunerLayer)]
 
     def _activate(self, state: str) -> None:
         """Switch on one adapter wherever it is, and no other; `base` has none."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         self._state = state
-        for layer in self.network.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.enable_adapters(state != "base")
-                if state != "base":
-                    layer.set_adapter(state)
+        for layer in self._tuners():
+            layer.enable_adapters(state != "base")
+            if state != "base":
+                layer.set_adapter(state)
 
     @contextmanager
     def _flags_kept(self) -> Generator[None]:
@@ -258,6 +313,8 @@ class DiffusersPolicy:
         uncond = self.unconditional(len(prompts)) if guidance != 1 else None
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            if self._folded and torch.is_grad_enabled():
+                raise RuntimeError("inside merged() no gradient reaches the adapter: evaluate under torch.no_grad()")
             x, sigma = x.to(self.device), sigma.to(self.device)
             if uncond is None:
                 return self._predict(x, sigma, cond)
@@ -285,11 +342,12 @@ class DiffusersPolicy:
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """What the network is told of B prompts; each distinct prompt is encoded once in the policy's life."""
         missing = sorted({p for p in prompts if p not in self._embeddings})
-        for first in range(0, len(missing), 64):
-            part = missing[first : first + 64]
-            encoded = self._encode_prompts(part)
-            for i, prompt in enumerate(part):
-                self._embeddings[prompt] = {key: value[i].clone() for key, value in encoded.items()}
+        with self._unparked(self._text_encoders() if missing else []):
+            for first in range(0, len(missing), 64):
+                part = missing[first : first + 64]
+                encoded = self._encode_prompts(part)
+                for i, prompt in enumerate(part):
+                    self._embeddings[prompt] = {key: value[i].clone() for key, value in encoded.items()}
         rows = [self._embeddings[p] for p in prompts]
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -319,18 +377,65 @@ class DiffusersPolicy:
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32, of the scaled latents of images (B,3,H,W) in [0,1]."""
-        posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae.dtype)).latent_dist
+        with self._unparked(self._image_encoder()):
+            posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae.dtype)).latent_dist
         scale, shift = self._latent_scale()
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
+        if not self.slices_decoder:
+            return self._decode(latents)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._decode(one) for one in latents.split(1)])
+        return torch.cat([checkpoint(self._decode, one, use_reentrant=False) for one in latents.split(1)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
         scale, shift = self._latent_scale()
         pixels = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def _latent_scale(self) -> tuple[float, float]:
         return float(self.vae.config.scaling_factor), float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+
+    # -- memory and speed ------------------------------------------------------------------------------------------
+
+    def park_encoders(self) -> None:
+        """Text encoders and the autoencoder's encoder to the CPU, from where a prompt or image not met before fetches them."""
+        self._parked = True
+        self._move([*self._text_encoders(), *self._image_encoder()], "cpu")
+
+    @contextmanager
+    def _unparked(self, modules: list[nn.Module]) -> Generator[None]:
+        """Inside, modules that may be parked are on the device."""
+        if not self._parked:
+            yield
+            return
+        self._move(modules, self.device)
+        try:
+            yield
+        finally:
+            self._move(modules, "cpu")
+
+    @staticmethod
+    def _move(modules: list[nn.Module], device: str | torch.device) -> None:
+        for module in modules:
+            module.to(device)
+
+    def _text_encoders(self) -> list[nn.Module]:
+        return [m for m in self.pipeline.components.values() if isinstance(m, nn.Module) and m is not self.network and m is not self.vae]
+
+    def _image_encoder(self) -> list[nn.Module]:
+        return [m for m in (self.vae.encoder, getattr(self.vae, "quant_conv", None)) if m is not None]
+
+    def use_channels_last(self) -> None:
+        """Convolutions of the network and the autoencoder with channels as the fastest dimension, which tensor cores want."""
+        for module in (self.network, self.vae):
+            module.to(memory_format=torch.channels_last)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network's repeated blocks, each kind once (torch.compile's `options`); module names stay as they are."""
+        self.network.compile_repeated_blocks(**options)
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
         """Trade time for memory: recompute activations block by block in the backward pass."""

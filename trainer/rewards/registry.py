@@ -224,7 +224,7 @@ def load(
     if name_or_path.endswith(".py"):
         return Part(name_or_path, Own.load(Path(name_or_path)), 1.0, *(places.read_statistics(name_or_path) or (None, None)))
     if Path(name_or_path).is_dir():
-        tower, config = TwoTower.load(Path(name_or_path), device)
+        tower, config = TwoTower.load(Path(name_or_path), device, dtype)
         return Part(name_or_path, tower, 1.0, *(places.read_statistics(name_or_path) or (config["mean"], config["std"])))
     raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, NAME@FILE, a reward folder, or a Python file")
 

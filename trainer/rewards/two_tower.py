@@ -41,7 +41,7 @@ class TwoTower:
         self._texts: dict[str, Tensor] = {}
 
     @staticmethod
-    def load(folder: Path, device: str | torch.device = "cpu") -> tuple[TwoTower, dict[str, Any]]:
+    def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[TwoTower, dict[str, Any]]:
         """A reward folder: `config.json` (open_clip configuration, scale, statistics), `model.safetensors`, `merges.txt.gz`.
 
         Returns the reward and its config.
@@ -56,7 +56,7 @@ class TwoTower:
         model = open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=config["text_cfg"])
         model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         tokenizer = SimpleTokenizer(str(folder / "merges.txt.gz"), context_length=config["text_cfg"]["context_length"])
-        tower = TwoTower(model.to(device), lambda texts: tokenizer(list(texts)), config["vision_cfg"]["image_size"], config["scale"])
+        tower = TwoTower(model.to(device, dtype), lambda texts: tokenizer(list(texts)), config["vision_cfg"]["image_size"], config["scale"])
         return tower, config
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
