@@ -9,7 +9,7 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from trainer.lora_layouts import canonical
 from trainer.policies.configs import CLIP_L, FAMILIES, SD15_UNET, SDXL_UNET, VAE
@@ -57,6 +57,29 @@ def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_pa
         load_policy(file)
     with pytest.raises(ValueError, match="is for UNets"):
         load_policy(family_folder("sd3"), prediction="v_prediction")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_folder_with_damaged_or_wrong_weights_is_refused_with_the_file_that_is_to_blame(part, family_folder, tmp_path):
+    folder = shutil.copytree(family_folder("sd15"), tmp_path / "model")
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name, value = next((k, v) for k, v in tensors.items() if v.ndim == 2)
+    save_file({k: v for k, v in tensors.items() if k != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"the files of its {part} lack 1 weights.*, or are another model's"):
+        load_policy(folder)
+    save_file({**tensors, name: torch.zeros(len(value) + 1, value.shape[1])}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot be loaded|another model's") as caught:
+        load_policy(folder)
+    assert "\n" not in str(caught.value)
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file} is no readable safetensors file.*cut short"):
+        load_policy(folder)
+    (folder / part / "config.json").write_text("{")
+    file.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_policy(folder)
 
 
 def test_prediction_can_be_said(family_folder):

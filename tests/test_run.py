@@ -99,7 +99,11 @@ def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_fol
     assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
     assert main(["train", *settings(*paths, tmp_path / "run", steps=3, lr=0.5), "--resume"]) == 2
     assert "was written with another lr: 0.001, now 0.5" in capsys.readouterr().err
-    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"garbage")
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint.save({**checkpoint.load(path), "base": "other"}, path)
+    assert main(["train", *settings(*paths, tmp_path / "run", steps=3), "--resume"]) == 2
+    assert "was written over other weights than those of" in capsys.readouterr().err
+    path.write_bytes(b"garbage")
     assert main(["train", *settings(*paths, tmp_path / "run"), "--resume"]) == 2
     assert "is no readable checkpoint" in capsys.readouterr().err
     assert main(["train", *settings(*paths, tmp_path / "new"), "--resume"]) == 2

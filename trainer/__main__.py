@@ -62,6 +62,8 @@ def _quiet() -> None:
         return
     of_diffusers.disable_progress_bar()
     of_transformers.disable_progress_bar()
+    of_diffusers.set_verbosity_error()  # of weights that a file lacks, say: we refuse such a model in one line
+    of_transformers.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -256,11 +256,14 @@ class Run:
             "points": self.watcher.points if self.watcher else [],
             "calls": calls,
             "settings": json.dumps(self.config.describe(), sort_keys=True),
+            "base": self.base_hash,
         }
 
     def load(self) -> None:
         """Restore the state of `checkpoint.pt`; the settings must be those it was written with, but for `steps` and `budget`."""
         state = checkpoint.load(self.checkpoint_path)
+        if state["base"] != self.base_hash:
+            raise ConfigError(f"{self.checkpoint_path} was written over other weights than those of {self.config.model}")
         then, now = json.loads(state["settings"]), json.loads(json.dumps(self.config.describe()))
         changed = sorted(k for k in now if k not in ("steps", "budget") and now[k] != then.get(k))
         if changed:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +64,20 @@ def load_policy(
     or FileNotFoundError with one sentence.
     """
     path = Path(path)
+    for file in (*path.glob("*/*.safetensors"), *(Path(parts).glob("*/*.safetensors") if parts else ())):
+        _shapes(file)  # before anything is loaded: libraries do not say which file it is that was cut short
     if path.is_file():
         pipeline, kind = single_file_pipeline(path, dtype, parts=parts)
     elif (path / BASE_UNET).is_dir():
         pipeline, kind = _two_unets(path, dtype)
     elif (path / "model_index.json").is_file():
-        name = str(json.loads((path / "model_index.json").read_text("utf-8")).get("_class_name"))
+        with _one_line(path / "model_index.json"):
+            name = str(json.loads((path / "model_index.json").read_text("utf-8")).get("_class_name"))
         if name not in POLICIES:
             raise ValueError(f"{path} is a {name}: known are {_KNOWN}")
         kind = POLICIES[name]
-        pipeline = kind.load_pipeline(path, dtype)
+        with _one_line(path):
+            pipeline = kind.load_pipeline(path, dtype)
     elif path.is_dir():
         raise FileNotFoundError(f"{path} is no diffusers pipeline: it has no model_index.json")
     else:
@@ -80,7 +86,49 @@ def load_policy(
         if not issubclass(kind, UNetPolicy):
             raise ValueError(f"prediction = {prediction!r} is for UNets: {path} predicts a flow")
         pipeline.scheduler.register_to_config(prediction_type=prediction)
+    _check_complete(path, pipeline)
     return kind(pipeline, device, dtype, image_size)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of a safetensors file's tensors; refuses one that was cut short."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}; was its download cut short?") from error
+
+
+def _check_complete(path: Path, pipeline: Any) -> None:
+    """Refuse a model some of whose weights were in no file.
+
+    diffusers leaves such weights without a value; transformers draws them, and its files may use other names, so that the
+    shapes must tell.
+    """
+    for name, part in pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        missing = [key for key, p in part.named_parameters() if p.is_meta]
+        held = Counter(shape for file in (path / name).glob("*.safetensors") for shape in _shapes(file).values())
+        missing += [key for key, p in part.named_parameters() if held and held[tuple(p.shape)] == 0]
+        lacking = sum((Counter(tuple(p.shape) for p in part.parameters()) - held).values()) if held else 0
+        if missing or lacking:
+            first = f", {missing[0]} say" if missing else ""
+            raise ValueError(f"{path}: the files of its {name} lack {max(len(missing), lacking)} weights{first}, or are another model's")
+
+
+@contextmanager
+def _one_line(path: Path) -> Generator[None]:
+    """What a library says of files that it cannot load, without its advice."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = str(error).splitlines()[0].split(" If you want")[0].rstrip(" .")
+        raise ValueError(f"{path} cannot be loaded: {said}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"{path} cannot be loaded: weights of a text encoder are another model's") from error
 
 
 def with_unet(policy: DiffusersPolicy, folder: str | Path) -> DiffusersPolicy:
@@ -104,7 +152,7 @@ def _unet(folder: Path, dtype: torch.dtype) -> Any:
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is no diffusers UNet: it has no config.json")
-    with without_dtype_warning():
+    with without_dtype_warning(), _one_line(folder):
         return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
 
 
@@ -129,7 +177,7 @@ def _part(folder: Path, kind: tuple[str, str], dtype: torch.dtype) -> Any:
         raise FileNotFoundError(f"no folder {folder}: the model is incomplete")
     library: Any = {"diffusers": diffusers, "transformers": transformers}[kind[0]]
     given: dict[str, Any] = {"torch_dtype": dtype} if kind[1].startswith(("Autoencoder", "CLIPText", "T5Encoder")) else {}
-    with without_dtype_warning():
+    with without_dtype_warning(), _one_line(folder):
         return getattr(library, kind[1]).from_pretrained(folder, **given)
 
 
@@ -163,11 +211,7 @@ def single_file_pipeline(path: Path, dtype: torch.dtype, family: Family | None =
     """The diffusers pipeline of a single-file checkpoint, and its policy's class. `family`: if it is not to be detected."""
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: only .safetensors checkpoints are read; a .ckpt can run code when it is opened")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+    shapes = _shapes(path)
     if any(".lora_" in key for key in shapes):
         raise ValueError(f"{path} is a LoRA, not a model")
     try:
@@ -180,7 +224,7 @@ def single_file_pipeline(path: Path, dtype: torch.dtype, family: Family | None =
     with tempfile.TemporaryDirectory() as folder:
         _write_configs(Path(folder), family)
         given |= _tokenizers(Path(folder), family, given)
-        with without_dtype_warning():
+        with without_dtype_warning(), _one_line(path):
             arguments = {**kind.load_arguments(), **given}
             pipeline = kind.pipeline_class().from_single_file(
                 str(path), config=folder, local_files_only=True, torch_dtype=dtype, **arguments
