@@ -10,6 +10,7 @@ import comfy.lora_convert
 import folder_paths
 from comfy_api.latest import io
 
+from ..trainer import delta
 from ..trainer.demo import files
 from ..trainer.lora_file import read_lora
 from .sockets import CATEGORY, schema
@@ -22,19 +23,21 @@ def names() -> list[str]:
 
 
 def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
-    """The tuned MODEL and the metadata; every tensor of the file must find its weight."""
+    """The tuned MODEL and the metadata; every tensor of the file must find its weight. A full fine-tune's differences load alike."""
     tensors, metadata, _ = read_lora(path)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
     tuned = model.clone()
     applied = tuned.add_patches(patches, strength)
     modules = {key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
+    modules |= {key for key in tensors if delta.is_delta([key])}  # a weight and its bias are patches of their own
     text = {m for m in modules if m.startswith(("lora_te", "text_encoder"))}
     if len(applied) < len(modules) - len(text) or not applied:
         raise ValueError(f"{path.name} was made for another model: only {len(applied)} of its {len(modules)} modules exist in this one")
     if text:
         raise ValueError(f"{path.name} also changes the text encoder: use the stock Load LoRA for it")
-    ups = [value for key, value in tensors.items() if "lora_up" in key or "lora_B" in key or ".up.weight" in key]
+    marks = ("lora_up", "lora_B", ".up.weight", ".diff")
+    ups = [value for key, value in tensors.items() if any(mark in key for mark in marks)]
     if ups and not any(bool(value.any()) for value in ups):
         raise ValueError(f"{path.name} changes nothing: its weights are all zero")
     tuned.set_attachments(ATTACHMENT, metadata)

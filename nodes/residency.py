@@ -66,6 +66,10 @@ class GatedPatches:
                 )
                 size += sum(w.nbytes for w in weights if torch.is_tensor(w))
                 adapter = type(adapter)(adapter.loaded_keys, weights)
+            elif isinstance(adapter, tuple) and adapter[0] == "diff":
+                change = comfy.model_management.cast_to_device(adapter[1][0], device, adapter[1][0].dtype)
+                size += change.nbytes
+                adapter = ("diff", (change, *adapter[1][1:]))
             moved.append((strength, adapter, *rest))
         self.patches = moved
         return size
@@ -112,9 +116,10 @@ def _attention_patches(model: Any) -> set[str]:
 
 
 def _changes(patch: tuple[Any, ...]) -> bool:
-    """Whether a patch can change its weight; of kinds other than LoRA it is assumed."""
+    """Whether a patch can change its weight; of kinds other than LoRA and plain differences it is assumed."""
     strength, adapter = patch[:2]
     halves = adapter.weights[:2] if isinstance(adapter, comfy.weight_adapter.LoRAAdapter) else ()
+    halves = adapter[1][:1] if isinstance(adapter, tuple) and adapter[0] == "diff" else halves
     return strength != 0 and all(bool(half.any()) for half in halves)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.lora_file import save_lora
+from trainer.lora_file import save_delta, save_lora
 from trainer.policies.unet import UNetPolicy
 from trainer.policy import Lora
 
@@ -133,6 +133,24 @@ def test_impossible_switches_are_refused_with_a_reason(exactness):
     assert exactness["refused"].keys() == expected.keys()
     for name, message in expected.items():
         assert message in exactness["refused"][name], (name, exactness["refused"])
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_switch(place, pipeline_folder, tmp_path):
+    """Every weight and bias of the UNet differs; base first and tuned after equals two separate models."""
+    policy = UNetPolicy.load(pipeline_folder)
+    policy.tune_whole()
+    draws = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=draws))
+    save_delta(policy, tmp_path / "delta.safetensors", {"switch_sigma": 1.5}, None, torch.float32)
+    told = run_inside(place, "delta.py", pipeline_folder, tmp_path / "delta.safetensors", cwd=tmp_path)
+    assert told["patched"] and told["unmatched"] == 0 and told["switch"] == 1.5
+    assert told["denoised"] <= 1e-5 and told["effect"] > 0.01, told
+    assert max(told["combined"], told["combined, stock loader"]) <= 1e-5 and told["effect on samples"] > 0.01, told
+    assert "changes nothing" in told["refused"]
 
 
 @comfyui

@@ -218,7 +218,7 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
                     print(f"stopped after step {done.number}; saved {run.checkpoint_path}; go on with --resume")
                 return 130
     if processes.main:
-        print(f"wrote {run.folder / 'lora.safetensors'} after step {run.step}: every key read back")
+        print(f"wrote {run.result} after step {run.step}: every key read back")
     if run.watcher and processes.main:
         best = run.watcher.best
         print(f"best held-out at step {best['step']:.0f} ({best['heldout']:.3f}): {run.folder / 'best.safetensors'}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import delta
 from .config import ConfigError
 from .hashes import file_hash
 from .lora_file import PEFT_WEIGHTS, read_adapter, read_lora, write_adapter
@@ -19,13 +21,21 @@ from .lora_layouts import LAYOUTS, Adapter, Update, canonical, plain_name
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m trainer convert`."""
-    parser.add_argument("paths", nargs="+", type=Path, metavar="[IN] OUT", help="LoRA file or peft folder, and where to write")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="[IN] OUT", help="LoRA file, peft folder or delta of a full fine-tune, and where to write"
+    )
     parser.add_argument("--to", choices=LAYOUTS, help="layout to write (default: kohya for UNets, diffusers for transformers)")
-    parser.add_argument("--base", type=Path, help="with --tuned and OUT alone: the model before a full fine-tune (file or folder)")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="the model before a full fine-tune (file or folder): with --tuned and OUT alone, or to check a delta against",
+    )
     parser.add_argument("--tuned", type=Path, help="the model after it, in the same layout")
     parser.add_argument("--rank", type=int, default=64, help="rank of the extracted LoRA (default 64)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    parser.usage = "python -m trainer convert [-h] IN OUT [--to LAYOUT] | OUT --base MODEL --tuned MODEL [--rank N] [--to LAYOUT]"
+    parser.usage = (
+        "python -m trainer convert [-h] IN OUT [--to LAYOUT] [--rank N] | OUT --base MODEL --tuned MODEL [--rank N] [--to LAYOUT]"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,30 +45,40 @@ def run(arguments: argparse.Namespace) -> int:
     """
     base: Path | None = arguments.base
     tuned: Path | None = arguments.tuned
-    extracting = base is not None or tuned is not None
-    if extracting and (base is None or tuned is None or len(arguments.paths) != 1):
+    *sources, out = typing.cast(list[Path], arguments.paths)
+    differences = read_lora(sources[0])[0] if len(sources) == 1 and sources[0].is_file() and tuned is None else {}
+    whole = delta.is_delta(differences)
+    extracting = not sources and base is not None and tuned is not None
+    if not whole and not extracting and (base is not None or tuned is not None):
         raise ConfigError("extraction takes --base MODEL --tuned MODEL and one path to write")
-    if not extracting and len(arguments.paths) != 2:
+    if not extracting and len(sources) != 1:
         raise ConfigError("give the LoRA to read and the path to write")
-    out: Path = arguments.paths[-1]
     if out.exists() and not arguments.overwrite:
         raise ConfigError(f"{out} exists: add --overwrite to replace it")
-    if base is not None and tuned is not None:
+    note: dict[str, float] = {}
+    if whole:
+        metadata = read_lora(sources[0])[1]
+        if base is not None and metadata.get("base") != _hash(base):
+            raise ConfigError(f"{sources[0]} was not trained on {base}: their hashes differ")
+        adapter, note = _low_rank(_changes(differences), len(differences), arguments.rank)
+        header = {"imagerefl": json.dumps({**metadata, "extracted": note})}
+    elif base is not None and tuned is not None:
         adapter, note = extract(base, tuned, arguments.rank)
-        header = {"imagerefl": json.dumps({"base": file_hash(weight_files(base)[0]), "extracted": note})}
-        print(
-            f"{len(adapter.updates)} modules, rank at most {arguments.rank}: the LoRA holds {note['retained']:.1%} of the change's energy"
-        )
-        if note["vectors"] > 1e-3:
-            print(f"{note['vectors']:.1%} of the change lies in biases and norms, which a LoRA cannot hold")
+        header = {"imagerefl": json.dumps({"base": _hash(base), "extracted": note})}
     else:
-        source = arguments.paths[0]
+        (source,) = sources
         adapter = read_adapter(source)
         header = read_lora(source / PEFT_WEIGHTS if source.is_dir() else source)[2]
         if adapter.left_out:
             print(f"left out: {len(adapter.left_out)} modules of text encoders")
         if not adapter.updates:
             raise ConfigError(f"{source} adapts text encoders alone")
+    if note:
+        print(
+            f"{len(adapter.updates)} modules, rank at most {arguments.rank}: the LoRA holds {note['retained']:.1%} of the change's energy"
+        )
+    if note.get("vectors", 0) > 1e-3:
+        print(f"{note['vectors']:.1%} of the change lies in biases and norms, which a LoRA cannot hold")
     layout = arguments.to or ("kohya" if adapter.root == "unet" else "diffusers")
     try:
         write_adapter(adapter, out, layout, header)
@@ -77,21 +97,41 @@ def extract(base: Path, tuned: Path, rank: int) -> tuple[Adapter, dict[str, floa
     `retained`: share of ‖ΔW‖² over all weights; `vectors`: share that lies in biases and norms. Unchanged modules get
     no LoRA. Models are single files or diffusers folders; both must be of one layout.
     """
-    from tqdm import tqdm
-
-    if rank < 1:
-        raise ConfigError(f"--rank {rank}: give at least 1")
     before, after = _Weights(base), _Weights(tuned)
     odd = sorted(set(before.files) ^ set(after.files))
     if odd:
         raise ConfigError(f"{base} and {tuned} differ in {len(odd)} weights, first {odd[0]}: give two models of one family and layout")
+
+    def changes() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(before.files):
+            old, new = before.read(name), after.read(name)
+            if old.shape != new.shape:
+                raise ConfigError(f"{name} has shape {tuple(old.shape)} in {base}, {tuple(new.shape)} in {tuned}")
+            yield name, new.double() - old.double()
+
+    return _low_rank(changes(), len(before.files), rank)
+
+
+def _changes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights' names and changes from the tensors of a delta file."""
+    for key, change in sorted(tensors.items()):
+        stem, kind = delta.stem_and_kind(key)
+        yield f"{plain_name(stem)}.{kind}", change.double()
+
+
+def _hash(model: Path) -> str:
+    return file_hash(weight_files(model)[0])
+
+
+def _low_rank(changes: Iterator[tuple[str, Tensor]], count: int, rank: int) -> tuple[Adapter, dict[str, float]]:
+    """The LoRA of `count` weights' changes by name, and what it holds."""
+    from tqdm import tqdm
+
+    if rank < 1:
+        raise ConfigError(f"--rank {rank}: give at least 1")
     updates: dict[str, Update] = {}
     total = vectors = missed = 0.0
-    for name in tqdm(sorted(before.files), unit="weight", desc="extract"):
-        old, new = before.read(name), after.read(name)
-        if old.shape != new.shape:
-            raise ConfigError(f"{name} has shape {tuple(old.shape)} in {base}, {tuple(new.shape)} in {tuned}")
-        change = new.double() - old.double()
+    for name, change in tqdm(changes, total=count, unit="weight", desc="extract"):
         energy = float(change.square().sum())
         total += energy
         if energy == 0:
@@ -105,7 +145,7 @@ def extract(base: Path, tuned: Path, rank: int) -> tuple[Adapter, dict[str, floa
         for part, rows in canonical(module, len(update.up), update.down.shape[1]).items():
             updates[part] = Update(update.down, update.up[rows].contiguous(), update.alpha)
     if not updates:
-        raise ConfigError(f"{tuned} equals {base} in every matrix: there is nothing to extract")
+        raise ConfigError("no matrix has changed: there is nothing to extract")
     root = "unet" if any(n.startswith(("down_blocks", "up_blocks", "mid_block")) for n in updates) else "transformer"
     return Adapter(root, updates), {"retained": 1 - (missed + vectors) / total, "vectors": vectors / total}
 

@@ -1,4 +1,7 @@
-"""LoRA files: written in the layout that ComfyUI and diffusers both load in full, read in any; every key must match."""
+"""LoRA files: written in the layout that ComfyUI and diffusers both load in full, read in any; every key must match.
+
+Beside them the weight differences of a full fine-tune, which load as LoRAs do (see delta.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import lora_layouts
+from . import delta, lora_layouts
 from .lora_layouts import Adapter
 from .policies.base import TRAINED, DiffusersPolicy
 from .policy import Lora, Trainable
@@ -42,6 +45,35 @@ def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weight
             _match(policy, read_adapter(written))
 
     write_tensors(tensors, path, header, check)
+
+
+def save_delta(
+    policy: DiffusersPolicy, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None, dtype: torch.dtype
+) -> None:
+    """Write tuned − base of every weight that changed (`weights` by name instead of the tuned ones: an EMA, say), and check it as above.
+
+    Differences are taken in float32 and stored as `dtype`; bfloat16 is off by at most 2⁻⁸ of each.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in policy.named_parameters():
+        change = (parameter if weights is None else weights[name]).detach() - policy.original[name]
+        if bool(change.any()):
+            tensors[policy.delta_key(name)] = change.to("cpu", dtype)
+    write_tensors(tensors, path, {"imagerefl": json.dumps(metadata, sort_keys=True)}, lambda written: changes_of(policy, written))
+
+
+def changes_of(policy: DiffusersPolicy, path: Path) -> dict[str, Tensor]:
+    """A delta file's differences by the policy's parameter names; every key must be one of the model's, with its shape."""
+    tensors = read_lora(path)[0]
+    known = {policy.delta_key(name): (name, parameter.shape) for name, parameter in policy.whole_parameters()}
+    unknown = sorted(set(tensors) - set(known))
+    if unknown:
+        raise ValueError(f"{path} was made for another model: {len(unknown)} of {len(tensors)} weights unknown, first {unknown[0]}")
+    for key, change in tensors.items():
+        name, shape = known[key]
+        if change.shape != shape:
+            raise ValueError(f"{path} was made for another model: {name} has shape {tuple(change.shape)}, the model wants {tuple(shape)}")
+    return {known[key][0]: change for key, change in tensors.items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str], check: Callable[[Path], object]) -> None:
@@ -117,6 +149,8 @@ def read_adapter(path: Path) -> Adapter:
         return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
     try:
+        if delta.is_delta(tensors):
+            raise ValueError("holds a full fine-tune's weight differences, no LoRA: `python -m trainer convert` extracts one")
         return lora_layouts.parse(tensors, alpha_of)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
@@ -126,8 +160,16 @@ def load_lora(policy: DiffusersPolicy, path: Path, strength: float = 1.0) -> dic
     """Attach the LoRA of a file in any known layout, scaled by `strength`, to a policy without adapter; every key must match.
 
     Modules may differ in rank and alpha: they are brought to the highest rank, filled with zeros, and stay the same
-    function. Returns the file's metadata.
+    function. A full fine-tune's differences are added to a second version of the weights. Returns the file's metadata.
     """
+    if not path.is_dir():
+        tensors, metadata, _ = read_lora(path)
+        if delta.is_delta(tensors) or (metadata and not tensors):  # nothing may have changed
+            changes = changes_of(policy, path)
+            with torch.no_grad():
+                for name, parameter in policy.add_version(changes).items():
+                    parameter.copy_(parameter.float() + strength * changes[name].to(policy.device, torch.float32))
+            return metadata
 
     def attach(lora: Lora) -> Mapping[str, nn.Parameter]:
         policy.add_lora(lora)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -22,6 +22,7 @@ _RESUME = "the last checkpoint is intact, go on with --resume"
 # torch's own default for gloo: longer than a watch or a checkpoint of one process may keep the others waiting. A process that
 # dies is noticed at once, through its closed connection; only one that hangs is waited for.
 TIMEOUT = timedelta(minutes=30)
+BUCKET = 64 * 2**20  # bytes of gradients that are averaged at a time: where every weight is tuned, a copy of all is much
 
 
 class StoppedElsewhere(RuntimeError):
@@ -100,15 +101,18 @@ class Joined(Processes):
         return told
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """One all-reduce of all gradients in a row.
+        """All-reduces of gradients in a row, some megabytes at a time.
 
         DistributedDataParallel would do nothing here: it hooks the forward of its wrapper, and objectives call the network
         inside it, several times a step and in several adapter states. A LoRA's gradients are small, and after the last
         micro-batch there is nothing left to overlap their exchange with.
         """
+        for trained in _buckets(parameters):
+            self._average(trained)
+
+    def _average(self, trained: Sequence[nn.Parameter]) -> None:
         import torch.distributed as dist
 
-        trained = list(parameters)
         # an adapter that this process's samples did not reach has no gradient here, and may have one elsewhere
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = torch.cat([g.reshape(-1) for g in gradients])
@@ -130,6 +134,18 @@ class Joined(Processes):
             raise ValueError(f"process {self.local_rank} of this machine has no {name} device: {available} found; start fewer processes")
         getattr(torch, name).set_device(self.local_rank)
         return f"{name}:{self.local_rank}"
+
+
+def _buckets(parameters: Iterable[nn.Parameter], size: int = BUCKET) -> Iterator[list[nn.Parameter]]:
+    """Parameters in order, in groups of at most `size` bytes, or of one."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.nbytes for p in bucket) + parameter.nbytes > size:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from .config import ConfigError, build, plain
 from .cost import Counted
 from .data import Samples
 from .hashes import file_hash as file_hash
-from .lora_file import save_lora
+from .lora_file import save_delta, save_lora
 from .objectives import OBJECTIVES, Objective, Surroundings
 from .objectives.base import ImageFeatures
 from .optimizers import Name as OptimizerName
 from .optimizers import build_optimizer
+from .policies.base import DiffusersPolicy
 from .policies.load import ModelOptions
 from .policy import Batch, Lora, Trainable
 from .processes import ALONE, Processes
@@ -58,7 +59,14 @@ class TrainConfig:
     image_size: int = field(default=0, metadata={"min": 0, "help": "pixels of the square training images; 0: what the model was made for"})
     model_options: ModelOptions = field(default_factory=ModelOptions, metadata={"help": "table: how the model's files are taken"})
     cache: str = field(default="", metadata={"help": "folder that keeps encoded images for later runs; runs may share it"})
+    tune: Literal["lora", "full"] = field(
+        default="lora", metadata={"help": "lora trains an adapter; full every weight of the denoiser, and writes the differences"}
+    )
     lora: Lora = field(default_factory=Lora, metadata={"help": "table: the adapter"})
+    delta_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "of the differences that tune = full writes; bfloat16 halves the file, each off by up to 0.4 %"},
+    )
     consistency: str = field(default="", metadata={"help": "consistency LoRA (LCM-LoRA) that an objective may estimate x0 with, or `demo`"})
     features: str = field(default="", metadata={"help": "two-tower reward whose features a black-box objective's surrogate reads"})
     steps: int = field(default=100, metadata={"min": 1, "help": "optimizer steps"})
@@ -117,6 +125,15 @@ def _default(name: str) -> Objective:
     return OBJECTIVES[name]()
 
 
+def _tune_whole(policy: Trainable) -> None:
+    if not isinstance(policy, DiffusersPolicy):
+        raise ConfigError("tune = full: in a graph an adapter is trained; `python -m trainer train` trains every weight")
+    try:
+        policy.tune_whole()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 @contextmanager
 def interruptible() -> Generator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the yielded function return True; a second one interrupts as usual."""
@@ -138,8 +155,8 @@ LOCK = ".lock"
 
 
 class Run:
-    """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors`; watched, also
-    `watch.json` and `best.safetensors`.
+    """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors` (`delta.safetensors` where
+    every weight is tuned); watched, also `watch.json` and `best.safetensors`.
 
     `features` are for objectives that need some, `watcher` is asked every `config.watch.every` steps. Several processes
     share every micro-batch, whose samples are those that one process would take: how many there are changes no setting, no
@@ -182,7 +199,9 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{config.objective['name']}: {error}") from error
         self.loss = self.objective.begin(around)
-        if policy.lora is None:
+        if config.tune == "full":
+            _tune_whole(policy)
+        elif policy.lora is None:
             policy.add_lora(config.lora, config.seed)
         policy.checkpoint_gradients(denoiser=config.checkpoint_denoiser, decoder=config.checkpoint_decoder)
         try:
@@ -228,7 +247,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_folder()
-            for name in ("log.jsonl", "checkpoint.pt", "lora.safetensors", "watch.json", "best.safetensors"):
+            for name in ("log.jsonl", "checkpoint.pt", "lora.safetensors", "delta.safetensors", "watch.json", "best.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
             (self.folder / "config.json").write_text(json.dumps(plain(self.config), indent=2) + "\n", "utf-8")
         except OSError as error:
@@ -365,13 +384,25 @@ class Run:
         except OSError as error:
             raise OSError(f"cannot write {path}: {error}; what was saved before is intact") from error
 
+    @property
+    def result(self) -> Path:
+        """Where the LoRA goes, or the differences of a full fine-tune."""
+        return self.folder / ("delta.safetensors" if self.config.tune == "full" else "lora.safetensors")
+
     def finish(self) -> Path:
-        """Write the LoRA with everything that says where it came from."""
-        path = self.folder / "lora.safetensors"
+        """Write the result with everything that says where it came from."""
         if self.processes.main:
-            save_lora(self.policy, path, self.metadata(), self.ema.values if self.ema else None)
+            self._write_result(self.result)
         self.processes.exchange(None)
-        return path
+        return self.result
+
+    def _write_result(self, path: Path) -> None:
+        weights = self.ema.values if self.ema else None
+        if self.config.tune == "full":
+            assert isinstance(self.policy, DiffusersPolicy), "checked when the run began"
+            save_delta(self.policy, path, self.metadata(), weights, getattr(torch, self.config.delta_dtype))
+        else:
+            save_lora(self.policy, path, self.metadata(), weights)
 
     def _look(self) -> None:
         """A point of the watch; the adapter is kept where it is the best so far."""
@@ -386,7 +417,7 @@ class Run:
         log.info("watched: %s", ", ".join(f"{name} {value:.3f}" for name, value in point.items()))
         checkpoint.write_text(json.dumps(watcher.points, indent=1) + "\n", self.folder / "watch.json")
         if watcher.best is point:
-            save_lora(self.policy, self.folder / "best.safetensors", self.metadata(), self.ema.values if self.ema else None)
+            self._write_result(self.folder / "best.safetensors")
 
     @contextmanager
     def _averaged(self) -> Generator[None]:

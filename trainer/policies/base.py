@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..denoiser import Denoiser, classifier_free_guidance
 from ..policy import AdapterState, Lora, initial_down, kohya_key
 from ..sampling import Space, add_noise
+from .versions import Versions, places
 
 Conditioning = dict[str, Tensor]
 """What a network is told of B prompts: tensors (B, …) by name, `encoder_hidden_states` (B,tokens,width) among them."""
@@ -77,6 +78,7 @@ class DiffusersPolicy:
         self._state: str = TRAINED
         self._folded: list[tuple[nn.Module, nn.Parameter, nn.Parameter]] = []  # module, its own weight, weight with the adapter inside
         self._parked = False
+        self._versions: Versions | None = None
         self._embeddings: dict[str, Conditioning] = {}
         self.latent_shape: tuple[int, int, int] = self._latent_shape(image_size)
 
@@ -158,7 +160,7 @@ class DiffusersPolicy:
 
         A target is a module's whole name, or the end of one. Lora's default targets stand for the family's own.
         """
-        if self.lora is not None:
+        if self.tuned:
             raise ValueError("this policy has an adapter already")
         targets = self.targets if lora.targets == Lora().targets else lora.targets
         self.attach(TRAINED, Lora(lora.rank, lora.alpha, targets))
@@ -172,6 +174,8 @@ class DiffusersPolicy:
         """Attach the frozen adapter of the state `consistency`; returns its parameters by peft's names, to be filled."""
         if "consistency" in self.states:
             raise ValueError("this policy has a consistency adapter already")
+        if self._versions is not None:
+            raise ValueError("a consistency adapter is attached before the weights are tuned")  # peft freezes all it finds
         with self._flags_kept():
             self.attach("consistency", lora)
             self._activate(TRAINED)
@@ -180,6 +184,36 @@ class DiffusersPolicy:
         for parameter in found.values():
             parameter.requires_grad_(False)
         return found
+
+    def tune_whole(self) -> None:
+        """Train every parameter of the network instead of an adapter; the originals stay beside them, as the state `base`."""
+        if self.dtype != torch.float32:
+            # float32 masters beside bfloat16 weights would take the memory that float32 weights take
+            raise ValueError("tune = full needs float32 weights: in bfloat16 an update below 1/256 of a weight is lost")
+        for name, parameter in self.add_version().items():
+            self.delta_key(name)  # before any step: what could not be written is not trained
+            parameter.requires_grad_(True)
+
+    def add_version(self, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
+        """A tuned version of the network's parameters `names` (all without), equal to the originals as yet, by name."""
+        if self.tuned:
+            raise ValueError("this policy has an adapter already")
+        self._versions = Versions(self.network, names)
+        return self._versions.tuned
+
+    def whole_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """All parameters of the network in its present state, without adapters."""
+        return [(name, module.get_parameter(key)) for name, module, key in places(self.network)]
+
+    @property
+    def original(self) -> dict[str, nn.Parameter]:
+        """The base model's version of what `named_parameters` names; empty where an adapter is trained."""
+        return self._versions.original if self._versions else {}
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is a tuned model beside the base."""
+        return self.lora is not None or self._versions is not None
 
     def attach(self, name: str, lora: Lora) -> None:
         """Put an adapter of that name into the network and switch it on; its weights are float32, B is zero."""
@@ -213,7 +247,9 @@ class DiffusersPolicy:
         return {n: p for n, p in self.network.named_parameters() if any(mark in n for mark in marks)}
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The trained adapter's parameters with peft's names."""
+        """The trained adapter's parameters with peft's names, or the network's tuned ones with their own."""
+        if self._versions is not None:
+            return list(self._versions.tuned.items())
         return list(self.adapter_parameters(TRAINED).items())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -223,6 +259,10 @@ class DiffusersPolicy:
     def file_key(self, name: str) -> str:
         """A parameter's name in a LoRA file."""
         return kohya_key(name)
+
+    def delta_key(self, name: str) -> str:
+        """A parameter's name in the file of a full fine-tune."""
+        raise ValueError("tune = full is for UNets (Stable Diffusion 1.x, 2.x, SDXL): ComfyUI's loader would lose biases of this model")
 
     @contextmanager
     def adapter(self, state: AdapterState) -> Generator[None]:
@@ -292,6 +332,8 @@ class DiffusersPolicy:
     def _activate(self, state: str) -> None:
         """Switch on one adapter wherever it is, and no other; `base` has none."""
         self._state = state
+        if self._versions is not None:
+            self._versions.show(tuned=state == TRAINED)
         for layer in self._tuners():
             layer.enable_adapters(state != "base")
             if state != "base":
@@ -328,7 +370,7 @@ class DiffusersPolicy:
         """The base model, without gradient: two adapter states must never share a graph, because a checkpointed
         forward is computed again in whatever state the adapter has by then."""
         inner = self.denoiser(prompts, guidance)
-        if self.lora is None:
+        if not self.tuned:
             return inner
 
         @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import delta
 from ..denoiser import per_sample
 from ..sampling import leading_timesteps
 from .base import Conditioning, DiffusersPolicy
@@ -60,6 +61,10 @@ class UNetPolicy(DiffusersPolicy):
 
     def _native_size(self) -> int:
         return int(self.network.config.sample_size)
+
+    def delta_key(self, name: str) -> str:
+        """As trainer.delta has it."""
+        return delta.key(name)
 
     def _encode_prompts(self, prompts: list[str]) -> Conditioning:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]}
