@@ -10,25 +10,28 @@ import torch
 from PIL import Image
 from tests_of_processes import finish, said, start
 
+from trainer.cache import TensorCache
 from trainer.data import Samples, load_samples, read_captions
 from trainer.images import load
-from trainer.latents import LatentCache
+from trainer.policies.load import load_policy
 from trainer.processes import joined
+
+SQUARE = ((8, 8),)
 
 
 class Encoder:
     """An autoencoder that halves pictures, and counts them."""
 
-    def __init__(self):
-        self.seen = 0
+    def __init__(self, name="vae"):
+        self.seen, self.name = 0, name
+
+    def latents_depend_on(self):
+        return self.name
 
     def encode(self, images):
         self.seen += len(images)
         mean = torch.nn.functional.avg_pool2d(images, 2)
         return mean, 0.001 + 0 * mean
-
-    def sigmas(self, steps):
-        return torch.zeros(steps + 1)
 
 
 def picture(path, seed, caption=None):
@@ -52,14 +55,14 @@ def test_subfolders_named_with_a_number_count_so_often(tmp_path):
     picture(tmp_path / "2024" / "d.png", 3, "no number and name")
     picture(tmp_path / "0_none" / "e.png", 4, "nought is no number of times")
     picture(tmp_path / "7_.png", 5, "a file")
-    pairs = read_captions(tmp_path)
+    pairs = read_captions(str(tmp_path))
     times = {caption: sum(c == caption for _, c in pairs) for _, caption in pairs}
     assert times == {"a dog": 3, "a deep dog": 3, "any dog": 1, "no number and name": 1, "nought is no number of times": 1, "a file": 1}
     encoder = Encoder()
-    samples = load_samples(encoder, "", str(tmp_path), 8)
-    assert encoder.seen == 6 and len(samples.prompts) == 10 and samples.mean.shape == (6, 3, 4, 4)
-    whole = samples.batch(0, 0, 0, 10, 0)
-    plain = Samples(samples.prompts, samples.mean[samples.picture], samples.std[samples.picture]).batch(0, 0, 0, 10, 0)
+    samples = load_samples(encoder, "", str(tmp_path), SQUARE)
+    assert encoder.seen == 6 and len(samples.prompts) == 10 and torch.stack(samples.mean).shape == (6, 3, 4, 4)
+    whole = samples.batch(0, 0, 0, 10)
+    plain = Samples(samples.prompts, *(torch.stack(v)[samples.picture] for v in (samples.mean, samples.std))).batch(0, 0, 0, 10)
     assert whole.prompts == plain.prompts and torch.equal(whole.latents, plain.latents)
     dogs = [latent for latent, prompt in zip(whole.latents, whole.prompts) if prompt == "a dog"]
     expected = Encoder().encode(load(tmp_path / "3_sks dog" / "a.png", 8)[None])[0][0]
@@ -69,11 +72,11 @@ def test_subfolders_named_with_a_number_count_so_often(tmp_path):
 def test_manifests_name_pictures_and_captions(folder):
     (folder / "list.csv").write_text('image,text\n0.png,"a, b"\n1.png,\n0.png,again\n', "utf-8")
     expected = [(folder / "0.png", "a, b"), (folder / "1.png", "caption 1"), (folder / "0.png", "again")]
-    assert read_captions(folder / "list.csv") == expected
+    assert read_captions(str(folder / "list.csv")) == expected
     lines = [{"file_name": "2.png", "caption": "ü"}, {"path": str(folder / "3.png"), "prompt": "p"}]
     (folder / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
-    assert read_captions(folder / "list.jsonl") == [(folder / "2.png", "ü"), (folder / "3.png", "p")]
-    samples = load_samples(Encoder(), "", str(folder / "list.csv"), 8)
+    assert read_captions(str(folder / "list.jsonl")) == [(folder / "2.png", "ü"), (folder / "3.png", "p")]
+    samples = load_samples(Encoder(), "", str(folder / "list.csv"), SQUARE)
     assert samples.prompts == ("a, b", "caption 1", "again") and samples.picture.tolist() == [0, 1, 0]
 
 
@@ -92,57 +95,105 @@ def test_manifests_name_pictures_and_captions(folder):
 def test_bad_lists_and_captions_name_their_file(name, content, message, folder):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_captions(folder / name if name.startswith("a.") else folder)
+        read_captions(str(folder / name if name.startswith("a.") else folder))
     with pytest.raises(ValueError, match=r"no image folder .* and no manifest"):
-        read_captions(folder / "nothing")
+        read_captions(str(folder / "nothing"))
 
 
 # -- latents on disk -------------------------------------------------------------------------------------------------
 
 
 def test_pictures_are_encoded_once_whatever_they_are_called(folder, tmp_path):
-    plain = load_samples(Encoder(), "", str(folder), 8)
-    encoder, cache = Encoder(), LatentCache(tmp_path / "cache", "vae")
+    plain = load_samples(Encoder(), "", str(folder), SQUARE)
+    encoder, cache = Encoder(), TensorCache(tmp_path / "cache")
     for path in ("0.png", "0.txt"):
         (folder / path).rename(folder / f"moved {path}")
     (tmp_path / "cache" / "left by a kill.partial").write_bytes(b"half")
     for _ in range(2):
-        samples = load_samples(encoder, "", str(folder), 8, cache)
-        order = [plain.prompts.index(prompt) for prompt in samples.prompts]
-        assert torch.equal(samples.mean, plain.mean[order]) and torch.equal(samples.std, plain.std[order])
+        samples = load_samples(encoder, "", str(folder), SQUARE, cache)
+        for i, prompt in enumerate(samples.prompts):
+            ours, theirs = samples.picture[i], plain.picture[plain.prompts.index(prompt)]
+            assert torch.equal(samples.mean[ours], plain.mean[theirs]) and torch.equal(samples.std[ours], plain.std[theirs])
     assert encoder.seen == 5 and len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
     picture(folder / "1.png", 99)  # another picture under an old name
-    load_samples(encoder, "", str(folder), 8, cache)
+    load_samples(encoder, "", str(folder), SQUARE, cache)
     assert encoder.seen == 6
-    load_samples(encoder, "", str(folder), 4, cache)  # another size
-    load_samples(encoder, "", str(folder), 8, LatentCache(tmp_path / "cache", "another vae"))
+    load_samples(encoder, "", str(folder), [(4, 4)], cache)  # another size
+    encoder.name = "another vae"
+    load_samples(encoder, "", str(folder), SQUARE, cache)
     assert encoder.seen == 16
 
 
 def test_damaged_latents_are_encoded_again(folder, tmp_path):
-    encoder, cache = Encoder(), LatentCache(tmp_path / "cache", "vae")
-    whole = load_samples(encoder, "", str(folder), 8, cache)
+    encoder, cache = Encoder(), TensorCache(tmp_path / "cache")
+    whole = load_samples(encoder, "", str(folder), SQUARE, cache)
     for name, content in zip(sorted((tmp_path / "cache").iterdir()), (b"", b"garbage", None)):
         name.write_bytes(name.read_bytes()[:-8] if content is None else content)
-    assert torch.equal(load_samples(encoder, "", str(folder), 8, cache).mean, whole.mean)
+    again = load_samples(encoder, "", str(folder), SQUARE, cache)
+    assert all(torch.equal(a, b) for a, b in zip(again.mean, whole.mean, strict=True))
     assert encoder.seen == 8
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to"):
-        LatentCache(tmp_path / "file" / "below", "vae")
-    cache = LatentCache(tmp_path / "cache", "vae")
+        TensorCache(tmp_path / "file" / "below")
+    cache = TensorCache(tmp_path / "cache")
     (tmp_path / "cache").rmdir()
-    with pytest.raises(OSError, match="cannot write latents to"):
-        load_samples(Encoder(), "", str(folder), 8, cache)
+    with pytest.raises(OSError, match="cannot write to"):
+        load_samples(Encoder(), "", str(folder), SQUARE, cache)
+
+
+# -- prompts on disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev"])
+def test_prompts_in_the_cache_need_no_text_encoder(family, family_folder, tmp_path, monkeypatch):
+    prompts, cache = ["a red star", "a ring", ""], TensorCache(tmp_path / "cache")
+    plain, first, second = (load_policy(family_folder(family), image_size=64) for _ in range(3))
+    first.prepare(prompts, cache)
+    monkeypatch.setattr(second.pipeline, "encode_prompt", None)
+    second.prepare([*prompts, "a ring"], cache)
+    expected, found = (policy.conditioning(prompts) for policy in (plain, second))
+    assert expected.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    with pytest.raises(TypeError):
+        second.conditioning(["unheard of"])
+
+
+def test_prompts_are_encoded_again_where_anything_that_they_depend_on_changes(family_folder, tmp_path):
+    folder, cache, seen = family_folder("sd3"), TensorCache(tmp_path / "cache"), []
+
+    def encoded(change=lambda policy: None, dtype=torch.float32):
+        policy = load_policy(folder, image_size=64, dtype=dtype)
+        change(policy)
+        encode = policy._encode_prompts
+        policy._encode_prompts = lambda prompts: seen.extend(prompts) or encode(prompts)
+        policy.prepare(["a red star", ""], cache)
+        return [seen.pop() for _ in list(seen)]
+
+    assert len(encoded()) == 2 and encoded() == []
+    assert encoded(lambda p: setattr(p.pipeline.text_encoder_2.config, "_name_or_path", "moved")) == []
+    assert len(encoded(dtype=torch.bfloat16)) == 2
+    assert len(encoded(lambda p: p.pipeline.text_encoder_3.shared.weight.data.add_(1e-3))) == 2
+    assert len(encoded(lambda p: setattr(p.pipeline.text_encoder.config, "hidden_act", "gelu_new"))) == 2
+    assert len(encoded(lambda p: setattr(p.pipeline.tokenizer_3, "model_max_length", 8))) == 2
+    assert len(encoded(lambda p: setattr(p, "max_tokens", 128))) == 2
+    assert len(encoded(lambda p: p.pipeline.register_modules(text_encoder_3=None, tokenizer_3=None))) == 2
+    damaged = sorted((tmp_path / "cache").iterdir())
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert len(encoded()) == 2
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
 
 
 def encode_in_process(out, folder):
     with joined() as processes:
         encoder = Encoder()
-        samples = load_samples(encoder, "", str(folder), 8, LatentCache(out / "cache", "vae"), processes)
-        torch.save({"seen": encoder.seen, "mean": samples.mean}, out / f"{processes.rank}.pt")
+        samples = load_samples(encoder, "", str(folder), SQUARE, TensorCache(out / "cache"), processes)
+        torch.save({"seen": encoder.seen, "mean": torch.stack(samples.mean)}, out / f"{processes.rank}.pt")
 
 
 def test_processes_share_the_encoding(folder, tmp_path):
@@ -150,5 +201,5 @@ def test_processes_share_the_encoding(folder, tmp_path):
     assert finish(start(2, encode_in_process, tmp_path / "out", folder)) == [0, 0], said(tmp_path / "out", 0)
     found = [torch.load(tmp_path / "out" / f"{rank}.pt") for rank in range(2)]
     assert sorted(f["seen"] for f in found) == [2, 3]
-    expected = load_samples(Encoder(), "", str(folder), 8).mean
+    expected = torch.stack(load_samples(Encoder(), "", str(folder), SQUARE).mean)
     assert all(torch.equal(f["mean"], expected) for f in found)

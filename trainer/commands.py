@@ -14,11 +14,12 @@ import torch
 
 from . import convert
 from . import images as pictures
+from .buckets import bucket_sizes
+from .cache import TensorCache
 from .config import ConfigError, build, override, plain, read_toml
 from .data import Samples, encode_images, load_samples, read_prompts
 from .generate import Generation, generate, generate_base
-from .hashes import file_hash, module_hash
-from .latents import LatentCache
+from .hashes import file_hash
 from .lora_file import load_consistency, load_lora, read_lora
 from .metrics.evaluate import Features
 from .metrics.features import DINO, Dino
@@ -90,16 +91,16 @@ def _base_hash(model: str) -> str:
     return file_hash(convert.weight_files(path / BASE_UNET if (path / BASE_UNET).is_dir() else path)[0])
 
 
-def _samples(config: TrainConfig, policy: DiffusersPolicy, processes: Processes) -> Samples:
+def _samples(config: TrainConfig, policy: DiffusersPolicy, cache: TensorCache | None, processes: Processes) -> Samples:
+    if config.buckets and config.images in ("", "demo"):
+        raise ConfigError("buckets = true: they are for `images` of your own")
     if config.images == "demo":
         from .demo.show import FULL, real_images
 
         return encode_images(policy, *real_images(FULL.real, config.seed))
     size = config.image_size or policy.image_size[-1]
-    cache = None
-    if config.images and config.cache:
-        cache = LatentCache(Path(config.cache), f"{module_hash(policy.vae)}/{policy.vae.config.scaling_factor}")
-    return load_samples(policy, config.prompts, config.images, size, cache, processes)
+    sizes = bucket_sizes(size, policy.unit) if config.buckets else ((size, size),)
+    return load_samples(policy, config.prompts, config.images, sizes, cache, processes)
 
 
 def _load_consistency(policy: DiffusersPolicy, config: TrainConfig) -> None:
@@ -191,13 +192,15 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
     reward = load_reward(config.reward, config.normalise, device, config.reward_dtype)
     policy = load_policy(config.model, device, config.model_options, config.image_size)
     _set_speed(policy, config)
-    samples = _samples(config, policy, processes)
+    cache = TensorCache(Path(config.cache)) if config.cache else None
+    samples = _samples(config, policy, cache, processes)
     if config.consistency:
         _load_consistency(policy, config)
     features = _features(config.features, device) if config.features else None
     watcher = _watcher(config, policy, reward, samples, device) if config.watch.every else None
     run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes)
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
+    policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
     if config.checkpoint_reward:
         recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
         if recompute is None:

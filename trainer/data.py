@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import images as pictures
 from . import manifest
-from .draws import Draws, generator
-from .latents import LatentCache
+from .buckets import Size, micro_batch, nearest
+from .cache import TensorCache, Tensors, key_of
+from .dataset import PREFIX, read_dataset
+from .draws import Draws
+from .images import Picture
 from .policy import Batch, Policy
 from .processes import ALONE, Processes
+
+PIXELS_AT_ONCE = 2**21  # that are decoded and encoded together: 8 pictures of 512², 2 of 1024²
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -31,11 +39,15 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_captions(source: Path) -> list[tuple[Path, str]]:
-    """Pictures and their captions, from a folder of pictures with a `.txt` beside each, or from a CSV or JSONL manifest.
+def read_captions(images: str) -> Sequence[tuple[Picture, str]]:
+    """Pictures and their captions, from a folder of pictures with a `.txt` beside each, from a CSV or JSONL manifest, or from
+    a data set `hf:PATH_OR_NAME[:split]`.
 
     A picture in a subfolder `N_name` is there N times, as in kohya's layout.
     """
+    if images.startswith(PREFIX):
+        return read_dataset(images.removeprefix(PREFIX))
+    source = Path(images)
     if source.is_file() and source.suffix.lower() in manifest.SUFFIXES:
         return _of_manifest(source)
     if not source.is_dir():
@@ -78,38 +90,38 @@ def _repeats(path: Path, folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Samples:
-    """N prompts, and for captioned images the posterior of each: mean and standard deviation (N,C,h,w).
+    """N prompts, and for captioned images the posterior of each: mean and standard deviation, N times (C,h,w).
 
-    Where a picture comes several times, `picture` (N,) says which row of mean and std is whose.
+    Where a picture comes several times, `picture` (N,) says which of mean and std is whose. Shapes may differ: samples of
+    one shape are a bucket.
     """
 
     prompts: tuple[str, ...]
-    mean: Tensor | None = None
-    std: Tensor | None = None
+    mean: Tensor | Sequence[Tensor] | None = None
+    std: Tensor | Sequence[Tensor] | None = None
     picture: Tensor | None = None
 
-    def batch(self, seed: int, step: int, first: int, size: int, number: int) -> Batch:
-        """Samples first … first+size−1 of the run; each pass over the data is a new permutation."""
-        n = len(self.prompts)
-        numbers = range(first, first + size)
-        rows = [int(_permutation(seed, i // n, n)[i % n]) for i in numbers]
-        draws = Draws(seed, step, tuple(numbers))
+    @cached_property
+    def bucket(self) -> Tensor:
+        """Each sample's bucket (N,), numbered from 0."""
+        if self.mean is None:
+            return torch.zeros(len(self.prompts), dtype=torch.long)
+        shapes = [tuple(mean.shape) for mean in self.mean]
+        numbers = {shape: i for i, shape in enumerate(dict.fromkeys(shapes))}
+        found = torch.tensor([numbers[shape] for shape in shapes])
+        return found if self.picture is None else found[self.picture]
+
+    def batch(self, seed: int, step: int, number: int, size: int, share: range | None = None) -> Batch:
+        """Of micro-batch `number` of `size` samples those in `share`, all without; see `micro_batch` for which they are."""
+        share = share or range(size)
+        rows = micro_batch(self.bucket, size, seed, number)[share.start : share.stop]
+        draws = Draws(seed, step, tuple(number * size + i for i in share))
         latents = None
         if self.mean is not None and self.std is not None:
-            seen = rows if self.picture is None else self.picture[rows]
-            latents = self.mean[seen] + self.std[seen] * draws.normal("posterior", self.mean.shape[1:]).to(self.mean)
+            seen = rows if self.picture is None else self.picture[rows].tolist()
+            mean, std = (torch.stack([values[r] for r in seen]) for values in (self.mean, self.std))
+            latents = mean + std * draws.normal("posterior", mean.shape[1:]).to(mean)
         return Batch(tuple(self.prompts[r] for r in rows), draws, number, latents)
-
-
-_last_permutation: tuple[tuple[int, int, int], Tensor] | None = None
-
-
-def _permutation(seed: int, epoch: int, n: int) -> Tensor:
-    global _last_permutation
-    key = (seed, epoch, n)
-    if _last_permutation is None or _last_permutation[0] != key:
-        _last_permutation = (key, torch.randperm(n, generator=generator(seed, "epoch", epoch)))
-    return _last_permutation[1]
 
 
 def encode_images(policy: Policy, images: Tensor, captions: Sequence[str], chunk: int = 32) -> Samples:
@@ -120,48 +132,68 @@ def encode_images(policy: Policy, images: Tensor, captions: Sequence[str], chunk
     return Samples(tuple(captions), torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts]))
 
 
+class Encoder(Protocol):
+    """What of a policy is needed to encode pictures."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As Policy."""
+        ...
+
+    def latents_depend_on(self) -> str:
+        """A name of everything that decides a picture's latents."""
+        ...
+
+
 def load_samples(
-    policy: Policy, prompts: str, images: str, size: int, cache: LatentCache | None = None, processes: Processes = ALONE
+    policy: Encoder,
+    prompts: str,
+    images: str,
+    sizes: Sequence[Size],
+    cache: TensorCache | None = None,
+    processes: Processes = ALONE,
 ) -> Samples:
-    """Samples from captioned images (see `read_captions`), or from a prompt file where no images are wanted."""
+    """Samples from captioned images (see `read_captions`), or from a prompt file where no images are wanted.
+
+    Each picture is cropped to that of `sizes` whose aspect ratio is nearest. With a cache it is encoded once for all runs.
+    """
     if images:
-        pairs = read_captions(Path(images))
-        paths = list(dict.fromkeys(path for path, _ in pairs))
-        if cache is None:
-            mean, std = _encode(policy, paths, size)
-        else:
-            mean, std = _cached(policy, paths, size, cache, processes)
-        numbers = {path: i for i, path in enumerate(paths)}
-        which = torch.tensor([numbers[path] for path, _ in pairs])
-        return Samples(tuple(caption for _, caption in pairs), mean, std, which if len(paths) < len(pairs) else None)
+        pairs = read_captions(images)
+        sized = {picture: sizes[0] if len(sizes) == 1 else nearest(pictures.size_of(picture), sizes) for picture, _ in pairs}
+        names: dict[Picture, Picture | str] = {picture: picture for picture in sized}
+        if cache is not None:
+            model = policy.latents_depend_on()
+            names = {picture: key_of("picture", _content(picture), str(size), model) for picture, size in sized.items()}
+        distinct = {name: picture for picture, name in names.items()}  # equal pictures of several names are one for a cache
+        chosen = sorted(distinct, key=lambda name: sizes.index(sized[distinct[name]]))  # those of a size are encoded together
+
+        def encode(part: Sequence[int]) -> list[Tensors]:
+            return _encode(policy, [distinct[chosen[i]] for i in part], sized)
+
+        found = encode(range(len(chosen))) if cache is None else cache.filled([str(name) for name in chosen], encode, processes)
+        rows = {name: i for i, name in enumerate(chosen)}
+        which = torch.tensor([rows[names[picture]] for picture, _ in pairs])
+        return Samples(tuple(caption for _, caption in pairs), [f["mean"] for f in found], [f["std"] for f in found], which)
     if prompts:
         return Samples(tuple(read_prompts(Path(prompts))))
     raise ValueError("nothing to train on: give `images` (a folder of pictures with .txt captions) or `prompts` (a text file)")
 
 
-def _encode(policy: Policy, paths: Sequence[Path], size: int, chunk: int = 32) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations (N,C,h,w) of pictures, `chunk` of which are in memory at a time."""
-    parts = [policy.encode(torch.stack([pictures.load(path, size) for path in paths[i : i + chunk]])) for i in range(0, len(paths), chunk)]
-    return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
+def _content(picture: Picture) -> str:
+    try:
+        return hashlib.sha256(picture.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{picture} is no readable picture: {error}") from error
 
 
-def _cached(policy: Policy, paths: Sequence[Path], size: int, cache: LatentCache, processes: Processes) -> tuple[Tensor, Tensor]:
-    """The same from a cache, after each process has encoded its share of what is missing there."""
-    keys = [cache.key(path, size) for path in paths]
-    found = [cache.read(key) for key in keys]
-    gaps = processes.exchange([i for i, posterior in enumerate(found) if posterior is None])
-    missing = sorted(set[int]().union(*gaps))  # another run may have filled one since: all must share one list
-    share = processes.share(len(missing))
-    for first in range(share.start, share.stop, 32):
-        part = missing[first : min(first + 32, share.stop)]
-        for i, mean, std in zip(part, *_encode(policy, [paths[i] for i in part], size)):
-            cache.write(keys[i], mean, std)
-    processes.exchange(None)
-    for i in missing:  # what lies on the disk, whoever encoded it: all processes train on equal numbers
-        found[i] = cache.read(keys[i])
-    lost = [path for path, posterior in zip(paths, found) if posterior is None]
-    if lost:
-        raise OSError(f"the latents of {lost[0]} were written to {cache.folder} and cannot be read: must the disk be shared?")
-    whole = [posterior for posterior in found if posterior is not None]
-    device = policy.sigmas(1).device
-    return torch.stack([mean for mean, _ in whole]).to(device), torch.stack([std for _, std in whole]).to(device)
+def _encode(policy: Encoder, chosen: Sequence[Picture], sized: Mapping[Picture, Size]) -> list[Tensors]:
+    """Means and standard deviations (C,h,w) of pictures, on the CPU; few pictures, all of one size, are in memory at a time."""
+    found: list[Tensors] = [{} for _ in chosen]
+    for size in dict.fromkeys(sized[picture] for picture in chosen):
+        rows = [i for i, picture in enumerate(chosen) if sized[picture] == size]
+        at_once = max(1, min(32, PIXELS_AT_ONCE // (size[0] * size[1])))
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            mean, std = policy.encode(torch.stack([pictures.load(chosen[i], size) for i in part]))
+            for i, one, spread in zip(part, mean.cpu(), std.cpu()):
+                found[i] = {"mean": one, "std": spread}
+    return found

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Picture(Protocol):
+    """Where an encoded picture lies: a Path, or a row of a data set. `str()` is what errors call it."""
+
+    def read_bytes(self) -> bytes:
+        """The whole of it."""
+        ...
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -20,22 +29,37 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(picture: Picture) -> Image.Image:
     """A picture as 8-bit RGB, upright as its EXIF orientation says.
 
     Transparent parts become white; of an animation, the first frame; 16 bits are scaled to 8; CMYK is converted without a profile.
     """
     try:
-        with Image.open(path) as opened:
+        with _opened(picture) as opened:
             opened.load()
-            picture: Any = _eight_bit(ImageOps.exif_transpose(opened))
-            picture = picture.convert("RGBA") if "A" in picture.getbands() or "transparency" in picture.info else picture.convert("RGB")
+            upright: Any = _eight_bit(ImageOps.exif_transpose(opened))
+            upright = upright.convert("RGBA") if "A" in upright.getbands() or "transparency" in upright.info else upright.convert("RGB")
     except Exception as error:  # of a damaged file Pillow's readers raise whatever they stumble over
-        raise ValueError(f"{path} is no readable picture: {error}") from error
-    if picture.mode == "RGBA":
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture).convert("RGB")
-    return picture
+        raise ValueError(f"{picture} is no readable picture: {error}") from error
+    if upright.mode == "RGBA":
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright).convert("RGB")
+    return upright
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width) of a picture as `open_picture` gives it, from its header alone."""
+    try:
+        with _opened(picture) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    except Exception as error:
+        raise ValueError(f"{picture} is no readable picture: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def _opened(picture: Picture) -> Image.Image:
+    return Image.open(picture if isinstance(picture, Path) else BytesIO(picture.read_bytes()))
 
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
@@ -50,16 +74,17 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
-def load(path: Path, size: int) -> Tensor:
-    """A picture as (3,size,size) in [0,1]: shorter side resized to `size`, centre cropped; see `open_picture`."""
-    picture = open_picture(path)
-    width, height = picture.size
-    if (width, height) != (size, size):
-        scale = size / min(width, height)
-        picture = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC)
-        left, top = (picture.width - size) // 2, (picture.height - size) // 2
-        picture = picture.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
+def load(picture: Picture, size: int | tuple[int, int]) -> Tensor:
+    """A picture as (3,H,W) in [0,1], H,W = `size` (one number: a square): scaled, antialiased, until it covers that, then
+    centre cropped; see `open_picture`."""
+    height, width = (size, size) if isinstance(size, int) else size
+    found = open_picture(picture)
+    if found.size != (width, height):
+        scale = max(width / found.width, height / found.height)
+        found = found.resize((max(width, round(found.width * scale)), max(height, round(found.height * scale))), Image.Resampling.BICUBIC)
+        left, top = (found.width - width) // 2, (found.height - height) // 2
+        found = found.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.asarray(found, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def load_bytes(path: Path) -> Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 SUFFIXES = (".csv", ".jsonl")
-_PATHS = ("path", "image", "file", "file_name", "filename", "image_path")  # columns that other tools write
-_PROMPTS = ("prompt", "caption", "text")
+PICTURE_COLUMNS = ("path", "image", "file", "file_name", "filename", "image_path")  # columns that other tools write
+PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
 def read_manifest(path: Path, prompt_column: str = "") -> Iterator[tuple[Path, str | None]]:
@@ -19,12 +19,12 @@ def read_manifest(path: Path, prompt_column: str = "") -> Iterator[tuple[Path, s
     The prompt is that of `prompt_column`, or of the first of prompt, caption and text that a row has.
     """
     for number, row in enumerate(_rows(path), 2 if path.suffix.lower() == ".csv" else 1):
-        picture = next((row[c] for c in _PATHS if row.get(c)), None)
+        picture = next((row[c] for c in PICTURE_COLUMNS if row.get(c)), None)
         if picture is None:
-            raise ValueError(f"{path}, line {number}: no picture; name one in a column {', '.join(_PATHS)}")
+            raise ValueError(f"{path}, line {number}: no picture; name one in a column {', '.join(PICTURE_COLUMNS)}")
         if prompt_column and prompt_column not in row:
             raise ValueError(f"{path}, line {number}: no column {prompt_column!r}; there are {', '.join(map(str, row))}")
-        columns = (prompt_column,) if prompt_column else _PROMPTS
+        columns = (prompt_column,) if prompt_column else PROMPT_COLUMNS
         prompt = next((str(row[c]).strip() for c in columns if row.get(c)), None)
         yield path.parent / str(picture), prompt or None
 

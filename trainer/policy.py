@@ -137,4 +137,8 @@ class Batch:
     prompts: tuple[str, ...]
     draws: Draws
     number: int  # counts micro-batches over the whole run
-    latents: Tensor | None = None  # (B,C,h,w), one posterior sample of each image
+    latents: Tensor | None = None  # (B,C,h,w), one posterior sample of each image; wherever they were kept, often on the CPU
+
+    def shape(self, policy: Policy) -> tuple[int, ...]:
+        """(C,h,w) of this batch's samples: that of its images, the policy's where it has none."""
+        return policy.latent_shape if self.latents is None else tuple(self.latents.shape[1:])

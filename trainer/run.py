@@ -53,12 +53,16 @@ class TrainConfig:
     )
     normalise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
     images: str = field(
-        default="", metadata={"help": "pictures with .txt captions (subfolders N_name count N times), CSV or JSONL, or `demo`"}
+        default="",
+        metadata={"help": "pictures with .txt captions (subfolders N_name count N times), CSV, JSONL, `hf:DATASET[:split]`, or `demo`"},
     )
     prompts: str = field(default="", metadata={"help": "text file, one prompt per line, where no images are used"})
     image_size: int = field(default=0, metadata={"min": 0, "help": "pixels of the square training images; 0: what the model was made for"})
+    buckets: bool = field(
+        default=False, metadata={"help": "images keep their aspect ratio: sizes of about image_size² pixels, one to a micro-batch"}
+    )
     model_options: ModelOptions = field(default_factory=ModelOptions, metadata={"help": "table: how the model's files are taken"})
-    cache: str = field(default="", metadata={"help": "folder that keeps encoded images for later runs; runs may share it"})
+    cache: str = field(default="", metadata={"help": "folder that keeps encoded images and prompts for later runs; runs may share it"})
     tune: Literal["lora", "full"] = field(
         default="lora", metadata={"help": "lora trains an adapter; full every weight of the denoiser, and writes the differences"}
     )
@@ -320,8 +324,7 @@ class Run:
     def batches(self, step: int, micro: int) -> Batch:
         """This process's share of micro-batch `micro` of optimizer step `step`."""
         number = step * self.config.accumulate + micro
-        share = self.processes.share(self.config.batch)
-        return self.samples.batch(self.config.seed, step, number * self.config.batch + share.start, len(share), number)
+        return self.samples.batch(self.config.seed, step, number, self.config.batch, self.processes.share(self.config.batch))
 
     def steps(self) -> Iterator[Step]:
         """Train until config.steps, the budget or the watch ends it, logging each step and saving every `save_every`.

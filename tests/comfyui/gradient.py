@@ -51,7 +51,7 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             for one in (headless, policy):
                 for parameter in one.parameters():
                     parameter.grad = None
-                loss(one, samples.batch(0, 0, 0, 4, 0), reward)[0].backward()
+                loss(one, samples.batch(0, 0, 0, 4), reward)[0].backward()
                 gradients.append({n: p.grad.clone() for n, p in one.named_parameters()})
             assert gradients[0].keys() == gradients[1].keys(), sorted(gradients[0].keys() ^ gradients[1].keys())[:4]
             ours, theirs = (torch.cat([g[n].flatten() for n in sorted(g)]) for g in gradients)

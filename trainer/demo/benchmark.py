@@ -82,7 +82,7 @@ class Stepper:
         if not case.cache_latents:
             rows = torch.arange(case.batch) % len(self.images)
             samples = encode_images(self.policy, self.images[rows], [self.captions[r] for r in rows.tolist()])
-        batch = samples.batch(0, self.number, self.number * case.batch, case.batch, 0)
+        batch = dataclasses.replace(samples.batch(0, self.number, self.number, case.batch), number=0)
         self.optimizer.zero_grad()
         case.objective(self.policy, batch, self.reward)[0].backward()
         self.optimizer.step()

@@ -47,7 +47,7 @@ def distil(work: Path, steps: int, batch: int, lr: float = 1e-3, decay: float = 
     """
     policy = UNetPolicy.load(files.PIPELINE)
     samples = encode_images(policy, *real_images(4096, seed))
-    assert samples.mean is not None
+    assert isinstance(samples.mean, torch.Tensor)
     policy.add_lora(LORA, seed)
     average = Ema(policy.named_parameters(), decay)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)

@@ -157,7 +157,7 @@ def one_step(
     draws = batch.draws
     if rows is not None:
         draws = replace(draws, indices=tuple(draws.indices[r] for r in rows.tolist()))
-    noise = draws.normal(f"step {i}", policy.latent_shape).to(x) if eta > 0 and float(sigmas[i + 1]) > 0 else None
+    noise = draws.normal(f"step {i}", batch.shape(policy)).to(x) if eta > 0 and float(sigmas[i + 1]) > 0 else None
     here, there = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
     return step(x, denoised, here, there, noise, eta if noise is not None else 0.0, policy.space)
 

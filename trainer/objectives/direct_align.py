@@ -106,7 +106,7 @@ class DirectAlign(Stateless):
 
     def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        noise = batch.draws.normal("start", policy.latent_shape)
+        noise = batch.draws.normal("start", batch.shape(policy))
         x0 = self._clean(policy, batch, noise)
         noise = noise.to(x0)
         losses: list[Tensor] = []
@@ -135,7 +135,7 @@ class DirectAlign(Stateless):
         if self.source == "offline":
             if batch.latents is None:
                 raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
-            return batch.latents
+            return batch.latents.to(policy.sigmas(self.steps).device)
         indices = torch.zeros(len(batch.prompts), dtype=torch.long)
         x = policy.start(noise, self.steps)
         return roll(policy, batch, x, indices, indices + self.steps, policy.sigmas(self.steps), self.guidance, self.eta)

@@ -56,7 +56,7 @@ class Chain(Stateless):
     def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         sigmas, first = policy.sigmas(self.steps), self.first(batch)
-        x = policy.start(batch.draws.normal("start", policy.latent_shape), self.steps)
+        x = policy.start(batch.draws.normal("start", batch.shape(policy)), self.steps)
         indices = torch.zeros(len(x), dtype=torch.long)
         x = roll(policy, batch, x, indices, indices + first, sigmas, self.guidance, self.eta)
         denoise = self.evaluate(policy, batch)
@@ -120,7 +120,7 @@ class DRaFTLV(DRaFTK):
         sigma = sigmas[self.steps - 1].expand(len(x))
         denoise = self.evaluate(policy, batch)
         for j in range(self.samples):
-            noise = batch.draws.normal(f"low variance {j}", policy.latent_shape).to(x)
+            noise = batch.draws.normal(f"low variance {j}", batch.shape(policy)).to(x)
             scores.append(reward(policy.decode(denoise(policy.add_noise(x.detach(), noise, sigma), sigma)), batch.prompts))
         return torch.cat(scores)
 
@@ -205,7 +205,7 @@ class DRTune(Chain):
         if not any(i <= last for i in trained):
             trained = {last}  # an early end before the first trained step would leave nothing to learn from
         denoise, frozen = self.evaluate(policy, batch), policy.denoiser(batch.prompts, self.guidance)
-        x = policy.start(batch.draws.normal("start", policy.latent_shape), self.steps)
+        x = policy.start(batch.draws.normal("start", batch.shape(policy)), self.steps)
         for i in range(last + 1):
             sigma = sigmas[i].expand(len(x))
             if i in trained:

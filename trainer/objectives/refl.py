@@ -75,7 +75,7 @@ class ReFL(Stateless):
         sigmas = policy.sigmas(self.steps)
         low, high = self.index_range(sigmas)
         m = batch.draws.integers("gradient step", low, high, shared=not self.per_sample)
-        x = policy.start(batch.draws.normal("start", policy.latent_shape), self.steps)
+        x = policy.start(batch.draws.normal("start", batch.shape(policy)), self.steps)
         x = roll(policy, batch, x, torch.zeros_like(m), m, sigmas, self.guidance, self.eta)
         denoised = policy.denoiser(batch.prompts, self.guidance)(x, sigmas[m])
         return self._reward_loss(policy, batch, reward, x, sigmas[m], denoised)
@@ -136,12 +136,13 @@ class ImageReFL(ReFL):
         if batch.latents is None:
             raise ValueError("ImageReFL trains on real images: give a folder of images with captions, or refl_share = 1")
         sigmas = policy.sigmas(self.steps)
+        latents = batch.latents.to(sigmas.device)
         low, high = self.index_range(sigmas)
         first = batch.draws.integers("image start", self.start_from, self.start_to, shared=not self.per_sample)
         last = batch.draws.integers("gradient step", low, high, shared=not self.per_sample).maximum(first)
 
-        noise = batch.draws.normal("start", policy.latent_shape).to(batch.latents)
-        start = policy.add_noise(batch.latents, noise, sigmas[first])
+        noise = batch.draws.normal("start", batch.shape(policy)).to(latents)
+        start = policy.add_noise(latents, noise, sigmas[first])
         denoiser = policy.denoiser(batch.prompts, self.guidance)
         if self.diffusion_weight == 0 and bool((last > first).all()):
             with torch.no_grad():
@@ -154,7 +155,7 @@ class ImageReFL(ReFL):
         if self.diffusion_weight > 0:
             here = sigmas[first]
             scale = per_sample(alpha(here, policy.space) / here, start)  # ε̂ − ε = −(x̂0 − x0)·α/σ, in either space
-            errors = ((at_start - batch.latents) * scale).square().flatten(1).mean(1)
+            errors = ((at_start - latents) * scale).square().flatten(1).mean(1)
             loss = loss + self.diffusion_weight * errors.mean()
             logs["diffusion"] = errors.detach()
         return loss, logs

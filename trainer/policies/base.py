@@ -6,6 +6,7 @@ that. Weights may be bfloat16; adapters, noise levels and x0-predictions are flo
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Collection, Generator, Sequence
@@ -18,14 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..cache import TensorCache, key_of
 from ..denoiser import Denoiser, classifier_free_guidance
+from ..hashes import module_hash
 from ..policy import AdapterState, Lora, initial_down, kohya_key
+from ..processes import ALONE, Processes
 from ..sampling import Space, add_noise
 from .versions import Versions, places
 
 Conditioning = dict[str, Tensor]
 """What a network is told of B prompts: tensors (B, …) by name, `encoder_hidden_states` (B,tokens,width) among them."""
 
+# What a text encoder's configuration says that its output does not depend on; the precision is the weights' own
+_UNREAD = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 TRAINED = "default"  # peft's own name for a first adapter, which parameter names carry
 
 
@@ -142,10 +148,15 @@ class DiffusersPolicy:
         if image_size is None:
             return channels, self._native_size(), self._native_size()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        unit = factor * self.patch
+        unit = self.unit
         if height % unit or width % unit or min(height, width) < unit:
             raise ValueError(f"images of {width}×{height} pixels: this model takes multiples of {unit}")
         return channels, height // factor, width // factor
+
+    @property
+    def unit(self) -> int:
+        """Pixels of which both sides of a picture must be multiples."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) * self.patch
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -380,18 +391,46 @@ class DiffusersPolicy:
 
         return denoise
 
+    def prepare(self, prompts: Sequence[str], cache: TensorCache | None = None, processes: Processes = ALONE) -> None:
+        """Encode prompts: afterwards `conditioning` knows them without text encoders, which need not run for those in `cache`.
+
+        What is known waits in host memory; T5's are 4 MB a prompt.
+        """
+        missing = sorted({p for p in prompts if p not in self._embeddings})
+        if not missing:
+            return
+        if cache is None:
+            found = self._encoded(missing)
+        else:
+            found = cache.filled(self._prompt_keys(missing), lambda part: self._encoded([missing[i] for i in part]), processes)
+        self._embeddings.update(zip(missing, found))
+
     @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """What the network is told of each prompt, on the CPU. Each is encoded alone: in a batch its rounding would depend on
+        the others, and a resumed run meets its prompts in other company."""
+        with self._unparked(self._text_encoders()):
+            return [{key: value[0].cpu() for key, value in self._encode_prompts([prompt]).items()} for prompt in prompts]
+
+    def _prompt_keys(self, prompts: Sequence[str]) -> list[str]:
+        """Cache keys of prompts: text, tokens, the encoders' weights and configurations, the family and its limit of tokens."""
+        parts: dict[str, Any] = {name: part for name, part in sorted(self.pipeline.components.items()) if part is not None}
+        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
+        configs = {name: {k: v for k, v in part.config.to_dict().items() if k not in _UNREAD} for name, part in encoders.items()}
+        model = [type(self).__name__, str(getattr(self, "max_tokens", None)), json.dumps(configs, sort_keys=True, default=str)]
+        model += [f"{name} {module_hash(part)}" for name, part in encoders.items()]
+
+        def tokens(prompt: str) -> str:
+            return str([(t.pad_token_id, t.model_max_length, t(prompt, verbose=False).input_ids) for t in tokenizers])
+
+        return [key_of("prompt", prompt, tokens(prompt), *model) for prompt in prompts]
+
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """What the network is told of B prompts; each distinct prompt is encoded once in the policy's life."""
-        missing = sorted({p for p in prompts if p not in self._embeddings})
-        with self._unparked(self._text_encoders() if missing else []):
-            for first in range(0, len(missing), 64):
-                part = missing[first : first + 64]
-                encoded = self._encode_prompts(part)
-                for i, prompt in enumerate(part):
-                    self._embeddings[prompt] = {key: value[i].clone() for key, value in encoded.items()}
+        self.prepare(prompts)
         rows = [self._embeddings[p] for p in prompts]
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        return {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0]}
 
     def unconditional(self, n: int) -> Conditioning:
         """The same for n empty prompts."""
@@ -436,6 +475,10 @@ class DiffusersPolicy:
         scale, shift = self._latent_scale()
         pixels = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def latents_depend_on(self) -> str:
+        """A name of everything that decides a picture's latents."""
+        return f"{module_hash(self.vae)}/{self._latent_scale()}"
 
     def _latent_scale(self) -> tuple[float, float]:
         return float(self.vae.config.scaling_factor), float(getattr(self.vae.config, "shift_factor", None) or 0.0)
