@@ -350,3 +350,11 @@ def test_a_sum_recomputes_activations_in_every_part_that_can(reward_folder):
     total = load_reward(f"{reward_folder}=2, demo-proxy=1", True)
     total.checkpoint_gradients(True)
     assert all(p.reward.model.visual.transformer.grad_checkpointing for p in total.parts)
+
+
+def test_a_text_has_the_same_features_in_any_company():
+    """To the last bit: a resumed run meets its prompts in other batches than the run that was not stopped."""
+    prompts = ["a red star", "a ring", "three blue discs on green", "a large yellow square"]
+    together, alone = (demo.load_tower("proxy")[0] for _ in range(2))
+    expected = torch.cat([alone.text_features([prompt]) for prompt in prompts])
+    assert torch.equal(together.text_features(prompts), expected)

@@ -189,12 +189,11 @@ class MPS:
             if self._condition is None:
                 self._condition = self._words([CONDITION])[0][0]
             missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
-            for first in range(0, len(missing), 64):
-                part = missing[first : first + 64]
-                words, summaries = self._words(part)
-                affinity = (words.float() @ self._condition.float().T).amax(-1)  # (B,L): how much each word is about a quality
+            for prompt in missing:  # alone, as in TwoTower: so its rounding does not depend on others
+                words, summaries = self._words([prompt])
+                affinity = (words.float() @ self._condition.float().T).amax(-1)  # (1,L): how much each word is about a quality
                 keep = affinity / affinity.amax(-1, keepdim=True) > self.threshold
-                self._texts.update((p, _Text(*rows)) for p, *rows in zip(part, words, summaries, keep))
+                self._texts[prompt] = _Text(words[0], summaries[0], keep[0])
         read = [self._texts[p] for p in prompts]
         while len(self._texts) > TEXTS_KEPT:
             del self._texts[next(iter(self._texts))]

@@ -16,7 +16,6 @@ from ..reward import same_number
 from .preprocess import Fit, normalise
 
 TEXTS_KEPT = 20_000  # features of so many prompts stay in memory: 80 MB at 1024 numbers each
-TEXTS_AT_ONCE = 64
 
 
 class TwoTower:
@@ -81,10 +80,8 @@ class TwoTower:
         # Features made inside inference mode could not meet a graph later, and these are kept.
         with torch.inference_mode(False), torch.no_grad():
             device = self.model.logit_scale.device
-            for first in range(0, len(missing), TEXTS_AT_ONCE):
-                part = missing[first : first + TEXTS_AT_ONCE]
-                rows = F.normalize(self.model.encode_text(self.tokenize(part).to(device)).float(), dim=-1)
-                self._texts.update(zip(part, rows))
+            for prompt in missing:  # alone: in a batch its rounding would depend on the others, whom a resumed run meets in other company
+                self._texts[prompt] = F.normalize(self.model.encode_text(self.tokenize([prompt]).to(device)).float(), dim=-1)[0]
         features = torch.stack([self._texts[p] for p in prompts])
         while len(self._texts) > TEXTS_KEPT:
             del self._texts[next(iter(self._texts))]
