@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 from collections import Counter
 
 import numpy as np
@@ -12,23 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from test_family import Family
-from tests_of_processes import finish as finish_processes
-from tests_of_processes import said, start
-from tests_of_runs import command, finish, same_lora, settings, wait_for_steps
+from tests_of_processes import finish, log_of, said, start, toy_run
 
 from trainer import images
-from trainer.__main__ import main
 from trainer.buckets import bucket_sizes, micro_batch, nearest
-from trainer.data import Samples, load_samples
+from trainer.data import Samples
 from trainer.draws import Draws, generator
-from trainer.lora_file import read_lora
 from trainer.objectives import OBJECTIVES, Surroundings
 from trainer.policies.flux import FluxPolicy
-from trainer.policies.load import POLICIES
 from trainer.policies.sd3 import SD3Policy
 from trainer.policies.sdxl import SDXLPolicy
 from trainer.policies.unet import UNetPolicy
 from trainer.policy import Batch
+from trainer.processes import ALONE, joined
 
 
 def test_the_sizes_of_512_and_1024_are_those_found_by_hand():
@@ -175,3 +169,42 @@ def test_objectives_draw_at_the_size_of_the_batch(name, tmp_path):
         value.backward()
         assert torch.isfinite(value) and logs["reward"].shape == (2,)
     assert set(seen) == ({Family.latent_shape} if name == "sqdf" else {(3, 2, 5)})
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def toy(out, processes=ALONE, resume=False, stop=None):
+    """A run on pictures of three shapes, one of them there twice; its weight."""
+    run = toy_run("imagerefl with refl", out, processes)
+    draws, shapes = torch.Generator().manual_seed(1), [(3, 1, 2), (3, 2, 1), (3, 1, 2), (3, 1, 1), (3, 1, 2)]
+    mean = [0.5 * torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes]
+    which = torch.tensor([0, 1, 2, 3, 4, 4])
+    run.samples = Samples(("a", "bb", "ccc", "dddd", "eeeee", "f"), mean, [0.1 * torch.ones_like(m) for m in mean], which)
+    run.open_folder(overwrite=False, resume=resume)
+    for done in run.steps():
+        if done.number == stop:
+            run.save()
+            break
+    return run.policy.weight.detach()
+
+
+def toy_in_process(folder):
+    with joined() as processes:
+        torch.save(toy(folder / "two", processes), folder / f"{processes.rank}.pt")
+
+
+def test_a_resumed_run_on_buckets_is_the_whole_one(tmp_path):
+    whole = toy(tmp_path / "whole")
+    toy(tmp_path / "cut", stop=3)
+    assert torch.equal(toy(tmp_path / "cut", resume=True), whole)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_two_processes_on_buckets_are_one(tmp_path):
+    whole = toy(tmp_path / "one")
+    assert finish(start(2, toy_in_process, tmp_path)) == [0, 0], said(tmp_path, 0)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), whole, rtol=1e-6, atol=1e-9)
+    for here, there in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        assert here == pytest.approx(there, rel=1e-5, abs=1e-6)

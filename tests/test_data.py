@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -98,6 +100,104 @@ def test_bad_lists_and_captions_name_their_file(name, content, message, folder):
         read_captions(str(folder / name if name.startswith("a.") else folder))
     with pytest.raises(ValueError, match=r"no image folder .* and no manifest"):
         read_captions(str(folder / "nothing"))
+
+
+@pytest.mark.parametrize("sizes", [SQUARE, ((8, 8), (4, 16))])
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("content", [b"", b"no picture", "half", None])
+def test_unreadable_pictures_are_named(content, cached, sizes, folder, tmp_path):
+    good = (folder / "3.png").read_bytes()
+    (folder / "3.png").unlink()
+    if content is None:
+        (folder / "3.png").mkdir()
+    else:
+        (folder / "3.png").write_bytes(good[: len(good) // 2] if content == "half" else content)
+    with pytest.raises(ValueError, match=r"3\.png is no readable picture: "):
+        load_samples(Encoder(), "", str(folder), sizes, TensorCache(tmp_path / "cache") if cached else None)
+
+
+def test_few_pictures_are_in_memory_at_once(folder, monkeypatch):
+    most, encode = [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, images: most.append(tuple(images.shape)) or encode(self, images))
+    monkeypatch.setattr("trainer.data.PIXELS_AT_ONCE", 2 * 64)
+    load_samples(Encoder(), "", str(folder), SQUARE)
+    assert [shape[0] for shape in most] == [2, 2, 1]
+
+
+# -- data sets of the `datasets` library ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hf(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = pytest.importorskip("datasets", reason="pip install datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    library.disable_progress_bars()
+    return library
+
+
+def encoded(rows):
+    return [{"bytes": (row.read_bytes() if hasattr(row, "read_bytes") else row), "path": None} for row in rows]
+
+
+def table(hf, folder, **columns):
+    features = {"image": hf.Image()} | {name: hf.Value("string") for name in columns}
+    paths = sorted(folder.glob("*.png"))
+    return hf.Dataset.from_dict({"image": encoded(paths), **columns}, features=hf.Features(features))
+
+
+def test_data_sets_hold_what_folders_hold(hf, folder, tmp_path):
+    """Saved, as parquet and as a folder of pictures with a list: captions and latents are those of the plain folder."""
+    plain, captions = load_samples(Encoder(), "", str(folder), SQUARE), [f"caption {i}" for i in range(5)]
+    data = table(hf, folder, text=captions)
+    data.save_to_disk(tmp_path / "saved")
+    hf.DatasetDict({"some": data}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.png", "text": c}) + "\n" for i, c in enumerate(captions)))
+    cache, encoder = TensorCache(tmp_path / "cache"), Encoder()
+    for source in ("saved", "dict:some", "parquet", "pictures"):
+        found = load_samples(encoder, "", f"hf:{tmp_path / source}", SQUARE, cache)
+        for i, prompt in enumerate(found.prompts):
+            j = plain.prompts.index(prompt)
+            assert torch.equal(found.mean[found.picture[i]], plain.mean[plain.picture[j]])
+        assert sorted(found.prompts) == captions
+    assert encoder.seen == 5  # the pictures' bytes are the same wherever they lie
+
+
+def test_data_sets_that_do_not_fit_are_one_line(hf, folder, tmp_path, monkeypatch):
+    captions = [f"caption {i}" for i in range(5)]
+
+    def refusal(data, where=""):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        data.save_to_disk(tmp_path / "bad")
+        with pytest.raises(ValueError) as error:
+            load_samples(Encoder(), "", f"hf:{tmp_path / 'bad'}{where}", SQUARE)
+        assert "\n" not in str(error.value)
+        return str(error.value).replace(str(tmp_path), "")
+
+    data = table(hf, folder, text=captions)
+    assert refusal(data.remove_columns("image")) == (
+        "hf:/bad:train has no picture column (path, image, file, file_name, filename, image_path); there are text"
+    )
+    assert "has no caption column (prompt, caption, text); there are image, title" in refusal(data.rename_column("text", "title"))
+    assert "row 3 has an empty caption" in refusal(table(hf, folder, text=[*captions[:3], " ", "e"]))
+    assert "row 2: its caption is no text, but a NoneType" in refusal(table(hf, folder, text=[*captions[:2], None, "d", "e"]))
+    broken = encoded([b"no picture", *sorted(folder.glob("*.png"))[1:]])
+    features = hf.Features({"image": hf.Image(), "text": hf.Value("string")})
+    assert "row 0 is no readable picture" in refusal(hf.Dataset.from_dict({"image": broken, "text": captions}, features=features))
+    gone = [None, *encoded(sorted(folder.glob("*.png"))[1:])]
+    assert "row 0 is no readable picture: it is empty" in refusal(
+        hf.Dataset.from_dict({"image": gone, "text": captions}, features=features)
+    )
+    assert "no split 'test'; there are train" in refusal(hf.DatasetDict({"train": data}), ":test")
+    with pytest.raises(ValueError, match="hf:nobody/nothing:train cannot be read: "):
+        read_captions("hf:nobody/nothing")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="hf:nobody/nothing:train needs the datasets library: pip install datasets"):
+        read_captions("hf:nobody/nothing")
 
 
 # -- latents on disk -------------------------------------------------------------------------------------------------
