@@ -12,7 +12,21 @@ import psutil  # accelerate needs it
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests_of_processes import CASES, every_case, finish, free_port, log_of, said, start, toy_command, toy_run, trained
+from tests_of_processes import (
+    CASES,
+    SHARDED,
+    every_case,
+    every_sharded_case,
+    finish,
+    free_port,
+    log_of,
+    said,
+    sharded_run,
+    start,
+    toy_command,
+    toy_run,
+    trained,
+)
 from tests_of_runs import command, settings, wait_for_steps
 
 from trainer import checkpoint
@@ -130,15 +144,73 @@ def test_a_launched_run_that_loses_a_process_goes_on_alone_to_the_same_lora(pipe
         assert here == pytest.approx(there, abs=1e-4)
 
 
-def sharded(folder):
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, pipeline_folder):
+    """What each of two processes found that share the frozen weights."""
+    folder = tmp_path_factory.mktemp("shared")
+    assert finish(start(2, every_sharded_case, folder, pipeline_folder), 120) == [0, 0], [said(folder, r) for r in range(2)]
+    return folder, [torch.load(folder / f"results.{rank}.pt") for rank in range(2)]
+
+
+def test_sharded_weights_take_half_the_memory_and_give_the_same_gradients(shared):
+    for found in shared[1]:
+        whole, part = found.pop("held")
+        assert part <= 0.51 * whole
+        assert found.keys() == SHARDED.keys()
+        for name, (expected, gradient) in found.items():
+            assert float(expected.norm()) > 0 and relative(gradient, expected) <= 1e-5, name
+
+
+def test_a_run_on_sharded_weights_gives_the_same_lora_and_points(shared):
+    whole, parts = (load_file(shared[0] / name / "lora.safetensors") for name in ("whole", "parts"))
+    assert all(relative(parts[key], value) <= 1e-5 for key, value in whole.items()) and parts.keys() == whole.keys()
+    points = [json.loads((shared[0] / name / "watch.json").read_text()) for name in ("whole", "parts")]
+    assert [p["step"] for p in points[1]] == [0, 2]
+    for here, there in zip(*points, strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
+
+
+@pytest.mark.parametrize(("trouble", "message"), [("disk", "No space left on device"), ("kill", "")])
+def test_trouble_while_weights_are_shared_stops_all_and_one_process_goes_on_alone(trouble, message, pipeline_folder, tmp_path):
+    """The other process is waiting for a part of a weight by then."""
+    out = tmp_path / "run"
+    codes = finish(start(2, toy_command, tmp_path, str(out), "", trouble, 1, 3, False, pipeline_folder))
+    words = [said(tmp_path, rank) for rank in range(2)]
+    assert codes == [2, 2] if trouble == "disk" else codes[0] == 2, words
+    assert len(words[0]) == 1 and words[0][0].startswith("error: process 0 of 2: another one was killed, crashed or hangs"), words
+    assert words[1] == ([f"error: {message}"] if trouble == "disk" else []), words
+    assert checkpoint.load(out / "checkpoint.pt")["step"] == 1
+    run = sharded_run(pipeline_folder, out, ALONE)
+    run.open_folder(overwrite=False, resume=True)
+    assert [done.number for done in run.steps()] == [2] and (out / "lora.safetensors").is_file()
+
+
+def refused(folder, environment):
+    os.environ.update(environment)
     return main(["train"])
 
 
-def test_sharded_weights_are_refused(tmp_path):
-    assert finish(start(2, sharded, tmp_path)) == [2, 2]
-    assert said(tmp_path, 0) == ["error: FSDP is not supported: weights are held whole by every process; launch with --multi_gpu"]
-    assert said(tmp_path, 1) == []
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported: launch with --multi_gpu, or with --use_fsdp"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offloading is not supported"),
+    ],
+)
+def test_other_strategies_are_refused(environment, message, tmp_path):
+    assert finish(start(2, refused, tmp_path, environment)) == [2, 2]
+    assert message in said(tmp_path, 0)[0] and said(tmp_path, 1) == []
+
+
+def test_objectives_refuse_what_would_leave_sharded_processes_waiting(pipeline_folder, tmp_path):
+    four = Joined(0, 4, 0, sharded=True)
+    with pytest.raises(ConfigError, match=r"per_sample = true .* give per_sample = false"):
+        toy_run("refl", tmp_path, four)
+    with pytest.raises(ConfigError, match=r"queries = \(5, 6\): with sharded weights \(FSDP\) give multiples of 4"):
+        toy_run("sqdf-black-box", tmp_path, four)
+    for key, value in {"tune": "full", "compile": True, "channels_last": True}.items():
+        with pytest.raises(ConfigError, match=rf"{key} = {value}: sharded weights"):
+            sharded_run(pipeline_folder, tmp_path, four, batch=4, **{key: value})
 
 
 def test_a_plain_start_sets_nothing_up(monkeypatch):

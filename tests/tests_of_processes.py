@@ -21,11 +21,15 @@ from test_family import SMALL, Family, Towers
 
 from trainer import commands
 from trainer.__main__ import main
-from trainer.config import build
+from trainer.config import build, plain
 from trainer.data import Samples
-from trainer.policy import Lora, kohya_key
+from trainer.draws import Draws
+from trainer.objectives import OBJECTIVES, Surroundings
+from trainer.policies.unet import UNetPolicy
+from trainer.policy import Batch, Lora, kohya_key
 from trainer.processes import ALONE, joined
 from trainer.run import Run, TrainConfig
+from trainer.watch import Watch, Watcher
 
 _IMPORTED = (diffusers.utils.logging, transformers.utils.logging)  # by the command: before the fork it is done once
 
@@ -165,15 +169,84 @@ def every_case(folder):
         torch.save(results, Path(folder) / f"results.{processes.rank}.pt")
 
 
-def toy_command(folder, out, case, trouble, rank, at, resume=False):
-    """The train command with a toy run, in which process `rank` gets into trouble with its call `at` of the reward."""
+SHARDED = {
+    "refl": {"steps": 2, "grad_from": 1, "grad_to": 1, "per_sample": False, "kl_weight": 0.1},
+    "imagerefl": {"steps": 2, "grad_from": 1, "grad_to": 1, "start_from": 0, "start_to": 0, "per_sample": False, "refl_share": 0.0},
+    "draft-k": {"steps": 2, "k": 2, "guidance": 2.0},
+    "draft-lv": {"steps": 1, "guidance": 1.0, "samples": 1, "recompute": False},
+    "drtune": {"steps": 2, "k": 2, "early_stop": 2, "guidance": 1.0},
+    "direct-align": {"steps": 1, "sigma_low": 0.5},
+    "sqdf": {"steps": 2, "guidance": 2.0, "buffer_gb": 0.0, "estimator": "consistency"},
+}
+
+
+def adapted(pipeline):
+    """The random pipeline with a random LoRA and a random consistency adapter."""
+    policy, draws = UNetPolicy.load(pipeline), torch.Generator().manual_seed(0)
+    consistency = policy.add_consistency(Lora(rank=2))
+    policy.add_lora(Lora(rank=4))
+    with torch.no_grad():
+        for parameter in (*consistency.values(), *policy.parameters()):
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draws))
+    return policy
+
+
+def held(policy):
+    """Bytes of the network's frozen weights in this process."""
+    frozen = (p for name, p in policy.network.named_parameters() if ".lora_" not in name)
+    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
+
+
+def sharded_run(pipeline, out, processes, reward=None, **settings):
+    """A watched run of a few steps on the random pipeline."""
+    watch = Watch(every=2, heldout="the same", count=1, images=2, steps=1, guidance=1.0)
+    values = {"objective": {"name": "refl", **SHARDED["refl"]}, "batch": 2, "steps": 2, "save_every": 1, **settings}
+    config = build(TrainConfig, {"out": str(out), "watch": plain(watch), "checkpoint_denoiser": True, **values})
+    policy, reward = UNetPolicy.load(pipeline), reward or Asked()
+    watcher = Watcher(watch, policy, {"reward": reward, "heldout": Towers()}, lambda x: x.flatten(1), ["a"], 1, 1.0, 1)
+    run = Run(config, policy, Samples(("a", "bb", "ccc")), reward, watcher=watcher, processes=processes)
+    run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.1)  # AdamW would make much of the signs of rounding errors
+    return run
+
+
+def every_sharded_case(folder, pipeline):
+    """Gradients of every kind of objective by one process's samples, with whole weights and with half of them; then two runs."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    with joined() as processes:
+        whole, parts = adapted(pipeline), adapted(pipeline)
+        parts.shard(processes.weights_mesh(parts.device))
+        found = {"held": [held(whole), held(parts)]}
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(processes.rank))
+        batch = Batch(("a red star",), Draws(0, 1, (processes.rank,)), 3, latents)
+        for number, (name, settings) in enumerate(SHARDED.items()):
+            for policy in (whole, parts):
+                policy.checkpoint_gradients(denoiser=number % 2 == 0, decoder=False)
+                for parameter in policy.parameters():
+                    parameter.grad = None
+                OBJECTIVES[name](**settings).begin(Surroundings(folder))(policy, batch, Towers())[0].backward()
+                found.setdefault(name, []).append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        for name in ("whole", "parts"):
+            processes.sharded = name == "parts"
+            run = sharded_run(pipeline, Path(folder) / name, processes)
+            run.open_folder(overwrite=False, resume=False)
+            list(run.steps())
+        torch.save(found, Path(folder) / f"results.{processes.rank}.pt")
+
+
+def toy_command(folder, out, case, trouble, rank, at, resume=False, pipeline=None):
+    """The train command with a toy run, in which process `rank` gets into trouble with its call `at` of the reward.
+
+    With a pipeline it is a run on that, whose weights the processes share.
+    """
+    if pipeline is not None:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
 
     def train(_, processes):
         def act(call):
             if (processes.rank, call) == (rank, at):
                 return TROUBLE[trouble]()
 
-        run = toy_run(case, out, processes, Asked(act))
+        run = toy_run(case, out, processes, Asked(act)) if pipeline is None else sharded_run(pipeline, out, processes, Asked(act))
         run.open_folder(overwrite=False, resume=resume)
         for _ in run.steps():
             pass

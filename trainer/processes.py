@@ -12,7 +12,7 @@ import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class Processes:
 
     rank = 0
     count = 1
+    sharded = False
+    """Whether each process keeps a part of the frozen weights only: then all must evaluate the network equally often."""
 
     @property
     def main(self) -> bool:
@@ -64,6 +66,10 @@ class Processes:
         """`cuda` and `xpu` as the device of this process."""
         return name
 
+    def weights_mesh(self, device: torch.device) -> Any:
+        """The processes as torch.distributed.fsdp.fully_shard wants them."""
+        raise ValueError("one process has nobody to share weights with")
+
 
 ALONE = Processes()
 
@@ -71,8 +77,19 @@ ALONE = Processes()
 class Joined(Processes):
     """A process of several."""
 
-    def __init__(self, rank: int, count: int, local_rank: int) -> None:
-        self.rank, self.count, self.local_rank = rank, count, local_rank
+    def __init__(self, rank: int, count: int, local_rank: int, sharded: bool = False) -> None:
+        self.rank, self.count, self.local_rank, self.sharded = rank, count, local_rank, sharded
+        self.waits_for_weights = False
+        """Whether others may be waiting for a part of a weight, where no error reaches them but the end of this process."""
+
+    def weights_mesh(self, device: torch.device) -> Any:
+        """As above: in a group of its own, so that no part of a weight is ever taken for a value."""
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self.waits_for_weights = True
+        group: Any = dist.new_group()
+        return DeviceMesh.from_group(group, device.type)
 
     def exchange(self, value: T) -> list[T]:
         """As above; raises StoppedElsewhere where another process failed, ProcessLost where one is gone."""
@@ -163,16 +180,24 @@ def joined(timeout: timedelta = TIMEOUT, environment: Mapping[str, str] = os.env
         dist.init_process_group(backend, timeout=timeout)
     except RuntimeError as lost:
         raise ProcessLost(f"the {count} processes did not find each other: {lost}") from lost
-    here = Joined(dist.get_rank(), count, int(environment.get("LOCAL_RANK", dist.get_rank())))
+    sharded = _asked(environment, "ACCELERATE_USE_FSDP")
+    here = Joined(dist.get_rank(), count, int(environment.get("LOCAL_RANK", dist.get_rank())), sharded)
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        for strategy in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-            if environment.get(f"ACCELERATE_USE_{strategy}", "false").lower() in ("true", "1"):
-                raise ValueError(f"{strategy} is not supported: weights are held whole by every process; launch with --multi_gpu")
-        yield here
+        for strategy in ("DEEPSPEED", "MEGATRON_LM"):
+            if _asked(environment, f"ACCELERATE_USE_{strategy}"):
+                raise ValueError(f"{strategy} is not supported: launch with --multi_gpu, or with --use_fsdp to share frozen weights")
+        if sharded and _asked(environment, "FSDP_OFFLOAD_PARAMS"):
+            raise ValueError("FSDP's offloading is not supported: shared weights stay on their device (fsdp_offload_params = false)")
+        try:
+            yield here
+        except RuntimeError as error:
+            if not sharded or "gloo" not in str(error).lower():
+                raise
+            raise ProcessLost(f"process {here.rank} of {count}: another one was killed, crashed or hangs; {_RESUME}") from error
     except BaseException as error:
         told = isinstance(error, StoppedElsewhere | ProcessLost) or not isinstance(error, Exception)  # or cannot be told
-        first = told or here.fail(error)
+        first = told or here.waits_for_weights or here.fail(error)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends anyway, and has something to say before
         if not first:
             raise StoppedElsewhere(str(error)) from error
@@ -181,6 +206,10 @@ def joined(timeout: timedelta = TIMEOUT, environment: Mapping[str, str] = os.env
         signal.signal(signal.SIGTERM, previous)
     finally:
         dist.destroy_process_group()
+
+
+def _asked(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1")
 
 
 def _terminated(*_: object) -> None:

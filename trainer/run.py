@@ -138,6 +138,14 @@ def _tune_whole(policy: Trainable) -> None:
         raise ConfigError(str(error)) from error
 
 
+def _shard(policy: Trainable, config: TrainConfig, processes: Processes) -> None:
+    for key, needed in (("tune", "lora"), ("compile", False), ("channels_last", False)):
+        if getattr(config, key) != needed:
+            raise ConfigError(f"{key} = {getattr(config, key)}: sharded weights (FSDP) are for {key} = {needed}; launch with --multi_gpu")
+    assert isinstance(policy, DiffusersPolicy), "a graph is one process"
+    policy.shard(processes.weights_mesh(policy.device))
+
+
 @contextmanager
 def interruptible() -> Generator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the yielded function return True; a second one interrupts as usual."""
@@ -207,6 +215,8 @@ class Run:
             _tune_whole(policy)
         elif policy.lora is None:
             policy.add_lora(config.lora, config.seed)
+        if processes.sharded:
+            _shard(policy, config, processes)
         policy.checkpoint_gradients(denoiser=config.checkpoint_denoiser, decoder=config.checkpoint_decoder)
         try:
             self.optimizer = build_optimizer(config.optimizer, policy.parameters(), config.lr, config.weight_decay)
@@ -410,13 +420,15 @@ class Run:
     def _look(self) -> None:
         """A point of the watch; the adapter is kept where it is the best so far."""
         assert self.watcher is not None
-        if self.processes.main:
+        if self.processes.main or self.processes.sharded:  # nobody draws alone where all hold a part of the weights
             self._judge(self.watcher)
         self.watcher.points = self.processes.exchange(self.watcher.points)[0]  # so that all agree on whether it is over
 
     def _judge(self, watcher: Watcher) -> None:
         with self._averaged():
             point = watcher.look(self.step)
+        if not self.processes.main:
+            return
         log.info("watched: %s", ", ".join(f"{name} {value:.3f}" for name, value in point.items()))
         checkpoint.write_text(json.dumps(watcher.points, indent=1) + "\n", self.folder / "watch.json")
         if watcher.best is point:

@@ -57,6 +57,8 @@ class BlackBoxSQDF(SQDF):
         super().check(policy, reward, around)
         if around.features is None:
             raise ValueError("a black-box reward needs `features`: a two-tower reward whose features a surrogate reads (clip-l14, say)")
+        if around.processes.sharded and any(total % around.processes.count for total in self.queries):
+            raise ValueError(f"queries = {self.queries}: with sharded weights (FSDP) give multiples of {around.processes.count} processes")
 
     def begin(self, around: Surroundings) -> Loss:
         """A run's loss, which owns buffer, labels and surrogate."""

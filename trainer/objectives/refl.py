@@ -17,6 +17,7 @@ from ..sampling import alpha
 from .base import (
     Logs,
     Stateless,
+    Surroundings,
     distance_to_base,
     one_step,
     reward_threshold,
@@ -56,6 +57,14 @@ class ReFL(Stateless):
             raise ValueError(f"gradient range {self.grad_from}–{self.grad_to} does not lie in 0–{self.steps - 1} (steps = {self.steps})")
         if self.sigma_low > self.sigma_high:
             raise ValueError(f"sigma_low {self.sigma_low} lies above sigma_high {self.sigma_high}")
+
+    def check(self, policy: Policy, reward: Reward, around: Surroundings) -> None:
+        """Refuse settings that give each process another number of evaluations where that number must be equal."""
+        if self.per_sample and around.processes.sharded:
+            raise ValueError(
+                "per_sample = true evaluates the network more often in one process than in another, "
+                "which sharded weights (FSDP) do not allow: give per_sample = false, as the official code has it"
+            )
 
     def index_range(self, sigmas: Tensor) -> tuple[int, int]:
         """First and last index of the gradient step on a grid (T+1,)."""

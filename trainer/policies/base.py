@@ -513,6 +513,21 @@ class DiffusersPolicy:
     def _image_encoder(self) -> list[nn.Module]:
         return [m for m in (self.vae.encoder, getattr(self.vae, "quant_conv", None)) if m is not None]
 
+    def shard(self, mesh: Any) -> None:
+        """Keep this process's part of the network's frozen weights (FSDP2): a block's are whole while it runs, forwards or back.
+
+        Adapters stay whole, and so do text encoders and autoencoder. Every process of `mesh` must call the network equally often.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        self.merges = False  # which needs whole weights
+        kinds = set(self.network._no_split_modules)
+        found = [module for module in self.network.modules() if type(module).__name__ in kinds]
+        inner = [m for m in found if not any(part in found for part in m.modules() if part is not m)]
+        whole = {p for name, p in self.network.named_parameters() if ".lora_" in name}
+        for module in (*inner, self.network):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
     def use_channels_last(self) -> None:
         """Convolutions of the network and the autoencoder with channels as the fastest dimension, which tensor cores want."""
         for module in (self.network, self.vae):
