@@ -216,7 +216,7 @@ def test_objectives_refuse_what_would_leave_sharded_processes_waiting(pipeline_f
 def test_a_plain_start_sets_nothing_up(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined() as processes:
-        assert processes is ALONE and processes.main and processes.exchange(3) == [3] and processes.device("cuda") == "cuda"
+        assert processes is ALONE and processes.main and processes.exchange(3) == [3] and processes.device("cpu") == "cpu"
     assert not torch.distributed.is_initialized()
 
 
@@ -237,6 +237,17 @@ def test_a_tracker_is_told_what_the_log_is(tmp_path, monkeypatch):
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="batch = 4: 3 processes share a micro-batch"):
         toy_run("refl", tmp_path, Joined(0, 3, 0))
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    for kind in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(f"torch.{kind}.is_available", lambda: False)
+        with pytest.raises(ValueError, match=f"device = {kind}: this machine, or this build of PyTorch, has none"):
+            ALONE.device(kind)
+        monkeypatch.setattr(f"torch.{kind}.is_available", lambda: True)
+        assert ALONE.device(kind) == kind
+    with pytest.raises(ValueError, match="device = gpu: use cpu, cuda, mps or xpu"):
+        ALONE.device("gpu")
 
 
 def test_more_processes_than_devices_are_refused():

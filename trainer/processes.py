@@ -63,7 +63,12 @@ class Processes:
         return
 
     def device(self, name: str) -> str:
-        """`cuda` and `xpu` as the device of this process."""
+        """`cuda` and `xpu` as the device of this process; raises ValueError for a device that is not there."""
+        kind = name.partition(":")[0]
+        if kind not in ("cpu", "cuda", "mps", "xpu"):
+            raise ValueError(f"device = {name}: use cpu, cuda, mps or xpu")
+        if not getattr(torch, kind).is_available():
+            raise ValueError(f"device = {name}: this machine, or this build of PyTorch, has none; give another, or cpu")
         return name
 
     def weights_mesh(self, device: torch.device) -> Any:
@@ -145,7 +150,7 @@ class Joined(Processes):
     def device(self, name: str) -> str:
         """`cuda` becomes `cuda:<local rank>`."""
         if name not in ("cuda", "xpu"):
-            return name
+            return super().device(name)
         available = getattr(torch, name).device_count()
         if self.local_rank >= available:
             raise ValueError(f"process {self.local_rank} of this machine has no {name} device: {available} found; start fewer processes")
