@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -206,15 +208,17 @@ class DRTune(Chain):
             trained = {last}  # an early end before the first trained step would leave nothing to learn from
         denoise, frozen = self.evaluate(policy, batch), policy.denoiser(batch.prompts, self.guidance)
         x = policy.start(batch.draws.normal("start", policy.latent_shape), self.steps)
-        for i in range(last + 1):
-            sigma = sigmas[i].expand(len(x))
-            if i in trained:
-                denoised = denoise(x.detach(), sigma)
-            else:
-                with torch.no_grad():
-                    denoised = frozen(x.detach(), sigma)
-            if x.requires_grad:  # with ε̂ held, D = (x − σε̂)/α moves with x; the start, where α may be 0, does not move
-                denoised = denoised + (x - x.detach()) / alpha(sigmas[i], policy.space).to(x)
-            x = one_step(policy, batch, x, denoised, i, sigmas, self.eta) if i < last else denoised
+        for learns, stretch in groupby(range(last + 1), key=trained.__contains__):
+            with nullcontext() if learns else policy.merged():
+                for i in stretch:
+                    sigma = sigmas[i].expand(len(x))
+                    if learns:
+                        denoised = denoise(x.detach(), sigma)
+                    else:
+                        with torch.no_grad():
+                            denoised = frozen(x.detach(), sigma)
+                    if x.requires_grad:  # with ε̂ held, D = (x − σε̂)/α moves with x; the start, where α may be 0, does not move
+                        denoised = denoised + (x - x.detach()) / alpha(sigmas[i], policy.space).to(x)
+                    x = one_step(policy, batch, x, denoised, i, sigmas, self.eta) if i < last else denoised
         scores = reward(policy.decode(x), batch.prompts)
         return self.reward_weight * shaped(scores, self.threshold).mean(), {"reward": scores.detach()}

@@ -46,6 +46,8 @@ class DiffusersPolicy:
     space: Space = "ve"
     targets: ClassVar[tuple[str, ...]] = Lora().targets
     """What Lora's default targets, the attention projections, are called in this family."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Classes of the blocks that a network is made of."""
     patch: ClassVar[int] = 1
     """Latents per side that the network takes as one token."""
 
@@ -403,7 +405,11 @@ class DiffusersPolicy:
     def park_encoders(self) -> None:
         """Text encoders and the autoencoder's encoder to the CPU, from where a prompt or image not met before fetches them."""
         self._parked = True
-        self._move([*self._text_encoders(), *self._image_encoder()], "cpu")
+        self._move(self.encoders(), "cpu")
+
+    def encoders(self) -> list[nn.Module]:
+        """What training does not need once prompts and images are encoded."""
+        return [*self._text_encoders(), *self._image_encoder()]
 
     @contextmanager
     def _unparked(self, modules: list[nn.Module]) -> Generator[None]:
@@ -434,8 +440,17 @@ class DiffusersPolicy:
             module.to(memory_format=torch.channels_last)
 
     def compile(self, **options: Any) -> None:
-        """Compile the network's repeated blocks, each kind once (torch.compile's `options`); module names stay as they are."""
-        self.network.compile_repeated_blocks(**options)
+        """torch.compile every repeated block of the network, with its `options`; names of modules and parameters stay as they are.
+
+        Blocks and not the whole: what is compiled once serves all blocks of a kind, and recomputation goes block by block.
+        """
+        limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        # every width, adapter state and gradient mode is a program of its own, and all blocks count as one function
+        name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+        setattr(limits, name, max(getattr(limits, name), 128))
+        for module in self.network.modules():
+            if type(module).__name__ in self.repeated:
+                module.compile(**options)
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
         """Trade time for memory: recompute activations block by block in the backward pass."""
