@@ -85,7 +85,6 @@ class Stepper:
         self.compiled: dict[nn.Module, Any] = {}
         self.reward = lru_cache(1)(self.rewards)
         self.optimizer = lru_cache(1)(lambda name: build_optimizer(name, self.policy.parameters(), 1e-5, 0.0))
-        self.number = 0
 
     def prepare(self, case: Case) -> None:
         """Bring the models into the case's state."""
@@ -108,8 +107,8 @@ class Stepper:
                 policy._embeddings.clear()  # pyright: ignore[reportPrivateUsage]
                 tower._texts.clear()  # pyright: ignore[reportPrivateUsage]
 
-    def __call__(self, case: Case) -> Time:
-        """The time of one optimizer step."""
+    def __call__(self, case: Case, number: int = 0) -> Time:
+        """The time of one optimizer step; `number` decides its draws, and with them how long the rollouts are."""
         self.prepare(case)
         optimizer, reward = self.optimizer(case.optimizer), self.reward(case.reward_dtype)
         wait(self.policy.device)
@@ -118,12 +117,11 @@ class Stepper:
         if not case.cache_latents:
             rows = torch.arange(case.batch) % len(self.images)
             samples = encode_images(self.policy, self.images[rows], [self.captions[int(r)] for r in rows])
-        batch = samples.batch(0, self.number, self.number * case.batch, case.batch, 0)
+        batch = samples.batch(0, number, number * case.batch, case.batch, 0)
         optimizer.zero_grad()
         case.objective(self.policy, batch, reward)[0].backward()
         optimizer.step()
         wait(self.policy.device)
-        self.number += 1
         now = Time.now()
         return Time(now.clock - begin.clock, now.work - begin.work)
 
@@ -152,10 +150,10 @@ class Pair:
 
 
 def pair(stepper: Stepper, off: Case, on: Case, rounds: int = 3) -> Pair:
-    """Both once to warm up, then in turn."""
+    """Both once to warm up, then in turn, each round with the same draws."""
     for case in (off, on):
         stepper(case)
-    times = [(stepper(off), stepper(on)) for _ in range(rounds)]
+    times = [(stepper(off, number), stepper(on, number)) for number in range(rounds)]
     median = statistics.median
     clocks, works = [b.clock / a.clock for a, b in times], [b.work / a.work for a, b in times]
     return Pair(median(a.clock for a, _ in times), median(b.clock for _, b in times), median(clocks), median(works))
@@ -193,8 +191,8 @@ def _peak(case: Case, pipe: Any) -> None:
     stepper.prepare(case)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading: VmHWM starts again from what is resident now
     before = _memory("VmRSS:")
-    for _ in range(2):
-        stepper(case)
+    for number in range(2):
+        stepper(case, number)
     pipe.send(_memory("VmHWM:") - before)
 
 
@@ -298,8 +296,7 @@ def measure(say: Callable[[str], object]) -> None:
     say("# Benchmarks\n")
     say("Made by `make benchmark` on the embedded model, one CPU thread, fp32, 20 sampler steps. Ratios are the medians of pairs")
     say("taken in turn in one run, by the clock and by the time this process had a processor; memory is what two training steps add to a")
-    say("fresh process. Elsewhere the ratios hold better than the seconds. What a GPU and a published model make of each:")
-    say("`make bench-gpu`; pairs on the true SD1.5 UNet are in [benchmarks-sd15.md](benchmarks-sd15.md).\n")
+    say("fresh process. Elsewhere the ratios hold better than the seconds. On a GPU, at published sizes: `make bench-gpu`.\n")
     say("## Each saving off and on (ImageReFL, image branch, batch 4)\n")
     say("| saving | off, s/step | on, s/step | on/off, clock | on/off, processor | memory off, MB | memory on, MB |")
     say("|---|---|---|---|---|---|---|")
