@@ -1,0 +1,367 @@
+"""What a training run will take, before it runs: memory by part and moment, denoiser calls and arithmetic, and what makes it less.
+
+The run's own code is taken through one step on tensors without memory (dry.py), over modules that have shapes and no
+values, so what is counted is what will be allocated. Not counted: what a device's libraries keep for themselves, and what
+its allocator cannot use; both are an allowance that is stated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .config import ConfigError
+from .cost import Counted
+from .data import Samples
+from .denoiser import Denoiser
+from .dry import META, Tally, dry
+from .objectives.base import Surroundings
+from .policies.base import DiffusersPolicy
+from .policy import Batch
+from .processes import ALONE, Processes
+from .reward import PrefixReward, Reward
+from .run import Run, TrainConfig
+
+GB = 1e9
+TRACED = 32  # micro-batches that are looked at for the most expensive one, and for the mean number of calls
+WEIGHTS = ("denoiser weights", "autoencoder weights", "text encoder weights", "reward weights", "other rewards' weights")
+STATE = ("adapter", "gradients", "optimizer state", "moving average")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run is made of, on the meta device; `others` are rewards that watch, or whose features are read."""
+
+    policy: DiffusersPolicy
+    reward: Reward
+    features: Any = None
+    others: Sequence[Any] = ()
+    pictures: int = 0
+    prompts: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes at the highest moment by part, arithmetic of an optimizer step (FLOPs) by part, and its denoiser calls."""
+
+    parts: dict[str, int]
+    moment: str
+    allowance: int
+    moments: dict[str, int]
+    flops: dict[str, float]
+    forwards: float
+    backwards: float
+    files: dict[str, int]
+    steps: int
+
+    @property
+    def counted(self) -> int:
+        """Bytes of tensors at the highest moment."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> int:
+        """The same with the allowance."""
+        return self.counted + self.allowance
+
+
+def allowance(counted: int, device: str) -> int:
+    """Bytes beside the tensors: on a GPU the driver's context, the libraries' workspaces and what the allocator cannot use."""
+    if device.startswith("cpu"):
+        return int(0.9e9 + 0.05 * counted)  # Python with torch, diffusers and transformers; the allocator's slack
+    return int(0.8e9 + 0.06 * counted)
+
+
+# -- the dry step ----------------------------------------------------------------------------------------------------
+
+
+class _Watched(Counted):
+    """A policy under a Tally. Calls without gradient cost the same each time, so one is made and the others are remembered;
+    of many calls with gradient the first two are made, and each of the others keeps as many bytes as they did."""
+
+    def __init__(self, policy: DiffusersPolicy, tally: Tally) -> None:
+        super().__init__(policy)
+        self.tally, self.inner = tally, policy
+        self.rows: Counter[str] = Counter()
+        self._plain: dict[Any, int] = {}
+        self._graphs: Counter[Any] = Counter()
+        self._kept: dict[Any, int] = {}
+        self._skipped: Any = WeakIdKeyDictionary()  # by the state: a forward that is computed again must be what it was
+
+    def _counted(self, denoiser: Denoiser, guidance: float) -> Denoiser:
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            key = (len(x), guidance, self.inner._state)  # pyright: ignore[reportPrivateUsage]
+            rows = len(x) * (1 if guidance == 1 else 2)
+            if not torch.is_grad_enabled():
+                return self._without_gradient(denoiser, x, sigma, key, rows)
+            if x not in self._skipped:
+                self._graphs[key] += 1
+                self._skipped[x] = self._graphs[key] > 2
+            if self._skipped[x]:
+                return _Stand.apply(x, self.inner.parameters()[0], self._kept[key])  # pyright: ignore[reportReturnType]
+            before = self.tally.total
+            with self.tally.during("denoiser"):
+                output = denoiser(x, sigma)
+            self._kept.setdefault(key, self.tally.total - before - output.nbytes)
+            self.rows["forward"] += rows
+            self.rows["back"] += rows
+            self.tally.going_back(output, "denoiser, going back")
+            return output
+
+        return denoise
+
+    def _without_gradient(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, key: Any, rows: int) -> Tensor:
+        if self.tally.total <= self._plain.get(key, -1):
+            return torch.empty_like(x, device=META, dtype=torch.float32)
+        self._plain[key] = self.tally.total + (1 << 20)
+        self.rows["forward"] += rows
+        with self.tally.during("denoiser, without gradient"):
+            return denoiser(x, sigma)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The policy's, counted."""
+        with self.tally.during("decoder"):
+            images = super().decode(latents)
+        self.tally.going_back(images, "decoder, going back")
+        return images
+
+
+class _Stand(torch.autograd.Function):
+    """In the place of a denoiser call: a result of its shape, and as many bytes kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, kept: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(torch.empty(max(kept, 0), dtype=torch.uint8, device=META))
+        return torch.empty(x.shape, dtype=torch.float32, device=META)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None, None
+
+
+class _Judged:
+    """A reward under a Tally."""
+
+    def __init__(self, reward: Any, tally: Tally) -> None:
+        self.reward, self.tally = reward, tally
+        self.differentiable = getattr(reward, "differentiable", True)
+        self.takes_prefixes = getattr(reward, "takes_prefixes", False)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._during(lambda: self.reward(images, prompts))
+
+    def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
+        return self._during(lambda: self.reward.scores(images, prompts, prefixes))
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self._during(lambda: self.reward.image_features(images))
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        return self._during(lambda: self.reward.text_features(prompts))
+
+    def _during(self, call: Callable[[], Tensor]) -> Tensor:
+        with self.tally.during("reward"):
+            result = call()
+        self.tally.going_back(result, "reward, going back")
+        return result
+
+
+class _Sketch:
+    """The course of a step without a network: which calls an objective makes, on latents of one pixel."""
+
+    differentiable = takes_prefixes = True
+
+    def __init__(self, policy: DiffusersPolicy) -> None:
+        self.space, self.states, self.sigmas, self.add_noise = policy.space, policy.states, policy.sigmas, policy.add_noise
+        self.latent_shape = (max(3, policy.latent_shape[0]), 1, 1)
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.forwards = self.backwards = 0
+        self.adapter = policy.adapter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight]
+
+    def denoiser(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
+        rows = 1 if guidance == 1 else 2
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            self.forwards += rows * len(x)
+            output = 0 * x + self.weight
+            if output.requires_grad:
+                output.register_hook(lambda _: setattr(self, "backwards", self.backwards + rows * len(x)))  # pyright: ignore[reportUnknownLambdaType]
+            return output
+
+        return denoise
+
+    def reference(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
+        return torch.no_grad()(self.denoiser(prompts, guidance))
+
+    def start(self, noise: Tensor, steps: int) -> Tensor:
+        return noise
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1)
+
+    def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1)[:, None].expand(-1, len(prefixes))
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), 3)
+
+
+def _bounded(config: TrainConfig) -> TrainConfig:
+    """The run without what is written to disk or asked of an oracle many times; neither changes the highest moment."""
+    given = dict(config.objective)
+    known = {f.name for f in fields(type(config.build_objective()))}  # type: ignore[arg-type]
+    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (max(2, config.batch),), "epochs": 1}
+    given |= {name: value for name, value in small.items() if name in known}
+    return replace(config, objective=given)
+
+
+def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, processes: Processes) -> tuple[float, float, int]:
+    """Mean forwards and backwards of the denoiser in a micro-batch, and the number of the most expensive one."""
+    seen: list[tuple[int, int]] = []
+    sketch = _Sketch(models.policy)
+    loss = config.build_objective().begin(Surroundings(folder, samples.prompts, sketch))
+    size = len(processes.share(config.batch))
+    for number in range(min(TRACED, config.steps * config.accumulate)):
+        sketch.forwards = sketch.backwards = 0
+        batch = samples.batch(config.seed, number // config.accumulate, number * config.batch, size, number)
+        if batch.latents is not None:
+            batch = replace(batch, latents=torch.zeros(size, *sketch.latent_shape))
+        value, _ = loss(sketch, batch, sketch)  # pyright: ignore[reportArgumentType]
+        value.backward()
+        seen.append((sketch.forwards, sketch.backwards))
+    forwards, backwards = (sum(column) / len(seen) for column in zip(*seen))
+    return forwards, backwards, max(range(len(seen)), key=lambda i: (seen[i][1], seen[i][0]))
+
+
+def modules_of(thing: Any, depth: int = 5) -> list[nn.Module]:
+    """The modules that an object holds, in attributes and sequences of any depth."""
+    if isinstance(thing, nn.Module):
+        return [thing]
+    if depth == 0 or isinstance(thing, Tensor | str | bytes | int | float) or thing is None:
+        return []
+    inside = thing if isinstance(thing, list | tuple) else list(getattr(thing, "__dict__", {}).values())
+    return [module for value in inside for module in modules_of(value, depth - 1)]
+
+
+def _weights(things: Any) -> list[Tensor]:
+    return [tensor for module in modules_of(things) for tensor in (*module.parameters(), *module.buffers())]
+
+
+def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes = ALONE) -> Plan:
+    """What the run will take. `tally` is running, and remembers operations from one plan to the next."""
+    policy, asked = models.policy, config
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = replace(_bounded(config), out=str(folder), watch=type(config.watch)(), tracker="")
+        size = len(processes.share(config.batch))
+        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch)))
+        picture = torch.empty(1, *policy.latent_shape, device=META)
+        samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.expand(len(prompts), -1, -1, -1))
+        forwards, backwards, worst = _trace(config, models, samples, folder, processes)
+        policy._embeddings.clear()  # pyright: ignore[reportPrivateUsage]
+        reward = _Judged(models.reward, tally)
+        features = _Judged(models.features, tally) if models.features is not None else None
+        with dry(tally):
+            run = Run(config, policy, samples, reward, features=features, processes=processes)
+            _recompute(models.reward, config.checkpoint_reward)
+            watched = _Watched(policy, tally)
+            _hold_weights(tally, models, run)
+            peaks: dict[str, tuple[int, Counter[str], str]] = {}
+            if models.pictures and config.images:
+                tally.forget_peak()
+                with tally.during("encoding pictures"):
+                    policy.encode(torch.empty(min(32, models.pictures), 3, *policy.image_size, device=META))
+                peaks["encoding pictures"] = (tally.peak, tally.at_peak, tally.moment)
+                latents = torch.empty(2, models.pictures, *policy.latent_shape, device=META)  # mean and standard deviation
+                tally.hold([latents], "pictures' latents")
+            rows, flops = _step(run, watched, reward, samples, worst, size, tally)
+            peaks["a training step"] = (tally.peak, tally.at_peak, tally.moment)
+        best = max(peaks.values(), key=lambda peak: peak[0])
+        moments = {name: peak[0] for name, peak in peaks.items()}
+    per_row = {"denoiser": flops["denoiser"] / max(1, rows["forward"]), "back": flops["back"] / max(1, rows["back"])}
+    arithmetic = {
+        "denoiser": config.accumulate * (forwards * per_row["denoiser"] + backwards * per_row["back"]),
+        **{part: config.accumulate * flops[part] for part in ("decoder", "reward")},
+    }
+    trained = sum(p.numel() for p in policy.parameters())
+    state = 4 * trained * (3 + (config.ema > 0))
+    parts = {part: size for part, size in best[1].items() if size}
+    return Plan(
+        parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.accumulate,
+        backwards * config.accumulate, {"lora.safetensors": 4 * trained, "checkpoint.pt": state}, config.steps,
+    )  # fmt: skip
+
+
+def _recompute(reward: Any, wanted: bool) -> None:
+    again = getattr(reward, "checkpoint_gradients", None)
+    if again is not None:
+        again(wanted)
+
+
+def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
+    """Nothing is live but what a run holds from its first step to its last."""
+    tally.clear()
+    pipeline, policy = models.policy.pipeline, models.policy
+    trained = {id(p) for p in policy.parameters()}
+    tally.hold([t for t in _weights(policy.network) if id(t) not in trained], "denoiser weights")
+    tally.hold(policy.parameters(), "adapter")
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and part is not policy.network:
+            tally.hold(_weights(part), "autoencoder weights" if name == "vae" else "text encoder weights")
+    tally.hold(_weights(models.reward), "reward weights")
+    tally.hold(_weights([models.features, *models.others]), "other rewards' weights")
+    if run.ema:
+        tally.hold(run.ema.values.values(), "moving average")
+
+
+def _step(
+    run: Run, policy: _Watched, reward: Any, samples: Samples, number: int, size: int, tally: Tally
+) -> tuple[Counter[str], Counter[str]]:
+    """The most expensive micro-batch of the run, with everything alive that is alive then; rows and FLOPs of its calls."""
+    c, parameters = run.config, list(policy.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    tally.hold([p.grad for p in parameters if p.grad is not None], "gradients")
+    with tally.during("optimizer state"):
+        run.optimizer.step()  # its state exists from the first step on
+    tally.forget_peak()
+    if c.accumulate == 1:
+        run.optimizer.zero_grad(set_to_none=True)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: tally.hold([p.grad], "gradients")) for p in parameters]
+    batch = samples.batch(c.seed, number // c.accumulate, number * c.batch, size, number)
+    tally.flops.clear()
+    try:
+        loss, _ = run.loss(policy, batch, reward)
+        (loss / c.accumulate).backward()
+        del loss
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tally.now = "optimizer"
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    tally.now = "rest"
+    flops = Counter({
+        "denoiser": sum(v for k, v in tally.flops.items() if k.startswith("denoiser") and "back" not in k),
+        "back": tally.flops["denoiser, going back"],
+        **{part: sum(v for k, v in tally.flops.items() if k.startswith(part)) for part in ("decoder", "reward")},
+    })  # fmt: skip
+    return policy.rows, flops
