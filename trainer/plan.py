@@ -24,12 +24,14 @@ from .cost import Counted
 from .data import Samples
 from .denoiser import Denoiser
 from .dry import META, Tally, dry
+from .generate import Generation
 from .objectives.base import Surroundings
 from .policies.base import DiffusersPolicy
 from .policy import Batch
 from .processes import ALONE, Processes
 from .reward import PrefixReward, Reward
 from .run import Run, TrainConfig
+from .watch import Watch
 
 GB = 1e9
 TRACED = 32  # micro-batches that are looked at for the most expensive one, and for the mean number of calls
@@ -45,8 +47,8 @@ class Models:
     reward: Reward
     features: Any = None
     others: Sequence[Any] = ()
-    pictures: int = 0
-    prompts: int = 0
+    pictures: int = 0  # that are encoded, and whose latents are kept
+    prompts: int = 0  # distinct ones, whose embeddings are kept
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class _Watched(Counted):
         return denoise
 
     def _without_gradient(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, key: Any, rows: int) -> Tensor:
-        if self.tally.total <= self._plain.get(key, -1):
+        done = (most for (n, *same), most in self._plain.items() if n >= len(x) and same == [*key[1:]])
+        if self.tally.total <= max(done, default=-1):
             return torch.empty_like(x, device=META, dtype=torch.float32)
         self._plain[key] = self.tally.total + (1 << 20)
         self.rows["forward"] += rows
@@ -173,6 +176,16 @@ class _Judged:
             result = call()
         self.tally.going_back(result, "reward, going back")
         return result
+
+
+class Unknown:
+    """A reward whose memory nobody knows: it takes none."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,3,H,W), B prompts -> (B,)."""
+        return images.flatten(1).mean(1)
 
 
 class _Sketch:
@@ -292,8 +305,16 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 peaks["encoding pictures"] = (tally.peak, tally.at_peak, tally.moment)
                 latents = torch.empty(2, models.pictures, *policy.latent_shape, device=META)  # mean and standard deviation
                 tally.hold([latents], "pictures' latents")
+            row = sum(value.nbytes for value in policy.conditioning(prompts[:1]).values())
+            reached = min(models.prompts, config.steps * config.batch * config.accumulate)
+            embeddings = torch.empty(row * reached, dtype=torch.uint8, device=META)
+            tally.hold([embeddings], "prompts' embeddings")
             rows, flops = _step(run, watched, reward, samples, worst, size, tally)
             peaks["a training step"] = (tally.peak, tally.at_peak, tally.moment)
+            if asked.watch.every:
+                tally.forget_peak()
+                _look(asked.watch, run, watched, [reward, *(_Judged(r, tally) for r in models.others)])
+                peaks["a look of the watch"] = (tally.peak, tally.at_peak, tally.moment)
         best = max(peaks.values(), key=lambda peak: peak[0])
         moments = {name: peak[0] for name, peak in peaks.items()}
     per_row = {"denoiser": flops["denoiser"] / max(1, rows["forward"]), "back": flops["back"] / max(1, rows["back"])}
@@ -308,6 +329,20 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.accumulate,
         backwards * config.accumulate, {"lora.safetensors": 4 * trained, "checkpoint.pt": state}, config.steps,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _look(watch: Watch, run: Run, policy: _Watched, rewards: Sequence[Any]) -> None:
+    """What the watch draws and judges at a time, once."""
+    count = watch.count * watch.images
+    drawn = min(count, Generation().chunk)
+    prompts = [f"prompt {i}" for i in range(drawn)]
+    noise = torch.empty(drawn, *policy.latent_shape, device=META)
+    policy.reference(prompts, watch.guidance)(noise, policy.sigmas(run.objective.steps)[:1].expand(drawn))
+    policy.decode(noise)
+    images = torch.empty(min(count, 32), 3, *policy.inner.image_size, device=META)
+    for reward in rewards:
+        reward(images, prompts[: len(images)])
 
 
 def _recompute(reward: Any, wanted: bool) -> None:
@@ -365,3 +400,124 @@ def _step(
         **{part: sum(v for k, v in tally.flops.items() if k.startswith(part)) for part in ("decoder", "reward")},
     })  # fmt: skip
     return policy.rows, flops
+
+
+# -- what makes it smaller -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting that takes less memory, and what it costs."""
+
+    key: str
+    value: Any
+    cost: str
+
+    def applied(self, config: TrainConfig) -> TrainConfig | None:
+        """The config with it; None where it is so already, or where there is no such key."""
+        table, _, name = self.key.rpartition(".")
+        inside: Any = getattr(config, table) if table else config
+        if getattr(inside, name, self.value) == self.value:
+            return None
+        inside = replace(inside, **{name: self.value})
+        return replace(config, **{table: inside}) if table else inside
+
+    @property
+    def flag(self) -> str:
+        """As it is written on the command line."""
+        return f"--{self.key}={str(self.value).lower() if isinstance(self.value, bool) else self.value}"
+
+
+# What costs the least time comes first; what changes the result comes last.
+SETTINGS = (
+    Setting("checkpoint_decoder", True, "the autoencoder's decoder is computed twice"),
+    Setting("slice_decoder", True, "images are decoded one at a time"),
+    Setting("checkpoint_denoiser", True, "the denoiser is computed twice where it carries a gradient"),
+    Setting("checkpoint_reward", True, "the reward is computed twice"),
+    Setting("offload_encoders", True, "text encoders wait on the CPU"),
+    Setting("reward_dtype", "bfloat16", "rounds the reward"),
+    Setting("model_options.dtype", "bfloat16", "rounds the model's weights"),
+)
+
+
+def halved(config: TrainConfig, processes: int = 1) -> TrainConfig | None:
+    """The same samples per optimizer step in twice as many micro-batches; None where a micro-batch cannot be halved."""
+    if config.batch % (2 * processes):
+        return None
+    return replace(config, batch=config.batch // 2, accumulate=2 * config.accumulate)
+
+
+Planner = Callable[[TrainConfig], Plan]
+
+
+def savings(config: TrainConfig, planned: Planner, processes: int = 1) -> list[tuple[str, str, int]]:
+    """Flag, cost and bytes saved of each setting by itself that saves a hundredth or more."""
+    before, found = planned(config).total, list[tuple[str, str, int]]()
+    options = [(s.flag, s.cost, s.applied(config)) for s in SETTINGS]
+    smaller = halved(config, processes)
+    if smaller is not None:
+        options.append((f"--batch={smaller.batch} --accumulate={smaller.accumulate}", "more, smaller micro-batches", smaller))
+    for flag, cost, changed in options:
+        saved = before - planned(changed).total if changed is not None else 0
+        if saved > before / 100:
+            found.append((flag, cost, saved))
+    return found
+
+
+def fit(
+    config: TrainConfig, gigabytes: float, given: Sequence[str], planned: Planner, processes: int = 1
+) -> tuple[TrainConfig, list[str], Plan]:
+    """The config with the fewest memory settings, in order, that fits `gigabytes`; the flags that were added; its plan.
+
+    Keys in `given` are left as they are, but for batch and accumulate, which change together and keep their product. Raises
+    ConfigError with the least that it takes where nothing fits.
+    """
+    found, added = planned(config), list[str]()
+    for setting in SETTINGS:
+        changed = setting.applied(config) if setting.key not in given else None
+        if found.total <= gigabytes * GB:
+            return config, added, found
+        if changed is not None:
+            less = planned(changed)
+            if less.total < 0.99 * found.total:
+                config, found, added = changed, less, [*added, setting.flag]
+    while found.total > gigabytes * GB:
+        changed = halved(config, processes)
+        if changed is None:
+            fixed = [s.flag for s in SETTINGS if s.key in given and s.applied(config) is not None]
+            raise ConfigError(
+                f"vram = {gigabytes:g}: the least that this run takes is {found.total / GB:.1f} GB, with {' '.join(added) or 'its settings'} "
+                f"({found.moment}); a lower image_size, a smaller lora.rank or a smaller model takes less"
+                + (f", and so would {' '.join(fixed)}, which the config sets otherwise" if fixed else "")
+            )
+        config, found = changed, planned(changed)
+        added = [*(flag for flag in added if not flag.startswith("--batch")), f"--batch={config.batch} --accumulate={config.accumulate}"]
+    return config, added, found
+
+
+def table(found: Plan, device: str) -> str:
+    """The plan as text."""
+    lines = [f"memory, GB, at the highest moment ({found.moment}):"]
+    for part, size in sorted(found.parts.items(), key=lambda item: -item[1]):
+        if size >= 0.0005 * GB:
+            lines.append(f"  {_NAMES.get(part, part):<28}{size / GB:>9.3f}")
+    beside = "Python and its libraries, 5 % slack" if device.startswith("cpu") else "context and workspaces, 6 % fragmentation"
+    lines += [f"  {'allowance: ' + beside:<28}{found.allowance / GB:>9.3f}", f"  {'total':<28}{found.total / GB:>9.3f}"]
+    lines.append("highest of each phase: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.moments.items()))
+    teras = {part: value / 1e12 for part, value in found.flops.items()}
+    lines.append(
+        f"an optimizer step: {found.forwards:.0f} denoiser forwards and {found.backwards:.0f} backwards of one image; "
+        f"{sum(teras.values()):.3g} TFLOP ({', '.join(f'{part} {value:.3g}' for part, value in teras.items())})"
+    )
+    lines.append(f"the run: {found.steps} steps, {found.steps * sum(teras.values()) / 1e3:.3g} PFLOP")
+    lines.append("files: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found.files.items()))
+    return "\n".join(lines)
+
+
+_NAMES = {
+    "denoiser": "denoiser's activations",
+    "decoder": "decoder's activations",
+    "reward": "reward's activations",
+    "text encoder": "text encoders' activations",
+    "rest": "latents on the way",
+}
