@@ -227,8 +227,8 @@ class Planner:
         return self.plans[key]
 
     def _outlines(self, config: TrainConfig) -> planning.Models:
-        held = plain(config)
-        key = json.dumps({k: v for k, v in held.items() if k in ("model", "model_options", "image_size", "reward_dtype", "merge_rollouts")}, sort_keys=True)
+        decisive = ("model", "model_options", "image_size", "reward_dtype", "merge_rollouts")
+        key = json.dumps({name: plain(getattr(config, name)) for name in decisive}, sort_keys=True)
         if key not in self._models:
             with dry(self.tally):
                 policy = load_policy(config.model, "meta", config.model_options, config.image_size)
@@ -238,7 +238,8 @@ class Planner:
                 features = _features(config.features, "meta") if config.features else None
                 others = [_outlined(config.watch.heldout)] if config.watch.every and config.watch.heldout else []
                 pictures, prompts = _counted(config)
-                self._models[key] = planning.Models(policy, _outlined(config.reward, config.reward_dtype), features, others, pictures, prompts)
+                reward = _outlined(config.reward, config.reward_dtype)
+                self._models[key] = planning.Models(policy, reward, features, others, pictures, prompts)
         return self._models[key]
 
 

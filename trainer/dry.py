@@ -59,7 +59,7 @@ class Tally(TorchDispatchMode):
         """Count storages for `part`, those that are counted already among them."""
         for tensor in tensors:
             if tensor.device.type == self.device.type:
-                key = tensor.untyped_storage()._cdata
+                key = _address(tensor)
                 if key in self._held:
                     before, size, reference = self._held[key]
                     self.live[before] -= size
@@ -72,6 +72,14 @@ class Tally(TorchDispatchMode):
         """Count from nothing; operations that were seen stay known."""
         self.live, self.flops, self._total, self._held = Counter(), Counter(), 0, {}
         self.forget_peak()
+
+    def release(self, *parts: str) -> None:
+        """These parts are held elsewhere from now on."""
+        for key, (part, size, _) in list(self._held.items()):
+            if part in parts:
+                del self._held[key]
+                self.live[part] -= size
+                self._total -= size
 
     @contextmanager
     def during(self, now: str) -> Generator[None]:
@@ -127,15 +135,15 @@ class Tally(TorchDispatchMode):
         outputs = (result,) if isinstance(result, Tensor) else result
         schema = func._schema
         if isinstance(outputs, tuple) and not schema.is_mutable and not any(r.alias_info for r in schema.returns):
-            before = {t.untyped_storage()._cdata for t in found}
-            if all(o is None or (o.device == META and o.untyped_storage()._cdata not in before) for o in outputs):
+            before = {_address(t) for t in found}
+            if all(o is None or (o.device == META and _address(o) not in before) for o in outputs):
                 specs = [o if o is None else (o.shape, o.stride(), o.dtype) for o in outputs]
                 self._known[key] = (specs, isinstance(result, Tensor), flops)
         return result, flops
 
     def _count(self, tensor: Tensor, part: str) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _address(tensor)
         if key in self._held:
             return
         size = -(-storage.nbytes() // _BLOCK) * _BLOCK
@@ -162,7 +170,7 @@ def dry(tally: Tally) -> Generator[None]:
     """
     attend = F.scaled_dot_product_attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> Any:
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **more: Any):
         if q.device != META:
             return attend(q, k, v, attn_mask, dropout_p, is_causal, **more)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -182,6 +190,11 @@ _INDEXING = {
     torch.ops.aten.index_put.default,
     torch.ops.aten._index_put_impl_.default,
 }
+
+
+def _address(tensor: Tensor) -> int:
+    """What tells storages apart; their pointers do not, on the meta device all are null."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _tensors(values: Any) -> list[Tensor]:

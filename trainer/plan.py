@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,20 @@ from .denoiser import Denoiser
 from .dry import META, Tally, dry
 from .generate import Generation
 from .objectives.base import Surroundings
+from .optimizers import STATE_BYTES
+from .optimizers import Name as OptimizerName
 from .policies.base import DiffusersPolicy
-from .policy import Batch
 from .processes import ALONE, Processes
-from .reward import PrefixReward, Reward
+from .reward import Reward
 from .run import Run, TrainConfig
 from .watch import Watch
 
 GB = 1e9
 TRACED = 32  # micro-batches that are looked at for the most expensive one, and for the mean number of calls
-WEIGHTS = ("denoiser weights", "autoencoder weights", "text encoder weights", "reward weights", "other rewards' weights")
-STATE = ("adapter", "gradients", "optimizer state", "moving average")
+WEIGHTS = (
+    *("denoiser weights", "autoencoder weights", "autoencoder's encoder weights", "text encoder weights"),
+    *("reward weights", "other rewards' weights"),
+)
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,9 @@ class _Sketch:
     def reference(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
         return torch.no_grad()(self.denoiser(prompts, guidance))
 
+    def merged(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def start(self, noise: Tensor, steps: int) -> Tensor:
         return noise
 
@@ -283,7 +289,9 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
     policy, asked = models.policy, config
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = replace(_bounded(config), out=str(folder), watch=type(config.watch)(), tracker="")
+        config = replace(_bounded(config), out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
+        parked = config.offload_encoders and not config.device.startswith("cpu")
+        policy.slices_decoder = config.slice_decoder
         size = len(processes.share(config.batch))
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch)))
         picture = torch.empty(1, *policy.latent_shape, device=META)
@@ -298,23 +306,34 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             watched = _Watched(policy, tally)
             _hold_weights(tally, models, run)
             peaks: dict[str, tuple[int, Counter[str], str]] = {}
-            if models.pictures and config.images:
+
+            def phase(name: str) -> None:
+                peaks[name] = (tally.peak, tally.at_peak, tally.moment)
                 tally.forget_peak()
-                with tally.during("encoding pictures"):
+
+            tally.forget_peak()
+            if models.pictures and config.images:
+                with tally.during("autoencoder's encoder"):
                     policy.encode(torch.empty(min(32, models.pictures), 3, *policy.image_size, device=META))
-                peaks["encoding pictures"] = (tally.peak, tally.at_peak, tally.moment)
+                phase("encoding pictures")
                 latents = torch.empty(2, models.pictures, *policy.latent_shape, device=META)  # mean and standard deviation
                 tally.hold([latents], "pictures' latents")
-            row = sum(value.nbytes for value in policy.conditioning(prompts[:1]).values())
+            state = _state(run, asked.optimizer, tally)
+            with tally.during("text encoders"):
+                row = sum(value.nbytes for value in policy.conditioning((*prompts, "")).values()) // (len(prompts) + 1)
+            phase("encoding prompts")
             reached = min(models.prompts, config.steps * config.batch * config.accumulate)
             embeddings = torch.empty(row * reached, dtype=torch.uint8, device=META)
             tally.hold([embeddings], "prompts' embeddings")
+            if parked:
+                tally.release("text encoder weights", "autoencoder's encoder weights")
+            tally.forget_peak()
             rows, flops = _step(run, watched, reward, samples, worst, size, tally)
-            peaks["a training step"] = (tally.peak, tally.at_peak, tally.moment)
+            phase("a training step")
             if asked.watch.every:
-                tally.forget_peak()
                 _look(asked.watch, run, watched, [reward, *(_Judged(r, tally) for r in models.others)])
-                peaks["a look of the watch"] = (tally.peak, tally.at_peak, tally.moment)
+                phase("a look of the watch")
+            del state
         best = max(peaks.values(), key=lambda peak: peak[0])
         moments = {name: peak[0] for name, peak in peaks.items()}
     per_row = {"denoiser": flops["denoiser"] / max(1, rows["forward"]), "back": flops["back"] / max(1, rows["back"])}
@@ -323,7 +342,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         **{part: config.accumulate * flops[part] for part in ("decoder", "reward")},
     }
     trained = sum(p.numel() for p in policy.parameters())
-    state = 4 * trained * (3 + (config.ema > 0))
+    state = trained * (4 + STATE_BYTES[asked.optimizer] + 4 * (config.ema > 0))
     parts = {part: size for part, size in best[1].items() if size}
     return Plan(
         parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.accumulate,
@@ -355,16 +374,31 @@ def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
     """Nothing is live but what a run holds from its first step to its last."""
     tally.clear()
     pipeline, policy = models.policy.pipeline, models.policy
-    trained = {id(p) for p in policy.parameters()}
-    tally.hold([t for t in _weights(policy.network) if id(t) not in trained], "denoiser weights")
+    tally.hold(_weights(policy.network), "denoiser weights")
     tally.hold(policy.parameters(), "adapter")
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and part is not policy.network:
-            tally.hold(_weights(part), "autoencoder weights" if name == "vae" else "text encoder weights")
+    tally.hold(_weights(policy.vae), "autoencoder weights")
+    tally.hold(_weights([policy.vae.encoder, policy.vae.quant_conv]), "autoencoder's encoder weights")
+    others = [part for part in pipeline.components.values() if part is not policy.network and part is not policy.vae]
+    tally.hold(_weights(others), "text encoder weights")
     tally.hold(_weights(models.reward), "reward weights")
     tally.hold(_weights([models.features, *models.others]), "other rewards' weights")
     if run.ema:
         tally.hold(run.ema.values.values(), "moving average")
+
+
+def _state(run: Run, name: OptimizerName, tally: Tally) -> list[Tensor]:
+    """What the optimizer keeps from its first step on; 8 bit counts as its table says, its kernels know no meta device."""
+    if STATE_BYTES[name] != STATE_BYTES["adamw"]:
+        count = sum(p.numel() for p in run.policy.parameters())
+        kept = [torch.empty(STATE_BYTES[name] * count, dtype=torch.uint8, device=META)]
+        tally.hold(kept, "optimizer state")
+        return kept
+    for parameter in run.policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with tally.during("optimizer state"):
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return []
 
 
 def _step(
@@ -372,14 +406,10 @@ def _step(
 ) -> tuple[Counter[str], Counter[str]]:
     """The most expensive micro-batch of the run, with everything alive that is alive then; rows and FLOPs of its calls."""
     c, parameters = run.config, list(policy.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    tally.hold([p.grad for p in parameters if p.grad is not None], "gradients")
-    with tally.during("optimizer state"):
-        run.optimizer.step()  # its state exists from the first step on
-    tally.forget_peak()
-    if c.accumulate == 1:
-        run.optimizer.zero_grad(set_to_none=True)
+    if c.accumulate > 1:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        tally.hold([p.grad for p in parameters if p.grad is not None], "gradients")
     hooks = [p.register_post_accumulate_grad_hook(lambda p: tally.hold([p.grad], "gradients")) for p in parameters]
     batch = samples.batch(c.seed, number // c.accumulate, number * c.batch, size, number)
     tally.flops.clear()
@@ -390,8 +420,8 @@ def _step(
     finally:
         for hook in hooks:
             hook.remove()
-    tally.now = "optimizer"
-    run.optimizer.step()
+    with tally.during("optimizer"):
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     tally.now = "rest"
     flops = Counter({
@@ -486,7 +516,8 @@ def fit(
         if changed is None:
             fixed = [s.flag for s in SETTINGS if s.key in given and s.applied(config) is not None]
             raise ConfigError(
-                f"vram = {gigabytes:g}: the least that this run takes is {found.total / GB:.1f} GB, with {' '.join(added) or 'its settings'} "
+                f"vram = {gigabytes:g}: the least that this run takes is {found.total / GB:.1f} GB, "
+                f"with {' '.join(added) or 'its settings'} "
                 f"({found.moment}); a lower image_size, a smaller lora.rank or a smaller model takes less"
                 + (f", and so would {' '.join(fixed)}, which the config sets otherwise" if fixed else "")
             )
@@ -518,6 +549,7 @@ _NAMES = {
     "denoiser": "denoiser's activations",
     "decoder": "decoder's activations",
     "reward": "reward's activations",
-    "text encoder": "text encoders' activations",
+    "text encoders": "text encoders' activations",
+    "autoencoder's encoder": "autoencoder's activations",
     "rest": "latents on the way",
 }

@@ -95,7 +95,8 @@ class TrainConfig:
         default="float32", metadata={"help": "of the trained reward's weights: float32 or bfloat16"}
     )
     vram: float = field(
-        default=0.0, metadata={"min": 0.0, "help": "GB that the run must fit: memory settings are switched on until it does; 0: as they are"}
+        default=0.0,
+        metadata={"min": 0.0, "help": "GB that the run must fit: memory settings are switched on until it does; 0: as they are"},
     )
     watch: Watch = field(default_factory=Watch, metadata={"help": "table: a held-out reward to watch, keep the best by, and stop by"})
     tracker: TrackerName = field(default="", metadata={"help": "tensorboard or wandb, beside log.jsonl"})

@@ -143,13 +143,23 @@ def main():
     if arguments.case:
         print(json.dumps(one(arguments.case)))
         return
-    lines = ["| model | objective | checkpoints | planned, GB | counted, GB | resident, GB | planned/counted | planned/resident |", "|" + "---|" * 8]
+    lines = [
+        "| model | objective | checkpoints | planned, GB | counted, GB | resident, GB | planned/counted | planned/resident |",
+        "|" + "---|" * 8,
+    ]
     print("\n".join(lines), flush=True)
     for model in arguments.models:
         for name in arguments.only:
             for checkpoints in (False, True):  # all three
                 batch, dtype = (8, "float32") if model == "demo" else (1, "bfloat16")
-                case = {"model": model, "objective": name, "checkpoints": checkpoints, "size": arguments.size, "batch": batch, "dtype": dtype}
+                case = {
+                    "model": model,
+                    "objective": name,
+                    "checkpoints": checkpoints,
+                    "size": arguments.size,
+                    "batch": batch,
+                    "dtype": dtype,
+                }
                 environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
                 command = [sys.executable, __file__, "--case", json.dumps(case)]
                 done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -157,8 +167,9 @@ def main():
                     print(done.stderr[-3000:], file=sys.stderr)
                     continue
                 r = json.loads(done.stdout.splitlines()[-1])
-                row = f"| {model} | {name} | {'on' if checkpoints else 'off'} | {r['planned']:.3f} | {r['counted']:.3f} | {r['resident']:.3f} |"
-                lines.append(row + f" {r['planned'] / r['counted']:.3f} | {r['planned'] / r['resident']:.3f} |")
+                gigabytes = " | ".join(f"{r[key]:.3f}" for key in ("planned", "counted", "resident"))
+                ratios = " | ".join(f"{r['planned'] / r[key]:.3f}" for key in ("counted", "resident"))
+                lines.append(f"| {model} | {name} | {'on' if checkpoints else 'off'} | {gigabytes} | {ratios} |")
                 print(lines[-1], r["moment"], r["seconds"], flush=True)
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n", "utf-8")

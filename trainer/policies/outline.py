@@ -55,7 +55,9 @@ def outline(path: str | Path, dtype: torch.dtype = torch.float32, image_size: in
     made["scheduler"] = getattr(diffusers, scheduler).from_config(schedule)
     for name, ((_, encoder), config) in parts.items():
         if name.startswith("text_encoder"):
-            made[name.replace("text_encoder", "tokenizer")] = _Words(512 if encoder.startswith("T5") else config.get("max_position_embeddings", 77))
+            made[name.replace("text_encoder", "tokenizer")] = _Words(
+                512 if encoder.startswith("T5") else config.get("max_position_embeddings", 77)
+            )
     wanted = kind.pipeline_class()
     absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in made and pipeline_name == "StableDiffusion3Pipeline"}
     policy = kind(wanted(**{**kind.load_arguments(), **absent, **made}), "meta", dtype, image_size or None)
@@ -110,7 +112,7 @@ def _folder(path: Path) -> tuple[str, Parts, tuple[str, Config]]:
         raise ValueError(f"{path} is a {name}: known are {', '.join(POLICIES)}")
     parts: Parts = {}
     for part, value in index.items():
-        if isinstance(value, list) and part in ("unet", "transformer", "vae") or part.startswith("text_encoder") and value[0]:
+        if part in ("unet", "transformer", "vae") or (part.startswith("text_encoder") and value[0]):
             parts[part] = ((value[0], value[1]), json.loads((path / part / "config.json").read_text("utf-8")))
     schedule = json.loads((path / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     return name, parts, (index["scheduler"][1], schedule)
