@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One worker per core of a small machine; a file stays with its worker, whose fixtures it shares
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo demo-quick test check setup benchmark verify-large
+.PHONY: demo demo-quick test check setup benchmark bench-gpu verify-large
 
 demo: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite
@@ -26,6 +26,10 @@ check: .venv/test
 
 benchmark: .venv/train
 	OMP_NUM_THREADS=1 $(PY) -m trainer.demo.benchmark docs/benchmarks.md
+
+# SD1.5 at 512 and SDXL at 1024 pixels with HPSv2.1's architecture, random weights; says so where there is no CUDA device
+bench-gpu: .venv/test
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(PY) tests/large/bench.py $(BENCH)
 
 # True configurations of the published models on random weights; outside the suite: minutes a model, 7 GB and more
 verify-large: .venv/test $(if $(COMFY),.venv/comfy)

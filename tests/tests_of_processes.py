@@ -110,7 +110,7 @@ def trained(case, out, processes=ALONE, resume=False, **settings):
 
 def log_of(out):
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "memory_gb")} for line in lines]
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

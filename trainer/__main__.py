@@ -11,6 +11,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     from .commands import COMMANDS
+    from .memory import OutOfMemory
     from .processes import StoppedElsewhere
 
     parser = argparse.ArgumentParser(
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed)
     except StoppedElsewhere:
         return 2  # the process that failed has said why
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, OutOfMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
-from . import convert
+from . import checkpoint, convert, memory
 from . import images as pictures
+from . import plan as planning
 from .buckets import bucket_sizes
 from .cache import TensorCache
 from .config import ConfigError, build, override, plain, read_toml
-from .data import Samples, encode_images, load_samples, read_prompts
+from .data import Samples, encode_images, load_samples, read_captions, read_prompts
+from .dataset import PREFIX
+from .dry import Tally, dry
 from .generate import Generation, generate, generate_base
 from .hashes import file_hash
 from .lora_file import load_consistency, load_lora, read_lora
@@ -29,6 +32,7 @@ from .metrics.study import BASE, Judges, Study
 from .policies import load as policies
 from .policies.base import DiffusersPolicy
 from .policies.load import BASE_UNET, TUNED_UNET, ModelOptions
+from .policies.outline import outline
 from .processes import Processes, joined
 from .reward import Reward, Standardised
 from .rewards import command as rewards_command
@@ -37,7 +41,7 @@ from .rewards.combine import Part, WeightedSum, parse_weights
 from .rewards.files import find, folders, verify
 from .rewards.two_tower import TwoTower
 from .rewards.weights import Held
-from .run import Run, TrainConfig, interruptible
+from .run import NEUTRAL, Run, TrainConfig, interruptible
 from .sampling import METHODS, Switch
 from .scoring import command as scoring_command
 from .watch import Watch, Watcher
@@ -47,7 +51,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_policy(model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0) -> DiffusersPolicy:
-    """A diffusers folder, a single-file checkpoint, or `demo`."""
+    """A diffusers folder, a single-file checkpoint, or `demo`. On the meta device its shapes alone, also of a family's name."""
     options = options or ModelOptions()
     if model == "demo":
         from .demo import files
@@ -55,6 +59,8 @@ def load_policy(model: str, device: str = "cpu", options: ModelOptions | None = 
         model = str(files.PIPELINE)
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
+    if device == "meta":
+        return outline(model, DTYPES[options.dtype], image_size)
     return policies.load_policy(model, device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts)
 
 
@@ -150,7 +156,9 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", help="TOML file; without one, every setting comes from --key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--key=value ...]"
+    parser.add_argument("--plan", action="store_true", help="say what memory and arithmetic the run takes, and do not run")
+    parser.add_argument("--vram", type=float, metavar="GB", help="the setting vram")
+    parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--plan] [--vram GB] [--key=value ...]"
     from .objectives import OBJECTIVES
     from .policy import Lora
 
@@ -183,11 +191,127 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, processes: Processes) -> int:
-    from tqdm import tqdm
-
     values = override(read_toml(arguments.config) if arguments.config else {}, arguments.rest)
+    if arguments.vram is not None:
+        values["vram"] = arguments.vram
     config = build(TrainConfig, values)
     config.build_objective()
+    planner = Planner(processes)
+    if config.vram:
+        given = [name for key, value in values.items() for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])]
+        config = processes.exchange(_fitted(config, given, planner, arguments.resume) if processes.main else config)[0]
+    if arguments.plan:
+        if processes.main:
+            _say_plan(config, planner)
+        return 0
+    try:
+        return _run(config, arguments, processes, planner)
+    except Exception as error:
+        if not memory.is_lack(error):
+            raise
+        raise memory.OutOfMemory(_remedy(config, planner, error)) from error
+
+
+class Planner:
+    """Plans of configs, over outlines of their models that are made once."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.tally = Tally()
+        self.plans: dict[str, planning.Plan] = {}
+        self._models: dict[str, planning.Models] = {}
+
+    def __call__(self, config: TrainConfig) -> planning.Plan:
+        """The plan of one config."""
+        key = json.dumps(plain(config), sort_keys=True)
+        if key not in self.plans:
+            self.plans[key] = planning.plan(config, self._outlines(config), self.tally, self.processes)
+        return self.plans[key]
+
+    def _outlines(self, config: TrainConfig) -> planning.Models:
+        decisive = ("model", "model_options", "image_size", "reward_dtype", "merge_rollouts", "tune", "lora")
+        key = json.dumps({name: plain(getattr(config, name)) for name in decisive}, sort_keys=True)
+        if key not in self._models:
+            with dry(self.tally):
+                policy = load_policy(config.model, "meta", config.model_options, config.image_size)
+                policy.merges = config.merge_rollouts
+                if config.consistency:
+                    _load_consistency(policy, config)
+                features = _features(config.features, "meta") if config.features else None
+                others = [_outlined(config.watch.heldout)] if config.watch.every and config.watch.heldout else []
+                pictures, prompts = _counted(config)
+                reward = _outlined(config.reward, config.reward_dtype)
+                self._models[key] = planning.Models(policy, reward, features, others, pictures, prompts)
+        return self._models[key]
+
+
+def _outlined(spec: str, dtype: str = "float32") -> Reward:
+    """A reward's shapes; a Python file's are not known, and a reward that takes no memory stands for it."""
+    parts = [Part(n, planning.Unknown()) if n.endswith(".py") else open_reward(n, "meta", dtype) for n, _ in parse_weights(spec)]
+    return parts[0].reward if len(parts) == 1 else WeightedSum(parts, raw=True)
+
+
+def _counted(config: TrainConfig) -> tuple[int, int]:
+    """Pictures that are encoded, and distinct prompts; (1, 1) where the data are not there yet."""
+    if config.images == "demo":
+        from .demo.show import FULL
+
+        return FULL.real, FULL.real
+    if config.images.startswith(PREFIX) or (config.images and Path(config.images).exists()):
+        pairs = read_captions(config.images)
+        return len({picture for picture, _ in pairs}), len({caption for _, caption in pairs})
+    if config.prompts and Path(config.prompts).exists():
+        return 0, len(set(read_prompts(Path(config.prompts))))
+    return int(bool(config.images)), 1
+
+
+def _fitted(config: TrainConfig, given: Sequence[str], planner: Planner, resume: bool) -> TrainConfig:
+    """The config with the memory settings that make it fit `vram`; a resumed run keeps those that it has."""
+    written = Path(config.out) / "config.json"
+    if resume and written.is_file():
+        kept = json.loads(written.read_text("utf-8"))
+        for setting in planning.SETTINGS:
+            table, _, name = setting.key.rpartition(".")
+            if setting.key not in given and (kept.get(table, {}) if table else kept).get(name) == setting.value:
+                config = setting.applied(config) or config
+        if kept["batch"] * kept["accumulate"] == config.batch * config.accumulate:
+            config = replace(config, batch=kept["batch"], accumulate=kept["accumulate"])
+        return config
+    config, added, found = planning.fit(config, config.vram, given, planner, planner.processes.count)
+    print(f"vram = {config.vram:g} GB: planned {found.total / 1e9:.1f} GB with {' '.join(added) or 'the settings as they are'}", flush=True)
+    return config
+
+
+def _say_plan(config: TrainConfig, planner: Planner) -> None:
+    print(planning.table(planner(config), config.device), flush=True)
+    print("what takes less, each by itself:", flush=True)
+    for flag, cost, saved in planning.savings(config, planner, planner.processes.count):
+        print(f"  {flag:<36} {saved / 1e9:>7.3f} GB less ({cost})")
+
+
+def _remedy(config: TrainConfig, planner: Planner, error: Exception) -> str:
+    """One line for a run that ran out of memory: where, what is safe, and what to try next."""
+    where = memory.place(error)
+    path = Path(config.out) / "checkpoint.pt"
+    step = checkpoint.load(path)["step"] if path.is_file() else None
+    safe = f"the last checkpoint is intact: {path}, step {step}" if step is not None else "nothing was saved before"
+    try:
+        options = planning.savings(config, planner, planner.processes.count)
+    except Exception:  # whatever keeps the plan from being made, the first error is what matters
+        options = [(s.flag, s.cost, 0) for s in planning.SETTINGS if s.applied(config) is not None]
+    neutral = [o for o in options if o[0].split("=")[0].strip("-") in (*NEUTRAL, "batch")]
+    chosen = next(iter(neutral or options), None)
+    again = "--resume" if step is not None and neutral else "start again"
+    remedy = "lower image_size, lora.rank or take a smaller model"
+    if chosen is not None:
+        flag, cost, saved = chosen
+        remedy = f"{flag} ({f'saves about {saved / 1e9:.2g} GB; ' if saved else ''}{cost}), then {again}"
+    return f"out of memory{f' in {where}' if where else ''}; {safe}; try {remedy}"
+
+
+def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processes, planner: Planner) -> int:
+    from tqdm import tqdm
+
     device = processes.device(config.device)
     reward = load_reward(config.reward, config.normalise, device, config.reward_dtype)
     policy = load_policy(config.model, device, config.model_options, config.image_size)
@@ -222,6 +346,9 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
                 return 130
     if processes.main:
         print(f"wrote {run.result} after step {run.step}: every key read back")
+        held, planned = memory.peak_gb(device), list(planner.plans.values())[-1:]
+        if held is not None and planned:
+            print(f"most memory held: {held:.2f} GB; planned {planned[0].total / 1e9:.2f} GB")
     if run.watcher and processes.main:
         best = run.watcher.best
         print(f"best held-out at step {best['step']:.0f} ({best['heldout']:.3f}): {run.folder / 'best.safetensors'}")

@@ -185,14 +185,19 @@ def _content(picture: Picture) -> str:
         raise ValueError(f"{picture} is no readable picture: {error}") from error
 
 
+def at_once(size: Size) -> int:
+    """Pictures of a size (height, width) that are decoded and encoded together."""
+    return max(1, min(32, PIXELS_AT_ONCE // (size[0] * size[1])))
+
+
 def _encode(policy: Encoder, chosen: Sequence[Picture], sized: Mapping[Picture, Size]) -> list[Tensors]:
     """Means and standard deviations (C,h,w) of pictures, on the CPU; few pictures, all of one size, are in memory at a time."""
     found: list[Tensors] = [{} for _ in chosen]
     for size in dict.fromkeys(sized[picture] for picture in chosen):
         rows = [i for i, picture in enumerate(chosen) if sized[picture] == size]
-        at_once = max(1, min(32, PIXELS_AT_ONCE // (size[0] * size[1])))
-        for first in range(0, len(rows), at_once):
-            part = rows[first : first + at_once]
+        together = at_once(size)
+        for first in range(0, len(rows), together):
+            part = rows[first : first + together]
             mean, std = policy.encode(torch.stack([pictures.load(chosen[i], size) for i in part]))
             for i, one, spread in zip(part, mean.cpu(), std.cpu()):
                 found[i] = {"mean": one, "std": spread}

@@ -26,7 +26,7 @@ class Generation:
         default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "guidance of the tuned model; 1 is none, as it was trained"}
     )
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of start noise and step noise"})
-    chunk: int = field(default=64, metadata={"min": 1, "help": "images at a time; changes no image"})
+    chunk: int = field(default=64, metadata={"min": 1, "help": "images at a time, fewer where they are large; changes no image"})
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def generate(
     in parts. The base prefix is computed once for all policies and k. `progress` is told how many images are new.
     """
     finished: dict[tuple[str, int], list[Tensor]] = {(name, k): [] for name in tuned for k in switches}
-    for numbers in _chunks(first, len(prompts), settings.chunk):
+    for numbers in _chunks(first, len(prompts), together(base, settings)):
         part = [prompts[i - first] for i in numbers]
         start, noise_at = _start(base, numbers, settings)
         sigmas = base.sigmas(settings.steps)
@@ -69,7 +69,7 @@ def generate_base(
 ) -> Tensor:
     """Images (N,3,H,W) of the base model at `settings.guidance`: what `generate` gives at k = T."""
     images: list[Tensor] = []
-    for numbers in _chunks(first, len(prompts), settings.chunk):
+    for numbers in _chunks(first, len(prompts), together(base, settings)):
         part = [prompts[i - first] for i in numbers]
         start, noise_at = _start(base, numbers, settings)
         denoiser = base.reference(part, settings.guidance)
@@ -77,6 +77,12 @@ def generate_base(
         images.append(base.decode(end.x).cpu())
         progress(len(part))
     return torch.cat(images)
+
+
+def together(policy: Policy, settings: Generation) -> int:
+    """Images that are drawn at a time: `chunk`, but no more than sixteen of 512² pixels or four of 1024²."""
+    _, height, width = policy.latent_shape
+    return max(1, min(settings.chunk, 2**16 // (height * width)))
 
 
 def _chunks(first: int, n: int, size: int) -> Iterator[range]:

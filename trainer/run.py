@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 
-from . import checkpoint
+from . import checkpoint, memory
 from .config import ConfigError, build, plain
 from .cost import Counted
 from .data import Samples
@@ -106,6 +106,10 @@ class TrainConfig:
     reward_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "of the trained reward's weights: float32 or bfloat16"}
     )
+    vram: float = field(
+        default=0.0,
+        metadata={"min": 0.0, "help": "GB that the run must fit: memory settings are switched on until it does; 0: as they are"},
+    )
     watch: Watch = field(default_factory=Watch, metadata={"help": "table: a held-out reward to watch, keep the best by, and stop by"})
     tracker: TrackerName = field(default="", metadata={"help": "tensorboard or wandb, beside log.jsonl"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps or xpu"})
@@ -119,10 +123,15 @@ class TrainConfig:
         return build(OBJECTIVES[name], table, "objective.")
 
     def describe(self) -> dict[str, Any]:
-        """The settings that decide the result, for metadata: everything but where it is written."""
-        return {
-            f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("out", "save_every", "tracker", "device", "cache")
-        }
+        """The settings that decide the result, for metadata."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in NEUTRAL}
+
+
+_ELSEWHERE = ("out", "save_every", "tracker", "device", "cache")
+_MEMORY = ("vram", "checkpoint_denoiser", "checkpoint_decoder", "checkpoint_reward", "slice_decoder", "offload_encoders")
+_SPEED = ("merge_rollouts", "channels_last", "compile")
+NEUTRAL = frozenset((*_ELSEWHERE, *_MEMORY, *_SPEED))
+"""Settings that alter neither draws nor, but for rounding, results. A run may resume with others."""
 
 
 def _default(name: str) -> Objective:
@@ -132,6 +141,8 @@ def _default(name: str) -> Objective:
 def _tune_whole(policy: Trainable) -> None:
     if not isinstance(policy, DiffusersPolicy):
         raise ConfigError("tune = full: in a graph an adapter is trained; `python -m trainer train` trains every weight")
+    if policy.original:  # already
+        return
     try:
         policy.tune_whole()
     except ValueError as error:
@@ -241,6 +252,8 @@ class Run:
                 raise ConfigError(f"nothing to resume: no {self.checkpoint_path}")
             self._take_folder()
             self.load()
+            if self.processes.main:  # settings of memory and speed may be new
+                checkpoint.write_text(json.dumps(plain(self.config), indent=2) + "\n", self.folder / "config.json")
         elif self.processes.main:
             self._clear_folder(overwrite)
         self.processes.exchange(None)
@@ -293,13 +306,19 @@ class Run:
         }
 
     def load(self) -> None:
-        """Restore the state of `checkpoint.pt`; the settings must be those it was written with, but for `steps` and `budget`."""
+        """Restore the state of `checkpoint.pt`; the settings must be those it was written with.
+
+        Free are `steps`, `budget`, NEUTRAL, and how the samples of an optimizer step are cut into micro-batches: the samples
+        and their noise stay the same, but an objective that draws once per micro-batch draws otherwise.
+        """
         state = checkpoint.load(self.checkpoint_path)
         if state["base"] != self.base_hash:
             raise ConfigError(f"{self.checkpoint_path} was written over other weights than those of {self.config.model}")
         then, now = json.loads(state["settings"]), json.loads(json.dumps(self.config.describe()))
         changed = sorted(k for k in now if k not in ("steps", "budget") and now[k] != then.get(k))
-        if changed:
+        if changed == ["accumulate", "batch"] and now["batch"] * now["accumulate"] == then["batch"] * then["accumulate"]:
+            log.warning("micro-batches of %d instead of %d: what is drawn once per micro-batch is drawn anew", now["batch"], then["batch"])
+        elif changed:
             raise ConfigError(
                 f"{self.checkpoint_path} was written with another {changed[0]}: {then.get(changed[0])!r}, now {now[changed[0]]!r}"
             )
@@ -367,6 +386,9 @@ class Run:
                 self.step = done.number
                 calls = self._calls()
                 line = {"step": done.number, "loss": done.loss, "grad_norm": done.grad_norm, "calls": calls, **done.logs}
+                held = memory.peak_gb(c.device)
+                if held is not None:
+                    line["memory_gb"] = round(held, 3)
                 self._write_log({**line, "seconds": round(time.monotonic() - begin, 3)})
                 if tracker:
                     tracker.log({name: value for name, value in line.items() if name != "step"}, done.number)

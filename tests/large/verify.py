@@ -118,7 +118,7 @@ def random_network(kind, config):
     return network
 
 
-def build(name, folder):
+def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
     """A policy over random weights of the family `name`."""
     import diffusers
 
@@ -134,7 +134,7 @@ def build(name, folder):
     scheduler = getattr(diffusers, family.scheduler[0])(**family.scheduler[1])
     kind = POLICIES[family.pipeline]
     pipeline = kind.pipeline_class()(**{**kind.load_arguments(), **parts, "scheduler": scheduler})
-    return kind(pipeline, dtype=torch.bfloat16, image_size=SIZE)
+    return kind(pipeline, device, dtype, size)
 
 
 def reduced(kind):

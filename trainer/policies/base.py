@@ -53,6 +53,8 @@ class DiffusersPolicy:
     space: Space = "ve"
     targets: ClassVar[tuple[str, ...]] = Lora().targets
     """What Lora's default targets, the attention projections, are called in this family."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Classes of the blocks that a network is made of."""
     patch: ClassVar[int] = 1
     """Latents per side that the network takes as one token."""
 
@@ -465,10 +467,12 @@ class DiffusersPolicy:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
+        if not torch.is_grad_enabled():
+            pixels = self.image_size[0] * self.image_size[1]
+            few = 1 if self.slices_decoder else max(1, 2**21 // pixels)  # eight of 512² are enough to keep a GPU busy
+            return torch.cat([self._decode(part) for part in latents.split(few)])
         if not self.slices_decoder:
             return self._decode(latents)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._decode(one) for one in latents.split(1)])
         return torch.cat([checkpoint(self._decode, one, use_reentrant=False) for one in latents.split(1)])
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -488,7 +492,11 @@ class DiffusersPolicy:
     def park_encoders(self) -> None:
         """Text encoders and the autoencoder's encoder to the CPU, from where a prompt or image not met before fetches them."""
         self._parked = True
-        self._move([*self._text_encoders(), *self._image_encoder()], "cpu")
+        self._move(self.encoders(), "cpu")
+
+    def encoders(self) -> list[nn.Module]:
+        """What training does not need once prompts and images are encoded."""
+        return [*self._text_encoders(), *self._image_encoder()]
 
     @contextmanager
     def _unparked(self, modules: list[nn.Module]) -> Generator[None]:
@@ -534,8 +542,17 @@ class DiffusersPolicy:
             module.to(memory_format=torch.channels_last)
 
     def compile(self, **options: Any) -> None:
-        """Compile the network's repeated blocks, each kind once (torch.compile's `options`); module names stay as they are."""
-        self.network.compile_repeated_blocks(**options)
+        """torch.compile every repeated block of the network, with its `options`; names of modules and parameters stay as they are.
+
+        Blocks and not the whole: what is compiled once serves all blocks of a kind, and recomputation goes block by block.
+        """
+        limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        # every width, adapter state and gradient mode is a program of its own, and all blocks count as one function
+        name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+        setattr(limits, name, max(getattr(limits, name), 128))
+        for module in self.network.modules():
+            if type(module).__name__ in self.repeated:
+                module.compile(**options)
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
         """Trade time for memory: recompute activations block by block in the backward pass."""

@@ -6,7 +6,7 @@ Guidance as trainer.policy.Policy means it stays what it is everywhere, a second
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .flow import FlowPolicy
 class FluxPolicy(FlowPolicy):
     """A diffusers FLUX pipeline as a trainer.policy.Policy; `embedded_guidance` is for `dev`, `schnell` has none."""
 
+    repeated: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     embedded_guidance: float = 3.5  # the pipeline's default
     max_tokens: int = 512
     """T5 tokens, the pipeline's default; schnell takes at most 256."""

@@ -13,6 +13,7 @@ from .flow import FlowPolicy
 class SD3Policy(FlowPolicy):
     """A diffusers SD3 pipeline as a trainer.policy.Policy."""
 
+    repeated: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     default_max_shift: ClassVar[float] = 1.16
     max_tokens: ClassVar[int] = 256
     """T5 tokens, the pipeline's default."""

@@ -6,7 +6,7 @@ variance-exploding coordinates, x_VE = x_VP / √ᾱ and σ = √((1−ᾱ)/ᾱ)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .base import Conditioning, DiffusersPolicy
 
 class UNetPolicy(DiffusersPolicy):
     """A diffusers Stable Diffusion pipeline as a trainer.policy.Policy."""
+
+    repeated: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .linear_head import LinearHead
 from .two_tower import TwoTower
-from .weights import Held, fill, read_state
+from .weights import Held, fill
 
 
 class Aesthetic:
@@ -26,7 +26,8 @@ class Aesthetic:
     def load(tower: TwoTower, path: Path) -> Aesthetic:
         """The head from its released file, on the device of the tower and in float32."""
         width = tower.model.visual.proj.shape[1]
-        return Aesthetic(tower, fill(lambda: LinearHead(width), read_state(path), path, Held(tower.model.logit_scale.device)))
+        held = Held(tower.model.logit_scale.device)
+        return Aesthetic(tower, fill(lambda: LinearHead(width), held.read(path), path, held))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,3,H,W) in [0,1], any prompts -> (B,)."""

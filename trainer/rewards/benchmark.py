@@ -34,13 +34,13 @@ SIZE = 512
 Way = Callable[[], Any]
 
 
-def _architecture(name: str) -> Mapping[str, Any]:
+def architecture(name: str) -> Mapping[str, Any]:
     """`ViT-B-32`, `ViT-L-14`, `ViT-H-14`, or one of them cut to so many layers in each tower: `ViT-H-14:4`."""
     base, _, depth = name.partition(":")
-    architecture = copy.deepcopy(ARCHITECTURES[base])
+    shape = copy.deepcopy(ARCHITECTURES[base])
     if depth:
-        architecture["vision_cfg"]["layers"] = architecture["text_cfg"]["layers"] = int(depth)
-    return architecture
+        shape["vision_cfg"]["layers"] = shape["text_cfg"]["layers"] = int(depth)
+    return shape
 
 
 @torch.no_grad()
@@ -134,16 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns += ["ours : one by one", "known : tower, clock", "known : tower, CPU time", "texts encoded"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
     for name in parsed.model or ["ViT-B-32", "ViT-H-14:4"]:
-        architecture = _architecture(name)
+        shape = architecture(name)
         torch.manual_seed(0)
-        model: Any = open_clip.CLIP(**architecture).to(parsed.device).eval().requires_grad_(False)
+        model: Any = open_clip.CLIP(**shape).to(parsed.device).eval().requires_grad_(False)
         for batch in parsed.batch or [1, 8, 32]:
             number = parsed.pictures or max(2 * batch, 8)
             with tempfile.TemporaryDirectory() as folder:
                 paths = write_pictures(Path(folder), number)
                 for kind in parsed.prompts or ["one", "distinct"]:
                     items = [Item(path, f"a photo of thing number {i if kind == 'distinct' else 0}") for i, path in enumerate(paths)]
-                    context = architecture["text_cfg"]["context_length"]
+                    context = shape["text_cfg"]["context_length"]
                     m = measure(model, context, items, batch, parsed.rounds, parsed.device)
                     rates = " | ".join(f"{m[way]:.2f}" for way in ("original", "ours", "known", "bare"))
                     ratios = f"{m['speedup']:.2f}× | {m['of_bare']:.2f}× | {m['work']:.2f}×"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .weights import FLOAT_ON_CPU, Held, fill, read_state, strip
+from .weights import FLOAT_ON_CPU, Held, fill, strip
 
 # open_clip's configurations of the same names; heads are 64 wide in the image tower where head_width is not given.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_clip(path: Path, architecture: Mapping[str, Any], held: Held = FLOAT_ON_CPU) -> Any:
     """An open_clip model, frozen, from a file in open_clip's or transformers' layout."""
-    return build_clip(strip(read_state(path), "model.", "module."), architecture, path, held)
+    return build_clip(strip(held.read(path), "model.", "module."), architecture, path, held)
 
 
 def build_clip(state: Mapping[str, Tensor], architecture: Mapping[str, Any], source: Path, held: Held = FLOAT_ON_CPU) -> Any:

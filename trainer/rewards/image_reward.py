@@ -14,7 +14,7 @@ from .bert import Bert
 from .linear_head import LinearHead
 from .preprocess import Fit, normalise
 from .vit import ViT
-from .weights import FLOAT_ON_CPU, Held, fill, read_state, strip
+from .weights import FLOAT_ON_CPU, Held, fill, strip
 
 TOKENS = 35  # the length that the reward was trained with; longer prompts are cut
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the released weights, from its own code: its scores are about N(0,1) after it
@@ -58,9 +58,9 @@ class ImageReward:
         path: Path, vocabulary: Path, architecture: Mapping[str, Mapping[str, int]] = ARCHITECTURE, held: Held = FLOAT_ON_CPU
     ) -> ImageReward:
         """From the released file, or a safetensors copy, and bert-base-uncased's `vocab.txt`."""
-        state = {k: v for k, v in strip(read_state(path), "model.").items() if not k.startswith(_UNUSED)}
+        state = {k: v for k, v in strip(held.read(path), "model.").items() if not k.startswith(_UNUSED)}
         model = fill(lambda: _Model(architecture["image"], architecture["text"]), state, path, held)
-        return ImageReward(model, word_pieces(vocabulary), architecture["image"]["size"])
+        return ImageReward(model, word_pieces(vocabulary) if held.valued else _no_words, architecture["image"]["size"])
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,3,H,W) in [0,1], B prompts -> (B,) raw scores."""
@@ -73,6 +73,10 @@ class ImageReward:
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Recompute the image tower's activations in the backward pass."""
         self.model.blip.visual_encoder.recompute = enabled
+
+
+def _no_words(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    return torch.zeros(len(texts), TOKENS, dtype=torch.long), torch.ones(len(texts), TOKENS, dtype=torch.bool)
 
 
 def word_pieces(vocabulary: Path) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:

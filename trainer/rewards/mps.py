@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..reward import same_number
 from .clip import ARCHITECTURES, build_clip
 from .preprocess import Fit, normalise
-from .weights import FLOAT_ON_CPU, Held, fill, read_state, strip
+from .weights import FLOAT_ON_CPU, Held, fill, strip
 
 # The condition of the released "overall" head, from its evaluation code.
 CONDITION = (
@@ -163,7 +163,7 @@ class MPS:
         held: Held = FLOAT_ON_CPU,
     ) -> MPS:
         """From a safetensors copy of the released weights; the released file itself is a pickled program and is refused."""
-        state = strip(read_state(path, SAFE), "mps.")
+        state = strip(held.read(path, SAFE), "mps.")
         towers = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         model = build_clip(towers, architecture, path, held)
         cross = fill(lambda: _CrossModel(architecture["embed_dim"], DEPTH), _cross_state(state), path, held)

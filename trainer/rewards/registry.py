@@ -211,15 +211,17 @@ def load(
 ) -> Part:
     """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, or a Python file.
 
-    Nothing is fetched. `architecture` replaces the entry's, for models of another size in the same layout.
+    Nothing is fetched. `architecture` replaces the entry's, for models of another size in the same layout. On the meta device
+    a named reward needs no file.
     """
     places = places or Places()
     name, at, file = name_or_path.partition("@")
     if name in REWARDS and (at or not Path(name).is_dir()):
         entry = REWARDS[name]
-        paths = locate(name, places, Path(file) if at else None)
+        held = Held(device, dtype)
+        paths = locate(name, places, Path(file) if at else None) if held.valued else {role: Path(f.name) for role, f in entry.files.items()}
         with torch.inference_mode(False):  # weights made inside a ComfyUI prompt would be inference tensors, which no graph may save
-            reward = entry.make(paths, architecture or entry.architecture, Held(device, dtype))
+            reward = entry.make(paths, architecture or entry.architecture, held)
         return Part(name_or_path, reward, 1.0, *(places.read_statistics(name_or_path) or (entry.mean, entry.std)))
     if name_or_path.endswith(".py"):
         return Part(name_or_path, Own.load(Path(name_or_path)), 1.0, *(places.read_statistics(name_or_path) or (None, None)))

@@ -53,7 +53,8 @@ class TwoTower:
                 raise FileNotFoundError(f"{folder} is no reward folder: it has no {name}")
         config = json.loads((folder / "config.json").read_text("utf-8"))
         model = open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=config["text_cfg"])
-        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+        if torch.device(device).type != "meta":
+            model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
         tokenizer = SimpleTokenizer(str(folder / "merges.txt.gz"), context_length=config["text_cfg"]["context_length"])
         tower = TwoTower(model.to(device, dtype), lambda texts: tokenizer(list(texts)), config["vision_cfg"]["image_size"], config["scale"])
         return tower, config

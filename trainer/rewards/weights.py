@@ -17,10 +17,19 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Held:
-    """Where weights are held, and in which type."""
+    """Where weights are held, and in which type. On torch's meta device they have shapes and no values, and no file is read."""
 
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
+
+    @property
+    def valued(self) -> bool:
+        """Whether there are values at all."""
+        return torch.device(self.device).type != "meta"
+
+    def read(self, path: Path, instead: str = "") -> dict[str, Tensor]:
+        """The state of a weight file, see `read_state`."""
+        return read_state(path, instead) if self.valued else {}
 
 
 FLOAT_ON_CPU = Held()
@@ -67,6 +76,8 @@ def fill(make: Callable[[], Module], state: Mapping[str, Tensor], source: Path, 
     """
     with torch.device("meta"):
         module = make()
+    if not held.valued:
+        return module.to(held.dtype).requires_grad_(False).eval()
     wanted = module.state_dict()
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:

@@ -1,0 +1,179 @@
+"""The plan of a training step against what the step takes on a CPU: by counting live tensors, and by resident memory.
+
+Usage: memory.py [demo] [sd15 …] [--size 256] [--out FILE.md]. Each case is a process of its own: the objective's most
+expensive micro-batch after a first optimizer step, random weights for the published configurations, CLIP ViT-B/32's
+architecture as the reward (the embedded model has its own). Resident memory is the peak of the step over what the process
+held before it; glibc is told to give memory back at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from trainer import commands
+from trainer import plan as planning
+from trainer.config import build
+from trainer.data import Samples
+from trainer.demo.benchmark import _memory as status
+from trainer.dry import Tally, dry
+from trainer.processes import ALONE
+from trainer.rewards.clip import ARCHITECTURES, tokenizer
+from trainer.rewards.two_tower import TwoTower
+from trainer.run import Run, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+OBJECTIVES = {
+    "ReFL": {"name": "refl", "grad_from": 3, "grad_to": 3},
+    "ImageReFL": {"name": "imagerefl", "grad_from": 3, "grad_to": 3, "start_from": 2, "start_to": 2, "refl_share": 0.0},
+    "DRaFT-1": {"name": "draft-k", "k": 1},
+    "DRaFT-2": {"name": "draft-k", "k": 2},
+    "DRaFT-2, nothing recomputed": {"name": "draft-k", "k": 2, "recompute": False},
+    "AlignProp": {"name": "alignprop", "cut_mean": 2.0, "cut_std": 0.0},
+    "SRPO": {"name": "srpo"},
+    "SQDF": {"name": "sqdf"},
+}
+STEPS = 4  # of the sampler
+
+
+def clip_reward():
+    """CLIP ViT-B/32 with random weights."""
+    import open_clip
+
+    architecture = ARCHITECTURES["ViT-B-32"]
+    return TwoTower(open_clip.CLIP(**architecture), tokenizer(), 224)
+
+
+def one(case):
+    """Planned, counted and resident bytes of one case's step, without weights."""
+    model, name, checkpoints, size = case["model"], case["objective"], case["checkpoints"], case["size"]
+    with tempfile.TemporaryDirectory() as folder:
+        config = build(
+            TrainConfig,
+            {
+                "out": folder,
+                "model": model,
+                "batch": case["batch"],
+                "images": "demo",
+                "objective": {**OBJECTIVES[name], "steps": STEPS},
+                "image_size": size if model != "demo" else 0,
+                "model_options": {"dtype": case["dtype"]},
+                **{f"checkpoint_{part}": checkpoints for part in ("denoiser", "decoder", "reward")},
+            },
+        )
+        tally = Tally()
+        with dry(tally):
+            outline = commands.load_policy(model, "meta", config.model_options, config.image_size)
+            reward = commands.load_reward("demo-proxy" if model == "demo" else "clip", False, "meta")
+        begin = time.monotonic()
+        planned = planning.plan(config, planning.Models(outline, reward), tally)
+        seconds = time.monotonic() - begin
+        weights = sum(planned.parts.get(part, 0) for part in planning.WEIGHTS)
+
+        if model == "demo":
+            policy, reward = commands.load_policy("demo"), commands.load_reward("demo-proxy", False)
+        else:
+            import verify
+
+            verify.SIZE, verify.MODELS = size, {model: {}}
+            policy, reward = verify.build(model, Path(folder)), clip_reward()
+        config = replace(planning._bounded(config), out=str(Path(folder) / "run"))
+        picture = torch.randn(1, *policy.latent_shape)
+        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch)))
+        samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.abs().expand(len(prompts), -1, -1, -1))
+        models = planning.Models(policy, reward)
+        worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
+        run = Run(config, policy, samples, reward)
+        reward.checkpoint_gradients(checkpoints)
+        for parameter in policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        state = [v for s in run.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        before = sum(t.nbytes for t in [*policy.parameters(), *state])
+
+        def step():
+            batch = samples.batch(config.seed, worst, worst * config.batch, config.batch, worst)
+            loss, _ = run.loss(policy, batch, reward)
+            loss.backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+        resident = status("VmRSS:")
+        step()
+        resident = (status("VmHWM:") - resident) * 2**20
+        policy._embeddings.clear()
+        counter = Tally(torch.device("cpu"))
+        counter.hold(planning._weights([policy.network, policy.vae, policy.pipeline.text_encoder, reward]), "weights")
+        counter.hold([*policy.parameters(), *state], "state")
+        weights = counter.live["weights"]  # without the adapter, which `hold` has just moved
+        with counter:
+            step()
+        return {
+            **case,
+            "planned": (planned.counted - weights) / 1e9,
+            "counted": (counter.peak - weights) / 1e9,
+            "resident": (resident + before) / 1e9,
+            "moment": planned.moment,
+            "seconds": round(seconds, 1),
+        }
+
+
+def main():
+    """Measure every case, write a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["demo"])
+    parser.add_argument("--only", nargs="*", default=list(OBJECTIVES), choices=list(OBJECTIVES), help="objectives")
+    parser.add_argument("--size", type=int, default=256, help="pixels, for published configurations")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", type=json.loads)
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if arguments.case:
+        print(json.dumps(one(arguments.case)))
+        return
+    lines = [
+        "| model | objective | checkpoints | planned, GB | counted, GB | resident, GB | planned/counted | planned/resident |",
+        "|" + "---|" * 8,
+    ]
+    print("\n".join(lines), flush=True)
+    for model in arguments.models:
+        for name in arguments.only:
+            for checkpoints in (False, True):  # all three
+                batch, dtype = (8, "float32") if model == "demo" else (1, "bfloat16")
+                case = {
+                    "model": model,
+                    "objective": name,
+                    "checkpoints": checkpoints,
+                    "size": arguments.size,
+                    "batch": batch,
+                    "dtype": dtype,
+                }
+                environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+                command = [sys.executable, __file__, "--case", json.dumps(case)]
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
+                if done.returncode:
+                    print(done.stderr[-3000:], file=sys.stderr)
+                    continue
+                r = json.loads(done.stdout.splitlines()[-1])
+                gigabytes = " | ".join(f"{r[key]:.3f}" for key in ("planned", "counted", "resident"))
+                ratios = " | ".join(f"{r['planned'] / r[key]:.3f}" for key in ("counted", "resident"))
+                lines.append(f"| {model} | {name} | {'on' if checkpoints else 'off'} | {gigabytes} | {ratios} |")
+                print(lines[-1], r["moment"], r["seconds"], flush=True)
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
