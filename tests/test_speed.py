@@ -461,3 +461,18 @@ def test_the_benchmark_for_gpus_runs_on_the_embedded_model(monkeypatch, capsys):
     assert all(len(row) == 8 and all(float(value) > 0 for value in row[1:]) for row in rows[1:])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 0 and "no CUDA device was found" in capsys.readouterr().out
+
+
+def test_a_model_is_loaded_with_its_encoders_aside(family_folder, monkeypatch):
+    """What encodes prompts and pictures never asks for the device but while it runs."""
+    moves = []
+    inner = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: (moves.append((self, a)), inner(self, *a, **k))[1])
+    policy = load_policy(family_folder("sdxl"), park=True)
+    policy.to("cpu:0")
+    asked = {id(module) for module, given in moves if given and str(given[0]) == "cpu:0"}
+    assert id(policy.network) in asked and not asked & {id(policy.pipeline.text_encoder), id(policy.pipeline.text_encoder_2)}
+    moves.clear()
+    policy.conditioning(["a star"])
+    asked = [str(given[0]) for module, given in moves if module is policy.pipeline.text_encoder and given]
+    assert asked == ["cpu:0", "cpu"]

@@ -50,7 +50,9 @@ DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_policy(model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0) -> DiffusersPolicy:
+def load_policy(
+    model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0, park: bool = False
+) -> DiffusersPolicy:
     """A diffusers folder, a single-file checkpoint, or `demo`. On the meta device its shapes alone, also of a family's name."""
     options = options or ModelOptions()
     if model == "demo":
@@ -61,7 +63,7 @@ def load_policy(model: str, device: str = "cpu", options: ModelOptions | None = 
         raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
     if device == "meta":
         return outline(model, DTYPES[options.dtype], image_size)
-    return policies.load_policy(model, device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts)
+    return policies.load_policy(model, device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, park)
 
 
 def open_reward(name: str, device: str = "cpu", dtype: str = "float32") -> Part:
@@ -313,15 +315,16 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     from tqdm import tqdm
 
     device = processes.device(config.device)
-    reward = load_reward(config.reward, config.normalise, device, config.reward_dtype)
-    policy = load_policy(config.model, device, config.model_options, config.image_size)
+    aside = "cpu" if config.offload_encoders else device  # where rewards wait, so that encoding has the room
+    reward = load_reward(config.reward, config.normalise, aside, config.reward_dtype)
+    policy = load_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
     _set_speed(policy, config)
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
     if config.consistency:
         _load_consistency(policy, config)
-    features = _features(config.features, device) if config.features else None
-    watcher = _watcher(config, policy, reward, samples, device) if config.watch.every else None
+    features = _features(config.features, aside) if config.features else None
+    watcher = _watcher(config, policy, reward, samples, aside) if config.watch.every else None
     run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes)
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
     policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
@@ -331,8 +334,8 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
             raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
         recompute(True)
 
-    if config.offload_encoders:
-        policy.park_encoders()
+    for module in planning.modules_of([reward, features, *(watcher.rewards.values() if watcher else ())]):
+        module.to(device)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
     with interruptible() as stopping, bar:
         for done in run.steps():

@@ -54,14 +54,8 @@ def place(error: BaseException) -> str:
     return words[0] if words else ""
 
 
-def forget_peak(device: str) -> None:
-    """The peak of `peak_gb` begins again, where a device can."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-
-
 def peak_gb(device: str) -> float | None:
-    """Most memory that was held, GB: of a GPU's allocator since `forget_peak`, on a CPU by this process ever; None where unknown."""
+    """Most memory that was held, GB: by a GPU's allocator or, on a CPU, by this process; None where unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_reserved() / 1e9
     if device.startswith("xpu") and hasattr(torch, "xpu"):

@@ -304,6 +304,9 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             _recompute(models.reward, config.checkpoint_reward)
             watched = _Watched(policy, tally)
             _hold_weights(tally, models, run)
+            if not parked:
+                _hold_encoders(tally, policy)
+                _hold_rewards(tally, models)
             peaks: dict[str, tuple[int, Counter[str], str]] = {}
 
             def phase(name: str) -> None:
@@ -320,14 +323,18 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                     latents = torch.empty(2, models.pictures, *policy.latent_shape, device=META)  # mean and standard deviation
                     tally.hold([latents], "pictures' latents")
             state = _state(run, asked.optimizer, tally)
+            if parked:
+                _hold_encoders(tally, policy)
+                tally.forget_peak()
             with tally.during("text encoders"):
                 row = sum(value.nbytes for value in policy.conditioning((*prompts, "")).values()) // (len(prompts) + 1)
             phase("encoding prompts")
-            reached = min(models.prompts, config.steps * config.batch * config.accumulate)
-            embeddings = torch.empty(row * reached, dtype=torch.uint8, device=META)
-            tally.hold([embeddings], "prompts' embeddings")
+            if config.device.startswith("cpu"):  # where they wait
+                embeddings = torch.empty(row * models.prompts, dtype=torch.uint8, device=META)
+                tally.hold([embeddings], "prompts' embeddings")
             if parked:
                 tally.release("text encoder weights", "autoencoder's encoder weights")
+                _hold_rewards(tally, models)
             tally.forget_peak()
             rows, flops = _step(run, watched, reward, samples, worst, tally)
             phase("a training step")
@@ -374,18 +381,24 @@ def _recompute(reward: Any, wanted: bool) -> None:
 def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
     """Nothing is live but what a run holds from its first step to its last."""
     tally.clear()
-    pipeline, policy = models.policy.pipeline, models.policy
+    policy = models.policy
     tally.hold(_weights(policy.network), "denoiser weights")
     tally.hold(policy.parameters(), "adapter")
     tally.hold(policy.original.values(), "original weights")
     tally.hold(_weights(policy.vae), "autoencoder weights")
     tally.hold(_weights([policy.vae.encoder, policy.vae.quant_conv]), "autoencoder's encoder weights")
-    others = [part for part in pipeline.components.values() if part is not policy.network and part is not policy.vae]
-    tally.hold(_weights(others), "text encoder weights")
-    tally.hold(_weights(models.reward), "reward weights")
-    tally.hold(_weights([models.features, *models.others]), "other rewards' weights")
     if run.ema:
         tally.hold(run.ema.values.values(), "moving average")
+
+
+def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
+    others = [part for part in policy.pipeline.components.values() if part is not policy.network and part is not policy.vae]
+    tally.hold(_weights(others), "text encoder weights")
+
+
+def _hold_rewards(tally: Tally, models: Models) -> None:
+    tally.hold(_weights(models.reward), "reward weights")
+    tally.hold(_weights([models.features, *models.others]), "other rewards' weights")
 
 
 def _state(run: Run, name: OptimizerName, tally: Tally) -> list[Tensor]:
@@ -403,9 +416,7 @@ def _state(run: Run, name: OptimizerName, tally: Tally) -> list[Tensor]:
     return []
 
 
-def _step(
-    run: Run, policy: _Watched, reward: Any, samples: Samples, number: int, tally: Tally
-) -> tuple[Counter[str], Counter[str]]:
+def _step(run: Run, policy: _Watched, reward: Any, samples: Samples, number: int, tally: Tally) -> tuple[Counter[str], Counter[str]]:
     """The most expensive micro-batch of the run, with everything alive that is alive then; rows and FLOPs of its calls."""
     c, parameters = run.config, list(policy.parameters())
     if c.accumulate > 1:

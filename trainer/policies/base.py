@@ -498,6 +498,13 @@ class DiffusersPolicy:
         """What training does not need once prompts and images are encoded."""
         return [*self._text_encoders(), *self._image_encoder()]
 
+    def to(self, device: str | torch.device) -> None:
+        """The network and the autoencoder to a device, and the text encoders unless they are parked."""
+        self.device = torch.device(device)
+        self._move([self.network, self.vae, *([] if self._parked else self._text_encoders())], self.device)
+        if self._parked:
+            self._move(self._image_encoder(), "cpu")
+
     @contextmanager
     def _unparked(self, modules: list[nn.Module]) -> Generator[None]:
         """Inside, modules that may be parked are on the device."""

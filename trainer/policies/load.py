@@ -56,8 +56,9 @@ def load_policy(
     image_size: int | tuple[int, int] | None = None,
     prediction: str = "",
     parts: str | Path = "",
+    park: bool = False,
 ) -> DiffusersPolicy:
-    """A policy over the model at `path`.
+    """A policy over the model at `path`; with `park` its encoders stay on the CPU, see DiffusersPolicy.park_encoders.
 
     `image_size`: pixels, see DiffusersPolicy. `prediction`: `epsilon` or `v_prediction` where a UNet's file does not say
     or is wrong. `parts`: a diffusers folder for what a single file lacks (T5 and its tokenizer, say). Raises ValueError
@@ -87,7 +88,12 @@ def load_policy(
             raise ValueError(f"prediction = {prediction!r} is for UNets: {path} predicts a flow")
         pipeline.scheduler.register_to_config(prediction_type=prediction)
     _check_complete(path, pipeline)
-    return kind(pipeline, device, dtype, image_size)
+    if not park:
+        return kind(pipeline, device, dtype, image_size)
+    policy = kind(pipeline, "cpu", dtype, image_size)
+    policy.park_encoders()
+    policy.to(device)
+    return policy
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
