@@ -1,0 +1,56 @@
+"""How far float32 rounding sets two processes apart from one: the embedded model's gradient of a joined batch against the mean of its halves'.
+
+Usage: halves.py. No process is started: what processes exchange is tested elsewhere, in float64 (tests/test_processes.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from trainer import commands
+from trainer.data import encode_images
+from trainer.demo import files
+from trainer.demo.show import real_images
+from trainer.objectives import OBJECTIVES, Surroundings
+from trainer.policy import Lora
+
+BATCH = 8
+
+
+def gradient(policy, objective, samples, reward, share):
+    """Of one micro-batch's samples in `share`, all parameters in a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        loss = objective.begin(Surroundings(Path(folder), samples.prompts, reward))
+        for parameter in policy.parameters():
+            parameter.grad = None
+        loss(policy, samples.batch(0, 0, 1, BATCH, share), reward)[0].backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def main():
+    """A line for each objective with its defaults; SQDF without a buffer."""
+    torch.manual_seed(0)
+    policy = commands.load_policy("demo")
+    samples = encode_images(policy, *real_images(32, 0))
+    policy.add_lora(Lora(rank=4, alpha=4.0))
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tower = files.load_tower("proxy")[0]
+    print("| objective | relative difference |\n|---|---|")
+    for name, kind in OBJECTIVES.items():
+        if name == "sqdf-black-box":  # whose queries are shared by processes, not by halves
+            continue
+        known = {f.name for f in fields(kind)}
+        objective = kind(**({"buffer_gb": 0.0} if "buffer_gb" in known else {}))
+        whole = gradient(policy, objective, samples, tower, range(BATCH))
+        halves = [gradient(policy, objective, samples, tower, part) for part in (range(BATCH // 2), range(BATCH // 2, BATCH))]
+        print(f"| {name} | {float((sum(halves) / 2 - whole).norm() / whole.norm()):.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
