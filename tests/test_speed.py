@@ -476,3 +476,22 @@ def test_a_model_is_loaded_with_its_encoders_aside(family_folder, monkeypatch):
     policy.conditioning(["a star"])
     asked = [str(given[0]) for module, given in moves if module is policy.pipeline.text_encoder and given]
     assert asked == ["cpu:0", "cpu"]
+
+
+def test_the_decoder_is_recomputed_part_by_part_with_the_same_gradient(policy):
+    """Nothing inside a residual block is kept: only what goes into one."""
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def gradient_and_kept():
+        x, kept = latents.clone().requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            value = policy.decode(x).square().mean()
+        value.backward()
+        return x.grad, sum(kept)
+
+    plain, everything = gradient_and_kept()
+    policy.checkpoint_gradients(denoiser=False, decoder=True)
+    again, few = gradient_and_kept()
+    torch.testing.assert_close(again, plain)
+    policy.checkpoint_gradients(denoiser=False, decoder=False)
+    assert few < everything / 2 and gradient_and_kept()[1] == everything

@@ -1,4 +1,4 @@
-"""How far float32 rounding sets two processes apart from one: the embedded model's gradient of a joined batch against the mean of its halves'.
+"""How far float32 rounding sets two processes apart from one: the gradient of a joined batch against the mean of its halves.
 
 Usage: halves.py. No process is started: what processes exchange is tested elsewhere, in float64 (tests/test_processes.py).
 """

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -563,6 +564,23 @@ class DiffusersPolicy:
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
         """Trade time for memory: recompute activations block by block in the backward pass."""
-        for module, wanted in ((self.network, denoiser), (self.vae, decoder)):
-            (module.enable_gradient_checkpointing if wanted else module.disable_gradient_checkpointing)()
-            module.train(wanted)  # diffusers checkpoints in training mode only; without dropout the mode changes nothing else
+        (self.network.enable_gradient_checkpointing if denoiser else self.network.disable_gradient_checkpointing)()
+        self.network.train(denoiser)  # diffusers checkpoints in training mode only; without dropout the mode changes nothing else
+        _recompute(self.vae.decoder, decoder)
+
+
+def _recompute(decoder: nn.Module, wanted: bool) -> None:
+    """Recompute each part of an autoencoder's decoder by itself: diffusers would recompute whole blocks, the last of which has three
+    residual blocks in full resolution that would be alive together."""
+    for module in decoder.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "Attention", "Upsample2D"):
+            module.__dict__.pop("forward", None)
+            if wanted:
+                module.forward = partial(_again, module.forward)
+
+
+def _again(forward: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """A forward whose inside is computed again when its gradient is asked for."""
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **more)
+    return checkpoint(forward, *arguments, use_reentrant=False, **more)
