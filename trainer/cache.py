@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .processes import ALONE, Processes
+from .progress import slow
 
 Tensors = dict[str, Tensor]
 
@@ -69,7 +70,7 @@ class TensorCache:
         gaps = processes.exchange([i for i, tensors in enumerate(found) if tensors is None])
         missing = sorted(set[int]().union(*gaps))  # another run may have filled one since: all must share one list
         share = processes.share(len(missing))
-        for first in range(share.start, share.stop, chunk):
+        for first in slow(range(share.start, share.stop, chunk), "encoding into the cache"):
             part = missing[first : min(first + chunk, share.stop)]
             for i, tensors in zip(part, compute(part)):
                 self.write(keys[i], tensors)

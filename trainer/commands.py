@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import checkpoint, convert, memory
 from . import images as pictures
@@ -29,6 +30,7 @@ from .metrics.features import DINO, Dino
 from .metrics.lpips import FILES as LPIPS
 from .metrics.lpips import Lpips
 from .metrics.study import BASE, Judges, Study
+from .parking import inside
 from .policies import load as policies
 from .policies.base import DiffusersPolicy
 from .policies.load import BASE_UNET, TUNED_UNET, ModelOptions
@@ -39,7 +41,8 @@ from .rewards import command as rewards_command
 from .rewards import registry
 from .rewards.combine import Part, WeightedSum, parse_weights
 from .rewards.files import find, folders, verify
-from .rewards.two_tower import TwoTower
+from .rewards.texts import apart_from_texts, readers
+from .rewards.two_tower import TEXTS_KEPT, TwoTower
 from .rewards.weights import Held
 from .run import NEUTRAL, Run, TrainConfig, interruptible
 from .sampling import METHODS, Switch
@@ -138,8 +141,33 @@ def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, sampl
         raise ConfigError("watching measures diversity in image features: a two-tower reward must be trained on, or judge")
     prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
     objective = config.build_objective()
-    judges = {"reward": reward, "heldout": heldout}
-    return Watcher(config.watch, policy, judges, towers[0].image_features, prompts, objective.steps, objective.guidance, config.seed + 1)
+    judges, features = {"reward": reward, "heldout": heldout}, towers[0].image_features
+    waiting = apart_from_texts(heldout)
+    return Watcher(config.watch, policy, judges, features, prompts, objective.steps, objective.guidance, config.seed + 1, waiting)
+
+
+def _place_rewards(config: TrainConfig, device: str, trained: Sequence[Any], watcher: Watcher | None, prompts: Sequence[str]) -> None:
+    """Rewards to the device. What a step does not need waits on the CPU: text towers, once they have read the run's prompts,
+    and the reward that only judges, between looks."""
+    judge = watcher.rewards["heldout"] if watcher else None
+    if device.startswith("cpu") or not config.offload_encoders:
+        for module in inside([*trained, judge], nn.Module):
+            module.to(device)
+        return
+    apart_from_texts(trained).settle(device)
+    shown = watcher.prompts if watcher else []
+    texts = list(dict.fromkeys([*shown, *config.build_objective().wordings(prompts)]))[:TEXTS_KEPT]
+    for reader in readers(trained):
+        reader.words.park(device)
+        reader.remember(texts)
+    if watcher is None:
+        return
+    for reader in readers(judge):
+        reader.words.park(device)
+    watcher.waiting.park(device)
+    with watcher.waiting.here():
+        for reader in readers(judge):
+            reader.remember(shown)
 
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
@@ -334,8 +362,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
             raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
         recompute(True)
 
-    for module in planning.modules_of([reward, features, *(watcher.rewards.values() if watcher else ())]):
-        module.to(device)
+    _place_rewards(config, device, [reward, features], watcher, samples.prompts)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
     with interruptible() as stopping, bar:
         for done in run.steps():

@@ -21,6 +21,7 @@ from .draws import Draws
 from .images import Picture
 from .policy import Batch, Policy
 from .processes import ALONE, Processes
+from .progress import slow
 
 PIXELS_AT_ONCE = 2**21  # that are decoded and encoded together: 8 pictures of 512², 2 of 1024²
 
@@ -196,7 +197,7 @@ def _encode(policy: Encoder, chosen: Sequence[Picture], sized: Mapping[Picture, 
     for size in dict.fromkeys(sized[picture] for picture in chosen):
         rows = [i for i, picture in enumerate(chosen) if sized[picture] == size]
         together = at_once(size)
-        for first in range(0, len(rows), together):
+        for first in slow(range(0, len(rows), together), f"encoding pictures of {size[1]}×{size[0]}"):
             part = rows[first : first + together]
             mean, std = policy.encode(torch.stack([pictures.load(chosen[i], size) for i in part]))
             for i, one, spread in zip(part, mean.cpu(), std.cpu()):

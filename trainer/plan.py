@@ -28,9 +28,11 @@ from .generate import Generation, together
 from .objectives.base import Surroundings
 from .optimizers import STATE_BYTES
 from .optimizers import Name as OptimizerName
+from .parking import inside
 from .policies.base import DiffusersPolicy
 from .processes import ALONE, Processes
 from .reward import Reward
+from .rewards.texts import apart_from_texts, readers
 from .run import Run, TrainConfig
 from .watch import Watch
 
@@ -270,18 +272,8 @@ def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, 
     return forwards, backwards, max(range(len(seen)), key=lambda i: (seen[i][1], seen[i][0]))
 
 
-def modules_of(thing: Any, depth: int = 5) -> list[nn.Module]:
-    """The modules that an object holds, in attributes and sequences of any depth."""
-    if isinstance(thing, nn.Module):
-        return [thing]
-    if depth == 0 or isinstance(thing, Tensor | str | bytes | int | float) or thing is None:
-        return []
-    inside = thing if isinstance(thing, list | tuple) else list(getattr(thing, "__dict__", {}).values())
-    return [module for value in inside for module in modules_of(value, depth - 1)]
-
-
 def _weights(things: Any) -> list[Tensor]:
-    return [tensor for module in modules_of(things) for tensor in (*module.parameters(), *module.buffers())]
+    return [tensor for module in inside(things, nn.Module) for tensor in (*module.parameters(), *module.buffers())]
 
 
 def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes = ALONE) -> Plan:
@@ -334,12 +326,16 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 tally.hold([embeddings], "prompts' embeddings")
             if parked:
                 tally.release("text encoder weights", "autoencoder's encoder weights")
-                _hold_rewards(tally, models)
+                tally.forget_peak()
+                _read(tally, models, list(prompts), run.objective.wordings(prompts))
+                phase("rewards reading prompts")
             tally.forget_peak()
             rows, flops = _step(run, watched, reward, samples, worst, tally)
             phase("a training step")
             if asked.watch.every:
-                _look(asked.watch, run, watched, prompts, [reward, *(_Judged(r, tally) for r in models.others)])
+                judges = [reward, *(_Judged(r, tally) for r in models.others)]
+                comes = apart_from_texts(models.others).tensors() if parked else []
+                _look(asked.watch, run, watched, prompts, judges, lambda: tally.hold(comes, "other rewards' weights"))
                 phase("a look of the watch")
             del state
         best = max(peaks.values(), key=lambda peak: peak[0])
@@ -359,7 +355,9 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
 
 
 @torch.no_grad()
-def _look(watch: Watch, run: Run, policy: _Watched, encoded: Sequence[str], rewards: Sequence[Any]) -> None:
+def _look(
+    watch: Watch, run: Run, policy: _Watched, encoded: Sequence[str], rewards: Sequence[Any], judges_come: Callable[[], None]
+) -> None:
     """What the watch draws and judges at a time, once."""
     count = watch.count * watch.images
     drawn = min(count, together(policy, Generation()))
@@ -368,6 +366,7 @@ def _look(watch: Watch, run: Run, policy: _Watched, encoded: Sequence[str], rewa
     policy.reference(prompts[:drawn], watch.guidance)(noise, policy.sigmas(run.objective.steps)[:1].expand(drawn))
     policy.decode(noise)
     images = torch.empty(min(count, 32), 3, *policy.inner.image_size, device=META)
+    judges_come()
     for reward in rewards:
         reward(images, prompts[: len(images)])
 
@@ -396,9 +395,24 @@ def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
     tally.hold(_weights(others), "text encoder weights")
 
 
+def _read(tally: Tally, models: Models, shown: Sequence[str], texts: Sequence[str]) -> None:
+    """Rewards read the run's prompts, and what they need in a step is live afterwards."""
+    trained, judges = [models.reward, models.features], models.others
+    kept = (apart_from_texts(trained).tensors(), "reward weights"), (apart_from_texts(judges).tensors(), "other rewards' weights")
+    for rewards, (tensors, part), prompts in ((trained, kept[0], texts), (judges, kept[1], shown)):
+        tally.hold(tensors, part)
+        for reader in readers(rewards):
+            tally.hold(reader.words.tensors(), "rewards' text towers")
+            reader._texts.clear()  # pyright: ignore[reportPrivateUsage]
+            with tally.during("reward"):
+                reader.remember(prompts)
+            tally.release("rewards' text towers")
+    tally.release("other rewards' weights")
+
+
 def _hold_rewards(tally: Tally, models: Models) -> None:
-    tally.hold(_weights(models.reward), "reward weights")
-    tally.hold(_weights([models.features, *models.others]), "other rewards' weights")
+    tally.hold(_weights([models.reward, models.features]), "reward weights")
+    tally.hold(_weights(models.others), "other rewards' weights")
 
 
 def _state(run: Run, name: OptimizerName, tally: Tally) -> list[Tensor]:
@@ -477,7 +491,7 @@ SETTINGS = (
     Setting("slice_decoder", True, "images are decoded one at a time"),
     Setting("checkpoint_denoiser", True, "the denoiser is computed twice where it carries a gradient"),
     Setting("checkpoint_reward", True, "the reward is computed twice"),
-    Setting("offload_encoders", True, "text encoders wait on the CPU"),
+    Setting("offload_encoders", True, "what no step needs waits on the CPU"),
     Setting("reward_dtype", "bfloat16", "rounds the reward"),
     Setting("model_options.dtype", "bfloat16", "rounds the model's weights"),
 )

@@ -96,7 +96,8 @@ class TrainConfig:
     checkpoint_reward: bool = field(default=False, metadata={"help": "recompute reward activations"})
     slice_decoder: bool = field(default=False, metadata={"help": "decode one image at a time: the decoder's memory is one image's"})
     offload_encoders: bool = field(
-        default=True, metadata={"help": "text encoders and the VAE's encoder wait on the CPU while an accelerator trains"}
+        default=True,
+        metadata={"help": "encoders, rewards' text towers and, between looks, the watching reward wait on the CPU while an accelerator trains"},
     )
     merge_rollouts: bool = field(
         default=True, metadata={"help": "the LoRA lies in the weights while a rollout needs no gradient (float32 weights only)"}

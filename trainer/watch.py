@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .generate import Generation, generate
 from .metrics.diversity import within_prompt_diversity
+from .parking import Parking
 from .policy import Policy
 from .reward import Reward
 from .sampling import Switch
@@ -41,7 +42,7 @@ class Watch:
 
 
 class Watcher:
-    """The points of one run. `rewards` has at least `reward`, which is trained on, and `heldout`."""
+    """The points of one run. `rewards` has at least `reward`, which is trained on, and `heldout`; `waiting` comes to judge."""
 
     def __init__(
         self,
@@ -53,11 +54,13 @@ class Watcher:
         steps: int,
         tuned_guidance: float,
         seed: int,
+        waiting: Parking | None = None,
     ) -> None:
         missing = {"reward", "heldout"} - set(rewards)
         if missing:
             raise ValueError(f"watching needs a {missing.pop()} reward")
         self.watch, self.policy, self.rewards, self.features = watch, policy, rewards, features
+        self.waiting = waiting or Parking()
         self.prompts = [p for p in list(dict.fromkeys(prompts))[: watch.count] for _ in range(watch.images)]
         self.settings = Generation(watch.steps or steps, guidance=watch.guidance, tuned_guidance=tuned_guidance, seed=seed)
         self.k = Switch.parse(watch.switch).index(policy.sigmas(self.settings.steps))
@@ -70,11 +73,12 @@ class Watcher:
         device = self.policy.sigmas(1).device
         groups = torch.tensor([self.prompts.index(p) for p in self.prompts])
         features, scores = list[Tensor](), {name: list[Tensor]() for name in self.rewards}
-        for first in range(0, len(images), 32):
-            part, prompts = images[first : first + 32].to(device), self.prompts[first : first + 32]
-            features.append(self.features(part).cpu())
-            for name, reward in self.rewards.items():
-                scores[name].append(reward(part, prompts).float().cpu())
+        with self.waiting.here():
+            for first in range(0, len(images), 32):
+                part, prompts = images[first : first + 32].to(device), self.prompts[first : first + 32]
+                features.append(self.features(part).cpu())
+                for name, reward in self.rewards.items():
+                    scores[name].append(reward(part, prompts).float().cpu())
         means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
         point = {"step": float(step), **means, "diversity": float(within_prompt_diversity(torch.cat(features), groups).mean())}
         self.points = [*(p for p in self.points if p["step"] < step), point]

@@ -82,6 +82,10 @@ class Objective(ABC):
         """Whether the reward must be differentiable."""
         return True
 
+    def wordings(self, prompts: Sequence[str]) -> list[str]:
+        """The texts that a reward reads in training on these prompts."""
+        return list(prompts)
+
     @abstractmethod
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """Noise level from which the tuned model has been trained: where combined generation should switch to it."""

@@ -6,6 +6,7 @@ exactly. That is a blend of the clean latent with the x0-prediction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,6 +188,11 @@ class SRPO(DirectAlign):
         super().check(policy, reward, around)
         if prefix_scores(reward) is None:
             raise ValueError("SRPO compares an image's scores under control words: it needs one two-tower reward (HPS, PickScore, CLIP)")
+
+    def wordings(self, prompts: Sequence[str]) -> list[str]:
+        """Every prompt plain and after every control word."""
+        words = ("", *(f"{word}. " for word in (*self.positive, *self.negative)))
+        return [word + prompt for prompt in prompts for word in words]
 
     def value(self, batch: Batch, reward: Reward, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
         """(1+κ)s⁺ − s⁻; in the inversion branch the words change places, and κ its sign."""

@@ -25,6 +25,7 @@ from ..denoiser import Denoiser, classifier_free_guidance
 from ..hashes import module_hash
 from ..policy import AdapterState, Lora, initial_down, kohya_key
 from ..processes import ALONE, Processes
+from ..progress import slow
 from ..sampling import Space, add_noise
 from .versions import Versions, places
 
@@ -413,7 +414,10 @@ class DiffusersPolicy:
         """What the network is told of each prompt, on the CPU. Each is encoded alone: in a batch its rounding would depend on
         the others, and a resumed run meets its prompts in other company."""
         with self._unparked(self._text_encoders()):
-            return [{key: value[0].cpu() for key, value in self._encode_prompts([prompt]).items()} for prompt in prompts]
+            return [
+                {key: value[0].cpu() for key, value in self._encode_prompts([prompt]).items()}
+                for prompt in slow(prompts, "encoding prompts")
+            ]
 
     def _prompt_keys(self, prompts: Sequence[str]) -> list[str]:
         """Cache keys of prompts: text, tokens, the encoders' weights and configurations, the family and its limit of tokens."""

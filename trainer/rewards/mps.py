@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..parking import Parking, slots
+from ..progress import slow
 from ..reward import same_number
 from .clip import ARCHITECTURES, build_clip
 from .preprocess import Fit, normalise
@@ -152,6 +154,7 @@ class MPS:
         self.model, self.cross, self.tokenize, self.threshold = model, cross, tokenize, threshold
         self.fit = Fit(size)
         self.recompute = False
+        self.words = Parking(slots(self.model, without=("visual.", "logit_")))
         self._texts: dict[str, _Text] = {}
         self._condition: Tensor | None = None
 
@@ -185,19 +188,25 @@ class MPS:
         self.model.visual.set_grad_checkpointing(enabled)
 
     def _read(self, prompts: Sequence[str]) -> list[_Text]:
-        with torch.inference_mode(False), torch.no_grad():
-            if self._condition is None:
-                self._condition = self._words([CONDITION])[0][0]
-            missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
-            for prompt in missing:  # alone, as in TwoTower: so its rounding does not depend on others
-                words, summaries = self._words([prompt])
-                affinity = (words.float() @ self._condition.float().T).amax(-1)  # (1,L): how much each word is about a quality
-                keep = affinity / affinity.amax(-1, keepdim=True) > self.threshold
-                self._texts[prompt] = _Text(words[0], summaries[0], keep[0])
+        self.remember(prompts)
         read = [self._texts[p] for p in prompts]
         while len(self._texts) > TEXTS_KEPT:
             del self._texts[next(iter(self._texts))]
         return read
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that were not met before: afterwards they need no text tower."""
+        missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
+        if not missing:
+            return
+        with torch.inference_mode(False), torch.no_grad(), self.words.here():
+            if self._condition is None:
+                self._condition = self._words([CONDITION])[0][0]
+            for prompt in slow(missing, "prompts of a reward"):  # alone, as in TwoTower: so its rounding does not depend on others
+                words, summaries = self._words([prompt])
+                affinity = (words.float() @ self._condition.float().T).amax(-1)  # (1,L): how much each word is about a quality
+                keep = affinity / affinity.amax(-1, keepdim=True) > self.threshold
+                self._texts[prompt] = _Text(words[0], summaries[0], keep[0])
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids = self.tokenize(texts).to(self.model.logit_scale.device)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..parking import Parking, slots
+from ..progress import slow
 from ..reward import same_number
 from .preprocess import Fit, normalise
 
@@ -37,6 +39,7 @@ class TwoTower:
         self.size = size
         self.scale = scale
         self.fit = fit or Fit(size)
+        self.words = Parking(slots(self.model, without=("visual.", "logit_")))
         self._texts: dict[str, Tensor] = {}
 
     @staticmethod
@@ -77,16 +80,22 @@ class TwoTower:
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (B,D) float32 of prompts, without a graph."""
-        missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
-        # Features made inside inference mode could not meet a graph later, and these are kept.
-        with torch.inference_mode(False), torch.no_grad():
-            device = self.model.logit_scale.device
-            for prompt in missing:  # alone: in a batch its rounding would depend on the others, whom a resumed run meets in other company
-                self._texts[prompt] = F.normalize(self.model.encode_text(self.tokenize([prompt]).to(device)).float(), dim=-1)[0]
+        self.remember(prompts)
         features = torch.stack([self._texts[p] for p in prompts])
         while len(self._texts) > TEXTS_KEPT:
             del self._texts[next(iter(self._texts))]
         return features
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that were not met before: afterwards they need no text tower."""
+        missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
+        if not missing:
+            return
+        # Features made inside inference mode could not meet a graph later, and these are kept.
+        with torch.inference_mode(False), torch.no_grad(), self.words.here():
+            device = self.model.logit_scale.device
+            for prompt in slow(missing, "prompts of a reward"):  # alone: rounding would depend on the others, and a resumed run has others
+                self._texts[prompt] = F.normalize(self.model.encode_text(self.tokenize([prompt]).to(device)).float(), dim=-1)[0]
 
     def checkpoint_gradients(self, enabled: bool) -> None:
         """Recompute the image tower's activations in the backward pass."""
