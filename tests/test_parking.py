@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests_of_runs import settings
 from torch import nn
 
 from trainer import commands
-from trainer.config import build
+from trainer.__main__ import main
+from trainer.config import ConfigError, build
 from trainer.parking import Parking, inside, slots
+from trainer.policies.base import DiffusersPolicy
 from trainer.processes import ALONE
 from trainer.rewards import parity
 from trainer.rewards.combine import Part, WeightedSum
@@ -111,4 +114,27 @@ def test_the_plan_knows_what_waits():
     text = size(reward.words.tensors())
     assert here.parts["reward weights"] - away.parts["reward weights"] == text > 0
     assert "other rewards' weights" in here.parts and "other rewards' weights" not in away.parts
+    beside = here.moments["encoding prompts"] - away.moments["encoding prompts"]  # the denoiser comes when prompts are encoded
+    assert beside > here.parts["denoiser weights"] + here.parts["other rewards' weights"]
     assert away.moments["rewards reading prompts"] < away.moments["a training step"] < here.moments["a training step"]
+
+
+def test_a_run_encodes_before_the_network_comes_and_refuses_a_used_folder_before_anything(
+    pipeline_folder, reward_folder, image_folder, tmp_path, monkeypatch
+):
+    order = []
+    for name in ("encode", "prepare", "to", "add_lora"):
+        whole = getattr(DiffusersPolicy, name)
+        monkeypatch.setattr(DiffusersPolicy, name, lambda self, *a, n=name, w=whole, **k: order.append(n) or w(self, *a, **k))
+    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", steps=1, accumulate=1)
+    assert main(["train", *given]) == 0
+    assert list(dict.fromkeys(order)) == ["encode", "prepare", "to", "add_lora"]
+    monkeypatch.setattr(commands, "load_reward", lambda *_: 1 / 0)
+    with pytest.raises(ConfigError, match="exists: add --overwrite"):
+        commands._run(
+            build(TrainConfig, {"out": str(tmp_path / "run")}),
+            SimpleNamespace(overwrite=False, resume=False),
+            ALONE,
+            commands.Planner(ALONE),
+        )
+    assert main(["train", *given]) == 2 and main(["train", *given, "--out=" + str(tmp_path / "none"), "--resume"]) == 2

@@ -44,7 +44,7 @@ from .rewards.files import find, folders, verify
 from .rewards.texts import apart_from_texts, readers
 from .rewards.two_tower import TEXTS_KEPT, TwoTower
 from .rewards.weights import Held
-from .run import NEUTRAL, Run, TrainConfig, interruptible
+from .run import NEUTRAL, Run, TrainConfig, check_folder, interruptible
 from .sampling import METHODS, Switch
 from .scoring import command as scoring_command
 from .watch import Watch, Watcher
@@ -131,7 +131,15 @@ def _features(name: str, device: str) -> TwoTower:
     return tower
 
 
-def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, samples: Samples, device: str) -> Watcher:
+def _watch_prompts(config: TrainConfig, samples: Samples) -> list[str]:
+    """Distinct prompts of the watch."""
+    if not config.watch.every:
+        return []
+    prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
+    return list(dict.fromkeys(prompts))[: config.watch.count]
+
+
+def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, prompts: Sequence[str], device: str) -> Watcher:
     """The held-out judge of a run; diversity is measured in its own features where it has some, else in the reward's."""
     if not config.watch.heldout:
         raise ConfigError("watch.every is set: name the reward that judges in watch.heldout")
@@ -139,7 +147,6 @@ def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, sampl
     towers = [t for t in (r.reward if isinstance(r, Standardised) else r for r in (heldout, reward)) if isinstance(t, TwoTower)]
     if not towers:
         raise ConfigError("watching measures diversity in image features: a two-tower reward must be trained on, or judge")
-    prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
     objective = config.build_objective()
     judges, features = {"reward": reward, "heldout": heldout}, towers[0].image_features
     waiting = apart_from_texts(heldout)
@@ -343,19 +350,23 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     from tqdm import tqdm
 
     device = processes.device(config.device)
+    if processes.main:  # before anything takes time
+        check_folder(Path(config.out), overwrite=arguments.overwrite, resume=arguments.resume)
     aside = "cpu" if config.offload_encoders else device  # where rewards wait, so that encoding has the room
     reward = load_reward(config.reward, config.normalise, aside, config.reward_dtype)
     policy = load_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
     _set_speed(policy, config)
+    features = _features(config.features, aside) if config.features else None
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
+    watched = _watch_prompts(config, samples)
+    watcher = _watcher(config, policy, reward, watched, aside) if config.watch.every else None
+    policy.prepare([*samples.prompts, "", *watched], cache, processes)
+    policy.to(device)  # only now: encoders have had the room
     if config.consistency:
         _load_consistency(policy, config)
-    features = _features(config.features, aside) if config.features else None
-    watcher = _watcher(config, policy, reward, samples, aside) if config.watch.every else None
     run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes)
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
-    policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
     if config.checkpoint_reward:
         recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
         if recompute is None:

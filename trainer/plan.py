@@ -295,8 +295,10 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             run = Run(config, policy, samples, reward, features=features, processes=processes)
             _recompute(models.reward, config.checkpoint_reward)
             watched = _Watched(policy, tally)
-            _hold_weights(tally, models, run)
-            if not parked:
+            if parked:
+                tally.clear()
+            else:
+                _hold_weights(tally, models, run)
                 _hold_encoders(tally, policy)
                 _hold_rewards(tally, models)
             peaks: dict[str, tuple[int, Counter[str], str]] = {}
@@ -307,6 +309,8 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
 
             tally.forget_peak()
             if models.pictures and config.images:
+                if parked:
+                    tally.hold(_weights([policy.vae.encoder, policy.vae.quant_conv]), "autoencoder's encoder weights")
                 with tally.during("autoencoder's encoder"):
                     together = min(at_once(policy.image_size), models.pictures)
                     policy.encode(torch.empty(together, 3, *policy.image_size, device=META))
@@ -314,8 +318,8 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 if config.device.startswith("cpu"):  # where they wait
                     latents = torch.empty(2, models.pictures, *policy.latent_shape, device=META)  # mean and standard deviation
                     tally.hold([latents], "pictures' latents")
-            state = _state(run, asked.optimizer, tally)
             if parked:
+                tally.clear()
                 _hold_encoders(tally, policy)
                 tally.forget_peak()
             with tally.during("text encoders"):
@@ -325,7 +329,11 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 embeddings = torch.empty(row * models.prompts, dtype=torch.uint8, device=META)
                 tally.hold([embeddings], "prompts' embeddings")
             if parked:
-                tally.release("text encoder weights", "autoencoder's encoder weights")
+                tally.clear()
+                _hold_weights(tally, models, run)
+                tally.release("autoencoder's encoder weights")
+            state = _state(run, asked.optimizer, tally)
+            if parked:
                 tally.forget_peak()
                 _read(tally, models, list(prompts), run.objective.wordings(prompts))
                 phase("rewards reading prompts")

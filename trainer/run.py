@@ -97,7 +97,9 @@ class TrainConfig:
     slice_decoder: bool = field(default=False, metadata={"help": "decode one image at a time: the decoder's memory is one image's"})
     offload_encoders: bool = field(
         default=True,
-        metadata={"help": "encoders, rewards' text towers and, between looks, the watching reward wait on the CPU while an accelerator trains"},
+        metadata={
+            "help": "encoders, rewards' text towers and, between looks, the watching reward wait on the CPU while an accelerator trains"
+        },
     )
     merge_rollouts: bool = field(
         default=True, metadata={"help": "the LoRA lies in the weights while a rollout needs no gradient (float32 weights only)"}
@@ -175,7 +177,17 @@ def interruptible() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+CHECKPOINT = "checkpoint.pt"
 LOCK = ".lock"
+
+
+def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to resume where nothing was saved, and to begin where a run lies already."""
+    if resume:
+        if not (folder / CHECKPOINT).is_file():
+            raise ConfigError(f"nothing to resume: no {folder / CHECKPOINT}")
+    elif not overwrite and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise ConfigError(f"{folder} exists: add --overwrite to replace its run, or --resume to go on")
 
 
 class Run:
@@ -244,13 +256,12 @@ class Run:
     @property
     def checkpoint_path(self) -> Path:
         """Where the resumable state lives."""
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT
 
     def open_folder(self, *, overwrite: bool, resume: bool) -> None:
         """Create the output folder, or refuse one that holds a run already."""
         if resume:
-            if not self.checkpoint_path.is_file():
-                raise ConfigError(f"nothing to resume: no {self.checkpoint_path}")
+            check_folder(self.folder, overwrite=False, resume=True)
             self._take_folder()
             self.load()
             if self.processes.main:  # settings of memory and speed may be new
@@ -270,8 +281,7 @@ class Run:
                 raise ConfigError(f"cannot write to {self.folder}: {error}") from error
 
     def _clear_folder(self, overwrite: bool) -> None:
-        if self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()) and not overwrite:
-            raise ConfigError(f"{self.folder} exists: add --overwrite to replace its run, or --resume to go on")
+        check_folder(self.folder, overwrite=overwrite, resume=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_folder()

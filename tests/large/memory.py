@@ -39,9 +39,13 @@ OBJECTIVES = {
     "DRaFT-1": {"name": "draft-k", "k": 1},
     "DRaFT-2": {"name": "draft-k", "k": 2},
     "DRaFT-2, nothing recomputed": {"name": "draft-k", "k": 2, "recompute": False},
+    "DRaFT-LV": {"name": "draft-lv"},
+    "DRTune": {"name": "drtune", "k": 2, "early_stop": 2},
     "AlignProp": {"name": "alignprop", "cut_mean": 2.0, "cut_std": 0.0},
+    "Direct-Align": {"name": "direct-align"},
     "SRPO": {"name": "srpo"},
     "SQDF": {"name": "sqdf"},
+    "SQDF, black box": {"name": "sqdf-black-box"},
 }
 STEPS = 4  # of the sampler
 
@@ -71,12 +75,16 @@ def one(case):
                 **{f"checkpoint_{part}": checkpoints for part in ("denoiser", "decoder", "reward")},
             },
         )
+
+        def features(tower):
+            return tower if "black box" in name else None
+
         tally = Tally()
         with dry(tally):
             outline = commands.load_policy(model, "meta", config.model_options, config.image_size)
             reward = commands.load_reward("demo-proxy" if model == "demo" else "clip", False, "meta")
         begin = time.monotonic()
-        planned = planning.plan(config, planning.Models(outline, reward), tally)
+        planned = planning.plan(config, planning.Models(outline, reward, features(reward)), tally)
         seconds = time.monotonic() - begin
         weights = sum(planned.parts.get(part, 0) for part in planning.WEIGHTS)
 
@@ -91,9 +99,9 @@ def one(case):
         picture = torch.randn(1, *policy.latent_shape)
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch)))
         samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.abs().expand(len(prompts), -1, -1, -1))
-        models = planning.Models(policy, reward)
+        models = planning.Models(policy, reward, features(reward))
         worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
-        run = Run(config, policy, samples, reward)
+        run = Run(config, policy, samples, reward, features=features(reward))
         reward.checkpoint_gradients(checkpoints)
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)

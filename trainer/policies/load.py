@@ -58,7 +58,8 @@ def load_policy(
     parts: str | Path = "",
     park: bool = False,
 ) -> DiffusersPolicy:
-    """A policy over the model at `path`; with `park` its encoders stay on the CPU, see DiffusersPolicy.park_encoders.
+    """A policy over the model at `path`; with `park` all of it stays on the CPU, and encoders come to the
+    device while they run; `to(device)` then brings what trains, see DiffusersPolicy.park_encoders.
 
     `image_size`: pixels, see DiffusersPolicy. `prediction`: `epsilon` or `v_prediction` where a UNet's file does not say
     or is wrong. `parts`: a diffusers folder for what a single file lacks (T5 and its tokenizer, say). Raises ValueError
@@ -92,7 +93,7 @@ def load_policy(
         return kind(pipeline, device, dtype, image_size)
     policy = kind(pipeline, "cpu", dtype, image_size)
     policy.park_encoders()
-    policy.to(device)
+    policy.device = torch.device(device)
     return policy
 
 
