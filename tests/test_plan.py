@@ -19,6 +19,7 @@ from trainer import plan as planning
 from trainer.config import ConfigError, build, override
 from trainer.data import Samples
 from trainer.dry import META, Tally, dry
+from trainer.lora_file import load_consistency
 from trainer.processes import ALONE
 from trainer.run import Run, TrainConfig
 
@@ -75,6 +76,21 @@ def test_weights_and_state_are_the_real_ones_and_memory_grows_with_the_batch(pla
     assert two.counted < four.counted < 2 * two.counted
     assert four.flops["denoiser"] == pytest.approx(2 * two.flops["denoiser"], rel=1e-3)
     assert four.forwards == 2 * two.forwards == 8 and two.backwards == 4  # each image: at the start and one step later, both with gradient
+
+
+def test_a_consistency_adapter_is_planned_beside_the_trained_one(planned):
+    sqdf = {"name": "sqdf", "steps": 3, "estimator": "consistency"}
+    plain, more = planned(config(objective=sqdf | {"estimator": "base"})), planned(config(objective=sqdf, consistency="demo"))
+    extra = sum(-(-p.nbytes // 512) * 512 for p in consistency_parameters())
+    assert more.parts["adapter"] == plain.parts["adapter"] and more.parts["denoiser weights"] - plain.parts["denoiser weights"] == extra > 0
+
+
+def consistency_parameters():
+    from trainer.demo import files
+
+    policy = commands.load_policy("demo")
+    load_consistency(policy, files.CONSISTENCY)
+    return policy.adapter_parameters("consistency").values()
 
 
 @pytest.mark.parametrize("name", [{}, {"name": "draft-k", "steps": 3, "k": 2}, {"name": "sqdf", "steps": 3}])

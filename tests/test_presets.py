@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from trainer import commands
 from trainer.__main__ import main
+from trainer.config import build, override, read_toml
 from trainer.lora_file import save_lora
 from trainer.policies.load import load_policy
 from trainer.policy import Lora
+from trainer.processes import ALONE
+from trainer.run import TrainConfig
 
 FOLDER = Path(__file__).parent.parent / "presets"
 FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd35": "sd3", "flux": "flux-dev"}
@@ -20,6 +24,13 @@ def test_every_family_has_the_same_presets():
     methods = {family: {p.stem.removesuffix("-" + family) for p in PRESETS if p.stem.endswith("-" + family)} for family in FAMILIES}
     assert all(found == methods["sd15"] for found in methods.values())
     assert len(list(FOLDER.glob("*.toml"))) <= 20
+
+
+@pytest.mark.parametrize("preset", sorted(FOLDER.glob("*-demo.toml")), ids=lambda p: p.stem)
+def test_a_preset_of_the_embedded_model_is_planned(preset):
+    config = build(TrainConfig, read_toml(preset))
+    found = commands.Planner(ALONE)(config)
+    assert ("a look of the watch" in found.moments) == (config.watch.every > 0) and found.moments["a training step"] > 0
 
 
 @pytest.mark.slow
@@ -38,6 +49,9 @@ def test_a_preset_trains(preset, family_folder, reward_folder, image_folder, tmp
         policy = load_policy(family_folder(family))
         policy.add_lora(Lora())
         save_lora(policy, changes["consistency"], {})
-    code = main(["train", str(preset), *(f"--{key}={value}" for key, value in changes.items())])
+    given = [f"--{key}={value}" for key, value in changes.items()]
+    if preset.stem.startswith("sqdf"):  # with its second adapter
+        assert commands.Planner(ALONE)(build(TrainConfig, override(read_toml(preset), given))).moments["a training step"] > 0
+    code = main(["train", str(preset), *given])
     assert code == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "lora.safetensors").is_file()

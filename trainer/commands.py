@@ -266,7 +266,8 @@ class Planner:
         return self.plans[key]
 
     def _outlines(self, config: TrainConfig) -> planning.Models:
-        decisive = ("model", "model_options", "image_size", "reward_dtype", "merge_rollouts", "tune", "lora")
+        decisive = ("model", "model_options", "image_size", "merge_rollouts", "tune", "lora", "consistency", "images", "prompts")
+        decisive += ("reward", "reward_dtype", "features", "watch")
         key = json.dumps({name: plain(getattr(config, name)) for name in decisive}, sort_keys=True)
         if key not in self._models:
             with dry(self.tally):

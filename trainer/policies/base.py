@@ -242,8 +242,10 @@ class DiffusersPolicy:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what is wanted
             self.network.add_adapter(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True), name)
-        for parameter in self.adapter_parameters(name).values():
-            parameter.data = parameter.data.float()
+        for layer in self.network.modules():
+            for side in (getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})):
+                if name in side:  # peft leaves a second adapter on the CPU where the first one lies on the meta device
+                    side[name].to(layer.base_layer.weight.device, torch.float32)
 
     def _modules_called(self, targets: Sequence[str]) -> list[str]:
         modules = self.adaptable()
