@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -17,11 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from trainer import commands, memory
 from trainer import plan as planning
 from trainer.config import ConfigError, build, override
+from trainer.cost import Counted
 from trainer.data import Samples
 from trainer.dry import META, Tally, dry
 from trainer.lora_file import load_consistency
 from trainer.processes import ALONE
 from trainer.run import Run, TrainConfig
+from trainer.watch import Watcher
 
 SHORT = {"name": "imagerefl", "steps": 3, "grad_from": 2, "grad_to": 2, "start_from": 1, "start_to": 1, "refl_share": 0.0}
 KILO = 128 * 128 * 4  # bytes of a float32 square of side 128
@@ -199,3 +202,39 @@ def test_vram_changes_the_run_and_resuming_keeps_it(planned, tmp_path, capsys):
     assert fitted.checkpoint_decoder and "--checkpoint_decoder=true" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps(commands.plain(fitted)))
     assert commands._fitted(replace(c, vram=limit), [], planned, resume=True) == fitted
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_speed_is_that_of_the_fastest_product(monkeypatch):
+    """By a clock on which every other reading is 10 ms later, and once only 2 ms."""
+    readings, late = itertools.count(), []
+
+    def clock():
+        late.append(0.002 if next(readings) == 6 else 0.01)
+        return sum(late)
+
+    monkeypatch.setattr(planning.time, "monotonic", clock)
+    assert planning.speed("cpu", torch.float32, 0.1) == pytest.approx(2 * 1024**3 / 0.002)
+
+
+def test_a_look_counts_as_many_calls_as_the_watch_makes(planned):
+    watch = {"every": 2, "heldout": "demo-heldout", "count": 2, "images": 3, "switch": "2", "guidance": 4.0}
+    c = config(watch=watch, steps=5)
+    found = planned(c)
+    policy = Counted(commands.load_policy("demo"))
+    judge = commands.load_reward("demo-proxy", False)
+    Watcher(c.watch, policy, {"reward": judge, "heldout": judge}, judge.image_features, ["a", "b"], 3, 1.0, 1).look(0)
+    assert planning._calls_of_a_look(c, policy) == policy.calls
+    assert found.looks == 3  # before the first step, after the second and the fourth
+
+
+def test_durations_follow_the_arithmetic_and_the_speeds():
+    watched = {"every": 2, "heldout": "x"}
+    c = config(reward_dtype="bfloat16", watch=watched, steps=6)
+    found = SimpleNamespace(flops={"denoiser": 6e12, "decoder": 2e12, "reward": 8e12}, look_flops={"denoiser": 24e12}, steps=6, looks=4)
+    text = planning.duration(found, c, {"float32": 1e12, "bfloat16": 4e12})
+    # a step 8 + 2 s at full speed, a look 24 s, the run 60 + 96 s
+    low, high = planning.REACHED
+    assert f"{10 / high:.2g} to {10 / low:.2g} s a step" in text and f"{156 / high / 60:.2g} to {156 / low / 60:.2g} min the run" in text

@@ -321,7 +321,15 @@ def _fitted(config: TrainConfig, given: Sequence[str], planner: Planner, resume:
 
 
 def _say_plan(config: TrainConfig, planner: Planner) -> None:
-    print(planning.table(planner(config), config.device), flush=True)
+    found = planner(config)
+    print(planning.table(found, config.device), flush=True)
+    try:
+        device = planner.processes.device(config.device)
+    except ValueError as error:
+        print(f"time: unknown ({error})")
+    else:
+        speeds = {name: planning.speed(device, DTYPES[name]) for name in dict.fromkeys([config.model_options.dtype, config.reward_dtype])}
+        print(planning.duration(found, config, speeds), flush=True)
     print("what takes less, each by itself:", flush=True)
     for flag, cost, saved in planning.savings(config, planner, planner.processes.count):
         print(f"  {flag:<36} {saved / 1e9:>7.3f} GB less ({cost})")

@@ -8,8 +8,9 @@ its allocator cannot use; both are an allowance that is stated.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from .processes import ALONE, Processes
 from .reward import Reward
 from .rewards.texts import apart_from_texts, readers
 from .run import Run, TrainConfig
+from .sampling import Switch
 from .watch import Watch
 
 GB = 1e9
@@ -58,7 +60,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the highest moment by part, arithmetic of an optimizer step (FLOPs) by part, and its denoiser calls."""
+    """Bytes at the highest moment by part, arithmetic (FLOPs) of an optimizer step and of a look by part, and a step's denoiser calls."""
 
     parts: dict[str, int]
     moment: str
@@ -69,6 +71,8 @@ class Plan:
     backwards: float
     files: dict[str, int]
     steps: int
+    look_flops: dict[str, float]
+    looks: int
 
     @property
     def counted(self) -> int:
@@ -353,13 +357,24 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         "denoiser": config.accumulate * (forwards * per_row["denoiser"] + backwards * per_row["back"]),
         **{part: config.accumulate * flops[part] for part in ("decoder", "reward")},
     }
+    looks, calls = (asked.steps // asked.watch.every + 1, _calls_of_a_look(asked, policy)) if asked.watch.every else (0, 0)
+    look = {"denoiser": calls * per_row["denoiser"], "decoder": asked.watch.count * asked.watch.images * flops["decode"] / len(prompts)}
     trained = sum(p.numel() for p in policy.parameters())
     state = trained * (4 + STATE_BYTES[asked.optimizer] + 4 * (config.ema > 0))
     parts = {part: size for part, size in best[1].items() if size}
     return Plan(
         parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.accumulate,
         backwards * config.accumulate, {"lora.safetensors": 4 * trained, "checkpoint.pt": state}, config.steps,
+        look, looks,
     )  # fmt: skip
+
+
+def _calls_of_a_look(config: TrainConfig, policy: DiffusersPolicy) -> int:
+    """Denoiser calls of one image at a look of the watch; guidance makes two of one."""
+    watch, objective = config.watch, config.build_objective()
+    steps = watch.steps or objective.steps
+    k = Switch.parse(watch.switch).index(policy.sigmas(steps))
+    return watch.count * watch.images * (k * (1 + (watch.guidance != 1)) + (steps - k) * (1 + (objective.guidance != 1)))
 
 
 @torch.no_grad()
@@ -462,6 +477,7 @@ def _step(run: Run, policy: _Watched, reward: Any, samples: Samples, number: int
     flops = Counter({
         "denoiser": sum(v for k, v in tally.flops.items() if k.startswith("denoiser") and "back" not in k),
         "back": tally.flops["denoiser, going back"],
+        "decode": tally.flops["decoder"],
         **{part: sum(v for k, v in tally.flops.items() if k.startswith(part)) for part in ("decoder", "reward")},
     })  # fmt: skip
     return policy.rows, flops
@@ -574,9 +590,49 @@ def table(found: Plan, device: str) -> str:
         f"an optimizer step: {found.forwards:.0f} denoiser forwards and {found.backwards:.0f} backwards of one image; "
         f"{_short(sum(teras.values()))} TFLOP ({', '.join(f'{part} {_short(value)}' for part, value in teras.items())})"
     )
-    lines.append(f"the run: {found.steps} steps, {_short(found.steps * sum(teras.values()) / 1e3)} PFLOP")
+    whole = found.steps * sum(teras.values()) / 1e3 + found.looks * sum(found.look_flops.values()) / 1e15
+    looks = f" and {found.looks} looks of the watch" if found.looks else ""
+    lines.append(f"the run: {found.steps} steps{looks}, {_short(whole)} PFLOP")
     lines.append("files: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found.files.items()))
     return "\n".join(lines)
+
+
+REACHED = (0.3, 0.8)  # of the speed of a matrix product, by steps of the models and objectives in docs/real-models.md
+
+
+def speed(device: str, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a large matrix product on a device, the fastest seen in `seconds`."""
+    side = 1024 if device.startswith("cpu") else 8192
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    times, begin = list[float](), time.monotonic()
+    while len(times) < 3 or time.monotonic() - begin < seconds:
+        start = time.monotonic()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.monotonic() - start)
+    return 2 * side**3 / min(times)
+
+
+def duration(found: Plan, config: TrainConfig, speeds: Mapping[str, float]) -> str:
+    """How long a step and the run take where matrix products run at `speeds`, FLOP/s by dtype."""
+    step, look = (at_full_speed(flops, config, speeds) for flops in (found.flops, found.look_flops))
+    run = found.steps * step + found.looks * look
+    rates = ", ".join(f"{name} {_short(value / 1e12)}" for name, value in speeds.items())
+    return (
+        f"time on this {config.device}: {_times(step)} a step, {_times(run)} the run, encoding aside (a matrix product runs at "
+        f"{rates} TFLOP/s; steps reach {REACHED[0]:.0%} to {REACHED[1]:.0%} of that)"
+    )
+
+
+def at_full_speed(flops: Mapping[str, float], config: TrainConfig, speeds: Mapping[str, float]) -> float:
+    """Seconds that arithmetic by part would take at the speed of matrix products."""
+    rate = {part: speeds[config.model_options.dtype] for part in ("denoiser", "decoder")} | {"reward": speeds[config.reward_dtype]}
+    return sum(value / rate[part] for part, value in flops.items())
+
+
+def _times(seconds: float) -> str:
+    low, high = seconds / REACHED[1], seconds / REACHED[0]
+    size, unit = next((s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min"), (0, "s")) if high >= 2 * s)
+    return f"{low / max(size, 1):.2g} to {high / max(size, 1):.2g} {unit}"
 
 
 def _short(value: float) -> str:

@@ -3,7 +3,8 @@
 Usage: memory.py [demo] [sd15 …] [--size 256] [--out FILE.md]. Each case is a process of its own: the objective's most
 expensive micro-batch after a first optimizer step, random weights for the published configurations, CLIP ViT-B/32's
 architecture as the reward (the embedded model has its own). Resident memory is the peak of the step over what the process
-held before it; glibc is told to give memory back at once.
+held before it; glibc is told to give memory back at once. The share of speed is what the arithmetic that was planned would take
+at the speed of a large matrix product, over what the step takes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def clip_reward():
 
 
 def one(case):
-    """Planned, counted and resident bytes of one case's step, without weights."""
+    """Planned, counted and resident bytes of one case's step, without weights; timed, the share of a matrix product's speed."""
     model, name, checkpoints, size = case["model"], case["objective"], case["checkpoints"], case["size"]
     with tempfile.TemporaryDirectory() as folder:
         config = build(
@@ -117,6 +118,13 @@ def one(case):
             run.optimizer.step()
             run.optimizer.zero_grad()
 
+        if case["timed"]:
+            step()
+            speeds = {kind: planning.speed("cpu", commands.DTYPES[kind]) for kind in {config.model_options.dtype, "float32"}}
+            begin = time.monotonic()
+            step()
+            return planning.at_full_speed(planned.flops, config, speeds) / (time.monotonic() - begin)
+
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         resident = status("VmRSS:")
         step()
@@ -138,6 +146,16 @@ def one(case):
         }
 
 
+def measured(case, **environment):
+    """What `one` returns in a process of its own; None where it failed."""
+    command = [sys.executable, __file__, "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main():
     """Measure every case, write a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,8 +170,9 @@ def main():
         print(json.dumps(one(arguments.case)))
         return
     lines = [
-        "| model | objective | checkpoints | planned, GB | counted, GB | resident, GB | planned/counted | planned/resident |",
-        "|" + "---|" * 8,
+        "| model | objective | checkpoints | planned, GB | counted, GB | resident, GB "
+        "| planned/counted | planned/resident | share of speed |",
+        "|" + "---|" * 9,
     ]
     print("\n".join(lines), flush=True)
     for model in arguments.models:
@@ -167,17 +186,15 @@ def main():
                     "size": arguments.size,
                     "batch": batch,
                     "dtype": dtype,
+                    "timed": False,
                 }
-                environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-                command = [sys.executable, __file__, "--case", json.dumps(case)]
-                done = subprocess.run(command, capture_output=True, text=True, env=environment)
-                if done.returncode:
-                    print(done.stderr[-3000:], file=sys.stderr)
+                r = measured(case, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+                share = measured({**case, "timed": True})  # with the usual allocator
+                if r is None or share is None:
                     continue
-                r = json.loads(done.stdout.splitlines()[-1])
                 gigabytes = " | ".join(f"{r[key]:.3f}" for key in ("planned", "counted", "resident"))
                 ratios = " | ".join(f"{r['planned'] / r[key]:.3f}" for key in ("counted", "resident"))
-                lines.append(f"| {model} | {name} | {'on' if checkpoints else 'off'} | {gigabytes} | {ratios} |")
+                lines.append(f"| {model} | {name} | {'on' if checkpoints else 'off'} | {gigabytes} | {ratios} | {share:.2f} |")
                 print(lines[-1], r["moment"], r["seconds"], flush=True)
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
