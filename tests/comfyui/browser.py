@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import aiohttp
@@ -111,9 +112,10 @@ async def look(page, base, name):
 
 async def main():
     screenshots.mkdir(parents=True, exist_ok=True)
-    folder, port = Path.cwd() / "server", live.free_port()
-    models(Path.cwd() / "models")
-    process = live.start(folder, port, Path.cwd() / "models")
+    work = Path(tempfile.mkdtemp())
+    folder, port = work / "server", live.free_port()
+    models(work / "models")
+    process = live.start(folder, port, work / "models")
     shutil.copy(comfy_path / "input" / "example.png", folder / "input" / "example.png")
     base = f"http://127.0.0.1:{port}"
     results = {}
@@ -137,6 +139,7 @@ async def main():
     finally:
         process.terminate()
         process.wait(20)
+        shutil.rmtree(work)
     print(json.dumps(results))
 
 

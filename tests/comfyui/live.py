@@ -7,9 +7,11 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -169,13 +171,15 @@ async def check(folder, process, port):
 
 
 def main():
-    folder, port = Path.cwd() / "server", free_port()
+    work = Path(tempfile.mkdtemp())
+    folder, port = work / "server", free_port()
     process = start(folder, port)
     try:
         print(json.dumps(asyncio.run(check(folder, process, port))))
     finally:
         process.terminate()
         process.wait(20)
+        shutil.rmtree(work)
 
 
 if __name__ == "__main__":
