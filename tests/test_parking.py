@@ -10,15 +10,16 @@ from tests_of_runs import settings
 from torch import nn
 
 from trainer import commands
+from trainer import plan as planning
 from trainer.__main__ import main
-from trainer.config import ConfigError, build
+from trainer.config import build
 from trainer.parking import Parking, inside, slots
 from trainer.policies.base import DiffusersPolicy
 from trainer.processes import ALONE
 from trainer.rewards import parity
 from trainer.rewards.combine import Part, WeightedSum
-from trainer.rewards.texts import apart_from_texts, readers
-from trainer.run import TrainConfig
+from trainer.rewards.texts import apart_from_texts, readers, waits
+from trainer.run import TrainConfig, claim
 from trainer.watch import Watch, Watcher
 
 META = torch.device("meta")
@@ -43,6 +44,16 @@ def test_what_is_parked_lies_on_the_device_only_inside_and_comes_back_as_it_was(
         raise ZeroDivisionError
     assert [id(t) for t in parked.tensors()] == homes  # nothing was copied
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_shared_weights_stay_shared():
+    one, two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    two.weight = one.weight
+    parked = Parking([*slots(one), *slots(two)])
+    parked.park(META)
+    with parked.here():
+        assert one.weight is two.weight and one.weight.device == META
+    assert one.weight is two.weight
 
 
 def test_slots_are_taken_by_full_name():
@@ -98,6 +109,42 @@ def test_only_what_a_step_needs_stays_on_the_device(tmp_path_factory):
     assert {d for r in (trained, judge) for m in inside(r, nn.Module) for d in devices(m.parameters())} == {"meta"}
 
 
+def test_what_lies_deep_in_a_sum_comes_too_and_what_is_never_read_waits(tmp_path):
+    reward, _ = parity.open_case("aesthetic", tmp_path, parity.CASES["aesthetic"].small)
+    total = WeightedSum([Part("aesthetic", reward, 0.5, 5.0, 1.0)])
+    commands._place_rewards(build(TrainConfig, {"out": "none"}), "meta", [total, None], None, ["a fox"])
+    assert devices([*reward.tower.model.visual.parameters(), *reward.head.parameters()]) == {"meta"}
+    assert devices(reward.tower.words.tensors()) == {"cpu"} and not reward.tower._texts
+
+
+def test_a_text_tower_stays_where_there_are_more_texts_than_are_remembered(tmp_path, monkeypatch):
+    reward, _ = parity.open_case("mps", tmp_path, parity.CASES["mps"].small)
+    monkeypatch.setattr(reward, "texts_kept", 3, raising=False)
+    config = build(TrainConfig, {"out": "none"})
+    commands._place_rewards(config, "meta", [reward], None, ["a", "b", "c", "d"])
+    assert devices(reward.words.tensors()) == {"meta"} and not reward._texts
+    many = planning.Models(None, reward, prompts=4)
+    assert not waits(reward, many.prompts) and waits(reward, 3)
+
+
+def test_a_users_own_module_is_moved_by_its_own_to(tmp_path):
+    """An LSTM keeps views of its weights that only its own `to` renews."""
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "class Reward(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = torch.nn.LSTM(3, 1)\n"
+        "    def forward(self, images, prompts):\n"
+        "        return self.inner(images.mean((2, 3)))[0][:, 0]\n"
+        "reward = Reward()\n"
+    )
+    reward = commands.load_reward(str(tmp_path / "own.py"), False)
+    config = build(TrainConfig, {"out": "none", "reward": str(tmp_path / "own.py")})
+    commands._place_rewards(config, "meta", [reward], None, ["a"])
+    assert devices(reward.function.inner._flat_weights) == {"meta"}
+
+
 def test_rewards_without_a_text_tower_wait_whole(tmp_path):
     reward, _ = parity.open_case("imagereward", tmp_path, parity.CASES["imagereward"].small)
     assert not readers(reward)
@@ -116,25 +163,31 @@ def test_the_plan_knows_what_waits():
     assert "other rewards' weights" in here.parts and "other rewards' weights" not in away.parts
     beside = here.moments["encoding prompts"] - away.moments["encoding prompts"]  # the denoiser comes when prompts are encoded
     assert beside > here.parts["denoiser weights"] + here.parts["other rewards' weights"]
+    assert here.flops == pytest.approx(
+        planned(build(TrainConfig, {**more, "offload_encoders": False, "watch": {}})).flops
+    )  # the watch adds none
     assert away.moments["rewards reading prompts"] < away.moments["a training step"] < here.moments["a training step"]
 
 
 def test_a_run_encodes_before_the_network_comes_and_refuses_a_used_folder_before_anything(
-    pipeline_folder, reward_folder, image_folder, tmp_path, monkeypatch
+    pipeline_folder, reward_folder, image_folder, tmp_path, monkeypatch, capsys
 ):
     order = []
+    placed = commands._place_rewards  # a resumed black box puts its surrogate where its features are: before the folder is read
+    monkeypatch.setattr(commands, "_place_rewards", lambda *a: order.append("rewards") or placed(*a))
     for name in ("encode", "prepare", "to", "add_lora"):
         whole = getattr(DiffusersPolicy, name)
         monkeypatch.setattr(DiffusersPolicy, name, lambda self, *a, n=name, w=whole, **k: order.append(n) or w(self, *a, **k))
     given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", steps=1, accumulate=1)
     assert main(["train", *given]) == 0
-    assert list(dict.fromkeys(order)) == ["encode", "prepare", "to", "add_lora"]
+    assert list(dict.fromkeys(order)) == ["encode", "prepare", "to", "rewards", "add_lora"]
+    order.clear()
+    assert main(["train", *given, "--overwrite", "--reward=incompressibility", "--normalise=false"]) == 2
+    assert "prepare" not in order and "has no gradient" in capsys.readouterr().err
+    other = "--out=" + str(tmp_path / "none")
+    with claim(tmp_path / "none", overwrite=False, resume=False):
+        assert main(["train", *given, other]) == 2 and "another run is writing" in capsys.readouterr().err
+    assert "prepare" not in order
     monkeypatch.setattr(commands, "load_reward", lambda *_: 1 / 0)
-    with pytest.raises(ConfigError, match="exists: add --overwrite"):
-        commands._run(
-            build(TrainConfig, {"out": str(tmp_path / "run")}),
-            SimpleNamespace(overwrite=False, resume=False),
-            ALONE,
-            commands.Planner(ALONE),
-        )
-    assert main(["train", *given]) == 2 and main(["train", *given, "--out=" + str(tmp_path / "none"), "--resume"]) == 2
+    assert main(["train", *given]) == 2 and "exists: add --overwrite" in capsys.readouterr().err
+    assert main(["train", *given, other, "--resume"]) == 2 and "nothing to resume" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_a_look_counts_as_many_calls_as_the_watch_makes(planned):
     judge = commands.load_reward("demo-proxy", False)
     Watcher(c.watch, policy, {"reward": judge, "heldout": judge}, judge.image_features, ["a", "b"], 3, 1.0, 1).look(0)
     assert planning._calls_of_a_look(c, policy) == policy.calls
-    assert found.looks == 3  # before the first step, after the second and the fourth
+    assert found.looks == 4  # before the first step, after the second, the fourth and the last
 
 
 def test_durations_follow_the_arithmetic_and_the_speeds():

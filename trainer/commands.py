@@ -30,6 +30,7 @@ from .metrics.features import DINO, Dino
 from .metrics.lpips import FILES as LPIPS
 from .metrics.lpips import Lpips
 from .metrics.study import BASE, Judges, Study
+from .objectives.base import Surroundings
 from .parking import inside
 from .policies import load as policies
 from .policies.base import DiffusersPolicy
@@ -41,10 +42,10 @@ from .rewards import command as rewards_command
 from .rewards import registry
 from .rewards.combine import Part, WeightedSum, parse_weights
 from .rewards.files import find, folders, verify
-from .rewards.texts import apart_from_texts, readers
-from .rewards.two_tower import TEXTS_KEPT, TwoTower
+from .rewards.texts import apart_from_texts, readers, waits
+from .rewards.two_tower import TwoTower
 from .rewards.weights import Held
-from .run import NEUTRAL, Run, TrainConfig, check_folder, interruptible
+from .run import NEUTRAL, Run, TrainConfig, check_folder, check_settings, claim, interruptible
 from .sampling import METHODS, Switch
 from .scoring import command as scoring_command
 from .watch import Watch, Watcher
@@ -163,18 +164,21 @@ def _place_rewards(config: TrainConfig, device: str, trained: Sequence[Any], wat
         return
     apart_from_texts(trained).settle(device)
     shown = watcher.prompts if watcher else []
-    texts = list(dict.fromkeys([*shown, *config.build_objective().wordings(prompts)]))[:TEXTS_KEPT]
-    for reader in readers(trained):
+    _place_texts(trained, list(dict.fromkeys([*shown, *config.build_objective().wordings(prompts)])), device)
+    if watcher is not None:
+        watcher.waiting.park(device)
+        with watcher.waiting.here():
+            _place_texts(judge, list(dict.fromkeys(shown)), device)
+
+
+def _place_texts(rewards: Any, texts: Sequence[str], device: str) -> None:
+    for reader in readers(rewards):
+        if not waits(reader, len(texts)):
+            reader.words.settle(device)
+            continue
         reader.words.park(device)
-        reader.remember(texts)
-    if watcher is None:
-        return
-    for reader in readers(judge):
-        reader.words.park(device)
-    watcher.waiting.park(device)
-    with watcher.waiting.here():
-        for reader in readers(judge):
-            reader.remember(shown)
+        if reader.reads_prompts:
+            reader.remember(texts)
 
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
@@ -328,8 +332,11 @@ def _say_plan(config: TrainConfig, planner: Planner) -> None:
     except ValueError as error:
         print(f"time: unknown ({error})")
     else:
-        speeds = {name: planning.speed(device, DTYPES[name]) for name in dict.fromkeys([config.model_options.dtype, config.reward_dtype])}
-        print(planning.duration(found, config, speeds), flush=True)
+        kinds = dict.fromkeys([config.model_options.dtype, config.reward_dtype])
+        try:
+            print(planning.duration(found, config, {kind: planning.speed(device, DTYPES[kind]) for kind in kinds}), flush=True)
+        except RuntimeError as error:  # no room left on the device, or none for this kind of number
+            print(f"time: unknown ({error})")
     print("what takes less, each by itself:", flush=True)
     for flag, cost, saved in planning.savings(config, planner, planner.processes.count):
         print(f"  {flag:<36} {saved / 1e9:>7.3f} GB less ({cost})")
@@ -359,22 +366,27 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     from tqdm import tqdm
 
     device = processes.device(config.device)
-    if processes.main:  # before anything takes time
-        check_folder(Path(config.out), overwrite=arguments.overwrite, resume=arguments.resume)
+    folder = Path(config.out)
+    if processes.main or arguments.resume:  # before anything takes time; the others might see what the first one writes
+        check_folder(folder, overwrite=arguments.overwrite, resume=arguments.resume)
     aside = "cpu" if config.offload_encoders else device  # where rewards wait, so that encoding has the room
     reward = load_reward(config.reward, config.normalise, aside, config.reward_dtype)
     policy = load_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
     _set_speed(policy, config)
+    if config.consistency:
+        _load_consistency(policy, config)
     features = _features(config.features, aside) if config.features else None
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
     watched = _watch_prompts(config, samples)
     watcher = _watcher(config, policy, reward, watched, aside) if config.watch.every else None
+    around = Surroundings(folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
+    check_settings(config, policy, samples, reward, around, watcher is not None)
+    lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
     policy.prepare([*samples.prompts, "", *watched], cache, processes)
     policy.to(device)  # only now: encoders have had the room
-    if config.consistency:
-        _load_consistency(policy, config)
-    run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes)
+    _place_rewards(config, device, [reward, features], watcher, samples.prompts)
+    run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes, lock)
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
     if config.checkpoint_reward:
         recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
@@ -382,7 +394,6 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
             raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
         recompute(True)
 
-    _place_rewards(config, device, [reward, features], watcher, samples.prompts)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
     with interruptible() as stopping, bar:
         for done in run.steps():

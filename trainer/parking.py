@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import types
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,29 +12,33 @@ from torch import Tensor, nn
 
 Slot = tuple[dict[str, Any], str]  # where a module keeps a parameter or buffer, and its name there
 T = TypeVar("T")
+_LEAVES = (Tensor, nn.Module, str, bytes, int, float, type, types.ModuleType, types.FunctionType)
 
 
 class Parking:
     """Frozen parameters and buffers that, once parked, lie on a device only inside `here`.
 
-    What waits on the CPU stays there meanwhile, so that leaving copies nothing. Before `park`, `here` does nothing.
+    What waits on the CPU stays there meanwhile, so that leaving copies nothing. `modules` are moved there and back by their own
+    `to`: a user's module may hold more than what PyTorch knows of it. Before `park`, `here` does nothing.
     """
 
-    def __init__(self, slots: Iterable[Slot] = ()) -> None:
-        self.slots = list(slots)
+    def __init__(self, slots: Iterable[Slot] = (), modules: Sequence[nn.Module] = ()) -> None:
+        self.slots, self.modules = list(slots), list(modules)
         self._home: list[Tensor] = []
         self._device: torch.device | None = None
         self._inside = False
 
     def park(self, device: str | torch.device) -> None:
         """To the CPU; `here` brings them to `device`."""
-        self._home = [_like(tensor, tensor.to("cpu")) for tensor in self.tensors()]
+        self._home = _moved(self.tensors(), "cpu")
         self._device = torch.device(device)
-        self._put(self._home)
+        self._leave()
 
     def settle(self, device: str | torch.device) -> None:
         """To the device, to stay there."""
-        self._put([_like(tensor, tensor.to(device)) for tensor in self.tensors()])
+        self._put(_moved(self.tensors(), device))
+        for module in self.modules:
+            module.to(device)
 
     @contextmanager
     def here(self) -> Generator[None]:
@@ -43,25 +48,35 @@ class Parking:
             return
         self._inside = True
         try:
-            self._put([_like(tensor, tensor.to(self._device)) for tensor in self._home])
+            self.settle(self._device)
             yield
         finally:
             self._inside = False
-            self._put(self._home)
+            self._leave()
 
     def tensors(self) -> list[Tensor]:
-        """Where they are now."""
+        """What lies in the slots."""
         return [held[name] for held, name in self.slots]
+
+    def _leave(self) -> None:
+        self._put(self._home)
+        for module in self.modules:
+            module.to("cpu")
 
     def _put(self, tensors: Iterable[Tensor]) -> None:
         for (held, name), tensor in zip(self.slots, tensors):
             held[name] = tensor
 
 
-def _like(tensor: Tensor, moved: Tensor) -> Tensor:
-    if moved is tensor or not isinstance(tensor, nn.Parameter):
-        return moved
-    return nn.Parameter(moved, requires_grad=False)
+def _moved(tensors: Sequence[Tensor], device: str | torch.device) -> list[Tensor]:
+    """The tensors on a device; one that several modules share stays one."""
+    made: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in made:
+            there = tensor.to(device)
+            same = there is tensor or not isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = there if same else nn.Parameter(there, requires_grad=False)
+    return [made[id(tensor)] for tensor in tensors]
 
 
 def slots(module: nn.Module, without: tuple[str, ...] = ()) -> list[Slot]:
@@ -75,18 +90,20 @@ def slots(module: nn.Module, without: tuple[str, ...] = ()) -> list[Slot]:
     ]
 
 
-def inside(thing: Any, kind: type[T], depth: int = 5) -> list[T]:
-    """The objects of a kind that an object holds, in attributes and sequences of any depth; each once."""
-    found: dict[int, T] = {}
-    _look(thing, kind, depth, found)
-    return list(found.values())
-
-
-def _look(thing: Any, kind: type[T], depth: int, found: dict[int, T]) -> None:
-    if isinstance(thing, kind):
-        found[id(thing)] = thing
-        return
-    if depth == 0 or thing is None or isinstance(thing, Tensor | nn.Module | str | bytes | int | float):
-        return
-    for value in thing if isinstance(thing, list | tuple) else list(getattr(thing, "__dict__", {}).values()):
-        _look(value, kind, depth - 1, found)
+def inside(thing: Any, kind: type[T]) -> list[T]:
+    """The objects of a kind that an object holds in attributes, sequences and dicts, however deep; each once, outermost only."""
+    found, seen, waiting = list[T](), set[int](), [thing]
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, kind):
+            found.append(one)
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | tuple):
+            waiting += one
+        elif not isinstance(one, _LEAVES):
+            waiting += getattr(one, "__dict__", {}).values()
+    return found

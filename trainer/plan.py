@@ -33,7 +33,7 @@ from .parking import inside
 from .policies.base import DiffusersPolicy
 from .processes import ALONE, Processes
 from .reward import Reward
-from .rewards.texts import apart_from_texts, readers
+from .rewards.texts import apart_from_texts, readers, waits
 from .run import Run, TrainConfig
 from .sampling import Switch
 from .watch import Watch
@@ -143,6 +143,7 @@ class _Watched(Counted):
         """The policy's, counted."""
         with self.tally.during("decoder"):
             images = super().decode(latents)
+        self.rows["decoded"] += len(latents)
         self.tally.going_back(images, "decoder, going back")
         return images
 
@@ -339,7 +340,9 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             state = _state(run, asked.optimizer, tally)
             if parked:
                 tally.forget_peak()
-                _read(tally, models, list(prompts), run.objective.wordings(prompts))
+                wordings = run.objective.wordings
+                texts = models.prompts * len(wordings([""])) + asked.watch.count * (asked.watch.every > 0)
+                _read(tally, models, list(prompts), wordings(prompts), texts)
                 phase("rewards reading prompts")
             tally.forget_peak()
             rows, flops = _step(run, watched, reward, samples, worst, tally)
@@ -357,8 +360,11 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         "denoiser": config.accumulate * (forwards * per_row["denoiser"] + backwards * per_row["back"]),
         **{part: config.accumulate * flops[part] for part in ("decoder", "reward")},
     }
-    looks, calls = (asked.steps // asked.watch.every + 1, _calls_of_a_look(asked, policy)) if asked.watch.every else (0, 0)
-    look = {"denoiser": calls * per_row["denoiser"], "decoder": asked.watch.count * asked.watch.images * flops["decode"] / len(prompts)}
+    looks, calls = (-(-asked.steps // asked.watch.every) + 1, _calls_of_a_look(asked, policy)) if asked.watch.every else (0, 0)
+    look = {
+        "denoiser": calls * per_row["denoiser"],
+        "decoder": asked.watch.count * asked.watch.images * flops["decode"] / max(1, rows["decoded"]),
+    }
     trained = sum(p.numel() for p in policy.parameters())
     state = trained * (4 + STATE_BYTES[asked.optimizer] + 4 * (config.ema > 0))
     parts = {part: size for part, size in best[1].items() if size}
@@ -418,13 +424,16 @@ def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
     tally.hold(_weights(others), "text encoder weights")
 
 
-def _read(tally: Tally, models: Models, shown: Sequence[str], texts: Sequence[str]) -> None:
-    """Rewards read the run's prompts, and what they need in a step is live afterwards."""
+def _read(tally: Tally, models: Models, shown: Sequence[str], texts: Sequence[str], count: int) -> None:
+    """Rewards read the run's texts, `count` in all, and what they need in a step is live afterwards."""
     trained, judges = [models.reward, models.features], models.others
     kept = (apart_from_texts(trained).tensors(), "reward weights"), (apart_from_texts(judges).tensors(), "other rewards' weights")
     for rewards, (tensors, part), prompts in ((trained, kept[0], texts), (judges, kept[1], shown)):
         tally.hold(tensors, part)
         for reader in readers(rewards):
+            if not waits(reader, count):
+                tally.hold(reader.words.tensors(), part)
+                continue
             tally.hold(reader.words.tensors(), "rewards' text towers")
             reader._texts.clear()  # pyright: ignore[reportPrivateUsage]
             with tally.during("reward"):
@@ -480,7 +489,7 @@ def _step(run: Run, policy: _Watched, reward: Any, samples: Samples, number: int
         "decode": tally.flops["decoder"],
         **{part: sum(v for k, v in tally.flops.items() if k.startswith(part)) for part in ("decoder", "reward")},
     })  # fmt: skip
-    return policy.rows, flops
+    return policy.rows.copy(), flops
 
 
 # -- what makes it smaller -------------------------------------------------------------------------------------------

@@ -190,6 +190,46 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise ConfigError(f"{folder} exists: add --overwrite to replace its run, or --resume to go on")
 
 
+def claim(folder: Path, *, overwrite: bool, resume: bool) -> FileLock:
+    """The folder for this process alone until it ends, however it ends; refused where `check_folder` would, or another run has it."""
+    check_folder(folder, overwrite=overwrite, resume=resume)
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another run is writing to {folder}: wait for it, or give another `out`") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}") from error
+    return lock
+
+
+def check_settings(
+    config: TrainConfig, policy: Trainable, samples: Samples, reward: Reward, around: Surroundings, watched: bool
+) -> Objective:
+    """The objective of a run, or a ConfigError where it cannot work with what it is given."""
+    objective = config.build_objective()
+    if objective.needs_gradient and not reward.differentiable:
+        takers = ", ".join(name for name in OBJECTIVES if not _default(name).needs_gradient)
+        raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
+    if samples.mean is None and objective.needs_images:
+        name = config.objective["name"]
+        raise ConfigError(f"{name} trains on real images as it is set: give `images`, or settings that start from noise")
+    if config.watch.every and not watched:
+        raise ConfigError("watch.every is set, but nothing watches: give watch.heldout")
+    if config.batch % around.processes.count:
+        raise ConfigError(f"batch = {config.batch}: {around.processes.count} processes share a micro-batch, give a multiple of that")
+    try:
+        check_tracker(config.tracker)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        objective.check(policy, reward, around)
+    except ValueError as error:
+        raise ConfigError(f"{config.objective['name']}: {error}") from error
+    return objective
+
+
 class Run:
     """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors` (`delta.safetensors` where
     every weight is tuned); watched, also `watch.json` and `best.safetensors`.
@@ -209,31 +249,14 @@ class Run:
         features: ImageFeatures | None = None,
         watcher: Watcher | None = None,
         processes: Processes = ALONE,
+        lock: FileLock | None = None,
     ) -> None:
         self.processes = processes
         self.config, self.policy, self.samples, self.reward, self.watcher = config, policy, samples, reward, watcher
         self.counted = Counted(policy)
-        self.objective = config.build_objective()
-        if self.objective.needs_gradient and not reward.differentiable:
-            takers = ", ".join(name for name in OBJECTIVES if not _default(name).needs_gradient)
-            raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
-        if samples.mean is None and self.objective.needs_images:
-            name = config.objective["name"]
-            raise ConfigError(f"{name} trains on real images as it is set: give `images`, or settings that start from noise")
-        if config.watch.every and watcher is None:
-            raise ConfigError("watch.every is set, but nothing watches: give watch.heldout")
-        try:
-            check_tracker(config.tracker)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if config.batch % processes.count:
-            raise ConfigError(f"batch = {config.batch}: {processes.count} processes share a micro-batch, give a multiple of that")
         self.folder = Path(config.out)
         around = Surroundings(self.folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
-        try:
-            self.objective.check(policy, reward, around)
-        except ValueError as error:
-            raise ConfigError(f"{config.objective['name']}: {error}") from error
+        self.objective = check_settings(config, policy, samples, reward, around, watcher is not None)
         self.loss = self.objective.begin(around)
         if config.tune == "full":
             _tune_whole(policy)
@@ -249,7 +272,7 @@ class Run:
         self.ema = Ema(policy.named_parameters(), config.ema) if config.ema > 0 else None
         self.step = 0
         self.base_hash = base_hash
-        self._lock = FileLock(self.folder / LOCK, thread_local=False)
+        self._lock = lock
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -261,8 +284,9 @@ class Run:
     def open_folder(self, *, overwrite: bool, resume: bool) -> None:
         """Create the output folder, or refuse one that holds a run already."""
         if resume:
-            check_folder(self.folder, overwrite=False, resume=True)
-            self._take_folder()
+            check_folder(self.folder, overwrite=False, resume=True)  # by every process: an error that all have is said once
+            if self.processes.main:
+                self._lock = self._lock or claim(self.folder, overwrite=False, resume=True)
             self.load()
             if self.processes.main:  # settings of memory and speed may be new
                 checkpoint.write_text(json.dumps(plain(self.config), indent=2) + "\n", self.folder / "config.json")
@@ -270,21 +294,9 @@ class Run:
             self._clear_folder(overwrite)
         self.processes.exchange(None)
 
-    def _take_folder(self) -> None:
-        """Refuse a folder that another run is writing. The system gives it back when this process ends, however it ends."""
-        if self.processes.main:
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise ConfigError(f"another run is writing to {self.folder}: wait for it, or give another `out`") from error
-            except OSError as error:
-                raise ConfigError(f"cannot write to {self.folder}: {error}") from error
-
     def _clear_folder(self, overwrite: bool) -> None:
-        check_folder(self.folder, overwrite=overwrite, resume=False)
+        self._lock = self._lock or claim(self.folder, overwrite=overwrite, resume=False)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_folder()
             for name in ("log.jsonl", "checkpoint.pt", "lora.safetensors", "delta.safetensors", "watch.json", "best.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
             (self.folder / "config.json").write_text(json.dumps(plain(self.config), indent=2) + "\n", "utf-8")
@@ -418,7 +430,8 @@ class Run:
                 tracker.close()
             self.finish()
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
 
     def _write_log(self, line: Mapping[str, Any]) -> None:
         if not self.processes.main:

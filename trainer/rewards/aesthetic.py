@@ -20,6 +20,7 @@ class Aesthetic:
 
     def __init__(self, tower: TwoTower, head: nn.Module) -> None:
         self.tower, self.head = tower, head
+        tower.reads_prompts = False
         self.fit = tower.fit
 
     @staticmethod

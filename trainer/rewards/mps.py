@@ -147,6 +147,8 @@ class MPS:
     """
 
     differentiable = True
+    reads_prompts = True
+    texts_kept = TEXTS_KEPT
 
     def __init__(
         self, model: Any, cross: Any, tokenize: Callable[[Sequence[str]], Tensor], size: int = 224, threshold: float = 0.3

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..parking import Parking, inside, slots
 from .mps import MPS
+from .own import Own
 from .two_tower import TwoTower
 
 
@@ -16,8 +17,15 @@ def readers(rewards: Any) -> list[TwoTower | MPS]:
     return [*inside(rewards, TwoTower), *inside(rewards, MPS)]
 
 
+def waits(reader: TwoTower | MPS, texts: int) -> bool:
+    """Whether a text tower may wait on the CPU in a run of so many texts: more than are remembered would bring it back all the time."""
+    return not reader.reads_prompts or texts <= reader.texts_kept
+
+
 def apart_from_texts(rewards: Any) -> Parking:
     """All weights of rewards but those of their text towers, which are parked by themselves."""
     texts = {(id(held), name) for reader in readers(rewards) for held, name in reader.words.slots}
-    whole = [slot for module in inside(rewards, nn.Module) for slot in slots(module)]
-    return Parking(slot for slot in whole if (id(slot[0]), slot[1]) not in texts)
+    own = [module for reward in inside(rewards, Own) for module in inside(reward.function, nn.Module)]
+    others = [module for module in inside(rewards, nn.Module) if all(module is not one for one in own)]
+    whole = [slot for module in others for slot in slots(module)]
+    return Parking([slot for slot in whole if (id(slot[0]), slot[1]) not in texts], own)

@@ -30,6 +30,8 @@ class TwoTower:
 
     differentiable = True
     takes_prefixes = True
+    reads_prompts = True
+    texts_kept = TEXTS_KEPT
 
     def __init__(
         self, model: nn.Module, tokenize: Callable[[Sequence[str]], Tensor], size: int, scale: float = 1.0, fit: Fit | None = None
