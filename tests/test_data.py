@@ -15,6 +15,7 @@ from tests_of_processes import finish, said, start
 from trainer.cache import TensorCache
 from trainer.data import Samples, load_samples, read_captions
 from trainer.images import load
+from trainer.policies import base
 from trainer.policies.load import load_policy
 from trainer.processes import joined
 
@@ -259,6 +260,24 @@ def test_prompts_in_the_cache_need_no_text_encoder(family, family_folder, tmp_pa
     assert len(list((tmp_path / "cache").iterdir())) == 3
     with pytest.raises(TypeError):
         second.conditioning(["unheard of"])
+
+
+def test_of_the_prompts_in_a_cache_a_few_are_in_memory_and_a_lost_one_is_encoded_again(family_folder, tmp_path, monkeypatch):
+    prompts = [f"a red star {i}" for i in range(6)]
+    plain = load_policy(family_folder("sdxl")).conditioning(prompts)
+    row = sum(value[0].nbytes for value in plain.values())
+    monkeypatch.setattr(base, "EMBEDDINGS_KEPT", 2 * row)
+    policy, folder = load_policy(family_folder("sdxl")), tmp_path / "cache"
+    policy.prepare(prompts, TensorCache(folder))
+    assert not policy._embeddings
+    next(folder.glob("*.safetensors")).unlink()
+    for order in (prompts, prompts[::-1]):
+        for prompt in order:
+            for name, value in policy.conditioning([prompt]).items():
+                assert torch.equal(value[0], plain[name][prompts.index(prompt)])
+            assert len(policy._embeddings) <= 2
+    for name, value in policy.conditioning(prompts).items():  # more of them than are kept
+        assert torch.equal(value, plain[name])
 
 
 def test_prompts_are_encoded_again_where_anything_that_they_depend_on_changes(family_folder, tmp_path):

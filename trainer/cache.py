@@ -61,13 +61,15 @@ class TensorCache:
     def filled(
         self, keys: Sequence[str], compute: Callable[[Sequence[int]], Sequence[Tensors]], processes: Processes = ALONE, chunk: int = 32
     ) -> list[Tensors]:
-        """The tensors of all keys, after each process has computed its share of what is missing.
+        """The tensors of all keys after `fill`. They lie on the disk, whoever computed them: all processes train on equal numbers."""
+        self.fill(keys, compute, processes, chunk)
+        return [self._there(key) for key in keys]
 
-        compute(indices) gives those of keys[i], `chunk` at most in a call. What is returned lies on the disk, whoever
-        computed it: all processes train on equal numbers.
-        """
-        found = [self.read(key) for key in keys]
-        gaps = processes.exchange([i for i, tensors in enumerate(found) if tensors is None])
+    def fill(
+        self, keys: Sequence[str], compute: Callable[[Sequence[int]], Sequence[Tensors]], processes: Processes = ALONE, chunk: int = 32
+    ) -> None:
+        """Each process computes its share of what is missing: compute(indices) gives the tensors of keys[i], `chunk` at most in a call."""
+        gaps = processes.exchange([i for i, key in enumerate(keys) if self.read(key) is None])
         missing = sorted(set[int]().union(*gaps))  # another run may have filled one since: all must share one list
         share = processes.share(len(missing))
         for first in slow(range(share.start, share.stop, chunk), "encoding into the cache"):
@@ -76,11 +78,13 @@ class TensorCache:
                 self.write(keys[i], tensors)
         processes.exchange(None)
         for i in missing:
-            found[i] = self.read(keys[i])
-        whole = [tensors for tensors in found if tensors is not None]
-        if len(whole) < len(keys):
+            self._there(keys[i])
+
+    def _there(self, key: str) -> Tensors:
+        tensors = self.read(key)
+        if tensors is None:
             raise OSError(f"what was written to {self.folder} cannot be read: processes on several machines need a shared disk")
-        return whole
+        return tensors
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

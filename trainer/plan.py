@@ -30,7 +30,7 @@ from .objectives.base import Surroundings
 from .optimizers import STATE_BYTES
 from .optimizers import Name as OptimizerName
 from .parking import inside
-from .policies.base import DiffusersPolicy
+from .policies.base import EMBEDDINGS_KEPT, DiffusersPolicy
 from .processes import ALONE, Processes
 from .reward import Reward
 from .rewards.texts import apart_from_texts, readers, waits
@@ -73,6 +73,7 @@ class Plan:
     steps: int
     look_flops: dict[str, float]
     looks: int
+    waiting: dict[str, int]  # bytes on the CPU beside an accelerator
 
     @property
     def counted(self) -> int:
@@ -338,7 +339,12 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 _hold_weights(tally, models, run)
                 tally.release("autoencoder's encoder weights")
             state = _state(run, asked.optimizer, tally)
+            waiting = {} if config.device.startswith("cpu") else {
+                "pictures' latents": 2 * picture.nbytes * models.pictures,
+                "prompts' embeddings": min(row * models.prompts, EMBEDDINGS_KEPT) if config.cache else row * models.prompts,
+            }  # fmt: skip
             if parked:
+                waiting |= {"encoders": sum(t.nbytes for t in _encoders(policy)), "rewards": _aside(models)}
                 tally.forget_peak()
                 wordings = run.objective.wordings
                 texts = models.prompts * len(wordings([""])) + asked.watch.count * (asked.watch.every > 0)
@@ -371,7 +377,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
     return Plan(
         parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.accumulate,
         backwards * config.accumulate, {"lora.safetensors": 4 * trained, "checkpoint.pt": state}, config.steps,
-        look, looks,
+        look, looks, waiting,
     )  # fmt: skip
 
 
@@ -420,8 +426,21 @@ def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
 
 
 def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
-    others = [part for part in policy.pipeline.components.values() if part is not policy.network and part is not policy.vae]
-    tally.hold(_weights(others), "text encoder weights")
+    tally.hold(_weights(_text_encoders(policy)), "text encoder weights")
+
+
+def _text_encoders(policy: DiffusersPolicy) -> list[Any]:
+    return [part for part in policy.pipeline.components.values() if part is not policy.network and part is not policy.vae]
+
+
+def _encoders(policy: DiffusersPolicy) -> list[Tensor]:
+    return _weights([*_text_encoders(policy), policy.vae.encoder, policy.vae.quant_conv])
+
+
+def _aside(models: Models) -> int:
+    """Bytes of rewards that wait on the CPU between uses."""
+    texts = [t for reader in readers([models.reward, models.features]) for t in reader.words.tensors()]
+    return sum(t.nbytes for t in [*texts, *_weights(models.others)])
 
 
 def _read(tally: Tally, models: Models, shown: Sequence[str], texts: Sequence[str], count: int) -> None:
@@ -594,6 +613,9 @@ def table(found: Plan, device: str) -> str:
     beside = "Python and its libraries, 5 % slack" if device.startswith("cpu") else "context and workspaces, 6 % fragmentation"
     lines += [f"  {'allowance: ' + beside:<28}{found.allowance / GB:>9.3f}", f"  {'total':<28}{found.total / GB:>9.3f}"]
     lines.append("highest of each phase: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.moments.items()))
+    if sum(found.waiting.values()) >= 0.05 * GB:
+        held = ", ".join(f"{part} {size / GB:.2f}" for part, size in found.waiting.items() if size >= 0.005 * GB)
+        lines.append(f"waiting on the CPU meanwhile, GB: {held}")
     teras = {part: value / 1e12 for part, value in found.flops.items()}
     lines.append(
         f"an optimizer step: {found.forwards:.0f} denoiser forwards and {found.backwards:.0f} backwards of one image; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ Conditioning = dict[str, Tensor]
 
 # What a text encoder's configuration says that its output does not depend on; the precision is the weights' own
 _UNREAD = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+EMBEDDINGS_KEPT = 2 << 30  # bytes of embeddings in memory that also lie in a cache
 TRAINED = "default"  # peft's own name for a first adapter, which parameter names carry
 
 
@@ -90,6 +92,8 @@ class DiffusersPolicy:
         self._parked = False
         self._versions: Versions | None = None
         self._embeddings: dict[str, Conditioning] = {}
+        self._stored: dict[str, tuple[TensorCache, str]] = {}  # where prompts lie that need not be in memory
+        self._held: deque[str] = deque()  # those of them that are, oldest first
         self.latent_shape: tuple[int, int, int] = self._latent_shape(image_size)
 
     # -- what a family says ----------------------------------------------------------------------------------------
@@ -400,16 +404,29 @@ class DiffusersPolicy:
     def prepare(self, prompts: Sequence[str], cache: TensorCache | None = None, processes: Processes = ALONE) -> None:
         """Encode prompts: afterwards `conditioning` knows them without text encoders, which need not run for those in `cache`.
 
-        What is known waits in host memory; T5's are 4 MB a prompt.
+        What is known waits in host memory (T5's are 4 MB a prompt), or in `cache`, of which EMBEDDINGS_KEPT bytes are held.
         """
-        missing = sorted({p for p in prompts if p not in self._embeddings})
+        missing = sorted({p for p in prompts if p not in self._embeddings and p not in self._stored})
         if not missing:
             return
         if cache is None:
-            found = self._encoded(missing)
+            self._embeddings.update(zip(missing, self._encoded(missing)))
         else:
-            found = cache.filled(self._prompt_keys(missing), lambda part: self._encoded([missing[i] for i in part]), processes)
-        self._embeddings.update(zip(missing, found))
+            keys = self._prompt_keys(missing)
+            cache.fill(keys, lambda part: self._encoded([missing[i] for i in part]), processes)
+            self._stored.update({prompt: (cache, key) for prompt, key in zip(missing, keys)})
+
+    def _embedding(self, prompt: str) -> Conditioning:
+        """What the network is told of a prompt that is known, on the CPU."""
+        if prompt not in self._embeddings:
+            cache, key = self._stored[prompt]
+            found = cache.read(key) or self._encoded([prompt])[0]  # its file may have been removed since
+            self._embeddings[prompt] = found
+            self._held.append(prompt)
+            size = sum(value.nbytes for value in found.values())
+            while len(self._held) > max(1, EMBEDDINGS_KEPT // size):
+                self._embeddings.pop(self._held.popleft(), None)
+        return self._embeddings[prompt]
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -438,7 +455,7 @@ class DiffusersPolicy:
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """What the network is told of B prompts; each distinct prompt is encoded once in the policy's life."""
         self.prepare(prompts)
-        rows = [self._embeddings[p] for p in prompts]
+        rows = [self._embedding(p) for p in prompts]
         return {key: torch.stack([row[key] for row in rows]).to(self.device) for key in rows[0]}
 
     def unconditional(self, n: int) -> Conditioning:
