@@ -13,6 +13,7 @@ from trainer import commands
 from trainer import plan as planning
 from trainer.__main__ import main
 from trainer.config import build
+from trainer.dry import Tally
 from trainer.parking import Parking, inside, slots
 from trainer.policies.base import DiffusersPolicy
 from trainer.processes import ALONE
@@ -123,8 +124,15 @@ def test_a_text_tower_stays_where_there_are_more_texts_than_are_remembered(tmp_p
     config = build(TrainConfig, {"out": "none"})
     commands._place_rewards(config, "meta", [reward], None, ["a", "b", "c", "d"])
     assert devices(reward.words.tensors()) == {"meta"} and not reward._texts
-    many = planning.Models(None, reward, prompts=4)
-    assert not waits(reward, many.prompts) and waits(reward, 3)
+    assert not waits(reward, 4) and waits(reward, 3)
+    counted = []
+    for count in (3, 4):
+        tally = Tally(torch.device("meta"))
+        monkeypatch.setattr(reward, "remember", lambda texts: None)
+        counted.append((planning._read(tally, [reward], ["a"], count, "reward weights"), tally.live["reward weights"]))
+    (waiting, without), (none, whole) = counted
+    assert waiting == sum(t.nbytes for t in reward.words.tensors()) and none == 0
+    assert whole - without == sum(-(-t.nbytes // 512) * 512 for t in reward.words.tensors())
 
 
 def test_a_users_own_module_is_moved_by_its_own_to(tmp_path):
@@ -184,6 +192,10 @@ def test_a_run_encodes_before_the_network_comes_and_refuses_a_used_folder_before
     order.clear()
     assert main(["train", *given, "--overwrite", "--reward=incompressibility", "--normalise=false"]) == 2
     assert "prepare" not in order and "has no gradient" in capsys.readouterr().err
+    (tmp_path / "own.py").write_text("def reward(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    own = ["--reward=" + str(tmp_path / "own.py"), "--normalise=false", "--checkpoint_reward=true"]
+    assert main(["train", *given, "--overwrite", *own]) == 2 and "cannot recompute" in capsys.readouterr().err
+    assert (tmp_path / "run" / "lora.safetensors").is_file()  # nothing is replaced by a run that cannot begin
     other = "--out=" + str(tmp_path / "none")
     with claim(tmp_path / "none", overwrite=False, resume=False):
         assert main(["train", *given, other]) == 2 and "another run is writing" in capsys.readouterr().err

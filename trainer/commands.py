@@ -335,7 +335,7 @@ def _say_plan(config: TrainConfig, planner: Planner) -> None:
         kinds = dict.fromkeys([config.model_options.dtype, config.reward_dtype])
         try:
             print(planning.duration(found, config, {kind: planning.speed(device, DTYPES[kind]) for kind in kinds}), flush=True)
-        except RuntimeError as error:  # no room left on the device, or none for this kind of number
+        except (RuntimeError, TypeError) as error:  # no room left on the device, or no such numbers there
             print(f"time: unknown ({error})")
     print("what takes less, each by itself:", flush=True)
     for flag, cost, saved in planning.savings(config, planner, planner.processes.count):
@@ -382,18 +382,17 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     watcher = _watcher(config, policy, reward, watched, aside) if config.watch.every else None
     around = Surroundings(folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
     check_settings(config, policy, samples, reward, around, watcher is not None)
+    if config.checkpoint_reward:
+        recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
+        if recompute is None:
+            raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
+        recompute(True)
     lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
     policy.prepare([*samples.prompts, "", *watched], cache, processes)
     policy.to(device)  # only now: encoders have had the room
     _place_rewards(config, device, [reward, features], watcher, samples.prompts)
     run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes, lock)
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
-    if config.checkpoint_reward:
-        recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
-        if recompute is None:
-            raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
-        recompute(True)
-
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
     with interruptible() as stopping, bar:
         for done in run.steps():

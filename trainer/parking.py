@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -92,9 +93,9 @@ def slots(module: nn.Module, without: tuple[str, ...] = ()) -> list[Slot]:
 
 def inside(thing: Any, kind: type[T]) -> list[T]:
     """The objects of a kind that an object holds in attributes, sequences and dicts, however deep; each once, outermost only."""
-    found, seen, waiting = list[T](), set[int](), [thing]
+    found, seen, waiting = list[T](), set[int](), deque([thing])
     while waiting:
-        one = waiting.pop(0)
+        one = waiting.popleft()
         if id(one) in seen:
             continue
         seen.add(id(one))

@@ -330,9 +330,10 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 tally.forget_peak()
             with tally.during("text encoders"):
                 row = sum(value.nbytes for value in policy.conditioning((*prompts, "")).values()) // (len(prompts) + 1)
+            known = min(row * models.prompts, EMBEDDINGS_KEPT) if config.cache else row * models.prompts
             phase("encoding prompts")
             if config.device.startswith("cpu"):  # where they wait
-                embeddings = torch.empty(row * models.prompts, dtype=torch.uint8, device=META)
+                embeddings = torch.empty(known, dtype=torch.uint8, device=META)
                 tally.hold([embeddings], "prompts' embeddings")
             if parked:
                 tally.clear()
@@ -341,14 +342,22 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             state = _state(run, asked.optimizer, tally)
             waiting = {} if config.device.startswith("cpu") else {
                 "pictures' latents": 2 * picture.nbytes * models.pictures,
-                "prompts' embeddings": min(row * models.prompts, EMBEDDINGS_KEPT) if config.cache else row * models.prompts,
+                "prompts' embeddings": known,
             }  # fmt: skip
             if parked:
-                waiting |= {"encoders": sum(t.nbytes for t in _encoders(policy)), "rewards": _aside(models)}
+                waiting |= {"encoders": sum(t.nbytes for t in _encoders(policy)), "rewards": 0}
                 tally.forget_peak()
-                wordings = run.objective.wordings
-                texts = models.prompts * len(wordings([""])) + asked.watch.count * (asked.watch.every > 0)
-                _read(tally, models, list(prompts), wordings(prompts), texts)
+                wordings, shown = run.objective.wordings, asked.watch.count * (asked.watch.every > 0)
+                waiting["rewards"] += _read(
+                    tally,
+                    [models.reward, models.features],
+                    wordings(prompts),
+                    models.prompts * len(wordings([""])) + shown,
+                    "reward weights",
+                )
+                waiting["rewards"] += _read(tally, models.others, prompts, shown, "other rewards' weights")
+                waiting["rewards"] += tally.live["other rewards' weights"]
+                tally.release("other rewards' weights")
                 phase("rewards reading prompts")
             tally.forget_peak()
             rows, flops = _step(run, watched, reward, samples, worst, tally)
@@ -437,28 +446,23 @@ def _encoders(policy: DiffusersPolicy) -> list[Tensor]:
     return _weights([*_text_encoders(policy), policy.vae.encoder, policy.vae.quant_conv])
 
 
-def _aside(models: Models) -> int:
-    """Bytes of rewards that wait on the CPU between uses."""
-    texts = [t for reader in readers([models.reward, models.features]) for t in reader.words.tensors()]
-    return sum(t.nbytes for t in [*texts, *_weights(models.others)])
-
-
-def _read(tally: Tally, models: Models, shown: Sequence[str], texts: Sequence[str], count: int) -> None:
-    """Rewards read the run's texts, `count` in all, and what they need in a step is live afterwards."""
-    trained, judges = [models.reward, models.features], models.others
-    kept = (apart_from_texts(trained).tensors(), "reward weights"), (apart_from_texts(judges).tensors(), "other rewards' weights")
-    for rewards, (tensors, part), prompts in ((trained, kept[0], texts), (judges, kept[1], shown)):
-        tally.hold(tensors, part)
-        for reader in readers(rewards):
-            if not waits(reader, count):
-                tally.hold(reader.words.tensors(), part)
-                continue
-            tally.hold(reader.words.tensors(), "rewards' text towers")
+def _read(tally: Tally, rewards: Any, texts: Sequence[str], count: int, part: str) -> int:
+    """Rewards come to the device and read the run's texts, `count` in all; returns the bytes of the text towers that wait afterwards."""
+    tally.hold(apart_from_texts(rewards).tensors(), part)
+    waiting = 0
+    for reader in readers(rewards):
+        words = reader.words.tensors()
+        if not waits(reader, count):
+            tally.hold(words, part)
+            continue
+        waiting += sum(t.nbytes for t in words)
+        if reader.reads_prompts:
+            tally.hold(words, "rewards' text towers")
             reader._texts.clear()  # pyright: ignore[reportPrivateUsage]
             with tally.during("reward"):
-                reader.remember(prompts)
+                reader.remember(texts)
             tally.release("rewards' text towers")
-    tally.release("other rewards' weights")
+    return waiting
 
 
 def _hold_rewards(tally: Tally, models: Models) -> None:
