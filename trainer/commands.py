@@ -132,15 +132,7 @@ def _features(name: str, device: str) -> TwoTower:
     return tower
 
 
-def _watch_prompts(config: TrainConfig, samples: Samples) -> list[str]:
-    """Distinct prompts of the watch."""
-    if not config.watch.every:
-        return []
-    prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
-    return list(dict.fromkeys(prompts))[: config.watch.count]
-
-
-def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, prompts: Sequence[str], device: str) -> Watcher:
+def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, samples: Samples, device: str) -> Watcher:
     """The held-out judge of a run; diversity is measured in its own features where it has some, else in the reward's."""
     if not config.watch.heldout:
         raise ConfigError("watch.every is set: name the reward that judges in watch.heldout")
@@ -148,6 +140,7 @@ def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, promp
     towers = [t for t in (r.reward if isinstance(r, Standardised) else r for r in (heldout, reward)) if isinstance(t, TwoTower)]
     if not towers:
         raise ConfigError("watching measures diversity in image features: a two-tower reward must be trained on, or judge")
+    prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
     objective = config.build_objective()
     judges, features = {"reward": reward, "heldout": heldout}, towers[0].image_features
     waiting = apart_from_texts(heldout)
@@ -378,8 +371,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     features = _features(config.features, aside) if config.features else None
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
-    watched = _watch_prompts(config, samples)
-    watcher = _watcher(config, policy, reward, watched, aside) if config.watch.every else None
+    watcher = _watcher(config, policy, reward, samples, aside) if config.watch.every else None
     around = Surroundings(folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
     check_settings(config, policy, samples, reward, around, watcher is not None)
     if config.checkpoint_reward:
@@ -388,7 +380,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
             raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
         recompute(True)
     lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
-    policy.prepare([*samples.prompts, "", *watched], cache, processes)
+    policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
     policy.to(device)  # only now: encoders have had the room
     _place_rewards(config, device, [reward, features], watcher, samples.prompts)
     run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes, lock)

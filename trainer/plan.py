@@ -316,7 +316,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             tally.forget_peak()
             if models.pictures and config.images:
                 if parked:
-                    tally.hold(_weights([policy.vae.encoder, policy.vae.quant_conv]), "autoencoder's encoder weights")
+                    tally.hold(_weights(policy.image_encoder()), "autoencoder's encoder weights")
                 with tally.during("autoencoder's encoder"):
                     together = min(at_once(policy.image_size), models.pictures)
                     policy.encode(torch.empty(together, 3, *policy.image_size, device=META))
@@ -345,7 +345,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 "prompts' embeddings": known,
             }  # fmt: skip
             if parked:
-                waiting |= {"encoders": sum(t.nbytes for t in _encoders(policy)), "rewards": 0}
+                waiting |= {"encoders": sum(t.nbytes for t in _weights(policy.encoders())), "rewards": 0}
                 tally.forget_peak()
                 wordings, shown = run.objective.wordings, asked.watch.count * (asked.watch.every > 0)
                 waiting["rewards"] += _read(
@@ -429,21 +429,13 @@ def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
     tally.hold(policy.parameters(), "adapter")
     tally.hold(policy.original.values(), "original weights")
     tally.hold(_weights(policy.vae), "autoencoder weights")
-    tally.hold(_weights([policy.vae.encoder, policy.vae.quant_conv]), "autoencoder's encoder weights")
+    tally.hold(_weights(policy.image_encoder()), "autoencoder's encoder weights")
     if run.ema:
         tally.hold(run.ema.values.values(), "moving average")
 
 
 def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
-    tally.hold(_weights(_text_encoders(policy)), "text encoder weights")
-
-
-def _text_encoders(policy: DiffusersPolicy) -> list[Any]:
-    return [part for part in policy.pipeline.components.values() if part is not policy.network and part is not policy.vae]
-
-
-def _encoders(policy: DiffusersPolicy) -> list[Tensor]:
-    return _weights([*_text_encoders(policy), policy.vae.encoder, policy.vae.quant_conv])
+    tally.hold(_weights(policy.text_encoders()), "text encoder weights")
 
 
 def _read(tally: Tally, rewards: Any, texts: Sequence[str], count: int, part: str) -> int:

@@ -432,7 +432,7 @@ class DiffusersPolicy:
     def _encoded(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the network is told of each prompt, on the CPU. Each is encoded alone: in a batch its rounding would depend on
         the others, and a resumed run meets its prompts in other company."""
-        with self._unparked(self._text_encoders()):
+        with self._unparked(self.text_encoders()):
             return [
                 {key: value[0].cpu() for key, value in self._encode_prompts([prompt]).items()}
                 for prompt in slow(prompts, "encoding prompts")
@@ -484,7 +484,7 @@ class DiffusersPolicy:
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32, of the scaled latents of images (B,3,H,W) in [0,1]."""
-        with self._unparked(self._image_encoder()):
+        with self._unparked(self.image_encoder()):
             posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae.dtype)).latent_dist
         scale, shift = self._latent_scale()
         return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
@@ -520,14 +520,14 @@ class DiffusersPolicy:
 
     def encoders(self) -> list[nn.Module]:
         """What training does not need once prompts and images are encoded."""
-        return [*self._text_encoders(), *self._image_encoder()]
+        return [*self.text_encoders(), *self.image_encoder()]
 
     def to(self, device: str | torch.device) -> None:
         """The network and the autoencoder to a device, and the text encoders unless they are parked."""
         self.device = torch.device(device)
-        self._move([self.network, self.vae, *([] if self._parked else self._text_encoders())], self.device)
+        self._move([self.network, self.vae, *([] if self._parked else self.text_encoders())], self.device)
         if self._parked:
-            self._move(self._image_encoder(), "cpu")
+            self._move(self.image_encoder(), "cpu")
 
     @contextmanager
     def _unparked(self, modules: list[nn.Module]) -> Generator[None]:
@@ -546,10 +546,12 @@ class DiffusersPolicy:
         for module in modules:
             module.to(device)
 
-    def _text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[nn.Module]:
+        """What reads prompts."""
         return [m for m in self.pipeline.components.values() if isinstance(m, nn.Module) and m is not self.network and m is not self.vae]
 
-    def _image_encoder(self) -> list[nn.Module]:
+    def image_encoder(self) -> list[nn.Module]:
+        """The part of the autoencoder that reads images."""
         return [m for m in (self.vae.encoder, getattr(self.vae, "quant_conv", None)) if m is not None]
 
     def shard(self, mesh: Any) -> None:
