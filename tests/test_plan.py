@@ -22,6 +22,8 @@ from trainer.cost import Counted
 from trainer.data import Samples
 from trainer.dry import META, Tally, dry
 from trainer.lora_file import load_consistency
+from trainer.parking import Parking
+from trainer.policies.unet import UNetPolicy
 from trainer.processes import ALONE
 from trainer.run import Run, TrainConfig
 from trainer.watch import Watcher
@@ -193,6 +195,27 @@ def test_out_of_memory_names_the_place_and_a_setting_that_a_resumed_run_takes(pi
     assert {key: written[key] for key in changed} == changed
     lines = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["memory_gb"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "said"),
+    [
+        (UNetPolicy, "_encode_prompts", "the text encoders"),
+        (torch.nn.Module, "to", "bringing the model to the device"),
+        (Parking, "_put", "bringing the rewards to the device"),
+    ],
+)
+def test_out_of_memory_before_the_first_step_names_its_place(where, name, said, monkeypatch):
+    policy = commands.load_policy("demo")
+
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(where, name, full)
+    calls = {"_encode_prompts": lambda: policy.prepare(["a"]), "to": lambda: policy.to("cpu:0"), "_put": lambda: Parking().settle("cpu")}
+    with pytest.raises(torch.cuda.OutOfMemoryError) as raised:
+        calls[name]()
+    assert memory.place(raised.value) == said
 
 
 def test_vram_changes_the_run_and_resuming_keeps_it(planned, tmp_path, capsys):
