@@ -25,7 +25,7 @@ check: .venv/test
 	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS)
 
 benchmark: .venv/train
-	OMP_NUM_THREADS=1 $(PY) -m trainer.demo.benchmark docs/benchmarks.md
+	OMP_NUM_THREADS=1 $(PY) -m tools.embedded.benchmark docs/benchmarks.md
 
 # SD1.5 at 512 and SDXL at 1024 pixels with HPSv2.1's architecture, random weights; says so where there is no CUDA device
 bench-gpu: .venv/test

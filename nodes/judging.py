@@ -16,11 +16,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..trainer.data.images import grid
 from ..trainer.demo import files
-from ..trainer.draws import Draws
-from ..trainer.images import grid
 from ..trainer.metrics.distances import frechet_distance, log_covariance_distance
 from ..trainer.metrics.diversity import within_prompt_diversity
+from ..trainer.rng import Rng
 from ..trainer.sampling import METHODS, State, prefixes, rollout
 from .rewards import prompt_per_image, score, table
 from .sockets import CATEGORY, Reward, figure, image, pixels, schema
@@ -131,8 +131,8 @@ class Manual:
 class Sweep(comfy.samplers.Sampler):
     """A sampler that returns the images of every k, one after the other; the base's steps are taken once."""
 
-    def __init__(self, switches: Sequence[int], switch: Manual, method: Any, draws: Draws) -> None:
-        self.switches, self.switch, self.method, self.draws = switches, switch, method, draws
+    def __init__(self, switches: Sequence[int], switch: Manual, method: Any, rng: Rng) -> None:
+        self.switches, self.switch, self.method, self.rng = switches, switch, method, rng
 
     def sample(
         self,
@@ -168,7 +168,7 @@ class Sweep(comfy.samplers.Sampler):
         shape = tuple(noise.shape[1:])
 
         def noise_at(i: int) -> Tensor:
-            return self.draws.normal(f"step {i}", shape)
+            return self.rng.normal(f"step {i}", shape)
 
         states = prefixes(start, denoiser(False), sigmas, self.switches, noise_at, self.method, space)
         ends = [rollout(states[k], steps, denoiser(True), sigmas, noise_at, self.method, space).x for k in self.switches]
@@ -270,7 +270,7 @@ class TradeOffSweep(io.ComfyNode):
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(seeds, 4, height // ratio, width // ratio))
         noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed + i) for i in range(seeds)])
         plan = comfy.samplers.KSampler(model, steps, model.load_device, "euler", scheduler, 1.0, model.model_options)
-        sampler = Sweep(chosen, switch, method, Draws(seed, 0, tuple(range(seeds))))
+        sampler = Sweep(chosen, switch, method, Rng(seed, 0, tuple(range(seeds))))
         # with the switch turned by hand, the guider's scale must turn with it
         latents = guider(model, switch, cfg, tuned_cfg, positive, negative, None, None).sample(
             noise,

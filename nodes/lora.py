@@ -10,9 +10,9 @@ import comfy.lora_convert
 import folder_paths
 from comfy_api.latest import io
 
-from ..trainer import delta
 from ..trainer.demo import files
-from ..trainer.lora_file import read_lora
+from ..trainer.lora import delta
+from ..trainer.lora.file import read_lora
 from .sockets import CATEGORY, schema
 from .switch import ATTACHMENT
 

@@ -194,17 +194,15 @@ class ComfyPolicy:
 
     # -- denoisers -----------------------------------------------------------------------------------------------
 
-    def denoiser(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
+    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
         """The tuned model; guidance 1 evaluates no unconditional branch."""
-        return lambda x, sigma: self._guided(x, sigma, prompts, guidance)
-
-    def reference(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
-        """The base model, without gradient."""
+        if adapter == "tuned":
+            return lambda x, sigma: self._guided(x, sigma, prompts, guidance_scale)
 
         @torch.no_grad()
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             with self.adapter("base"):
-                return self._guided(x, sigma, prompts, guidance)
+                return self._guided(x, sigma, prompts, guidance_scale)
 
         return denoise
 
@@ -223,14 +221,14 @@ class ComfyPolicy:
         """Nothing: ComfyUI's weights may be quantised, and are never touched."""
         return nullcontext()
 
-    def _guided(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], guidance: float) -> Tensor:
+    def _guided(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], guidance_scale: float) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         x, sigma = x.to(self.device), sigma.to(self.device)
-        if guidance == 1:
+        if guidance_scale == 1:
             return self._predict(x, sigma, prompts)
         both = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), [*prompts, *[""] * len(prompts)])
         conditional, unconditional = both.chunk(2)
-        return classifier_free_guidance(conditional, unconditional, guidance)
+        return classifier_free_guidance(conditional, unconditional, guidance_scale)
 
     def _predict(self, x: Tensor, sigma: Tensor, prompts: Sequence[str]) -> Tensor:
         options = dict(self.model.model_options.get("transformer_options", {}))

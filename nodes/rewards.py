@@ -15,8 +15,8 @@ import torch
 from comfy_api.latest import io, ui
 from PIL.PngImagePlugin import PngInfo
 
+from ..trainer.data.images import to_pil
 from ..trainer.demo import files
-from ..trainer.images import to_pil
 from ..trainer.reward import PrefixReward
 from ..trainer.rewards.registry import REWARDS, Places
 from ..trainer.rewards.registry import load as load_part

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..trainer.config import build
+from ..trainer.config import RENAMED, build
 
 CATEGORY = "ImageReFL"
 Reward = io.Custom("REWARD_MODEL")
@@ -50,6 +50,11 @@ def figure(drawn: Any) -> torch.Tensor:
     return pixels_.reshape(1, height, width, 4)[..., :3].float() / 255
 
 
+def widget_name(field: str) -> str:
+    """A field's input: saved graphs know it by the name that it had in 0.1.0."""
+    return next((before for before, now in RENAMED.items() if now == field), field)
+
+
 def widgets(kind: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:
     """One input per field of a dataclass, with its default, range and help; a field that may be None is an optional socket."""
     hints = typing.get_type_hints(kind)
@@ -58,22 +63,23 @@ def widgets(kind: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:
 
 def _widget(field: Any, hint: Any) -> Any:
     meta, tooltip = field.metadata, _sentence(field)
+    name = widget_name(field.name)
     if hint is bool:
-        return io.Boolean.Input(field.name, default=field.default, tooltip=tooltip)
+        return io.Boolean.Input(name, default=field.default, tooltip=tooltip)
     if hint is int:
-        return io.Int.Input(field.name, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip)
+        return io.Int.Input(name, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip)
     if hint is float:
         low, high = float(meta.get("min", -1e6)), float(meta.get("max", 1e6))
         # a step as fine as the default: learning rates and loss weights are small
         step = 10.0 ** -_decimals(field.default)
-        return io.Float.Input(field.name, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
+        return io.Float.Input(name, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
     if typing.get_origin(hint) is typing.Literal:
-        return io.Combo.Input(field.name, options=list(typing.get_args(hint)), default=field.default, tooltip=tooltip)
+        return io.Combo.Input(name, options=list(typing.get_args(hint)), default=field.default, tooltip=tooltip)
     if typing.get_origin(hint) is tuple:
-        return io.String.Input(field.name, default=", ".join(map(str, field.default)), tooltip=f"{tooltip} Separate by commas.")
+        return io.String.Input(name, default=", ".join(map(str, field.default)), tooltip=f"{tooltip} Separate by commas.")
     if type(None) in typing.get_args(hint):
-        return io.Float.Input(field.name, optional=True, force_input=True, tooltip=f"{tooltip} Not connected: none.")
-    return io.String.Input(field.name, default=field.default, tooltip=tooltip)
+        return io.Float.Input(name, optional=True, force_input=True, tooltip=f"{tooltip} Not connected: none.")
+    return io.String.Input(name, default=field.default, tooltip=tooltip)
 
 
 def _decimals(default: float) -> int:
@@ -91,6 +97,7 @@ def _sentence(field: Any) -> str:
 def collected(kind: type[Any], values: Mapping[str, Any]) -> Any:
     """The dataclass that a node's widgets describe; wrong values raise the trainer's own sentence."""
     hints = typing.get_type_hints(kind)
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     given = {k: v for k, v in values.items() if k in hints and v is not None}
     for name, value in given.items():
         if typing.get_origin(hints[name]) is tuple and isinstance(value, str):

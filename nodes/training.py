@@ -19,18 +19,18 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.config import build, plain
-from ..trainer.data import Samples, encode_images
+from ..trainer.data.images import grid, to_pil
+from ..trainer.data.samples import Samples, encode_images
 from ..trainer.generate import Generation, generate
-from ..trainer.images import grid, to_pil
-from ..trainer.lora_file import lora_tensors
+from ..trainer.lora.file import lora_tensors
 from ..trainer.objectives import OBJECTIVES, ImageReFL
 from ..trainer.policy import Lora
-from ..trainer.run import Run, TrainConfig
 from ..trainer.sampling import Switch
-from ..trainer.train import NonFinite
+from ..trainer.training.loop import NonFinite
+from ..trainer.training.run import Run, TrainConfig
 from .policy import ComfyPolicy
 from .rewards import prompt_per_image
-from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, figure, image, pixels, schema, widgets
+from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, figure, image, pixels, schema, widget_name, widgets
 from .switch import ATTACHMENT
 
 _NEW = "a new run"
@@ -61,10 +61,10 @@ def new_folder(name: str) -> Path:
 class Watch:
     """What a run shows while it trains: images of fixed prompts and noise by combined generation, and their rewards."""
 
-    def __init__(self, policy: ComfyPolicy, objective: Any, prompts: Sequence[str], judges: dict[str, Any], guidance: float) -> None:
+    def __init__(self, policy: ComfyPolicy, objective: Any, prompts: Sequence[str], judges: dict[str, Any], guidance_scale: float) -> None:
         self.policy, self.judges = policy, judges
         self.prompts = [p for p in dict.fromkeys(prompts) if p][:4] * 2
-        self.settings = Generation(steps=objective.steps, guidance=guidance, seed=0, chunk=4)
+        self.settings = Generation(steps=objective.steps, guidance_scale=guidance_scale, seed=0, chunk=4)
         sigmas = policy.sigmas(objective.steps)
         self.k = Switch(sigma=objective.recommended_sigma(sigmas)).index(sigmas)
         self.points: list[dict[str, float]] = []
@@ -323,7 +323,7 @@ class AlignLoraTrain(io.ComfyNode):
         return train_in_graph(**_split(values))
 
 
-_COMMON = ("refl_share", "diffusion_weight", "guidance")
+_COMMON = ("refl_share", "diffusion_weight", "guidance_scale")
 
 
 class ImageReFLTrain(io.ComfyNode):
@@ -367,7 +367,7 @@ class ImageReFLTrain(io.ComfyNode):
     def execute(cls, sampler_steps: int, switch_at: float, **values: Any) -> io.NodeOutput:
         """Train."""
         first = min(sampler_steps - 1, round(switch_at * sampler_steps))
-        common = {name: values.pop(name) for name in _COMMON}
+        common = {name: values.pop(widget_name(name)) for name in _COMMON}
         ranges = {"grad_from": first, "grad_to": sampler_steps - 1, "start_from": first, "start_to": first}
         built = build(OBJECTIVES["imagerefl"], {"steps": sampler_steps, **ranges, **common})
         return train_in_graph(objective=("imagerefl", built), **_split(values))

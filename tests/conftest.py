@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.policies.unet import UNetPolicy
+from trainer.models.unet import UNetPolicy
 from trainer.sampling import add_noise
 
 torch.set_num_threads(1)
@@ -32,15 +32,14 @@ class ToyPolicy:
         self.calls += len(x)
         return (x * (1 + weight[0]) + weight[1]) / (1 + sigma.to(x).square()).reshape(-1, 1, 1, 1)
 
-    def denoiser(self, prompts, guidance=1.0):
+    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0):
         def denoise(x, sigma):
             assert len(prompts) == len(x) == len(sigma)
+            if adapter == "base":
+                return self._denoise(x, sigma, torch.zeros(2, dtype=x.dtype)).detach()
             return self._denoise(x, sigma, self.weight)
 
         return denoise
-
-    def reference(self, prompts, guidance=1.0):
-        return lambda x, sigma: self._denoise(x, sigma, torch.zeros(2, dtype=x.dtype)).detach()
 
     def merged(self):
         return contextlib.nullcontext()
@@ -128,7 +127,7 @@ def reward_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """Eight captioned renders as files."""
-    from trainer import images
+    from trainer.data import images
     from trainer.demo.show import real_images
 
     folder = tmp_path_factory.mktemp("images")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import ConfigError, build, override, plain, read_toml
-from trainer.run import TrainConfig
+from trainer.training.run import TrainConfig
 
 
 @dataclass(frozen=True)

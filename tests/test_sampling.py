@@ -39,11 +39,11 @@ def test_step_equals_diffusers_ddim(steps, eta):
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == leading_timesteps(steps)
-    draws = torch.Generator().manual_seed(1)
-    x_vp = torch.randn(2, 4, 3, 3, generator=draws, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    x_vp = torch.randn(2, 4, 3, 3, generator=rng, dtype=torch.float64)
     sigmas = grid(steps)
     for i, t in enumerate(scheduler.timesteps):
-        noise = torch.randn(x_vp.shape, generator=draws, dtype=torch.float64)
+        noise = torch.randn(x_vp.shape, generator=rng, dtype=torch.float64)
         here, there = sigmas[i].expand(2), sigmas[i + 1].expand(2)
         x = x_vp * (1 + here[0].square()).sqrt()
         ours = step(x, toy_denoiser(x, here), here, there, noise, eta) / (1 + there[0].square()).sqrt()
@@ -93,13 +93,13 @@ def test_a_gaussian_stays_the_gaussian_it_should_be():
     """With data N(0, s²) the exact denoiser is linear, and ancestral sampling must end with that standard deviation."""
     s, n = 0.5, 40_000
     sigmas = grid(500)
-    draws = torch.Generator().manual_seed(4)
+    rng = torch.Generator().manual_seed(4)
 
     def denoiser(x, sigma):
         return x * (s**2 / (s**2 + sigma.square())).reshape(-1, 1, 1, 1)
 
-    x = torch.randn(n, 1, 1, 1, generator=draws, dtype=torch.float64) * (s**2 + sigmas[0].square()).sqrt()
-    end = rollout(State(x), 500, denoiser, sigmas, lambda i: torch.randn(n, 1, 1, 1, generator=draws, dtype=torch.float64)).x
+    x = torch.randn(n, 1, 1, 1, generator=rng, dtype=torch.float64) * (s**2 + sigmas[0].square()).sqrt()
+    end = rollout(State(x), 500, denoiser, sigmas, lambda i: torch.randn(n, 1, 1, 1, generator=rng, dtype=torch.float64)).x
     assert math.isclose(end.std().item(), s, rel_tol=0.03)
 
 

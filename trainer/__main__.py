@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    from .commands import COMMANDS
-    from .memory import OutOfMemory
-    from .processes import StoppedElsewhere
+    from .commands.main import COMMANDS
+    from .memory.oom import OutOfMemory
+    from .runtime.processes import StoppedElsewhere
 
     parser = argparse.ArgumentParser(
         prog="python -m trainer",

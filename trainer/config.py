@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,10 @@ else:
 T = TypeVar("T")
 
 
+RENAMED = {"guidance": "guidance_scale", "tuned_guidance": "tuned_guidance_scale"}
+"""Keys of version 0.1.0 and what they are called now; files with the old ones keep working."""
+
+
 class ConfigError(ValueError):
     """A config that names an unknown key, or a value of the wrong type or range."""
 
@@ -27,6 +31,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """An instance of a dataclass from plain values; unknown keys, wrong types and ranges are errors that say what is valid."""
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in fields(typing.cast(Any, kind)) if f.init}
+    values = renamed(values, known, where)
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown key {where + key!r}; valid keys are {', '.join(sorted(known))}")
@@ -43,6 +48,17 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise
     except ValueError as error:
         raise ConfigError(f"{where.rstrip('.') or 'config'}: {error}") from error
+
+
+def renamed(values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:
+    """Values with the keys of 0.1.0 under their present names; a key given under both names is an error."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = RENAMED[key] if key not in known and RENAMED.get(key) in known else key
+        if name in result:
+            raise ConfigError(f"{where + name} is given twice: {key!r} is its old name")
+        result[name] = value
+    return result
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .draws import Draws
 from .policy import Policy
+from .rng import Rng
 from .sampling import Method, State, prefixes, rollout
 
 
@@ -19,10 +19,10 @@ class Generation:
 
     steps: int = field(default=40, metadata={"min": 1, "max": 1000, "help": "sampler steps T"})
     method: Method = field(default="ddpm", metadata={"help": "ddpm (ancestral, official), ddim or dpmpp_2m"})
-    guidance: float = field(
+    guidance_scale: float = field(
         default=7.5, metadata={"min": 0.0, "max": 30.0, "help": "classifier-free guidance of the base model (official 7.5)"}
     )
-    tuned_guidance: float = field(
+    tuned_guidance_scale: float = field(
         default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "guidance of the tuned model; 1 is none, as it was trained"}
     )
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of start noise and step noise"})
@@ -49,9 +49,17 @@ def generate(
         part = [prompts[i - first] for i in numbers]
         start, noise_at = _start(base, numbers, settings)
         sigmas = base.sigmas(settings.steps)
-        states = prefixes(start, base.reference(part, settings.guidance), sigmas, switches, noise_at, settings.method, base.space)
+        states = prefixes(
+            start,
+            base.denoiser(part, adapter="base", guidance_scale=settings.guidance_scale),
+            sigmas,
+            switches,
+            noise_at,
+            settings.method,
+            base.space,
+        )
         for name, policy in tuned.items():
-            denoiser = policy.denoiser(part, settings.tuned_guidance)
+            denoiser = policy.denoiser(part, guidance_scale=settings.tuned_guidance_scale)
             for k, state in states.items():
                 end = rollout(state, settings.steps, denoiser, sigmas, noise_at, settings.method, base.space)
                 finished[name, k].append(policy.decode(end.x).cpu())
@@ -72,7 +80,7 @@ def generate_base(
     for numbers in _chunks(first, len(prompts), together(base, settings)):
         part = [prompts[i - first] for i in numbers]
         start, noise_at = _start(base, numbers, settings)
-        denoiser = base.reference(part, settings.guidance)
+        denoiser = base.denoiser(part, adapter="base", guidance_scale=settings.guidance_scale)
         end = rollout(start, settings.steps, denoiser, base.sigmas(settings.steps), noise_at, settings.method, base.space)
         images.append(base.decode(end.x).cpu())
         progress(len(part))
@@ -91,6 +99,6 @@ def _chunks(first: int, n: int, size: int) -> Iterator[range]:
 
 
 def _start(policy: Policy, numbers: Sequence[int], settings: Generation) -> tuple[State, Callable[[int], Tensor]]:
-    draws = Draws(settings.seed, 0, tuple(numbers))
-    start = State(policy.start(draws.normal("start", policy.latent_shape), settings.steps))
-    return start, lambda i: draws.normal(f"step {i}", policy.latent_shape)
+    rng = Rng(settings.seed, 0, tuple(numbers))
+    start = State(policy.start(rng.normal("start", policy.latent_shape), settings.steps))
+    return start, lambda i: rng.normal(f"step {i}", policy.latent_shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .draws import Draws, generator
+from .rng import Rng, generator
 from .sampling import Space
 
 AdapterState = Literal["base", "consistency"]
@@ -31,12 +31,11 @@ class Policy(Protocol):
         """(C,h,w) of one sample."""
         ...
 
-    def denoiser(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
-        """The tuned model (adapter on); guidance 1 evaluates no unconditional branch."""
-        ...
+    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
+        """The model with one adapter: `tuned` is the trained one, `base` is none and carries no gradient.
 
-    def reference(self, prompts: Sequence[str], guidance: float = 1.0) -> Denoiser:
-        """The base model (adapter off), without gradient."""
+        A guidance scale of 1 evaluates no unconditional branch.
+        """
         ...
 
     def adapter(self, state: AdapterState) -> AbstractContextManager[None]:
@@ -135,7 +134,7 @@ class Batch:
     """What an objective trains on: B prompts, the random draws that belong to them, and latents of real images."""
 
     prompts: tuple[str, ...]
-    draws: Draws
+    rng: Rng
     number: int  # counts micro-batches over the whole run
     latents: Tensor | None = None  # (B,C,h,w), one posterior sample of each image; wherever they were kept, often on the CPU
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from verify import build
 
-from trainer.demo.benchmark import Case, SeparateForwards, Stepper, embedded, pair, savings, wait
+from tests.parity.benchmark import architecture
+from tools.embedded.benchmark import Case, SeparateForwards, Stepper, embedded, pair, savings, wait
+from trainer.models.configs import FAMILIES
 from trainer.objectives import ImageReFL, ReFL
-from trainer.policies.configs import FAMILIES
-from trainer.rewards.benchmark import architecture
 from trainer.rewards.clip import tokenizer
 from trainer.rewards.preprocess import Fit
 from trainer.rewards.two_tower import TwoTower

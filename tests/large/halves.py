@@ -1,6 +1,6 @@
 """How far float32 rounding sets two processes apart from one: the gradient of a joined batch against the mean of its halves.
 
-Usage: halves.py. No process is started: what processes exchange is tested elsewhere, in float64 (tests/test_processes.py).
+Usage: halves.py. No process is started: what processes exchange is tested elsewhere, in float64 (tests/runtime/test_processes.py).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from trainer import commands
-from trainer.data import encode_images
+from trainer.commands import main as commands
+from trainer.data.samples import encode_images
 from trainer.demo import files
 from trainer.demo.show import real_images
-from trainer.objectives import OBJECTIVES, Surroundings
+from trainer.objectives import OBJECTIVES, RunContext
 from trainer.policy import Lora
 
 BATCH = 8
@@ -24,7 +24,7 @@ BATCH = 8
 def gradient(policy, objective, samples, reward, share):
     """Of one micro-batch's samples in `share`, all parameters in a row."""
     with tempfile.TemporaryDirectory() as folder:
-        loss = objective.begin(Surroundings(Path(folder), samples.prompts, reward))
+        loss = objective.begin(RunContext(Path(folder), samples.prompts, reward))
         for parameter in policy.parameters():
             parameter.grad = None
         loss(policy, samples.batch(0, 0, 1, BATCH, share), reward)[0].backward()

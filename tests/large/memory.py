@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 
-from trainer import commands
-from trainer import plan as planning
+from tools.embedded.benchmark import _memory as status
+from trainer.commands import main as commands
 from trainer.config import build
-from trainer.data import Samples
-from trainer.demo.benchmark import _memory as status
-from trainer.dry import Tally, dry
-from trainer.processes import ALONE
+from trainer.data.samples import Samples
+from trainer.memory import plan as planning
+from trainer.memory.dry_run import Tally, dry
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
 from trainer.rewards.two_tower import TwoTower
-from trainer.run import Run, TrainConfig
+from trainer.runtime.processes import ALONE
+from trainer.training.run import Run, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 

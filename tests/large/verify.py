@@ -30,13 +30,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.denoiser import per_sample
-from trainer.draws import Draws
-from trainer.lora_file import save_lora
-from trainer.objectives import OBJECTIVES, Surroundings
-from trainer.policies.configs import FAMILIES
-from trainer.policies.load import POLICIES, clip_tokenizer
+from trainer.lora.file import save_lora
+from trainer.models.configs import FAMILIES
+from trainer.models.load import POLICIES, clip_tokenizer
+from trainer.objectives import OBJECTIVES, RunContext
 from trainer.policy import Batch, Lora
-from trainer.train import train
+from trainer.rng import Rng
+from trainer.training.loop import train
 
 # FLUX has fewer blocks of either kind, so that it fits
 MODELS = {"sd15": {}, "sdxl": {}, "sd35-medium": {}, "flux-dev": {"num_layers": 1, "num_single_layers": 2}}
@@ -103,11 +103,11 @@ def random_network(kind, config):
         network = getattr(diffusers, kind)(**config)
     buffers = {name for name, _ in network.named_buffers()}
     network = network.to(torch.bfloat16).to_empty(device="cpu")
-    draws = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for name, p in network.named_parameters():
         with torch.no_grad():
             if p.ndim > 1:
-                p.normal_(0, 1 / math.sqrt(p[0].numel()), generator=draws)
+                p.normal_(0, 1 / math.sqrt(p[0].numel()), generator=rng)
             else:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
     if buffers:  # a table of positions: computed, not learnt
@@ -201,12 +201,12 @@ def verify(name, folder, log):
     parameters = sum(p.numel() for p in policy.network.parameters())
     log(f"{name}: {parameters / 1e6:.0f} M parameters built in {time.monotonic() - begin:.0f} s, peak {peak_gb():.1f} GB")
     policy.network.eval()
-    draws = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     sigma = torch.tensor([0.8, 0.3]) if policy.space == "flow" else policy._table[torch.tensor([701, 226])].float()
-    x = torch.randn(2, *policy.latent_shape, generator=draws) * per_sample(
+    x = torch.randn(2, *policy.latent_shape, generator=rng) * per_sample(
         1 + sigma if policy.space == "ve" else sigma.new_ones(2), torch.zeros(2, 1, 1, 1)
     )
-    latents = torch.randn(1, *policy.latent_shape, generator=draws)
+    latents = torch.randn(1, *policy.latent_shape, generator=rng)
     cond = policy.conditioning(PROMPTS)
     with torch.no_grad(), exact(policy):
         base = policy.denoiser(PROMPTS)(x, sigma)
@@ -219,8 +219,8 @@ def verify(name, folder, log):
             policy.checkpoint_gradients(denoiser=True, decoder=True)
             before = {n: p.detach().clone() for n, p in policy.named_parameters()}
             optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02)  # so large that one step is visible
-            batch = Batch(PROMPTS[:1], Draws(0, 0, (0,)), 0, latents)
-            loss = reduced(kind).begin(Surroundings(folder / objective_name, PROMPTS, Brightness()))
+            batch = Batch(PROMPTS[:1], Rng(0, 0, (0,)), 0, latents)
+            loss = reduced(kind).begin(RunContext(folder / objective_name, PROMPTS, Brightness()))
             step = next(iter(train(policy, lambda *_, batch=batch: batch, Brightness(), loss, optimizer, steps=1)))
             moved = sum(not torch.equal(p, before[n]) for n, p in policy.named_parameters())
             row |= {"loss": step.loss, "grad_norm": step.grad_norm, "moved": f"{moved} of {len(before)}"}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # imported where something is built: in a graph diffusers may
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     from transformers import CLIPTextModel, CLIPTokenizer
 
-from .. import clip_words
-from ..clip_words import CONTEXT
+from ..models import clip_words
+from ..models.clip_words import CONTEXT
 from .world import ATTRIBUTES, SIZE, vocabulary
 
 TEXT_WIDTH = 128

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, plain
-from ..data import Samples, encode_images
-from ..hashes import file_hash
-from ..lora_file import load_consistency, load_lora
-from ..metrics.evaluate import Judged, frontier_area, intervals
-from ..metrics.frontier import bootstrap
-from ..policies.unet import UNetPolicy
+from ..data.samples import Samples, encode_images
+from ..lora.file import load_consistency, load_lora
+from ..metrics.intervals import bootstrap
+from ..metrics.summary import Judged, frontier_area, intervals
+from ..models.unet import UNetPolicy
 from ..policy import Lora
 from ..reward import Reward
 from ..rewards.two_tower import TwoTower
-from ..run import Run, TrainConfig, interruptible
-from ..watch import Watch, Watcher
+from ..runtime.hashes import file_hash
+from ..training.evaluation import Watch, Watcher
+from ..training.run import Run, TrainConfig, interruptible
 from . import files, show
 from .show import GUIDANCE, START, STEPS
 
@@ -57,23 +57,23 @@ class Method:
 
 
 _LATE = {"grad_from": START, "grad_to": STEPS - 1}
-_KNOWN = {"sigma_high": 0.95, "sigma_low": 0.4, "guidance": 1.0}  # the authors: 0.95 down to 0.4 suits most models
+_KNOWN = {"sigma_high": 0.95, "sigma_low": 0.4, "guidance_scale": 1.0}  # the authors: 0.95 down to 0.4 suits most models
 METHODS: dict[str, Method] = {
     "refl": Method("ReFL", 18.5, 2e-3, _LATE),
     "imagerefl": Method(
         "ImageReFL", 9.8, 1e-3, {**_LATE, "start_from": START, "start_to": START, "refl_share": 0.25, "diffusion_weight": 0.05}
     ),
-    "draft-k": Method("DRaFT-8", 36, 4e-3, {"k": STEPS - START, "guidance": 1.0, "recompute": False}),
-    "draft-lv": Method("DRaFT-LV", 28, 4e-3, {"guidance": 1.0, "recompute": False}),
-    "alignprop": Method("AlignProp", 27, 2e-3, {"cut_mean": 17.0, "cut_std": 2.0, "guidance": 1.0, "recompute": False}),
-    "drtune": Method("DRTune", 22, 2e-3, {"k": 4, "early_stop": 8, "guidance": 1.0, "recompute": False}),
+    "draft-k": Method("DRaFT-8", 36, 4e-3, {"k": STEPS - START, "guidance_scale": 1.0, "recompute": False}),
+    "draft-lv": Method("DRaFT-LV", 28, 4e-3, {"guidance_scale": 1.0, "recompute": False}),
+    "alignprop": Method("AlignProp", 27, 2e-3, {"cut_mean": 17.0, "cut_std": 2.0, "guidance_scale": 1.0, "recompute": False}),
+    "drtune": Method("DRTune", 22, 2e-3, {"k": 4, "early_stop": 8, "guidance_scale": 1.0, "recompute": False}),
     "direct-align": Method("Direct-Align", 23, 4e-3, _KNOWN),
     "srpo": Method("SRPO", 23, 4e-3, {**_KNOWN, "positive": WORDS[0], "negative": WORDS[1]}),
     "sqdf": Method(
         "SQDF",
         12,
         2e-3,
-        {"estimator": "consistency", "guidance": 1.0, "alpha": 1.0, "buffer_gb": 0.02, "collect_every": 4},
+        {"estimator": "consistency", "guidance_scale": 1.0, "alpha": 1.0, "buffer_gb": 0.02, "collect_every": 4},
     ),
 }
 """Every method of the comparison. Steps are the embedded world's, guidance is off in training, as in the demo."""
@@ -133,7 +133,7 @@ def train_config(name: str, out: Path, size: Size, seed: int, lr: float | None =
         lr=method.lr if lr is None else lr,
         seed=seed,
         save_every=every,
-        watch=Watch(every=every, heldout="demo-heldout", count=size.watched, images=4, guidance=GUIDANCE),
+        watch=Watch(every=every, heldout="demo-heldout", count=size.watched, images=4, guidance_scale=GUIDANCE),
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import images as pictures
-from ..metrics.report import figure_png, png
+from ..data import images as pictures
+from .report import figure_png, png
 from .show import START, STEPS
 
 _AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))

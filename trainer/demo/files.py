@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..hashes import file_hash
 from ..reward import Reward, Standardised
 from ..rewards.two_tower import TwoTower
+from ..runtime.hashes import file_hash
 from .architecture import TOWERS, Reader, vocabulary_size
 from .rater import Gold
 

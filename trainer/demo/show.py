@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, plain
-from ..data import Samples, encode_images
-from ..draws import generator, seed_of
+from ..data.samples import Samples, encode_images
 from ..generate import Generation, generate, generate_base
-from ..lora_file import load_lora
-from ..metrics.evaluate import Judged, area_interval, frontier_area, intervals, judge
-from ..policies.unet import UNetPolicy
+from ..lora.file import load_lora
+from ..metrics.summary import Judged, area_interval, frontier_area, intervals, judge
+from ..models.unet import UNetPolicy
 from ..policy import Lora
 from ..reward import Reward
-from ..run import Run, TrainConfig, file_hash, interruptible
+from ..rng import generator, seed_of
+from ..training.run import Run, TrainConfig, file_hash, interruptible
 from . import files, world
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Curve:
         """Judge if it is time."""
         if run.step % self.every and run.step != 1:
             return
-        settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=self.seed + 1)
+        settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=self.seed + 1)
         images = generate(run.policy, {"tuned": run.policy}, self.prompts, [0], settings)["tuned", 0]
         judged = judge(images, self.prompts, self.judges, self.features, self.features(images))
         point = {"step": float(run.step), **{k: v for k, v in judged.means().items() if k not in ("fid", "logcov")}}
@@ -189,7 +189,7 @@ def open_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
 
 def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run the demo into `out`; returns what `results.json` holds."""
-    from ..metrics.report import Comparison, overview_figure, write_report
+    from .report import Comparison, overview_figure, write_report
 
     begin = time.monotonic()
     size, tuning = (QUICK if quick else FULL), Tuning()
@@ -248,11 +248,11 @@ def draw(
     """Images of the base, guided and not, and of every tuned model at every switch, by (name, k)."""
     from tqdm import tqdm
 
-    settings = Generation(steps=STEPS, guidance=GUIDANCE, seed=seed)
+    settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
     with tqdm(total=len(texts) * (2 + len(tuned) * len(switches)), desc="generating", unit="image") as bar:
         images = {
             ("base", STEPS): generate_base(base, texts, settings, bar.update),
-            ("base_unguided", STEPS): generate_base(base, texts, replace(settings, guidance=1.0), bar.update),
+            ("base_unguided", STEPS): generate_base(base, texts, replace(settings, guidance_scale=1.0), bar.update),
         }
         return images | generate(base, tuned, texts, switches, settings, bar.update)
 

@@ -86,14 +86,14 @@ def log_covariance_distance(a: Tensor | Moments, b: Tensor | Moments, ridge: flo
     return float((logs[0] - logs[1]).norm())
 
 
-def kernel_distance(a: Tensor, b: Tensor, draws: torch.Generator, subset: int = 1000, subsets: int = 100) -> tuple[float, float]:
+def kernel_distance(a: Tensor, b: Tensor, rng: torch.Generator, subset: int = 1000, subsets: int = 100) -> tuple[float, float]:
     """Unbiased MMD² with the kernel (x·y/D + 1)³ (KID, Bińkowski et al. 2018, arXiv:1801.01401, section 4): mean and standard
     deviation over `subsets` draws of `subset` rows, or of all where there are fewer.
     """
     n = min(subset, len(a), len(b))
     values: list[float] = []
     for _ in range(subsets):
-        values.append(unbiased_mmd(*(rows[torch.randperm(len(rows), generator=draws)[:n]] for rows in (a, b))))
+        values.append(unbiased_mmd(*(rows[torch.randperm(len(rows), generator=rng)[:n]] for rows in (a, b))))
     found = torch.tensor(values, dtype=torch.float64)
     return float(found.mean()), float(found.std(correction=0))
 
@@ -114,8 +114,8 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 class Reservoir:
     """At most `size` rows, a uniform sample of all that came (Vitter 1985, algorithm R): what a kernel distance needs of a long stream."""
 
-    def __init__(self, size: int, draws: torch.Generator) -> None:
-        self.size, self.draws, self.seen = size, draws, 0
+    def __init__(self, size: int, rng: torch.Generator) -> None:
+        self.size, self.rng, self.seen = size, rng, 0
         self._rows: list[Tensor] = []
 
     def update(self, features: Tensor) -> Reservoir:
@@ -125,7 +125,7 @@ class Reservoir:
             if len(self._rows) < self.size:
                 self._rows.append(row.clone())
             else:
-                place = int(torch.randint(self.seen, (1,), generator=self.draws))
+                place = int(torch.randint(self.seen, (1,), generator=self.rng))
                 if place < self.size:
                     self._rows[place] = row.clone()
         return self

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..reward import Reward
-from .cloud import Cloud, distances, jackknife
 from .diversity import Diversity, pairwise_diversity, vendi_score
-from .evaluate import Features, Judged, frontier_area, intervals
+from .streaming import FeatureStatistics, distances, jackknife
+from .summary import Features, Judged, frontier_area, intervals
 
 Point = tuple[str, int]  # a model's name and its switch
 BASE: Point = ("base", 0)
@@ -145,10 +145,10 @@ class Study:
         Figures of the first feature extractor are `diversity`, `vendi`, `fid`, `kid`, `logcov`; those of another, `<its name>_…`.
         Without real images the distances are to the base's, which has none to itself.
         """
-        clouds: dict[str, Cloud] = {}
+        clouds: dict[str, FeatureStatistics] = {}
         if real is not None:
             for name, parts in real.items():
-                clouds[name] = Cloud()
+                clouds[name] = FeatureStatistics()
                 for seen in parts:
                     clouds[name].update(seen, [0] * len(seen))
         base_clouds = {name: self._cloud(BASE, name) for name in self.judges.features}
@@ -181,8 +181,8 @@ class Study:
             "reference": "real images" if real is not None else "the base model's images",
         }
 
-    def _cloud(self, point: Point, name: str) -> Cloud:
-        cloud = Cloud()
+    def _cloud(self, point: Point, name: str) -> FeatureStatistics:
+        cloud = FeatureStatistics()
         for number, rows in enumerate(self._by_prompt(point, f"features {name}")):
             cloud.update(rows, [number] * len(rows))
         return cloud
@@ -213,8 +213,8 @@ class Study:
 class _Far:
     """The distances of one point under every feature extractor; `paired` where the reference has the same prompts."""
 
-    mine: Mapping[str, Cloud]
-    references: Mapping[str, Cloud]
+    mine: Mapping[str, FeatureStatistics]
+    references: Mapping[str, FeatureStatistics]
     paired: bool
 
     def figures(self, block: int | None = None) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """Reward-gradient objectives; an objective's fields are the config keys, the CLI flags and the node widgets."""
 
-from .base import Loss, Objective, Surroundings
-from .black_box import BlackBoxSQDF
-from .direct_align import SRPO, DirectAlign
-from .draft import AlignProp, DRaFTK, DRaFTLV, DRTune
-from .refl import ImageReFL, ReFL
-from .sqdf import SQDF
+from .base import Loss, Objective, RunContext
+from .reward_gradient.black_box import BlackBoxSQDF
+from .reward_gradient.direct_align import SRPO, DirectAlign
+from .reward_gradient.draft import AlignProp, DRaFTK, DRaFTLV, DRTune
+from .reward_gradient.refl import ImageReFL, ReFL
+from .reward_gradient.sqdf import SQDF
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "refl": ReFL,
@@ -35,5 +35,5 @@ __all__ = [
     "Loss",
     "Objective",
     "ReFL",
-    "Surroundings",
+    "RunContext",
 ]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..denoiser import per_sample
 from ..policy import Batch, Policy
-from ..processes import ALONE, Processes
 from ..reward import PrefixReward, Reward
+from ..runtime.processes import ALONE, Processes
 from ..sampling import Space, alpha, step
 
 Logs = dict[str, Tensor]
@@ -37,7 +37,7 @@ class ImageFeatures(Protocol):
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What a run gives an objective that keeps something between steps: its folder, the prompts, features, other processes."""
 
     folder: Path
@@ -70,7 +70,7 @@ class Objective(ABC):
     """A frozen dataclass whose fields are the config keys, the CLI flags and the node widgets."""
 
     steps: int
-    guidance: float
+    guidance_scale: float
 
     @property
     def needs_images(self) -> bool:
@@ -90,19 +90,19 @@ class Objective(ABC):
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """Noise level from which the tuned model has been trained: where combined generation should switch to it."""
 
-    def check(self, policy: Policy, reward: Reward, around: Surroundings) -> None:
+    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
         """Raise ValueError where these settings cannot work with this policy and reward; called before any step."""
         return
 
     @abstractmethod
-    def begin(self, around: Surroundings) -> Loss:
+    def begin(self, context: RunContext) -> Loss:
         """The loss of one run."""
 
 
 class Stateless(Objective, Loss):
     """An objective that keeps nothing between steps: it is its own loss."""
 
-    def begin(self, around: Surroundings) -> Loss:
+    def begin(self, context: RunContext) -> Loss:
         """Itself."""
         return self
 
@@ -115,7 +115,7 @@ def sampler_steps(default: int) -> Any:
     return field(default=default, metadata={"min": 1, "max": 1000, "help": "sampler steps T of the training grid"})
 
 
-def training_guidance(default: float, origin: str) -> Any:
+def training_guidance_scale(default: float, origin: str) -> Any:
     """Field `guidance`."""
     return field(default=default, metadata={"min": 0.0, "max": 30.0, "help": f"classifier-free guidance in training; 1 is off ({origin})"})
 
@@ -140,7 +140,7 @@ def weight_of_reward() -> Any:
 # -- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def roll(policy: Policy, batch: Batch, x: Tensor, first: Tensor, last: Tensor, sigmas: Tensor, guidance: float, eta: float) -> Tensor:
+def roll(policy: Policy, batch: Batch, x: Tensor, first: Tensor, last: Tensor, sigmas: Tensor, guidance_scale: float, eta: float) -> Tensor:
     """Steps first…last−1 of each sample, without gradient; samples whose range is empty stay as they are. first, last: (B,)."""
     x = x.clone()
     with torch.no_grad(), policy.merged():
@@ -149,7 +149,7 @@ def roll(policy: Policy, batch: Batch, x: Tensor, first: Tensor, last: Tensor, s
             if len(rows) == 0:
                 continue
             prompts = [batch.prompts[r] for r in rows.tolist()]
-            denoised = policy.denoiser(prompts, guidance)(x[rows], sigmas[i].expand(len(rows)))
+            denoised = policy.denoiser(prompts, guidance_scale=guidance_scale)(x[rows], sigmas[i].expand(len(rows)))
             x[rows] = one_step(policy, batch, x[rows], denoised, i, sigmas, eta, rows)
     return x
 
@@ -158,10 +158,10 @@ def one_step(
     policy: Policy, batch: Batch, x: Tensor, denoised: Tensor, i: int, sigmas: Tensor, eta: float, rows: Tensor | None = None
 ) -> Tensor:
     """Step i → i+1 with the noise that belongs to samples `rows` of the batch (all of them without)."""
-    draws = batch.draws
+    rng = batch.rng
     if rows is not None:
-        draws = replace(draws, indices=tuple(draws.indices[r] for r in rows.tolist()))
-    noise = draws.normal(f"step {i}", batch.shape(policy)).to(x) if eta > 0 and float(sigmas[i + 1]) > 0 else None
+        rng = replace(rng, indices=tuple(rng.indices[r] for r in rows.tolist()))
+    noise = rng.normal(f"step {i}", batch.shape(policy)).to(x) if eta > 0 and float(sigmas[i + 1]) > 0 else None
     here, there = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
     return step(x, denoised, here, there, noise, eta if noise is not None else 0.0, policy.space)
 
@@ -171,9 +171,9 @@ def shaped(scores: Tensor, threshold: float | None) -> Tensor:
     return -scores if threshold is None else (threshold - scores).relu()
 
 
-def distance_to_base(policy: Policy, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor, guidance: float) -> Tensor:
+def distance_to_base(policy: Policy, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor, guidance_scale: float) -> Tensor:
     """Mean squared difference (B,) of the noise predictions of the tuned and the base model at x."""
-    base = policy.reference(batch.prompts, guidance)(x.detach(), sigma)
+    base = policy.denoiser(batch.prompts, adapter="base", guidance_scale=guidance_scale)(x.detach(), sigma)
     return ((denoised - base) * per_sample(alpha(sigma, policy.space) / sigma, x)).square().flatten(1).mean(1)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..images import to_pil
+from ..data.images import to_pil
 
 QUALITY = 95  # DDPO's code
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hashes import file_hash
+from ..runtime.hashes import file_hash
 
 # Names that many repositories use say nothing outside a folder of the reward's own.
 _GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}

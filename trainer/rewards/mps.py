@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..parking import Parking, slots
-from ..progress import slow
+from ..memory.offload import Parking, slots
 from ..reward import same_number
+from ..runtime.progress import slow
 from .clip import ARCHITECTURES, build_clip
 from .preprocess import Fit, normalise
 from .weights import FLOAT_ON_CPU, Held, fill, strip

@@ -14,14 +14,14 @@ import torch
 from ..reward import Reward
 from .aesthetic import Aesthetic
 from .clip import ARCHITECTURES, load_clip, tokenizer
-from .combine import Part
 from .compressibility import JpegSize
 from .files import WeightFile, find, folders, verify
 from .image_reward import ARCHITECTURE, MEAN, STD, ImageReward
 from .mps import MPS, SAFE
-from .own import Own
 from .preprocess import Fit
+from .python_file import PythonReward
 from .two_tower import TwoTower
+from .weighted import Part
 from .weights import Held
 
 Paths = Mapping[str, Path]
@@ -224,7 +224,7 @@ def load(
             reward = entry.make(paths, architecture or entry.architecture, held)
         return Part(name_or_path, reward, 1.0, *(places.read_statistics(name_or_path) or (entry.mean, entry.std)))
     if name_or_path.endswith(".py"):
-        return Part(name_or_path, Own.load(Path(name_or_path)), 1.0, *(places.read_statistics(name_or_path) or (None, None)))
+        return Part(name_or_path, PythonReward.load(Path(name_or_path)), 1.0, *(places.read_statistics(name_or_path) or (None, None)))
     if Path(name_or_path).is_dir():
         tower, config = TwoTower.load(Path(name_or_path), device, dtype)
         return Part(name_or_path, tower, 1.0, *(places.read_statistics(name_or_path) or (config["mean"], config["std"])))

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..parking import Parking, inside, slots
+from ..memory.offload import Parking, inside, slots
 from .mps import MPS
-from .own import Own
+from .python_file import PythonReward
 from .two_tower import TwoTower
 
 
@@ -25,7 +25,7 @@ def waits(reader: TwoTower | MPS, texts: int) -> bool:
 def apart_from_texts(rewards: Any) -> Parking:
     """All weights of rewards but those of their text towers, which are parked by themselves."""
     texts = {(id(held), name) for reader in readers(rewards) for held, name in reader.words.slots}
-    own = [module for reward in inside(rewards, Own) for module in inside(reward.function, nn.Module)]
+    own = [module for reward in inside(rewards, PythonReward) for module in inside(reward.function, nn.Module)]
     others = [module for module in inside(rewards, nn.Module) if all(module is not one for one in own)]
     whole = [slot for module in others for slot in slots(module)]
     return Parking([slot for slot in whole if (id(slot[0]), slot[1]) not in texts], own)

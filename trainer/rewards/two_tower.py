@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..parking import Parking, slots
-from ..progress import slow
+from ..memory.offload import Parking, slots
 from ..reward import same_number
+from ..runtime.progress import slow
 from .preprocess import Fit, normalise
 
 TEXTS_KEPT = 20_000  # features of so many prompts stay in memory: 80 MB at 1024 numbers each

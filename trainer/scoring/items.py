@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import images as pictures
-from .. import manifest
-from ..manifest import read_manifest
+from ..data import images as pictures
+from ..data import manifest
+from ..data.manifest import read_manifest
 from .metadata import embedded_prompt
 
 

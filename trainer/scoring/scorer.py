@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import images as pictures
-from ..rewards.combine import Part
+from ..data import images as pictures
 from ..rewards.preprocess import Fit
+from ..rewards.weighted import Part
 from .items import Item, prompt_for
 
 PIXELS_AT_ONCE = 1 << 25  # of pictures scored as they are, together at most: 400 MB as float32

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..rewards.combine import Part
+from ..rewards.weighted import Part
 from .png import write_text
 from .scorer import Row
 

@@ -1,0 +1,85 @@
+"""The demo on the shipped weights, as small as it goes: every file and key it promises."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tools.embedded import gates
+from trainer.demo import files, show
+from trainer.training.run import file_hash
+
+FIGURES = {"reward", "heldout", "gold", "diversity", "fid", "logcov"}
+
+
+def test_the_shipped_files_are_those_of_the_manifest_and_small():
+    manifest = json.loads((files.FOLDER / "manifest.json").read_text())
+    found = {str(p.relative_to(files.FOLDER)): p for p in files.FOLDER.rglob("*.safetensors")}
+    assert {name: file_hash(path) for name, path in found.items()} == manifest["sha256"]
+    assert sum(p.stat().st_size for p in found.values()) <= 15_000_000
+
+
+@pytest.mark.slow
+def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        show, "QUICK", show.DemoSize(refl_updates=2, imagerefl_updates=2, batch=4, prompts=5, per_prompt=4, switches=(0, 12, 16), real=8)
+    )
+    results = show.show(tmp_path / "demo", quick=True)
+    on_disk = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert on_disk.keys() >= {"base", "base_unguided", "points", "frontier", "seed", "n", "ci", "config", "seconds", "peak_rss_mb"}
+    assert set(on_disk["base"]) == set(on_disk["base_unguided"]) == FIGURES
+    assert [(p["model"], p["k"]) for p in on_disk["points"]] == [(m, k) for m in ("refl", "imagerefl") for k in (0, 12, 16)]
+    assert all(set(p) == FIGURES | {"model", "k"} for p in on_disk["points"])
+    assert set(on_disk["frontier"]) == {"refl", "imagerefl"} and on_disk["n"] == 20
+    for name in ("refl", "imagerefl"):
+        assert load_file(tmp_path / "demo" / f"{name}.safetensors")
+
+    class Page(HTMLParser):
+        sources: list[str] = []
+
+        def handle_starttag(self, tag, attrs):
+            values = dict(attrs)
+            self.sources += [values[k] for k in ("src", "href") if k in values]
+
+    page = (tmp_path / "demo" / "report.html").read_text()
+    Page().feed(page)
+    assert Page.sources and all(s.startswith("data:image/png;base64,") for s in Page.sources)  # one file, no network
+    assert "quick demo" in page
+    with pytest.raises(ValueError, match="add --overwrite"):
+        show.show(tmp_path / "demo", quick=True)
+    again = show.show(tmp_path / "demo", quick=True, resume=True)  # trained already: the same figures come out
+    assert again["points"] == results["points"]
+
+
+@pytest.mark.slow
+def test_the_reader_reads_renders_and_reconstructions():
+    policy = show.UNetPolicy.load(files.PIPELINE)
+    measured = gates.reconstruction(policy, files.load_reader(), show.captions(200, "test gates"))
+    assert measured["psnr"] > 28
+    assert measured["renders"]["joint"] > 0.95
+
+
+@pytest.mark.slow
+def test_preference_models_prefer_what_the_rater_prefers():
+    """On fresh renders that differ in finish and layout alone."""
+    captions = show.captions(60, "test preference")
+    a, b = (show.real_renders(captions, 1, seed) for seed in (1, 2))
+    texts = [c.text for c in captions]
+    rewards = show.judges()
+    with torch.no_grad():
+        gaps = {name: r(a, texts) - r(b, texts) for name, r in rewards.items()}
+    for name in ("reward", "heldout"):
+        assert float((gaps[name].sign() == gaps["gold"].sign()).float().mean()) > 0.65
+
+
+def test_normalised_rewards_have_unit_scale_on_renders():
+    captions = show.captions(64, "test scale")
+    images = show.real_renders(captions, 1, 1)
+    with torch.no_grad():
+        scores = files.load_reward("proxy")(images, [c.text for c in captions])
+    assert 0.3 < float(scores.std()) < 3
+    assert torch.isfinite(scores).all()

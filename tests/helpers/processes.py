@@ -1,0 +1,270 @@
+"""Toy runs in several processes, shared by the tests of what they must agree on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from test_family import SMALL, Family, Towers
+
+from trainer.__main__ import main
+from trainer.commands import main as commands
+from trainer.config import build, plain
+from trainer.data.samples import Samples
+from trainer.models.unet import UNetPolicy
+from trainer.objectives import OBJECTIVES, RunContext
+from trainer.policy import Batch, Lora, kohya_key
+from trainer.rng import Rng
+from trainer.runtime.processes import ALONE, joined
+from trainer.training.evaluation import Watch, Watcher
+from trainer.training.run import Run, TrainConfig
+
+_IMPORTED = (diffusers.utils.logging, transformers.utils.logging)  # by the command: before the fork it is done once
+
+BUFFERED = {"steps": 6, "guidance_scale": 1.0, "buffer_gb": 1e-9 * 2 * 6 * 3 * 10, "estimator": "consistency", "collect_every": 3}
+CASES = {
+    **{name: {"name": name, **settings} for name, settings in SMALL.items()},
+    "imagerefl with refl": {"name": "imagerefl", **SMALL["imagerefl"], "refl_share": 0.5, "kl_weight": 0.1},
+    "refl, one step per batch": {"name": "refl", **SMALL["refl"], "per_sample": False},
+    "direct-align offline": {"name": "direct-align", **SMALL["direct-align"], "source": "offline"},
+    "sqdf with a buffer": {"name": "sqdf", **BUFFERED},
+    "sqdf by priority": {"name": "sqdf", **BUFFERED, "replay": "prioritised"},
+    "sqdf-black-box": {"name": "sqdf-black-box", **BUFFERED, "queries": [5, 6], "updates_per_loop": 8, "epochs": 5, "heads": 2},
+}
+
+
+class Trained(Family):
+    """The family's policy with what a run asks of one."""
+
+    lora = Lora(rank=1)
+    name = "net.to_q.lora_A.default.weight"
+
+    def named_parameters(self):
+        return [(self.name, self.weight)]
+
+    def file_key(self, name):
+        return kohya_key(name)
+
+    def checkpoint_gradients(self, **_):
+        pass
+
+
+class Features:
+    def image_features(self, images):
+        return images.flatten(1).float()
+
+    def text_features(self, prompts):
+        return torch.tensor([[len(p), 1.0, 0.5] for p in prompts])
+
+
+class Asked(Towers):
+    """The reward, counting the images it is asked about without gradient; `act` is called with each of its calls."""
+
+    def __init__(self, act=lambda n: None):
+        self.images, self.calls, self.act = 0, 0, act
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        self.images += 0 if images.requires_grad else len(images)
+        scores = super().__call__(images, prompts)
+        bad = self.act(self.calls)
+        return scores if bad is None else scores + bad
+
+
+def samples(n=5):
+    rng = torch.Generator().manual_seed(1)
+    mean = 0.5 * torch.randn(n, 3, 1, 1, generator=rng, dtype=torch.float64)
+    return Samples(tuple(["a", "bb", "ccc", "dddd", "eeeee"][:n]), mean, 0.1 * torch.ones_like(mean))
+
+
+def toy_run(case, out, processes=ALONE, reward=None, **settings):
+    values = {"objective": CASES[case], "batch": 4, "accumulate": 2, "steps": 10, "save_every": 2, "max_grad_norm": 0.0, **settings}
+    config = build(TrainConfig, {"out": str(out), **values})
+    run = Run(config, Trained(), samples(), reward or Asked(), features=Features(), processes=processes)
+    run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
+    return run
+
+
+def trained(case, out, processes=ALONE, resume=False, **settings):
+    """Everything that two runs of one case must share: the first gradient, weights, logs, and what the oracle was asked."""
+    run = toy_run(case, out, processes, **settings)
+    run.open_folder(overwrite=False, resume=resume)
+    gradients = []
+    for _ in run.steps():
+        gradients.append(run.policy.weight.grad.clone())
+    asked = sum(processes.exchange(run.reward.images))
+    return {"gradient": gradients[0], "weight": run.policy.weight.detach(), "asked": asked}
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "memory_gb")} for line in lines]
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(count, work, *arguments):
+    """Start `work(folder, *arguments)` as processes do that a launcher started; the folder gets what each of them says."""
+    context = multiprocessing.get_context("forkserver")  # imports torch once, and forks before anything runs
+    context.set_forkserver_preload(["helpers.processes"])
+    environment = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    started = [context.Process(target=_rank, args=(rank, environment, work, arguments)) for rank in range(count)]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # which the server that forks needs to import this file
+        for process in started:
+            process.start()
+    return started
+
+
+def finish(processes, timeout=60):
+    """Exit statuses in order of rank."""
+    for process in processes:
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError("a process hangs")
+    return [p.exitcode for p in processes]
+
+
+def _rank(rank, environment, work, arguments):
+    os.environ.update({key: str(value) for key, value in environment.items()}, RANK=str(rank), LOCAL_RANK=str(rank))
+    with open(Path(arguments[0]) / f"said.{rank}", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    torch.set_num_threads(1)
+    code = work(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def said(folder, rank):
+    """What a process said, but for warnings of libraries."""
+    lines = (Path(folder) / f"said.{rank}").read_text().splitlines()
+    return [line for line in lines if not line.startswith(("[W", "[rank"))]
+
+
+def every_case(folder):
+    """Train all cases one after the other in one group."""
+    with joined() as processes:
+        results = {case: trained(case, Path(folder) / case, processes) for case in CASES}
+        torch.save(results, Path(folder) / f"results.{processes.rank}.pt")
+
+
+SHARDED = {
+    "refl": {"steps": 2, "grad_from": 1, "grad_to": 1, "per_sample": False, "kl_weight": 0.1},
+    "imagerefl": {"steps": 2, "grad_from": 1, "grad_to": 1, "start_from": 0, "start_to": 0, "per_sample": False, "refl_share": 0.0},
+    "draft-k": {"steps": 2, "k": 2, "guidance_scale": 2.0},
+    "draft-lv": {"steps": 1, "guidance_scale": 1.0, "samples": 1, "recompute": False},
+    "drtune": {"steps": 2, "k": 2, "early_stop": 2, "guidance_scale": 1.0},
+    "direct-align": {"steps": 1, "sigma_low": 0.5},
+    "sqdf": {"steps": 2, "guidance_scale": 2.0, "buffer_gb": 0.0, "estimator": "consistency"},
+}
+
+
+def adapted(pipeline):
+    """The random pipeline with a random LoRA and a random consistency adapter."""
+    policy, rng = UNetPolicy.load(pipeline), torch.Generator().manual_seed(0)
+    consistency = policy.add_consistency(Lora(rank=2))
+    policy.add_lora(Lora(rank=4))
+    with torch.no_grad():
+        for parameter in (*consistency.values(), *policy.parameters()):
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=rng))
+    return policy
+
+
+def held(policy):
+    """Bytes of the network's frozen weights in this process."""
+    frozen = (p for name, p in policy.network.named_parameters() if ".lora_" not in name)
+    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
+
+
+def sharded_run(pipeline, out, processes, reward=None, **settings):
+    """A watched run of a few steps on the random pipeline."""
+    watch = Watch(every=2, heldout="the same", count=1, images=2, steps=1, guidance_scale=1.0)
+    values = {"objective": {"name": "refl", **SHARDED["refl"]}, "batch": 2, "steps": 2, "save_every": 1, **settings}
+    config = build(TrainConfig, {"out": str(out), "watch": plain(watch), "checkpoint_denoiser": True, **values})
+    policy, reward = UNetPolicy.load(pipeline), reward or Asked()
+    watcher = Watcher(watch, policy, {"reward": reward, "heldout": Towers()}, lambda x: x.flatten(1), ["a"], 1, 1.0, 1)
+    run = Run(config, policy, Samples(("a", "bb", "ccc")), reward, watcher=watcher, processes=processes)
+    run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.1)  # AdamW would make much of the signs of rounding errors
+    return run
+
+
+def every_sharded_case(folder, pipeline):
+    """Gradients of every kind of objective by one process's samples, with whole weights and with half of them; then two runs."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    with joined() as processes:
+        whole, parts = adapted(pipeline), adapted(pipeline)
+        parts.shard(processes.weights_mesh(parts.device))
+        found = {"held": [held(whole), held(parts)]}
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(processes.rank))
+        batch = Batch(("a red star",), Rng(0, 1, (processes.rank,)), 3, latents)
+        for number, (name, settings) in enumerate(SHARDED.items()):
+            for policy in (whole, parts):
+                policy.checkpoint_gradients(denoiser=number % 2 == 0, decoder=False)
+                for parameter in policy.parameters():
+                    parameter.grad = None
+                OBJECTIVES[name](**settings).begin(RunContext(folder))(policy, batch, Towers())[0].backward()
+                found.setdefault(name, []).append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        for name in ("whole", "parts"):
+            processes.sharded = name == "parts"
+            run = sharded_run(pipeline, Path(folder) / name, processes)
+            run.open_folder(overwrite=False, resume=False)
+            list(run.steps())
+        torch.save(found, Path(folder) / f"results.{processes.rank}.pt")
+
+
+def toy_command(folder, out, case, trouble, rank, at, resume=False, pipeline=None):
+    """The train command with a toy run, in which process `rank` gets into trouble with its call `at` of the reward.
+
+    With a pipeline it is a run on that, whose weights the processes share.
+    """
+    if pipeline is not None:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+    def train(_, processes):
+        def act(call):
+            if (processes.rank, call) == (rank, at):
+                return TROUBLE[trouble]()
+
+        run = toy_run(case, out, processes, Asked(act)) if pipeline is None else sharded_run(pipeline, out, processes, Asked(act))
+        run.open_folder(overwrite=False, resume=resume)
+        for _ in run.steps():
+            pass
+        return 0
+
+    commands._train = train
+    commands.joined = partial(joined, timeout=timedelta(seconds=8 if trouble == "hang" else 60))
+    return main(["train"])
+
+
+def _full():
+    raise OSError("No space left on device")
+
+
+TROUBLE = {
+    "none": lambda: None,
+    "nan": lambda: float("nan"),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda: time.sleep(600),
+    "disk": _full,
+}

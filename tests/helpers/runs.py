@@ -1,0 +1,74 @@
+"""Starting headless runs as a user does, shared by the tests that interrupt them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from trainer.lora.file import read_lora
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def settings(pipeline_folder, reward_folder, image_folder, folder, **more):
+    values = {
+        "model": str(pipeline_folder),
+        "reward": str(reward_folder),
+        "images": str(image_folder),
+        "out": str(folder),
+        "steps": 6,
+        "batch": 2,
+        "accumulate": 2,
+        "ema": 0.5,
+        "save_every": 2,
+        "lr": 1e-3,
+        "objective.name": "imagerefl",
+        "objective.steps": 6,
+        "objective.grad_from": 4,
+        "objective.grad_to": 5,
+        "objective.start_from": 3,
+        "objective.start_to": 4,
+        **more,
+    }
+    return [f"--{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in values.items()]
+
+
+def command(arguments, launcher=(), **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "trainer", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(arguments):
+    process = command(arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_steps(path, n, process):
+    for _ in range(1200):
+        if path.is_file() and len(path.read_text().splitlines()) >= n:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError("no progress")
+
+
+def same_lora(a, b):
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert read_lora(a)[1] == read_lora(b)[1]

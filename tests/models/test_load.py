@@ -1,0 +1,267 @@
+"""From paths to policies: folders, the authors' two UNets, single files in their original layout, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer.lora.layouts import canonical
+from trainer.models.configs import CLIP_L, FAMILIES, SD15_UNET, SDXL_UNET, VAE
+from trainer.models.load import POLICIES, clip_tokenizer, detect, load_policy, single_file_pipeline, with_unet
+
+PROMPTS = ["a red star", "a blue ring, blurred"]
+
+
+def outputs(policy):
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return policy.denoiser(PROMPTS, guidance_scale=3.0)(x, torch.tensor([0.8, 0.4]))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev"])
+def test_a_folder_says_its_own_family(family_folder, family):
+    policy = load_policy(family_folder(family), image_size=64)
+    name = json.loads((family_folder(family) / "model_index.json").read_text())["_class_name"]
+    assert type(policy) is POLICIES[name]
+
+
+def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match="no model_index.json"):
+        load_policy(folder)
+    (folder / "model_index.json").write_text('{"_class_name": "WuerstchenPipeline"}')
+    with pytest.raises(ValueError, match="is a WuerstchenPipeline: known are Stable Diffusion 1.x and 2.x, SDXL"):
+        load_policy(folder)
+    with pytest.raises(FileNotFoundError, match="no model at"):
+        load_policy(tmp_path / "none.safetensors")
+    file = tmp_path / "a.ckpt"
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match="only .safetensors"):
+        load_policy(file)
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        load_policy(file)
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="is a LoRA"):
+        load_policy(file)
+    save_file({"some.weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="no known family"):
+        load_policy(file)
+    with pytest.raises(ValueError, match="is for UNets"):
+        load_policy(family_folder("sd3"), prediction="v_prediction")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_folder_with_damaged_or_wrong_weights_is_refused_with_the_file_that_is_to_blame(part, family_folder, tmp_path):
+    folder = shutil.copytree(family_folder("sd15"), tmp_path / "model")
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name, value = next((k, v) for k, v in tensors.items() if v.ndim == 2)
+    save_file({k: v for k, v in tensors.items() if k != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"the files of its {part} lack 1 weights.*, or are another model's"):
+        load_policy(folder)
+    save_file({**tensors, name: torch.zeros(len(value) + 1, value.shape[1])}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot be loaded|another model's") as caught:
+        load_policy(folder)
+    assert "\n" not in str(caught.value)
+    save_file(tensors, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file} is no readable safetensors file.*cut short"):
+        load_policy(folder)
+    (folder / part / "config.json").write_text("{")
+    file.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_policy(folder)
+
+
+def test_prediction_can_be_said(family_folder):
+    a, b = load_policy(family_folder("sd15")), load_policy(family_folder("sd15"), prediction="v_prediction")
+    assert (a.prediction_type, b.prediction_type) == ("epsilon", "v_prediction") and not torch.allclose(outputs(a), outputs(b))
+
+
+def test_the_authors_folder_is_base_and_tuned_model(family_folder, tmp_path):
+    folder = tmp_path / "theirs"
+    shutil.copytree(family_folder("sd15"), folder)
+    (folder / "unet").rename(folder / "original_unet")
+    shutil.copytree(folder / "original_unet", folder / "fine_tuned_unet")
+    (folder / "model_index.json").write_text('{"_class_name": ["combined_stable_diffusion", "CombinedStableDiffusion"]}')
+    base = load_policy(folder)
+    assert torch.equal(outputs(base), outputs(load_policy(family_folder("sd15"))))
+    assert torch.equal(outputs(with_unet(base, folder / "fine_tuned_unet")), outputs(base))
+    for p in base.network.parameters():
+        p.data.mul_(1.1)
+    tuned = with_unet(base, folder / "fine_tuned_unet")
+    assert tuned.vae is base.vae and not torch.allclose(outputs(tuned), outputs(base))
+    with pytest.raises(ValueError, match="another family"):
+        with_unet(load_policy(family_folder("sdxl")), folder / "fine_tuned_unet")
+
+
+def test_clips_tokenizer_from_open_clip_gives_open_clips_tokens(tmp_path):
+    text = "A photo of a café-racer, 8k;   the dog's «tail» & naïve ÆØÅ!"
+    ours, theirs = clip_tokenizer(tmp_path), open_clip.get_tokenizer("ViT-L-14")(text)[0]
+    tokens = torch.tensor(ours(text, padding="max_length", max_length=77).input_ids)
+    end = int((tokens == 49407).nonzero()[0, 0])
+    assert torch.equal(tokens[: end + 1], theirs[: end + 1]) and bool((tokens[end:] == 49407).all())
+    assert clip_tokenizer(tmp_path, "!")("a", padding="max_length", max_length=4).input_ids[-1] == 0
+
+
+def true_shapes(name):
+    """Names and shapes of a published checkpoint that tell it apart, from its original layout."""
+    prefix = "model.diffusion_model."
+    widths = {"sd15": 768, "sd21": 1024, "sdxl": 2048}
+    if name in widths:
+        return {
+            prefix + "input_blocks.0.0.weight": (320, 4, 3, 3),
+            prefix + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, widths[name]),
+        }
+    if name.startswith("flux"):
+        guided = {"guidance_in.in_layer.weight": (3072, 256)} if name == "flux-dev" else {}
+        return {"double_blocks.0.img_attn.qkv.weight": (9216, 3072), **guided}
+    width = 2432 if name == "sd35-large" else 1536
+    dual = {"joint_blocks.0.x_block.attn2.qkv.weight": (4608, 1536)} if name == "sd35-medium" else {}
+    return {prefix + "joint_blocks.0.x_block.attn.qkv.weight": (3 * width, width)} | {prefix + k: v for k, v in dual.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_single_files_are_known_by_their_shapes(name):
+    assert detect(true_shapes(name)) == name
+
+
+def test_inpainting_and_the_refiner_are_refused():
+    with pytest.raises(ValueError, match="9 channels"):
+        detect({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)})
+    with pytest.raises(ValueError, match="width 1280"):
+        detect({"input_blocks.0.0.weight": (384, 4, 3, 3), "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280)})
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [("SD15", SD15_UNET), ("SDXL", SDXL_UNET)],
+)
+def test_original_names_of_the_true_unets_are_all_known(name, modules):
+    """diffusers' converter and our names agree on every module of the published UNets (shapes alone, no memory)."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**modules)
+    original = original_unet_names(unet)
+    converted = convert_ldm_unet_checkpoint({f"model.diffusion_model.{k}": k for k in original}, dict(unet.config))
+    assert {value: key for key, value in converted.items()} == original
+    assert set(converted) == set(unet.state_dict())
+
+
+def original_unet_names(unet):
+    """The original name of every weight of a UNet: all names such a UNet may have, by what `canonical` calls them."""
+    wanted = set(unet.state_dict())
+    residual = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+    block = [f"attn{i}.{end}" for i in (1, 2) for end in ("to_q", "to_k", "to_v", "to_out.0")]
+    block += ["ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"]
+    attention = ["norm", "proj_in", "proj_out", *(f"transformer_blocks.{i}.{part}" for i in range(10) for part in block)]
+    modules = ["input_blocks.0.0", "out.0", "out.2", "time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2"]
+    modules += [f"middle_block.{k}.{r}" for k in (0, 2) for r in residual] + [f"middle_block.1.{a}" for a in attention]
+    levels = len(unet.config.block_out_channels)
+    for k in range(3 * levels):
+        block = [f"{k}.0.{r}" for r in residual] + [f"{k}.1.{a}" for a in attention]
+        modules += [f"output_blocks.{b}" for b in block]
+        modules += [f"input_blocks.{k}.0.op"] if k % 3 == 0 else [f"input_blocks.{b}" for b in block]
+        if k % 3 == 2:  # the upsampler comes last: third after attention, else second
+            modules.append(f"output_blocks.{k}.{2 if unet.config.up_block_types[k // 3].startswith('Cross') else 1}.conv")
+    pairs = [(module, part) for module in modules for part in canonical(module, 1)]
+    return {f"{m}.{end}": f"{part}.{end}" for m, part in pairs for end in ("weight", "bias") if f"{part}.{end}" in wanted}
+
+
+def original_layout(policy):
+    """A tiny SD1.5-class policy's weights under the names of the original checkpoints."""
+    unet = policy.network.state_dict()
+    tensors = {f"model.diffusion_model.{a}": unet[b] for a, b in original_unet_names(policy.network).items()}
+    vae_names = {"mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out", "mid_block.attentions.0.group_norm": "mid.attn_1.norm"}
+    vae_names |= {f"mid_block.attentions.0.to_{c}": f"mid.attn_1.{c}" for c in "qkv"}
+    vae_names |= {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "conv_norm_out": "norm_out"}
+    for i in range(4):
+        vae_names |= {f"down_blocks.{i}.resnets": f"down.{i}.block", f"down_blocks.{i}.downsamplers.0": f"down.{i}.downsample"}
+        vae_names |= {f"up_blocks.{i}.resnets": f"up.{3 - i}.block", f"up_blocks.{i}.upsamplers.0": f"up.{3 - i}.upsample"}
+    for key, value in policy.vae.state_dict().items():
+        side, _, rest = key.partition(".")
+        old = next((o for o in vae_names if rest.startswith(o + ".")), None)
+        renamed = rest.replace(old, vae_names[old], 1) if old else rest
+        if side.endswith("quant_conv"):
+            side, renamed = side, rest
+        if ".attn_1." in f".{renamed}" and value.ndim == 2:
+            value = value[:, :, None, None]  # the original's attention is 1×1 convolutions
+        tensors[f"first_stage_model.{side}.{renamed.replace('conv_shortcut', 'nin_shortcut')}"] = value
+    text = policy.text_encoder.state_dict()
+    tensors |= {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
+    return {k: v.contiguous().clone() for k, v in tensors.items()}
+
+
+def tiny_sd15_family():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32}
+    unet = {**SD15_UNET, "sample_size": 8, "block_out_channels": [32, 64], "cross_attention_dim": 32, "attention_head_dim": 2}
+    unet |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    configs = {"unet": unet, "vae": {**VAE, "block_out_channels": [32] * 4}, "text_encoder": {**CLIP_L, **sizes}}
+    family = FAMILIES["sd15"]
+    return replace(family, parts={name: (kind, configs[name]) for name, (kind, _) in family.parts.items()})
+
+
+def test_a_single_file_is_the_folder_it_was_made_of(tmp_path):
+    """Save in the original layout, load: every weight where it was, the same tokens, the same x0 and pixels."""
+    import diffusers
+    import transformers
+
+    family = tiny_sd15_family()
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(**family.parts["unet"][1])
+    vae = diffusers.AutoencoderKL(**family.parts["vae"][1])
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**family.parts["text_encoder"][1])).eval()
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=clip_tokenizer(tmp_path / "words"),
+        scheduler=diffusers.DDPMScheduler(**family.scheduler[1]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    policy = POLICIES[family.pipeline](pipeline)
+    tensors = original_layout(policy)
+    save_file(tensors, tmp_path / "one.safetensors")
+    loaded, kind = single_file_pipeline(tmp_path / "one.safetensors", torch.float32, family)
+    again = kind(loaded)
+    for part in ("unet", "vae", "text_encoder"):
+        before, after = (getattr(p.pipeline, part).state_dict() for p in (policy, again))
+        assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before), part
+    assert torch.equal(outputs(policy), outputs(again))
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(policy.decode(latents), again.decode(latents))
+    assert again.prediction_type == "epsilon"
+    save_file({**tensors, "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
+    assert kind(single_file_pipeline(tmp_path / "v.safetensors", torch.float32, family)[0]).prediction_type == "v_prediction"
+    bare = {k: v for k, v in tensors.items() if k.startswith("model.")}
+    save_file(bare, tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match="holds no vae: name a diffusers folder"):
+        single_file_pipeline(tmp_path / "unet.safetensors", torch.float32, family)
+    pipeline.save_pretrained(tmp_path / "folder")
+    whole, _ = single_file_pipeline(tmp_path / "unet.safetensors", torch.float32, family, parts=tmp_path / "folder")
+    assert torch.equal(outputs(kind(whole)), outputs(policy))
+
+
+def test_a_flux_file_without_t5s_tokenizer_says_what_to_do(tmp_path, family_folder):
+    shapes = true_shapes("flux-schnell")
+    save_file({k: torch.zeros(s, dtype=torch.uint8) for k, s in shapes.items()}, tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match="holds no vae"):
+        load_policy(tmp_path / "flux.safetensors")
+    parts = tmp_path / "parts"
+    shutil.copytree(family_folder("flux-schnell"), parts)
+    shutil.rmtree(parts / "tokenizer_2")
+    with pytest.raises(ValueError, match="needs T5's tokenizer"):
+        load_policy(tmp_path / "flux.safetensors", parts=parts)

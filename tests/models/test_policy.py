@@ -1,0 +1,159 @@
+"""The UNet policy against diffusers' own pipeline arithmetic, and its adapter's manners."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+from trainer.generate import Generation, generate, generate_base
+from trainer.models.unet import UNetPolicy
+from trainer.objectives import ImageReFL
+from trainer.policy import Batch, Lora
+from trainer.rng import Rng
+
+PROMPTS = ["a red star", "a blue ring, blurred"]
+
+
+def randomise_adapter(policy, scale=0.05):
+    rng = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.copy_(scale * torch.randn(p.shape, generator=rng))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_denoiser_equals_diffusers_prediction_of_the_clean_latent(pipeline_folder, guidance_scale, prediction):
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction)
+    policy = UNetPolicy(pipeline)
+    x_vp, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 401
+    cond, uncond = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    with torch.no_grad():
+        of_cond, of_uncond = (pipeline.unet(x_vp, t, encoder_hidden_states=c).sample for c in (cond, uncond))
+        output = of_uncond + guidance_scale * (of_cond - of_uncond)
+        expected = pipeline.scheduler.step(output, t, x_vp).pred_original_sample
+        sigma = policy._table[t].float()
+        ours = policy.denoiser(PROMPTS, guidance_scale=guidance_scale)(x_vp * (1 + sigma.square()).sqrt(), sigma.expand(2))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_combined_generation_ends_where_the_diffusers_pipeline_ends(pipeline_folder, policy):
+    """The whole path: prompts, start noise, guidance, ancestral steps, decoding."""
+    settings = Generation(steps=6, guidance_scale=3.0, seed=5)
+    ours = generate_base(policy, PROMPTS, settings)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    rng = Rng(5, 0, (0, 1))
+    noises = [rng.normal(f"step {i}", (4, 8, 8)) for i in range(5)]
+
+    class Replay(DDPMScheduler):
+        def step(self, output, t, x, **_):
+            i = int((self.timesteps == t).nonzero()[0, 0])
+            mean = super().step(output, t, x, generator=torch.Generator().manual_seed(0)).prev_sample
+            if i == 5:
+                return (mean,)
+            drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+            return (mean + self._get_variance(t) ** 0.5 * (noises[i] - drawn),)
+
+    pipeline.scheduler = Replay.from_config(pipeline.scheduler.config)
+    theirs = pipeline(
+        PROMPTS, num_inference_steps=6, guidance_scale=3.0, latents=rng.normal("start", (4, 8, 8)), output_type="pt", height=64, width=64
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+
+
+def test_timesteps_are_exact_on_the_table_and_monotone_between(policy):
+    assert torch.equal(policy.timestep(policy._table.float()), torch.arange(1000.0))
+    between = (policy._table[10:12].log().mean()).exp()[None]
+    assert 10 < float(policy.timestep(between)) < 11
+
+
+def test_reference_is_the_base_model_and_denoiser_the_tuned(pipeline_folder, policy):
+    base = UNetPolicy.load(pipeline_folder)
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([2.0, 0.5])
+    policy.add_lora(Lora(rank=4, alpha=8.0))
+    with torch.no_grad():
+        before = base.denoiser(PROMPTS)(x, sigma)
+        assert torch.equal(policy.denoiser(PROMPTS)(x, sigma), before)  # the adapter starts as the identity
+        randomise_adapter(policy)
+        assert torch.equal(policy.denoiser(PROMPTS, adapter="base")(x, sigma), before)
+        assert not torch.allclose(policy.denoiser(PROMPTS)(x, sigma), before)
+
+
+def test_toggling_the_adapter_restores_what_is_trained(policy):
+    policy.add_lora(Lora(rank=2, alpha=2.0))
+    trained = {name for name, p in policy.unet.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in policy.named_parameters()}
+    x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([1.0])
+    policy.denoiser(["a star"], adapter="base")(x, sigma)
+    assert {name for name, p in policy.unet.named_parameters() if p.requires_grad} == trained
+    policy.denoiser(["a star"])(x, sigma).sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
+    for p in policy.parameters():
+        p.requires_grad_(False)
+    policy.denoiser(["a star"], adapter="base")(x, sigma)
+    assert not any(p.requires_grad for p in policy.parameters())
+
+
+def image_batch(policy, n=4):
+    latents = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    return Batch(tuple(f"a red star {i}" for i in range(n)), Rng(0, 0, tuple(range(n))), 0, latents)
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+brightness.differentiable = True
+OBJECTIVE = ImageReFL(steps=10, grad_from=7, grad_to=9, start_from=7, start_to=7, refl_share=0.0, diffusion_weight=0.1, kl_weight=0.1)
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_gradient(policy):
+    policy.add_lora(Lora(rank=4, alpha=4.0))
+    randomise_adapter(policy)
+    gradients = []
+    for on in (False, True):
+        policy.checkpoint_gradients(denoiser=on, decoder=on)
+        for p in policy.parameters():
+            p.grad = None
+        OBJECTIVE(policy, image_batch(policy), brightness)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert float(gradients[0].norm()) > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_switch_sweep_shares_noise_and_meets_both_ends(policy, pipeline_folder):
+    """k = T is base-only sampling and k = 0 tuned-only, bit for bit; a sweep equals single runs."""
+    base = UNetPolicy.load(pipeline_folder)
+    policy.add_lora(Lora(rank=4, alpha=4.0))
+    randomise_adapter(policy)
+    settings = Generation(steps=5, guidance_scale=2.0, seed=1)
+    swept = generate(policy, {"t": policy}, PROMPTS, [0, 3, 5], settings)
+    assert torch.equal(swept["t", 5], generate_base(base, PROMPTS, settings))
+    assert torch.equal(swept["t", 3], generate(policy, {"t": policy}, PROMPTS, [3], settings)["t", 3])
+    tuned_only = generate_base_with(policy, settings)
+    assert torch.equal(swept["t", 0], tuned_only)
+    assert not torch.equal(swept["t", 0], swept["t", 5])
+
+
+def generate_base_with(policy, settings):
+    """Tuned-only sampling written out: the adapter on, no switch anywhere."""
+    from trainer.sampling import State, rollout
+
+    rng = Rng(settings.seed, 0, (0, 1))
+    with torch.no_grad():
+        start = State(policy.start(rng.normal("start", (4, 8, 8)), settings.steps))
+        denoiser = policy.denoiser(PROMPTS, guidance_scale=settings.tuned_guidance_scale)
+        end = rollout(start, settings.steps, denoiser, policy.sigmas(settings.steps), lambda i: rng.normal(f"step {i}", (4, 8, 8)))
+        return policy.decode(end.x)
+
+
+def test_each_prompt_is_encoded_once(policy):
+    calls = []
+    policy.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    policy.embed(["a star", "a ring", "a star"])
+    policy.embed(["a ring", "a star"])
+    assert len(calls) == 2

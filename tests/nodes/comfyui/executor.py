@@ -1,0 +1,96 @@
+"""Run inside a ComfyUI: the embedded model's workflows through validation and PromptExecutor, with caching and a failure.
+
+Usage: executor.py COMFYUI PACK. Prints one JSON line.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import embedded  # first: it puts ComfyUI on the path
+import execution
+import folder_paths
+import torch
+
+import nodes as stock
+
+for name in ("output", "temp", "input"):
+    Path(name).mkdir()
+    getattr(folder_paths, f"set_{name}_directory")(str(Path(name).resolve()))
+for name in ("checkpoints", "loras"):
+    Path(name).mkdir()
+    folder_paths.add_model_folder_path(name, str(Path(name).resolve()))
+from workflows import api_form, changed
+
+results = {}
+
+
+class Server:
+    """What PromptExecutor wants of a server."""
+
+    client_id = last_node_id = last_prompt_id = None
+
+    def __init__(self):
+        self.sockets_metadata, self.sent = {}, []
+
+    def send_sync(self, event, data, sid=None):
+        self.sent.append((event, data))
+
+
+def plain_sample():
+    demo = embedded.ours("nodes.demo")
+    with torch.inference_mode():
+        return embedded.digest(embedded.plain_sample(demo.load_model(), demo.load_clip()))
+
+
+async def main():
+    await stock.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
+    before = set(sys.modules)
+    await stock.load_custom_node(embedded.pack)
+    results["modules that the pack brings"] = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+    results["plain sample in a fresh process"] = plain_sample()
+    described = {name: {"input": kind.INPUT_TYPES()} for name, kind in stock.NODE_CLASS_MAPPINGS.items()}
+    server = Server()
+    executor = execution.PromptExecutor(server)
+
+    async def run(name, prompt):
+        validity = await execution.validate_prompt(name, prompt, None)
+        assert validity[0], validity[1:]
+        assert not validity[3], validity[3]  # an invalid output would be dropped, and the rest run
+        await executor.execute_async(prompt, name, {"client_id": "a browser"}, validity[2])
+        return executor.success
+
+    async def problems(name, prompt):
+        """Whether a prompt is valid, and the kinds of errors of its nodes."""
+        validity = await execution.validate_prompt(name, prompt, None)
+        return validity[0], {error["type"] for node in validity[3].values() for error in node["errors"]}
+
+    prompts = {}
+    for path in sorted((Path(embedded.pack) / "workflows").glob("*.json")):
+        prompts[path.stem] = api_form(json.loads(path.read_text("utf-8")), described)
+    stable = {name: prompt for name, prompt in prompts.items() if not name.startswith("demo-")}
+    results["refused without their files"] = all(["value_not_in_list" in (await problems(*item))[1] for item in stable.items()])
+    for prompt in stable.values():
+        for node in prompt.values():
+            for folder, key in (("checkpoints", "ckpt_name"), ("loras", "lora_name"), ("input", "image")):
+                if isinstance(node["inputs"].get(key), str):
+                    Path(folder, node["inputs"][key]).write_bytes(b"")
+    results["valid with their files"] = [name for name, prompt in stable.items() if await problems(name, prompt) == (True, set())]
+    combined = changed(prompts["demo-combined-generation"], "EmptyLatentImage", batch_size=1)
+    results["combined"] = await run("combined", combined)
+    first = len([1 for event, _ in server.sent if event == "executing"])
+    results["again"] = await run("again", combined)
+    cached = [data["nodes"] for event, data in server.sent if event == "execution_cached"][-1]
+    results["everything cached"] = set(cached) >= {i for i, node in combined.items() if node["class_type"] != "SaveImage"} and first > 5
+    results["demo-score-and-pick-best"] = await run("best", changed(prompts["demo-score-and-pick-best"], "KSampler", steps=2))
+    sweep = changed(prompts["demo-trade-off-sweep"], "ImageReFLSweep", steps=4, seeds=2, switches="0, 2, 4")
+    results["demo-trade-off-sweep"] = await run("sweep", sweep)
+    wrong = changed(combined, "ImageReFLCombinedKSampler", mode="step", switch_at=99.0)
+    results["a wrong k fails"] = not await run("wrong", wrong)
+    results["says why"] = next(data for event, data in executor.status_messages if event == "execution_error")["exception_message"].strip()
+    results["and the next runs"] = await run("next", combined)
+
+
+asyncio.run(main())
+print(json.dumps(results))

@@ -1,0 +1,106 @@
+"""Small random models that ComfyUI's stock loaders take for Stable Diffusion 1.5 and 3."""
+
+import comfy.cldm.cldm
+import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.ops
+import comfy.sd
+import comfy.taesd.taesd
+import embedded  # first: it puts ComfyUI on the path
+import torch
+
+SD15 = {
+    "image_size": 32, "in_channels": 4, "model_channels": 320, "num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [1],
+    "num_heads": 8, "num_head_channels": -1, "use_spatial_transformer": True, "context_dim": 768, "use_linear_in_transformer": False,
+    "legacy": False, "adm_in_channels": None,
+}  # fmt: skip
+
+OUTER = {"transformer_depth_output": [0, 0], "transformer_depth_middle": -1}  # the parts that a ControlNet lacks
+
+
+def _random(module, seed):
+    """Weights small enough for finite pictures; norms start as the identity."""
+    rng = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, value in module.state_dict().items():
+        if value.ndim > 1:
+            state[name] = torch.randn(value.shape, generator=rng) / value[0].numel() ** 0.5
+        else:
+            state[name] = torch.ones_like(value) if "norm" in name and name.endswith("weight") else torch.zeros_like(value)
+    return state
+
+
+def unet_state(seed):
+    """An SD1.5-class UNet of one level, 16 M parameters."""
+    kind = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
+    config = {**SD15, "out_channels": 4, **OUTER}
+    state = _random(kind(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init), seed)
+    # ComfyUI fills these group norms by name only
+    return {n: torch.ones_like(v) if v.ndim == 1 and _scales(n, state) else v for n, v in state.items()}
+
+
+def _scales(name, state):
+    """Whether a vector multiplies: the weight of a norm, which has no matrix of that name."""
+    return name.endswith(".weight") and state[name].ndim == 1
+
+
+def sd15(seed):
+    """MODEL, as the stock loader makes it."""
+    return comfy.sd.load_diffusion_model_state_dict(unet_state(seed))
+
+
+def control_net(seed):
+    """A ControlNet for that UNet: its last, zero-initialised convolutions are random here, so that it has an effect."""
+    config = {**SD15, "hint_channels": 3, "transformer_depth_middle": -1}
+    network = comfy.cldm.cldm.ControlNet(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    state = _random(network, seed)
+    network.load_state_dict({n: torch.ones_like(v) if v.ndim == 1 and _scales(n, state) else 0.2 * v for n, v in state.items()})
+    return comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
+
+
+def sd3(seed):
+    """A flow MODEL of the SD3 class, 2 M parameters."""
+    kind = comfy.ldm.modules.diffusionmodules.mmdit.MMDiT
+    embedder = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}}
+    network = kind(
+        input_size=None, patch_size=2, in_channels=16, depth=2, adm_in_channels=2048, context_embedder_config=embedder, num_patches=1024,
+        pos_embed_max_size=32, pos_embed_scaling_factor=None, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    return comfy.sd.load_diffusion_model_state_dict(_random(network, seed))
+
+
+def random_lora(model, seed, targets):
+    """A LoRA of a model as our trainer writes it, with weights that matter."""
+    policy = embedded.ours("nodes.policy").ComfyPolicy(model, None, None, (4, 8, 8), gradient_vae=object())
+    with torch.inference_mode(False), torch.no_grad():
+        policy.add_lora(embedded.ours("trainer.policy").Lora(rank=4, alpha=4.0, targets=targets), seed)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + len(name))))
+    return embedded.ours("trainer.lora.file").lora_tensors(policy)
+
+
+def write_checkpoint(path, seed):
+    """A whole SD1.5-class checkpoint that CheckpointLoaderSimple takes: tiny UNet, TAESD, CLIP-L of the real size."""
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    )
+    parts = {
+        "model.diffusion_model.": unet_state(seed),
+        "first_stage_model.": _random(comfy.taesd.taesd.TAESD(latent_channels=4), seed) | {"vae_scale": torch.ones(1)},
+        "cond_stage_model.transformer.": {n if n.startswith("text_model") else f"text_model.{n}": v for n, v in text.state_dict().items()},
+    }
+    halved = {prefix: [(n, v.half() if "stage_model" in prefix else v) for n, v in state.items()] for prefix, state in parts.items()}
+    save_file({prefix + n: v.contiguous() for prefix, state in halved.items() for n, v in state}, path)
+
+
+if __name__ == "__main__":  # tiny.py COMFYUI PACK CHECKPOINT LORA
+    from safetensors.torch import save_file
+
+    checkpoint, lora = embedded.arguments
+    write_checkpoint(checkpoint, 1)
+    save_file(random_lora(sd15(1), 2, ("to_q", "to_k", "to_v", "to_out.0")), lora)

@@ -1,0 +1,329 @@
+"""The embedded model and our LoRAs inside a real ComfyUI, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.lora.file import save_delta, save_lora
+from trainer.models.unet import UNetPolicy
+from trainer.policy import Lora
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def find_comfyui():
+    for place in (os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, Path.home() / "comfy" / "ComfyUI"):
+        if place and (Path(place) / "comfy" / "sd.py").is_file():
+            return Path(place)
+    return None
+
+
+comfyui = pytest.mark.skipif(find_comfyui() is None, reason="skipped: no ComfyUI (set COMFYUI_PATH)")
+PLACES = [place for place in (find_comfyui(), os.environ.get("COMFYUI_OLD_PATH")) if place]
+
+
+@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
+def place(request):
+    """The ComfyUI found and, where COMFYUI_OLD_PATH names another, that one too."""
+    return request.param
+
+
+def run_inside(place, script, *arguments, cwd):
+    """Run a script with ComfyUI first on the path, away from our own `nodes` folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if "\nimport torchaudio" in Path(place, "comfy_api", "latest", "_ui.py").read_text("utf-8") and not find_spec("torchaudio"):
+        # 0.3.48 does not start without it, and uses it for sound alone: an empty package serves
+        package = Path(cwd) / "absent" / "torchaudio"
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").touch()
+        environment["PYTHONPATH"] = str(package.parent)
+    command = [sys.executable, ROOT / "tests" / "nodes" / "comfyui" / script, place, ROOT, *arguments]
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def random_lora(pipeline_folder, path, seed, **settings):
+    policy = UNetPolicy.load(pipeline_folder)
+    policy.add_lora(Lora(rank=4, alpha=8.0, **settings))
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.copy_(0.05 * torch.randn(p.shape, generator=rng))
+    save_lora(policy, path, {})
+    return path
+
+
+@comfyui
+@pytest.mark.slow
+def test_comfyuis_own_classes_give_diffusers_outputs_and_load_every_lora_key(place, pipeline_folder, tmp_path):
+    lora = random_lora(pipeline_folder, tmp_path / "a.safetensors", 7, targets=("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"))
+    errors = run_inside(place, "same_model.py", pipeline_folder, lora, cwd=tmp_path)
+    assert errors["unmatched"] == 0
+    assert max(errors["denoised"], errors["decoded"], errors["text"]) < 1e-4
+    assert errors["tuned"] < 1e-3 * errors["effect"] and errors["effect"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def exactness(place, pipeline_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exactness")
+    loras = [random_lora(pipeline_folder, folder / f"{seed}.safetensors", seed) for seed in (7, 8)]
+    return run_inside(place, "exactness.py", pipeline_folder, *loras, cwd=folder)
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["shared", "two", "styled"])
+def test_combined_sampling_equals_two_separate_models(exactness, mode):
+    """One set of weights with gated patches, two resident models, and a style LoRA below the reward LoRA."""
+    assert exactness[mode] and max(exactness[mode].values()) <= 1e-5, exactness[mode]
+    assert exactness["effect"] > 0.01
+
+
+@comfyui
+@pytest.mark.slow
+def test_the_ends_are_the_stock_sampler_bit_for_bit_and_the_base_is_left_alone(exactness):
+    assert exactness["ends euler"] and exactness["ends dpmpp_2m"] and exactness["base untouched"] and exactness["denoise"]
+    assert exactness["mask"] and exactness["untouched by Cancel"] and exactness["untouched by a failure"]
+    assert exactness["auto"] and exactness["own conditioning"] and exactness["guider"]
+    assert exactness["stock sampler"] <= 1e-6 and exactness["strength"] <= 1e-5
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_queue_of_seeds_loads_the_model_once(exactness):
+    """Three runs: the second has the LoRA of the first, the third another strength."""
+    assert exactness["loads"] == [1, 0, 1] and exactness["right after each load"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_tuned_guidance_of_one_skips_the_negative(exactness):
+    """Two images: base steps evaluate positive and negative, tuned steps the positive alone."""
+    assert exactness["evaluations"] == [4] * 5 + [2] * 3
+
+
+@comfyui
+@pytest.mark.slow
+def test_impossible_switches_are_refused_with_a_reason(exactness):
+    expected = {
+        "beyond": "lies outside the 8 steps",
+        "beyond, stock sampler": "lies outside the 8 steps",
+        "equal": "the tuned model equals the base",
+        "zero weights": "changes nothing",
+        "zero strength": "changes nothing",
+        "not in a module": "which ComfyUI cannot change while it samples",
+        "switch as base": "the base model is a switch already",
+        "switch as tuned": "the tuned model is a switch already",
+        "attention patches": "different attention patches",
+        "empty": "an empty latent batch",
+        "auto": "load one trained by ImageReFL with Load Reward LoRA",
+        "reversed": "the base has a LoRA that the tuned model lacks",
+        "not finite": "not finite",
+        "flow": "one of base and tuned model is a flow model",
+    }
+    assert exactness["refused"].keys() == expected.keys()
+    for name, message in expected.items():
+        assert message in exactness["refused"][name], (name, exactness["refused"])
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_switch(place, pipeline_folder, tmp_path):
+    """Every weight and bias of the UNet differs; base first and tuned after equals two separate models."""
+    policy = UNetPolicy.load(pipeline_folder)
+    policy.tune_whole()
+    rng = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=rng))
+    save_delta(policy, tmp_path / "delta.safetensors", {"switch_sigma": 1.5}, None, torch.float32)
+    told = run_inside(place, "delta.py", pipeline_folder, tmp_path / "delta.safetensors", cwd=tmp_path)
+    assert told["patched"] and told["unmatched"] == 0 and told["switch"] == 1.5
+    assert told["denoised"] <= 1e-5 and told["effect"] > 0.01, told
+    assert max(told["combined"], told["combined, stock loader"]) <= 1e-5 and told["effect on samples"] > 0.01, told
+    assert "changes nothing" in told["refused"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
+    assert len(exactness["registered"]) == 26, exactness["registered"]
+    assert exactness["described"]
+    assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
+
+
+@comfyui
+@pytest.mark.slow
+def test_one_step_in_a_graph_has_the_headless_gradient(place, pipeline_folder, tmp_path):
+    errors = run_inside(place, "gradient.py", pipeline_folder, cwd=tmp_path)
+    assert errors["modules"] > 50 and errors["latents"] < 1e-4
+    assert all(errors[name] < 1e-3 for name in ("refl", "guided", "imagerefl", "draft-k", "srpo", "sqdf")), errors
+
+
+@pytest.fixture(scope="module")
+def graph(place, tmp_path_factory):
+    return run_inside(place, "graph.py", cwd=tmp_path_factory.mktemp("graph"))
+
+
+@comfyui
+@pytest.mark.slow
+def test_reward_nodes_score_combine_pick_and_save(graph):
+    claims = ["z is raw on the stored scale", "a prompt per image", "combined", "gold has no gradient", "best first, ties in order"]
+    for claim in [*claims, "matching latents", "matching images", "score in the file"]:
+        assert graph[claim] is True, claim
+
+
+@comfyui
+@pytest.mark.slow
+def test_training_in_a_graph_shows_progress_and_gives_a_lora_that_every_loader_takes(graph):
+    assert graph["progress"][:5] == [0, 1, 2, 3, 4] and graph["previews"] == 3
+    assert graph["losses"] == 4 and graph["curves"][0] == 1 and graph["preview"] == [8, 64, 64, 3] and "4 steps" in graph["report"]
+    assert graph["file equals MODEL"] and graph["LoRA has an effect"] and graph["unmatched"] == 0
+    assert graph["ReFL without images or clip"] == 4
+
+
+@comfyui
+@pytest.mark.slow
+def test_cancel_saves_within_a_step_and_resuming_equals_an_uninterrupted_run(graph):
+    assert graph["cancelled after"] == 2 and set(graph["resumable"]) == {"cut", "whole"}
+    assert graph["resumed equals uninterrupted"] and graph["resumed losses"] == 4
+    kinds = ["BlackBoxSQDF", "DRTune", "DRaFTLV", "SQDF", "SRPO"]
+    assert graph["only finished or cancelled runs on disk"] == sorted(["broken", "cut", "refl", "whole", *kinds])
+
+
+@comfyui
+@pytest.mark.slow
+def test_every_kind_of_objective_trains_in_a_graph(graph):
+    for kind in ("DRaFTLV", "DRTune", "SRPO", "SQDF", "BlackBoxSQDF"):
+        assert graph[f"steps of {kind}"] == 2, kind
+    assert graph["base untouched by every objective"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_training_cancel_and_failures_leave_the_host_as_it_was(graph):
+    assert graph["base untouched"] and graph["base untouched by Cancel"] and graph["base untouched by failures"]
+    assert graph["nothing left on the host"] and graph["nothing left on the host by failures"]
+    assert graph["a model is known while a LoRA is loaded on a clone"] and graph["and the LoRA was loaded"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_judging_nodes_agree_with_the_stock_sampler_and_with_themselves(graph):
+    assert graph["sweep"] == [[1, 196, 196, 3], [1, 400, 600, 3], [9, 64, 64, 3]]
+    assert graph["sweep's k = T against the stock sampler"] < 1e-4
+    assert abs(graph["diversity of equal images"]) < 1e-6 and max(map(abs, graph["distance to itself"])) < 0.01
+
+
+@comfyui
+@pytest.mark.slow
+def test_bad_input_in_a_graph_gets_a_sentence(graph):
+    expected = {
+        "prompts ≠ images": "2 prompts for 3 images",
+        "empty batch": "an empty image batch",
+        "not finite": "not finite",
+        "missing reward": "unknown reward 'no-such'",
+        "missing weights": "rewards download hpsv2.1",
+        "no gradient": "has no gradient",
+        "no images": "connect some",
+        "zero images": "an empty image batch",
+        "one image": "two",
+        "LoRA without effect": "changes nothing",
+        "broken reward": "the reward broke",
+        "captions ≠ images": "2 prompts for 8 images",
+        "no prompt": "write one per line",
+        "no clip": "connect a clip",
+        "no such module": "nothing to train",
+        "changed settings": "another lr",
+        "below the threshold": "the best score is 2",
+        "switches beyond": "from 0 to 6",
+        "broken LoRA": "no readable safetensors",
+    }
+    assert graph["refused"].keys() == expected.keys()
+    for name, message in expected.items():
+        assert message in graph["refused"][name], (name, graph["refused"][name])
+
+
+@pytest.fixture(scope="module")
+def families(place, tmp_path_factory):
+    return run_inside(place, "families.py", cwd=tmp_path_factory.mktemp("families"))
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sd3", "control"])
+def test_combined_sampling_is_exact_on_stock_loaded_families_and_with_a_controlnet(families, family):
+    """A 16 M UNet of the SD1.5 class, a 2 M flow transformer of the SD3 class; both weight-sharing modes."""
+    assert families[family] and families[f"{family}, unmatched"] == 0
+    assert max([*families[family].values(), *families[f"{family}, two"].values()]) <= 1e-5, families
+    assert all(families[f"{family}, ends"]) and families[f"{family}, effect"] > 0.01 and families["control matters"] > 0.01
+
+
+@comfyui
+@pytest.mark.slow
+def test_models_of_other_families_are_refused_with_a_reason(families):
+    assert "different latent formats (SD15, SD3)" in families["refused"]["SD3"]
+    assert "different families: context_dim is 768 and 128" in families["refused"]["embedded"]
+
+
+@pytest.fixture(scope="module")
+def executor(place, tmp_path_factory):
+    return run_inside(place, "executor.py", cwd=tmp_path_factory.mktemp("executor"))
+
+
+@comfyui
+@pytest.mark.slow
+def test_workflows_run_through_the_executor_and_a_failure_leaves_it_well(executor):
+    for name in ("combined", "again", "everything cached", "demo-score-and-pick-best", "demo-trade-off-sweep"):
+        assert executor[name] is True, (name, executor)
+    assert executor["a wrong k fails"] and "lies outside the 20 steps" in executor["says why"] and executor["and the next runs"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_workflows_for_stable_diffusion_are_valid_once_their_files_are_there(executor):
+    assert executor["refused without their files"]
+    assert executor["valid with their files"] == [
+        "sd15-combined-lora",
+        "sd15-train-imagerefl",
+        "sd15-two-checkpoints",
+        "sdxl-combined-lora",
+    ]
+
+
+@comfyui
+@pytest.mark.slow
+def test_after_cancel_and_failures_the_stock_sampler_is_bit_identical_to_a_fresh_process(graph, executor):
+    assert graph["plain sample after all"] == executor["plain sample in a fresh process"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_loading_the_pack_imports_nothing_heavy(executor):
+    """What ComfyUI imports anyway costs nothing more; the rest is imported where it is used."""
+    heavy = {"accelerate", "diffusers", "jinja2", "lpips", "matplotlib", "open_clip", "pandas", "peft", "scipy", "sklearn", "timm"}
+    heavy |= {"torch_fidelity", "torchmetrics", "torchvision", "tqdm", "transformers", "wandb"}
+    assert executor["modules that the pack brings"] and not heavy & set(executor["modules that the pack brings"])
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hundred_prompts(place, tmp_path):
+    told = run_inside(place, "live.py", cwd=tmp_path)
+    for claim in ("every workflow is a template", "help page", "progress", "previews", "lora saved by the stock node"):
+        assert told[claim] is True, (claim, told)
+    for name in ("combined", "demo-two-checkpoints", "demo-score-and-pick-best", "demo-train-imagerefl", "demo-trade-off-sweep"):
+        assert told[name] == "execution_success", (name, told)
+    assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told
+    assert told["red node"][0] == "ImageReFLCombinedKSampler" and "lies outside the 20 steps" in told["red node"][1]
+    assert told["refused before it runs"] and told["same picture after all that"], told
+    assert told["MB grown between prompt 20 and 100"] <= 30, told

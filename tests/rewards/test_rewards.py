@@ -1,0 +1,360 @@
+"""Reward models: parity with independent implementations, gradients, precision, batches; then what is built on top of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from tests.parity import clip as independent_clip
+from tests.parity import run as parity
+from tests.parity.pixels import pictures, pillow_error, pixel_batch, with_pillow
+from trainer.demo import files as demo
+from trainer.reward import Standardised
+from trainer.rewards.compressibility import JpegSize
+from trainer.rewards.decompose import Decomposed, common_direction
+from trainer.rewards.mps import MPS
+from trainer.rewards.preprocess import Fit, resize_and_crop, resize_and_pad
+from trainer.rewards.python_file import PythonReward
+from trainer.rewards.registry import REWARDS, load
+from trainer.rewards.relative import Relative
+from trainer.rewards.two_tower import TwoTower
+from trainer.rewards.weighted import Part, WeightedSum, parse_weights
+
+NAMES = list(parity.CASES)
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory):
+    """Every reward on small random weights, and its independent scorer."""
+    made = {}
+    for name, case in parity.CASES.items():
+        made[name] = parity.open_case(name, tmp_path_factory.mktemp(name), case.small)
+    return made
+
+
+def squares(n, size=224, seed=3):
+    return torch.stack(pictures([(size, size)] * n, seed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_port_agrees_with_an_independent_implementation(name, opened):
+    error, expected = parity.relative_error(*opened[name])
+    assert error < 1e-4
+    assert expected.std() > 1e-2 * expected.abs().max()  # images and prompts do move these scores
+
+
+def test_both_towers_agree_on_their_own(tmp_path):
+    """Features, not only their products: image side for square and other images, text side for short and cut prompts."""
+    model = independent_clip.transformers_clip(parity.SMALL_CLIP, 2)
+    independent_clip.write_pickscore(tmp_path, parity.SMALL_CLIP)
+    tower = load(f"pickscore@{tmp_path / 'model.safetensors'}", architecture=parity.SMALL_CLIP).reward
+    images = pictures()
+    expected = independent_clip.image_features(model, pixel_batch(images, 224))
+    torch.testing.assert_close(torch.cat([tower.image_features(i[None]) for i in images]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        tower.text_features(parity.PROMPTS), independent_clip.text_features(model, parity.PROMPTS), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_the_pixels_are_those_of_finite_differences(name, opened):
+    reward = opened[name][0]
+    image = torch.stack(pictures([(230, 250)], 5)).clamp(0.05, 0.95).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(image, ["a fox"]).sum(), image)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    direction = gradient / gradient.norm()
+    step = 0.3  # of a unit direction over 172 500 pixels: each moves by less than 0.01
+    with torch.no_grad():
+        moved = reward(torch.cat([image + step * direction, image - step * direction]), ["a fox"] * 2)
+    assert float(moved[0] - moved[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.03)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_do_not_depend_on_batch_mates(name, opened):
+    reward, images, prompts = opened[name][0], squares(4), list(parity.PROMPTS)
+    together = reward(images, prompts)
+    alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_mps_reads_only_the_words_above_its_threshold(opened):
+    reward, scorer = opened["mps"]
+    strict = MPS(reward.model, reward.cross, reward.tokenize, threshold=0.7)
+    kept = torch.stack([t.keep for t in strict._read(parity.PROMPTS)])
+    assert kept.any(1).all() and 0.05 < kept.float().mean() < 0.95
+    images = squares(4)
+    scores = strict(images, parity.PROMPTS)
+    torch.testing.assert_close(scores, scorer(list(images), parity.PROMPTS, 0.7), rtol=1e-4, atol=1e-3)
+    assert (scores - reward(images, parity.PROMPTS)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_neither_scores_nor_gradients(name, opened):
+    reward = opened[name][0]
+    results = []
+    for enabled in (False, True):
+        reward.checkpoint_gradients(enabled)
+        images = squares(2).requires_grad_()
+        scores = reward(images, ["a", "b"])
+        results.append((scores.detach(), torch.autograd.grad(scores.sum(), images)[0]))
+    reward.checkpoint_gradients(False)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_moves_scores_by_at_most_a_twentieth_of_their_spread(name, opened, tmp_path):
+    case = parity.CASES[name]
+    case.write(tmp_path, case.small)
+    assert parity.bf16_error(opened[name][0], parity.reopen(name, tmp_path, case.small, torch.bfloat16)) < 0.05
+
+
+def test_bf16_moves_trained_scores_by_little():
+    """The one reward here whose weights are trained."""
+    from trainer.demo.show import real_images
+
+    images, captions = real_images(64, 0)
+    tower, _ = demo.load_tower("proxy")
+    full = tower(images, captions)
+    tower.model.bfloat16()
+    tower._texts.clear()
+    assert (tower(images, captions) - full).abs().mean() < 0.05 * full.std()
+
+
+def test_every_distinct_prompt_is_encoded_once(opened):
+    tower = opened["hpsv2.1"][0]
+    tower._texts.clear()
+    read = []
+    whole, tower.tokenize = tower.tokenize, lambda texts: (read.extend(texts), whole(texts))[1]
+    tower(squares(3), ["a", "b", "a"])
+    tower(squares(2), ["b", "c"])
+    tower.tokenize = whole
+    assert read == ["a", "b", "c"]
+
+
+def test_a_score_made_in_inference_mode_still_trains_afterwards(opened):
+    tower = opened["clip"][0]
+    tower._texts.clear()
+    with torch.inference_mode():
+        tower(squares(1), ["a prompt first seen inside"])
+    images = squares(1).requires_grad_()
+    tower(images, ["a prompt first seen inside"]).sum().backward()
+    assert images.grad.abs().max() > 0
+
+
+def test_prompts_and_images_must_pair_up(opened):
+    for name in NAMES:
+        if name != "aesthetic":
+            with pytest.raises(ValueError, match="1 prompts for 2 images: give one prompt per image"):
+                opened[name][0](squares(2), ["a"])
+
+
+def test_a_prompt_of_ten_thousand_characters_is_cut_to_what_the_tower_reads(opened):
+    long = "word, " * 1667
+    for name in ("hpsv2.1", "mps", "imagereward"):
+        reward = opened[name][0]
+        assert reward(squares(1), [long]).isfinite().all()
+        torch.testing.assert_close(reward(squares(1), [long]), reward(squares(1), [long + " and what nobody reads"]))
+
+
+# -- preprocessing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", parity.RESIZED)
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_tensor_preprocessing_agrees_with_pillows(size, rule):
+    largest, mean = pillow_error(size, Fit(224, rule))
+    assert largest <= 2 and mean <= 0.5
+
+
+@pytest.mark.parametrize("size", [*parity.RESIZED, (300, 700), (224, 224)])
+@pytest.mark.parametrize("rule", ["crop", "pad"])
+def test_bytes_are_fitted_as_pillow_fits_them(size, rule):
+    image = (pictures([size], 1)[0] * 255).round().byte()
+    error = (Fit(224, rule).of_bytes(image).float() - with_pillow(image / 255, Fit(224, rule)) * 255).abs()
+    assert error.max() <= 1.001 and error.mean() < 0.01
+
+
+@pytest.mark.parametrize("fit", [resize_and_crop, resize_and_pad])
+@pytest.mark.parametrize("size", [(1, 1), (10, 20_000), (20_000, 10), (3, 224), (224, 224)])
+def test_every_size_becomes_a_square(fit, size):
+    made = fit(torch.full((1, 3, *size), 0.5), 224)
+    assert made.shape == (1, 3, 224, 224) and made.min() >= 0 and made.max() <= 1
+    of_bytes = fit(torch.full((1, 3, *size), 128, dtype=torch.uint8), 224)
+    assert of_bytes.dtype is torch.uint8 and of_bytes.shape == made.shape and of_bytes.max() == 128
+    if fit is resize_and_crop:
+        torch.testing.assert_close(made, torch.full_like(made, 0.5))
+
+
+def test_a_crop_of_a_very_wide_image_is_the_crop_of_all_of_it():
+    image = torch.stack(pictures([(20, 400)], 2))
+    whole = F.interpolate(image, (224, 224 * 20), mode="bicubic", antialias=True).clamp(0, 1)[..., 112 * 19 : 112 * 19 + 224]
+    torch.testing.assert_close(resize_and_crop(image, 224), whole, atol=1e-5, rtol=0)
+
+
+# -- wrappers --------------------------------------------------------------------------------------------------------
+
+
+def test_relative_reward_is_two_scores_from_one_reading_of_the_image(opened):
+    tower = opened["hpsv2.1"][0]
+    images, prompts = squares(3), ["a fox", "two cats", "a fox"]
+    relative = Relative(tower, "Realistic photo. ", "CG Render. ", kappa=0.25)
+    plus = tower(images, ["Realistic photo. " + p for p in prompts])
+    minus = tower(images, ["CG Render. " + p for p in prompts])
+    calls = []
+    hook = tower.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(relative(images, prompts), 1.25 * plus - minus)
+    hook.remove()
+    assert len(calls) == 1
+    torch.testing.assert_close(tower.scores(images, prompts, ["", "x "])[:, 0], tower(images, prompts))
+
+
+def test_decomposition_adds_up_and_omega_zero_forgets_the_common_direction(opened):
+    tower = opened["pickscore"][0]
+    images, prompts = squares(3), ["a fox", "two cats", "snow"]
+    common = common_direction(tower, [*prompts, "a fox", "a castle"])
+    expected = torch.stack([tower.text_features([p])[0] for p in [*prompts, "a castle"]]).mean(0)
+    torch.testing.assert_close(common, expected / expected.norm())
+    relevant, irrelevant = Decomposed(tower, common).parts(images, prompts)
+    torch.testing.assert_close(relevant + irrelevant, tower(images, prompts))
+    torch.testing.assert_close(Decomposed(tower, common, omega=1.0)(images, prompts), tower(images, prompts))
+    text = tower.text_features(prompts)
+    damped = text - 0.7 * (text @ common)[:, None] * common
+    torch.testing.assert_close(
+        Decomposed(tower, common, 0.3)(images, prompts), tower.scale * (damped * tower.image_features(images)).sum(1)
+    )
+    along = Decomposed(tower, common, omega=0.0)  # t' ⟂ m̂: an image along m̂ alone scores nothing
+    tower_like = TwoTower.__new__(TwoTower)
+    tower_like.__dict__.update(tower.__dict__)
+    tower_like.image_features = lambda x: common.expand(len(x), -1)
+    assert Decomposed(tower_like, along.common, 0.0)(images, prompts).abs().max() < 1e-4
+
+
+class Brightness:
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def test_a_weighted_sum_adds_standard_deviations():
+    images = squares(4, 8)
+    bright, size = Part("bright", Brightness(), 2.0, 0.5, 0.1), Part("size", JpegSize(1), -1.0, 1.0, 0.5)
+    total = WeightedSum([bright, size])
+    assert not total.differentiable
+    expected = 2 * (Brightness()(images, []) - 0.5) / 0.1 - (JpegSize(1)(images, [""] * 4) - 1) / 0.5
+    torch.testing.assert_close(total(images, [""] * 4), expected)
+    raw = WeightedSum([Part("bright", Brightness(), 3.0)], raw=True)
+    torch.testing.assert_close(raw(images, [""] * 4), 3 * Brightness()(images, []))
+    with pytest.raises(ValueError, match="no mean and standard deviation are known for bright: measure them with"):
+        WeightedSum([Part("bright", Brightness())])
+    assert isinstance(bright.standardised, Standardised)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parsed"),
+    [
+        ("hpsv2.1", [("hpsv2.1", 1.0)]),
+        ("hpsv2.1=1, pickscore=0.5", [("hpsv2.1", 1.0), ("pickscore", 0.5)]),
+        (["a=2", "b"], [("a", 2.0), ("b", 1.0)]),
+        ("mps@/x/k=v.safetensors", [("mps@/x/k=v.safetensors", 1.0)]),
+        ("compressibility=-1e-1", [("compressibility", -0.1)]),
+    ],
+)
+def test_weights_are_read(spec, parsed):
+    assert parse_weights(spec) == parsed
+
+
+def test_a_reward_given_twice_is_refused():
+    with pytest.raises(ValueError, match="reward a is given twice"):
+        parse_weights("a=1,a=2")
+
+
+def test_compressibility_is_the_size_of_the_jpeg():
+    noisy, flat = squares(1, 64), torch.full((1, 3, 64, 64), 0.5)
+    buffer = io.BytesIO()
+    Image.fromarray((noisy[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
+    assert float(JpegSize(1)(noisy, [""])) == pytest.approx(len(buffer.getvalue()) / 1000)
+    assert JpegSize(-1)(flat, [""]) > JpegSize(-1)(noisy, [""]) and not load("compressibility").reward.differentiable
+
+
+OWN = "import torch\n{flag}\ndef reward(images, prompts):\n    return {body}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "has no function reward"),
+        ("raise RuntimeError('no')", "fails when it is read: RuntimeError: no"),
+        (OWN.format(flag="", body="images"), r"gave \(2, 3, 8, 8\) for 2 images"),
+        (OWN.format(flag="", body="[1, 2]"), "gave list for 2 images"),
+        (OWN.format(flag="", body="images.mean((1, 2, 3)) / 0"), "not finite"),
+    ],
+)
+def test_a_faulty_reward_of_ones_own_is_said_to_be(text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path / "mine.py")).reward(squares(2, 8), ["a", "b"])
+
+
+def test_a_reward_of_ones_own_that_loses_the_gradient_is_said_to(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.format(flag="", body="images.detach().mean((1, 2, 3))"))
+    own = load(str(tmp_path / "mine.py")).reward
+    assert own(squares(1, 8), ["a"]).shape == (1,)
+    with pytest.raises(ValueError, match="no gradient reaches the pixels"):
+        own(squares(1, 8).requires_grad_(), ["a"])
+
+
+def test_a_reward_of_ones_own_scores_and_says_whether_it_has_a_gradient(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.format(flag="DIFFERENTIABLE = False", body="images.mean((1, 2, 3))"))
+    own = load(str(tmp_path / "mine.py")).reward
+    assert isinstance(own, PythonReward) and not own.differentiable
+    torch.testing.assert_close(own(squares(2, 8), ["a", "b"]), squares(2, 8).mean((1, 2, 3)))
+
+
+def test_reward_folders_load_through_the_same_door(reward_folder):
+    part = load(str(reward_folder))
+    assert (part.mean, part.std) == (0.0, 1.0) and part.reward(squares(2, 64), ["a red star", "a blue ring"]).shape == (2,)
+
+
+def test_every_name_has_a_licence_and_a_source():
+    for name, entry in REWARDS.items():
+        assert entry.licence and entry.source, name
+        assert isinstance(Path(name), Path) and all(f.repository.count("/") == 1 for f in entry.files.values())
+
+
+# -- as the commands name them ---------------------------------------------------------------------------------------
+
+
+def test_a_config_names_sums_and_rewards_of_ones_own(tmp_path):
+    from trainer.commands.main import load_reward
+
+    (tmp_path / "mine.py").write_text(OWN.format(flag="", body="images.mean((1, 2, 3))"))
+    images, prompts = squares(3, 64), ["a red star", "a blue ring", "a red star"]
+    proxy, heldout = (demo.load_reward(n)(images, prompts) for n in ("proxy", "heldout"))
+    torch.testing.assert_close(load_reward("demo-proxy", True)(images, prompts), proxy)
+    torch.testing.assert_close(load_reward("demo-proxy=1, demo-heldout=0.5", True)(images, prompts), proxy + 0.5 * heldout)
+    torch.testing.assert_close(load_reward(str(tmp_path / "mine.py"), False)(images, prompts), images.mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="rewards calibrate"):
+        load_reward(str(tmp_path / "mine.py"), True)
+
+
+def test_a_sum_recomputes_activations_in_every_part_that_can(reward_folder):
+    from trainer.commands.main import load_reward
+
+    total = load_reward(f"{reward_folder}=2, demo-proxy=1", True)
+    total.checkpoint_gradients(True)
+    assert all(p.reward.model.visual.transformer.grad_checkpointing for p in total.parts)
+
+
+def test_a_text_has_the_same_features_in_any_company():
+    """To the last bit: a resumed run meets its prompts in other batches than the run that was not stopped."""
+    prompts = ["a red star", "a ring", "three blue discs on green", "a large yellow square"]
+    together, alone = (demo.load_tower("proxy")[0] for _ in range(2))
+    expected = torch.cat([alone.text_features([prompt]) for prompt in prompts])
+    assert torch.equal(together.text_features(prompts), expected)

@@ -1,0 +1,130 @@
+"""Watching a run: the rule for the best point and for the end, and what a run does with them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from trainer.config import ConfigError
+from trainer.data.samples import Samples
+from trainer.lora.file import load_lora, read_lora
+from trainer.models.unet import UNetPolicy
+from trainer.policy import Lora
+from trainer.training.evaluation import Watch, Watcher, best_point, over_optimised
+from trainer.training.run import Run, TrainConfig
+
+
+def point(step, reward, heldout, diversity=1.0):
+    return {"step": float(step), "reward": reward, "heldout": heldout, "diversity": diversity}
+
+
+RISE_AND_FALL = [point(0, 0.0, 0.0), point(5, 0.2, 0.3), point(10, 0.4, 0.2), point(15, 0.6, 0.1)]
+
+
+def test_the_best_point_has_the_highest_held_out_reward_that_keeps_enough_diversity():
+    assert best_point(RISE_AND_FALL, 0.0)["step"] == 5
+    poor = [point(0, 0, 0, 0.4), point(5, 0, 0.3, 0.1), point(10, 0, 0.2, 0.3)]
+    assert best_point(poor, 0.5)["step"] == 10
+    assert best_point(poor, 1.0)["step"] == 0  # none keeps all of it: the point before training always does
+
+
+def test_a_run_is_over_when_the_training_reward_rises_while_the_held_out_falls():
+    assert [over_optimised(RISE_AND_FALL[:n], 0.0, 2) for n in (1, 2, 3, 4)] == [False, False, False, True]
+    assert over_optimised(RISE_AND_FALL[:3], 0.0, 1) and not over_optimised(RISE_AND_FALL, 0.0, 0)
+    both_fall = [*RISE_AND_FALL[:2], point(10, 0.1, 0.2), point(15, 0.1, 0.1)]
+    assert not over_optimised(both_fall, 0.0, 2)  # a bad stretch is no over-optimisation
+    assert not over_optimised([*RISE_AND_FALL[:3], point(15, 0.6, 0.31)], 0.0, 1)
+
+
+class Bright:
+    differentiable = True
+
+    def __call__(self, images, prompts):
+        return 10 * images.flatten(1).mean(1)
+
+
+class Dark(Bright):
+    def __call__(self, images, prompts):
+        return -super().__call__(images, prompts)
+
+
+def watched_run(pipeline_folder, folder, heldout, **more):
+    objective = {"name": "refl", "steps": 4, "grad_from": 2, "grad_to": 3}
+    watch = Watch(every=1, heldout="of the test", count=1, images=2, patience=2, guidance_scale=1.0)
+    config = TrainConfig(
+        out=str(folder), objective=objective, watch=watch, lora=Lora(4, 4.0), batch=2, lr=0.02, save_every=100, **{"steps": 8, **more}
+    )
+    policy = UNetPolicy.load(pipeline_folder)
+    watcher = Watcher(watch, policy, {"reward": Bright(), "heldout": heldout}, lambda x: x.flatten(1), ["a star"], 4, 1.0, 1)
+    run = Run(config, policy, Samples(("a star", "a ring")), Bright(), watcher=watcher)
+    return run
+
+
+def test_a_run_stops_and_keeps_the_best(pipeline_folder, tmp_path):
+    """The held-out judge dislikes exactly what is trained: the best adapter is none, and two points end the run."""
+    run = watched_run(pipeline_folder, tmp_path / "a", Dark())
+    run.open_folder(overwrite=False, resume=False)
+    assert [s.number for s in run.steps()] == [1, 2]
+    assert run.watcher.best["step"] == 0 and run.watcher.over
+    points = json.loads((tmp_path / "a" / "watch.json").read_text())
+    assert [p["step"] for p in points] == [0, 1, 2] and points[2]["reward"] > points[0]["reward"]
+    assert read_lora(tmp_path / "a" / "best.safetensors")[1]["step"] == 0 and read_lora(tmp_path / "a" / "lora.safetensors")[1]["step"] == 2
+
+
+def test_a_resumed_run_has_the_points_and_the_best_of_an_unbroken_one(pipeline_folder, tmp_path):
+    for name in ("whole", "cut"):
+        run = watched_run(pipeline_folder, tmp_path / name, Bright(), steps=3)
+        run.open_folder(overwrite=False, resume=False)
+        for step in run.steps():
+            if name == "cut" and step.number == 2:
+                run.save()
+                break
+    again = watched_run(pipeline_folder, tmp_path / "cut", Bright(), steps=3)
+    again.open_folder(overwrite=False, resume=True)
+    assert [s.number for s in again.steps()] == [3]
+    texts = [(tmp_path / n / "watch.json").read_text() for n in ("whole", "cut")]
+    assert texts[0] == texts[1]
+    loaded = []
+    for name in ("whole", "cut"):
+        policy = UNetPolicy.load(pipeline_folder)
+        load_lora(policy, tmp_path / name / "best.safetensors")
+        loaded.append([p.detach() for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*loaded))
+
+
+def test_a_budget_of_denoiser_calls_ends_a_run(pipeline_folder, tmp_path):
+    run = watched_run(pipeline_folder, tmp_path, Bright(), budget=30, steps=100)
+    run.open_folder(overwrite=False, resume=False)
+    log = [s for s in run.steps()]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["calls"] >= 30 and all(line["calls"] < 30 for line in lines[:-1]) and len(lines) == len(log)
+    # two samples: rollouts of 2 or 3 steps, one call with gradient and its backward
+    assert all(2 * (2 + 3) <= b["calls"] - a["calls"] <= 2 * (3 + 3) for a, b in itertools.pairwise(lines))
+    assert (tmp_path / "lora.safetensors").is_file()
+
+
+def test_watching_without_a_judge_is_refused(pipeline_folder, tmp_path):
+    config = TrainConfig(out=str(tmp_path), objective={"name": "refl"}, watch=Watch(every=5))
+    with pytest.raises(ConfigError, match=r"watch\.heldout"):
+        Run(config, UNetPolicy.load(pipeline_folder), Samples(("a",)), Bright())
+
+
+def test_settings_with_lists_in_them_resume(pipeline_folder, tmp_path):
+    """A tuple comes back from a checkpoint as a list; that is no other setting."""
+    objective = {"name": "srpo", "steps": 4, "sigma_low": 0.2, "sigma_high": 0.8, "positive": ("a", "b"), "negative": ["c"]}
+
+    class Towers(Bright):
+        takes_prefixes = True
+
+        def scores(self, images, prompts, prefixes):
+            return torch.stack([self(images, prompts) * len(p) for p in prefixes], 1)
+
+    config = TrainConfig(out=str(tmp_path), objective=objective, steps=1, batch=1, lora=Lora(4, 4.0))
+    runs = [Run(config, UNetPolicy.load(pipeline_folder), Samples(("a star",)), Towers()) for _ in range(2)]
+    runs[0].open_folder(overwrite=False, resume=False)
+    list(runs[0].steps())
+    runs[1].open_folder(overwrite=False, resume=True)
+    assert runs[1].step == 1

@@ -1,0 +1,126 @@
+"""Is the embedded world fit for the experiment? Measured, not assumed: python -m tools.embedded.gates OUT.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.demo import files, show, world
+from trainer.demo.architecture import Reader
+from trainer.generate import Generation, generate_base
+from trainer.metrics.diversity import within_prompt_diversity
+from trainer.models.unet import UNetPolicy
+from trainer.rng import Rng
+from trainer.sampling import State, rollout
+
+
+@torch.no_grad()
+def read_back(reader: Reader, images: Tensor, captions: list[world.Caption]) -> dict[str, float]:
+    """Share of images in which the reader finds what their caption names: per attribute, and all of it jointly."""
+    logits = [reader(part) for part in images.split(64)]
+    seen = {name: torch.cat([part[name].argmax(1) for part in logits]).tolist() for name in world.ATTRIBUTES}
+    right: dict[str, list[bool]] = {name: [] for name in world.ATTRIBUTES}
+    joint: list[bool] = []
+    for i, caption in enumerate(captions):
+        hits = {a: seen[a][i] == world.attribute_index(a, v) for a, v in caption.named.items()}
+        joint.append(all(hits.values()))
+        for name, hit in hits.items():
+            right[name].append(hit)
+    return {"joint": sum(joint) / len(joint), **{name: sum(hits) / len(hits) for name, hits in right.items() if hits}}
+
+
+@torch.no_grad()
+def reconstruction(policy: UNetPolicy, reader: Reader, captions: list[world.Caption]) -> dict[str, Any]:
+    """What the autoencoder keeps of renders: peak signal-to-noise ratio in dB, and what the reader still reads."""
+    images = show.real_renders(captions, 1, 7)
+    means = torch.cat([policy.encode(part)[0] for part in images.split(64)])
+    rebuilt = torch.cat([policy.decode(part) for part in means.split(64)])
+    decibels = -10 * (rebuilt - images).square().mean((1, 2, 3)).log10()
+    return {"psnr": float(decibels.mean()), "rebuilt": read_back(reader, rebuilt, captions), "renders": read_back(reader, images, captions)}
+
+
+@torch.no_grad()
+def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: int, completions: int) -> dict[str, float]:
+    """Share of the within-prompt variance of each reward that the steps from the switch on decide.
+
+    Base samples are re-noised to the switch's level and completed several times by the base model.
+    """
+    texts = [p for p in prompts for _ in range(prefixes * completions)]
+    settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=31)
+    sigmas = policy.sigmas(show.STEPS)
+    scores: dict[str, list[Tensor]] = {name: [] for name in ("reward", "heldout", "gold")}
+    rewards = show.judges()
+    starts = [i // completions for i in range(len(texts))]  # completions of one sample share its prefix
+    for first in range(0, len(texts), 64):
+        rows = range(first, min(first + 64, len(texts)))
+        part = [texts[i] for i in rows]
+        shared, own = Rng(settings.seed, 0, tuple(starts[i] for i in rows)), Rng(settings.seed, 1, tuple(rows))
+        denoiser = policy.denoiser(part, guidance_scale=settings.guidance_scale)
+        state = State(policy.start(shared.normal("start", policy.latent_shape), show.STEPS))
+        done = rollout(state, show.STEPS, denoiser, sigmas, lambda i, d=shared: d.normal(f"step {i}", policy.latent_shape))
+        noised = policy.add_noise(done.x, own.normal("again", policy.latent_shape), sigmas[show.START].expand(len(part)))
+        noise_at = lambda i, d=own: d.normal(f"step {i}", policy.latent_shape)  # noqa: E731
+        end = rollout(State(noised, show.START), show.STEPS, denoiser, sigmas, noise_at)
+        images = policy.decode(end.x)
+        for name, reward in rewards.items():
+            scores[name].append(reward(images, part))
+    shares: dict[str, float] = {}
+    for name, parts in scores.items():
+        table = torch.cat(parts).double().reshape(len(prompts), prefixes, completions)
+        within = table.var(2).mean()
+        between = table.mean(2).var(1).mean() - within / completions
+        shares[name] = float(within / (within + between.clamp(min=0)))
+    return shares
+
+
+@torch.no_grad()
+def measure(n: int = 1000) -> dict[str, Any]:
+    """Every gate's figure."""
+    policy, reader = UNetPolicy.load(files.PIPELINE), files.load_reader()
+    captions = show.captions(n, "gates")
+    texts = [c.text for c in captions]
+    settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=11)
+    samples = generate_base(policy, texts, settings)
+
+    few, each = captions[:40], 8
+    repeated = [c.text for c in few for _ in range(each)]
+    drawn, real = generate_base(policy, repeated, settings), show.real_renders(few, each, 3)
+    groups = torch.arange(len(few)).repeat_interleave(each)
+    features = [torch.cat([reader.features(p) for p in x.split(64)]) for x in (drawn, real)]
+    diversity = [float(within_prompt_diversity(f, groups).mean()) for f in features]
+
+    rewards = show.judges()
+    scores = {name: torch.cat([r(i, p) for i, p in _chunks(drawn, repeated, r)]) for name, r in rewards.items()}
+    table = {name: values.double().reshape(len(few), each) for name, values in scores.items()}
+    pairs = torch.combinations(torch.arange(each))
+    gaps = {name: (t[:, pairs[:, 0]] - t[:, pairs[:, 1]]).flatten() for name, t in table.items()}
+    agreement = {name: float((gaps[name].sign() == gaps["gold"].sign()).double().mean()) for name in ("reward", "heldout")}
+    stacked = torch.stack([t.flatten() for t in table.values()]).corrcoef()
+    names = list(table)
+    return {
+        "autoencoder": reconstruction(policy, reader, captions),
+        "base": read_back(reader, samples, captions),
+        "diversity": {"base": diversity[0], "renders": diversity[1], "ratio": diversity[0] / diversity[1]},
+        "decided_after_switch": decided_after_the_switch(policy, texts[:16], 4, 4),
+        "agrees_with_rater": agreement,
+        "correlation": {f"{names[i]}–{names[j]}": float(stacked[i, j]) for i in range(3) for j in range(i + 1, 3)},
+        "prompts": n,
+    }
+
+
+def _chunks(images: Tensor, prompts: list[str], _: object):
+    return [(images[i : i + 64], prompts[i : i + 64]) for i in range(0, len(images), 64)]
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    measured = measure()
+    text = json.dumps(measured, indent=1, ensure_ascii=False)
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(text + "\n", "utf-8")
+    sys.stdout.write(text + "\n")

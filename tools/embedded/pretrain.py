@@ -1,0 +1,488 @@
+"""Pretrain the embedded world from nothing, stage by stage; every stage resumes where it was interrupted.
+
+    python -m tools.embedded.pretrain --work DIR STAGE...
+
+Every batch is a pure function of (seed, stage, step), so a resumed stage sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.demo import architecture, rater, world
+from trainer.rewards.preprocess import normalise
+from trainer.training.run import file_hash
+
+log = logging.getLogger(__name__)
+
+DECAY = 0.35  # share of a stage's steps over which the learning rate falls to zero
+LATENT_NOISE = 0.08  # standard deviation that the decoder learns to forgive, in units of the latents' own
+
+
+def _generator(seed: int, *purpose: object) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr((seed, *purpose)).encode()))
+
+
+def _save(state: object, path: Path) -> None:
+    """Write beside the target, then rename: a crash leaves the old file or the new one."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+# Two processes of one thread each train faster than one of two threads: start both with RANK and WORLD_SIZE set.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joined = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(joined)
+    for gradient, averaged in zip(gradients, (joined / WORLD).split([g.numel() for g in gradients])):
+        gradient.copy_(averaged.view_as(gradient))
+
+
+class Average:
+    """Exponential moving average of a module's parameters; the early steps are averaged over fewer."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in module.state_dict().items():
+            if p.is_floating_point():
+                self.values[name].lerp_(p, 1 - decay)
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    work: Path,
+    decay: float = 0.999,
+    weight_decay: float = 0.0,
+    warmup: int = 200,
+    save_every: int = 500,
+) -> Average:
+    """Adam with warm-up, a plateau and a linear decay over the last DECAY of steps, on `loss_at(step)`; returns the averaged weights.
+
+    State lives in `work/name.pt`, losses in `work/name.jsonl`.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    average, done, path = Average(module, decay), 0, work / f"{name}.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.values = state["average"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+        log.info("%s: resumed at step %d of %d", name, done, steps)
+    begin, recent = time.monotonic(), []
+    for step in range(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (DECAY * steps))
+        loss = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update(module, step)
+        recent.append(float(loss.detach()))
+        if not math.isfinite(recent[-1]):
+            raise FloatingPointError(f"{name}: loss {recent[-1]} at step {step}")
+        if RANK:
+            continue
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            line = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - begin, 1)}
+            with open(work / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            log.info("%s %s", name, line)
+            recent = []
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"module": module.state_dict(), "average": average.values, "step": step + 1}
+            _save(state if step + 1 == steps else {**state, "optimizer": optimizer.state_dict()}, path)
+    return average
+
+
+def scene_batch(seed: int, stage: str, step: int, n: int) -> tuple[Tensor, Tensor]:
+    """Attributes (n,8) and pictures (n,3,64,64) of one step."""
+    attributes, jitter = world.draw_scenes(n, _generator(seed, stage, step))
+    return attributes, world.render(attributes, jitter)
+
+
+def _widened(attributes: Tensor, jitter: Tensor) -> Tensor:
+    """Jitter beyond [0,1) that renders any rotation, and radii of 8.5–11 and 15.5–19 pixels."""
+    jitter, radius = jitter.clone(), torch.tensor([[8.5, 11.0], [15.5, 19.0]])
+    size = attributes[:, list(world.ATTRIBUTES).index("size")]
+    ours, theirs = world.RADIUS[size], radius[size]
+    wanted = theirs[:, 0] + (theirs[:, 1] - theirs[:, 0]) * jitter[:, 1]
+    jitter[:, 0] = (2 * math.pi * jitter[:, 0] / world.TILT + 1) / 2
+    jitter[:, 1] = (wanted - ours[:, 0]) / (ours[:, 1] - ours[:, 0])
+    return jitter
+
+
+def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: bool = False) -> None:
+    """The autoencoder: deterministic mean, fixed latent noise, no adversary.
+
+    The posterior's width is fixed rather than learned: sampling it from the start stalls the decoder. Objects are seen at
+    every rotation and at more sizes than scenes have, so that the code holds more than the scenes.
+    """
+    vae: Any = architecture.build_vae()
+    encode, decode = vae.encoder, vae.decoder
+    if compiled:
+        encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
+
+    def loss_at(step: int) -> Tensor:
+        attributes, jitter = world.draw_scenes(batch, _generator(seed, "vae", step))
+        images = world.render(attributes, _widened(attributes, jitter)) * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = vae.quant_conv(encode(images))[:, :4]
+        mean = mean.float()
+        noise = torch.randn(mean.shape, generator=_generator(seed, "vae noise", step))
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = decode(vae.post_quant_conv(mean + LATENT_NOISE * noise))
+        # the penalty on the mean is the KL term of a posterior of fixed width; it keeps the latents near unit scale
+        penalty = 1e-3 * (mean.square().mean() - 1).relu() + 1e-5 * mean.square().mean()
+        error = decoded.float() - images
+        if step < 1500:
+            return error.square().mean() + 0.05 * error.abs().mean() + penalty
+        return _object_loss(error, images) + penalty
+
+    fit("vae", vae, loss_at, steps=steps, lr=1.5e-3, work=work, decay=0.998)
+
+
+def _object_loss(error: Tensor, images: Tensor) -> Tensor:
+    """Squared and absolute errors, most of all where the object is: grounds are nine tenths of the pixels and soon perfect."""
+    found = (images - images[..., :1, :1]).abs().sum(1, keepdim=True) > 0.1
+    weight = 1 + 4 * F.max_pool2d(found.float(), 3, stride=1, padding=1)
+    return (weight * (error.square() + 0.3 * error.abs())).mean()
+
+
+def pretrain_decoder(work: Path, seed: int, steps: int, batch: int = 16, compiled: bool = False) -> None:
+    """The decoder alone, on the scenes as they are; latents stay what they were, so the UNet can train meanwhile."""
+    vae = load_stage(work, "vae", architecture.build_vae())
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    decoder: Any = torch.compile(vae.decoder) if compiled else vae.decoder
+
+    def loss_at(step: int) -> Tensor:
+        _, images = scene_batch(seed, "decoder", step, batch)
+        images = images * 2 - 1
+        rng = _generator(seed, "decoder noise", step)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.quant_conv(vae.encoder(images))[:, :4].float()
+            decoded = decoder(vae.post_quant_conv(mean + LATENT_NOISE * torch.randn(mean.shape, generator=rng)))
+        return _object_loss(decoded.float() - images, images)
+
+    fit("decoder", vae, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998)
+
+
+def load_stage(work: Path, name: str, module: nn.Module) -> Any:
+    """The averaged weights that a stage has so far, frozen."""
+    state = torch.load(work / f"{name}.pt", weights_only=True)
+    module.load_state_dict(state["average"])
+    return module.requires_grad_(False).eval()
+
+
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """Unscaled latent means of images in [0,1]."""
+    return vae.quant_conv(vae.encoder(images * 2 - 1))[:, :4]
+
+
+def decode(vae: Any, means: Tensor) -> Tensor:
+    """Images in [0,1] of unscaled latents."""
+    return (vae.decoder(vae.post_quant_conv(means)) / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def cache_latents(work: Path, seed: int, steps: int, **_: object) -> None:
+    """`steps` batches of 64 scenes with their latent means, so that the UNet's training never renders."""
+    vae = load_stage(work, "vae", architecture.build_vae())
+    scenes, means = [], []
+    for step in range(steps):
+        attributes, images = scene_batch(seed, "latents", step, 64)
+        scenes.append(attributes.to(torch.uint8))
+        means.append(encode(vae, images))
+        if (step + 1) % 100 == 0:
+            log.info("latents %d of %d", step + 1, steps)
+    latents = torch.cat(means)
+    shift_free_scale = 1 / latents.std()  # one number, as SD1.5: no shift
+    _save({"scenes": torch.cat(scenes), "latents": latents * shift_free_scale, "scale": float(shift_free_scale)}, work / "latents.pt")
+    log.info("latents %s, scale %.4f", tuple(latents.shape), float(shift_free_scale))
+
+
+class TextToLatent(nn.Module):
+    """The two networks that the UNet stage trains together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.text = architecture.build_unet(), architecture.build_text_encoder()
+
+
+def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, batch: int = 64) -> None:
+    """UNet and text encoder: ε-prediction, min-SNR-5 weights (arXiv:2303.09556), one caption in ten dropped.
+
+    Until the learning rate falls, captions are padded to 24 tokens instead of 77: no caption is longer, and a step costs a
+    quarter less.
+    """
+    if RANK == 0:
+        architecture.write_tokenizer(work / "tokenizer")
+    if WORLD > 1:
+        dist.barrier()
+    tokenizer = architecture.load_tokenizer(work / "tokenizer")
+    cache = torch.load(work / "latents.pt", weights_only=True)
+    scenes, latents = cache["scenes"].long(), cache["latents"]
+    cumulative = architecture.build_scheduler().alphas_cumprod
+    model = TextToLatent()
+    unet: Any = torch.compile(model.unet, dynamic=False) if compiled else model.unet
+
+    def loss_at(step: int) -> Tensor:
+        rng, rng, n = _generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}"), batch // WORLD
+        tokens = 24 if step < (1 - DECAY) * steps else architecture.CONTEXT
+        rows = torch.randint(len(latents), (n,), generator=rng)
+        captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
+        ids = tokenizer(captions, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
+        t = torch.randint(1000, (n,), generator=rng)
+        noise = torch.randn(n, 4, 8, 8, generator=rng)
+        signal = cumulative[t][:, None, None, None]
+        # posterior noise as at training time of the decoder
+        x0 = latents[rows] + LATENT_NOISE * torch.randn(n, 4, 8, 8, generator=rng)
+        x = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+        predicted = unet(x, t, encoder_hidden_states=model.text(ids)[0]).sample
+        snr = cumulative[t] / (1 - cumulative[t])
+        return ((predicted - noise).square().mean((1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
+
+    fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250)
+
+
+@torch.no_grad()
+def cache_gallery(work: Path, seed: int, steps: int, **_: object) -> None:
+    """`steps` batches of 64 decoded pictures, their latents more or less off: what a generator's images look like.
+
+    Decoding is the slow part of training on such pictures; this does it once.
+    """
+    vae = load_stage(work, "decoder", architecture.build_vae())
+    cache = torch.load(work / "latents.pt", weights_only=True)
+    pictures = []
+    for step in range(steps):
+        rng = _generator(seed, "gallery", step)
+        means = cache["latents"][64 * step : 64 * (step + 1)]
+        off = 0.35 * torch.rand(len(means), 1, 1, 1, generator=rng).square()
+        images = decode(vae, (means + off * torch.randn(means.shape, generator=rng)) / cache["scale"])
+        pictures.append((images * 255).round().to(torch.uint8))
+    _save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(pictures)}, work / "gallery.pt")
+
+
+def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: object) -> None:
+    """The attribute reader: half renders, half decoded pictures, with a little pixel noise."""
+    gallery, reader = torch.load(work / "gallery.pt", weights_only=True), architecture.Reader()
+
+    def loss_at(step: int) -> Tensor:
+        attributes, images = scene_batch(seed, "reader", step, batch // 2)
+        rng = _generator(seed, "reader rows", step)
+        rows = torch.randint(len(gallery["images"]), (batch // 2,), generator=rng)
+        attributes = torch.cat([attributes, gallery["scenes"][rows].long()])
+        images = torch.cat([images, gallery["images"][rows].float() / 255])
+        logits = reader(images + 0.02 * torch.randn(images.shape, generator=rng))
+        losses = [F.cross_entropy(logits[name], attributes[:, column]) for column, name in enumerate(world.ATTRIBUTES)]
+        return torch.stack(losses).sum()
+
+    fit("reader", reader, loss_at, steps=steps, lr=2e-3, work=work, decay=0.998, weight_decay=1e-3)
+
+
+class Pairs:
+    """Pairs of gallery pictures under one caption, with the rater's utility of each; nothing is rendered or decoded."""
+
+    def __init__(self, work: Path) -> None:
+        gallery = torch.load(work / "gallery.pt", weights_only=True)
+        self.scenes, self.images = gallery["scenes"].long(), gallery["images"]
+        reader = architecture.Reader()
+        load_stage(work, "reader", reader)
+        gold, parts = rater.Gold(reader), self.images.split(256)
+        self.taste = torch.cat([rater.taste(part.float() / 255) for part in parts])
+        seen = [gold.read(part.float() / 255) for part in parts]
+        self.seen = {name: torch.cat([part[name] for part in seen]) for name in world.ATTRIBUTES}
+
+    def utility(self, rows: list[int], captions: list[str]) -> Tensor:
+        """The rater's utility of gallery pictures under captions: (B,)."""
+        return self.taste[rows] + rater.WEIGHTS["match"] * rater.match({k: v[rows] for k, v in self.seen.items()}, captions)
+
+    def draw(self, n: int, *purpose: object) -> tuple[list[str], list[int], list[int]]:
+        """n captions, each with a picture that fits and a second: one that fits too, or misses one named attribute (2 in 3)."""
+        rng = random.Random(repr(purpose))
+        first = [rng.randrange(len(self.images)) for _ in range(n)]
+        captions = [world.draw_caption(self.scenes[i].tolist(), rng) for i in first]
+        second: list[int] = []
+        for caption in captions:
+            named = dict(caption.named)
+            if rng.random() < 0.66:
+                named.pop(rng.choice(list(named)))
+            fits = torch.ones(len(self.scenes), dtype=torch.bool)
+            for column, name in enumerate(world.ATTRIBUTES):
+                if name in named:
+                    fits &= self.scenes[:, column] == world.attribute_index(name, named[name])
+            candidates = fits.nonzero()[:, 0]
+            second.append(int(candidates[rng.randrange(len(candidates))]))
+        return [c.text for c in captions], first, second
+
+    def pixels(self, rows: list[int]) -> Tensor:
+        """(B,3,64,64) in [0,1]."""
+        return self.images[rows].float() / 255
+
+
+def pretrain_tower(name: str, work: Path, seed: int, steps: int, batch: int = 64) -> None:
+    """A preference tower: contrastive first (as the CLIP that PickScore starts from), then the rater's choices.
+
+    Bradley–Terry on exp(logit_scale)·cos, PickScore's loss (arXiv:2305.01569, eq. 2) with one winner per pair.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    architecture.write_tokenizer(work / "tokenizer")
+    tokenize = SimpleTokenizer(str(work / "tokenizer" / "merges.txt.gz"), context_length=architecture.CONTEXT)
+    pairs = Pairs(work)
+    tower: Any = architecture.build_tower(name)
+
+    def loss_at(step: int) -> Tensor:
+        captions, first, second = pairs.draw(batch, seed, name, step)
+        texts = F.normalize(tower.encode_text(tokenize(captions)), dim=-1)
+        scale = tower.logit_scale.exp().clamp(max=100)
+        ours = F.normalize(tower.encode_image(normalise(pairs.pixels(first))), dim=-1)
+        logits, labels = scale * ours @ texts.T, torch.arange(batch)
+        contrastive = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        if step < steps // 4:
+            return contrastive
+        theirs = F.normalize(tower.encode_image(normalise(pairs.pixels(second))), dim=-1)
+        rng = _generator(seed, "choices", name, step)
+        preferred = rater.choose(pairs.utility(first, captions), pairs.utility(second, captions), rng)
+        margin = scale * ((ours - theirs) * texts).sum(1)
+        return F.softplus(torch.where(preferred, -margin, margin)).mean() + 0.02 * contrastive
+
+    fit(f"tower_{name}", tower, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998, weight_decay=1e-2)
+
+
+def export(work: Path, seed: int, steps: int, **_: object) -> None:
+    """Write the trained stages as the files that the package ships, with a manifest."""
+    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+
+    from trainer.demo import files
+
+    scale = float(torch.load(work / "latents.pt", weights_only=True)["scale"])
+    vae = load_stage(work, "decoder", architecture.build_vae())
+    _fold_scale(vae, scale / architecture.LATENT_SCALE)
+    networks = load_stage(work, "unet", TextToLatent())
+    build: Any = StableDiffusionPipeline
+    pipeline = build(
+        vae=vae,
+        text_encoder=networks.text,
+        tokenizer=architecture.load_tokenizer(work / "tokenizer"),
+        unet=networks.unet,
+        scheduler=architecture.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(files.PIPELINE)
+    reader = load_stage(work, "reader", architecture.Reader())
+    files.save_half(reader, files.FOLDER / "reader.safetensors")
+    for name in architecture.TOWERS:
+        tower = load_stage(work, f"tower_{name}", architecture.build_tower(name))
+        files.write_tower(files.FOLDER / name, tower, name, 0.0, 1.0, work / "tokenizer")
+    statistics = _reward_statistics(seed)
+    for name, (mean, std) in statistics.items():
+        path = files.FOLDER / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "mean": mean, "std": std}, indent=1) + "\n", "utf-8")
+    stages = {}
+    for path in sorted(work.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        stages[path.stem] = {"steps": lines[-1]["step"], "loss": round(lines[-1]["loss"], 5)}
+    hashes = {str(p.relative_to(files.FOLDER)): file_hash(p) for p in sorted(files.FOLDER.rglob("*.safetensors"))}
+    manifest = {"seed": seed, "stages": stages, "latent_scale": scale, "sha256": hashes}
+    (files.FOLDER / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    log.info("%.2f MB of safetensors", sum(p.stat().st_size for p in files.FOLDER.rglob("*.safetensors")) / 1e6)
+
+
+@torch.no_grad()
+def _fold_scale(vae: Any, factor: float) -> None:
+    """Multiply the latents by `factor` inside the weights, and give the posterior its fixed width."""
+    vae.quant_conv.weight[:4].mul_(factor)
+    vae.quant_conv.bias[:4].mul_(factor)
+    vae.quant_conv.weight[4:].zero_()
+    vae.quant_conv.bias[4:].fill_(2 * math.log(LATENT_NOISE / architecture.LATENT_SCALE))
+    vae.post_quant_conv.weight.div_(factor)
+
+
+def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of each tower's raw scores over base samples: what a reward's unit is."""
+    from trainer.demo import files, show
+    from trainer.generate import Generation, generate_base
+    from trainer.models.unet import UNetPolicy
+
+    prompts = [c.text for c in show.captions(256, "statistics", seed)]
+    settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=seed + 99)
+    images = generate_base(UNetPolicy.load(files.PIPELINE), prompts, settings)
+    scores = {name: files.load_reward(name, normalise=False)(images, prompts) for name in architecture.TOWERS}
+    return {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    "vae": pretrain_vae,
+    "latents": cache_latents,
+    "decoder": pretrain_decoder,
+    "unet": pretrain_unet,
+    "gallery": cache_gallery,
+    "reader": pretrain_reader,
+    "proxy": lambda work, seed, steps, **_: pretrain_tower("proxy", work, seed, steps),
+    "export": export,
+    "heldout": lambda work, seed, steps, **_: pretrain_tower("heldout", work, seed + 1, steps),
+}
+
+
+def main() -> None:
+    """Run the named stages."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("stages", nargs="+", choices=list(STAGES))
+    parser.add_argument("--work", type=Path, default=Path("pretrain"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if WORLD > 1:
+        dist.init_process_group("gloo", init_method=f"file://{(arguments.work / 'rendezvous').resolve()}", rank=RANK, world_size=WORLD)
+    for stage in arguments.stages:
+        STAGES[stage](arguments.work, arguments.seed, arguments.steps, compiled=arguments.compile)
+
+
+if __name__ == "__main__":
+    main()

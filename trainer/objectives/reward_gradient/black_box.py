@@ -1,0 +1,214 @@
+"""SQDF against an oracle that has no gradient and a budget of queries: label own samples, fit a surrogate, train on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...policy import Batch, Policy
+from ...reward import Reward
+from ...rng import Rng, generator, seed_of
+from ..base import ImageFeatures, Logs, Loss, RunContext
+from .sqdf import SQDF, SoftQ, reward_of, rollouts
+
+Optimism = Literal["bootstrap", "ucb"]
+_RIDGE = 1e-3  # official: λ of the covariance under the square root
+_BONUS_LIMIT = 10.0  # official: clip of that root
+
+
+@dataclass(frozen=True)
+class BlackBoxSQDF(SQDF):
+    """SQDF online with a black-box reward (Kang et al. 2025, arXiv:2512.04559, section 5.3): outer loops of queries.
+
+    Each loop labels `queries` samples of the current model, fits an ensemble on frozen image and text features to all
+    labels so far, and trains on its optimistic prediction. The replay buffer starts anew with each loop.
+    """
+
+    queries: tuple[int, ...] = field(
+        default=(1024, 2048, 4096, 8192), metadata={"help": "oracle calls of each outer loop (official: 15360 in four)"}
+    )
+    updates_per_loop: int = field(default=40, metadata={"min": 1, "max": 100000, "help": "micro-batches between queries (official 40)"})
+    heads: int = field(
+        default=4, metadata={"min": 1, "max": 64, "help": "surrogates, each fitted to its own bootstrap sample (official 4)"}
+    )
+    optimism: Optimism = field(
+        default="bootstrap", metadata={"help": "bootstrap: the highest head; ucb: their mean plus a bonus for the unseen"}
+    )
+    ucb_weight: float = field(default=0.01, metadata={"min": 0.0, "help": "weight of that bonus (official 0.01)"})
+    epochs: int = field(default=100, metadata={"min": 1, "max": 10000, "help": "passes over the labels when fitting (official 300)"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.queries or min(self.queries) < 2:
+            raise ValueError("queries: give at least one loop of at least 2 oracle calls")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """The oracle is never differentiated."""
+        return False
+
+    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+        """As SQDF; and the surrogate must have features to read."""
+        super().check(policy, reward, context)
+        if context.features is None:
+            raise ValueError("a black-box reward needs `features`: a two-tower reward whose features a surrogate reads (clip-l14, say)")
+        if context.processes.sharded and any(total % context.processes.count for total in self.queries):
+            raise ValueError(f"queries = {self.queries}: with sharded weights (FSDP) give multiples of {context.processes.count} processes")
+
+    def begin(self, context: RunContext) -> Loss:
+        """A run's loss, which owns buffer, labels and surrogate."""
+        return BlackBox(self, context)
+
+
+class Surrogate:
+    """An ensemble of small networks on frozen features, as a differentiable reward in standard deviations of the first labels."""
+
+    differentiable = True
+
+    def __init__(self, features: ImageFeatures, objective: BlackBoxSQDF, width: int) -> None:
+        self.features, self.objective = features, objective
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # every loop begins with the same networks; their data tell them apart
+            self.heads = nn.ModuleList([_head(width) for _ in range(objective.heads)])
+        self.covariances: list[Tensor] = []
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        """(B,3,H,W) in [0,1], B prompts -> (B,)."""
+        x = joined(self.features.image_features(images), self.features.text_features(prompts))
+        inner = [_inner(head, x) for head in self.heads]
+        outputs = torch.stack([_outer(head, h) for head, h in zip(self.heads, inner)])
+        if self.objective.optimism == "bootstrap":
+            return outputs.amax(0)
+        bonuses = [
+            (h * torch.linalg.solve(c, h.T).T).sum(1).clamp(min=0).sqrt().clamp(max=_BONUS_LIMIT) for h, c in zip(inner, self.covariances)
+        ]
+        return outputs.mean(0) + self.objective.ucb_weight * torch.stack(bonuses).mean(0)
+
+    def fit(self, x: Tensor, labels: Tensor, seed: int) -> None:
+        """Fit each head to a bootstrap sample of (N,D) features and (N,) standardised labels."""
+        with torch.enable_grad():
+            for number, head in enumerate(self.heads):
+                rng = generator(seed, "surrogate", number)
+                rows = torch.randint(len(x), (len(x),), generator=rng)
+                optimizer = torch.optim.Adam(head.requires_grad_(True).parameters(), lr=1e-3, weight_decay=1e-4)
+                for _ in range(self.objective.epochs):
+                    for part in rows[torch.randperm(len(rows), generator=rng)].split(512):
+                        optimizer.zero_grad(set_to_none=True)
+                        F.mse_loss(_outer(head, _inner(head, x[part])), labels[part]).backward()
+                        optimizer.step()
+                head.requires_grad_(False)
+        self.measure(x)
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> None:
+        """Covariances of the heads' inner features over all labelled images, for the bonus."""
+        inner = [_inner(head, x) for head in self.heads]
+        self.covariances = [h.T @ h + _RIDGE * torch.eye(h.shape[1], device=h.device) for h in inner]
+
+
+def _head(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 1))
+
+
+def _inner(head: Any, x: Tensor) -> Tensor:
+    """The 16 inner features (B,16)."""
+    return head[:4](x)
+
+
+def _outer(head: Any, inner: Tensor) -> Tensor:
+    return head[4](inner)[:, 0]
+
+
+def joined(images: Tensor, texts: Tensor) -> Tensor:
+    """What a surrogate sees (B,3D): image, text, and their product, whose sum is the two towers' own score."""
+    return torch.cat([images, texts, images * texts * images.shape[1] ** 0.5], 1)
+
+
+class BlackBox(Loss):
+    """The outer loops: labels and surrogate beside SQDF's buffer."""
+
+    def __init__(self, objective: BlackBoxSQDF, context: RunContext) -> None:
+        assert context.features is not None, "check() comes first"
+        self.objective, self.context, self.features = objective, context, context.features
+        self.inner = SoftQ(objective, context)
+        self.loop = -1
+        self.images = torch.empty(0)  # (N,D) features of everything labelled
+        self.prompts: list[str] = []
+        self.labels = torch.empty(0)
+        self.surrogate: Surrogate | None = None
+
+    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+        """Loss () and logs of (B,); `reward` is the surrogate's, `oracle` the last loop's mean label."""
+        loop = min(batch.number // self.objective.updates_per_loop, len(self.objective.queries) - 1)
+        if loop != self.loop:
+            self._query(policy, batch.rng.seed, loop, len(batch.prompts), reward)
+        assert self.surrogate is not None
+        loss, logs = self.inner(policy, batch, self.surrogate)
+        oracle = self.labels[-self.objective.queries[self.loop] :].mean()
+        return loss, {
+            **logs,
+            "oracle": oracle.expand(len(batch.prompts)),
+            "queries": torch.tensor(float(len(self.labels))).expand(len(batch.prompts)),
+        }
+
+    @torch.no_grad()
+    def _query(self, policy: Policy, seed: int, loop: int, chunk: int, oracle: Reward) -> None:
+        o, total = self.objective, self.objective.queries[loop]
+        order = torch.randperm(max(total, len(self.context.prompts)), generator=generator(seed, "queries", loop))[:total]
+        prompts = [self.context.prompts[int(i) % len(self.context.prompts)] for i in order]
+        images, labels = list[Tensor](), list[Tensor]()
+        ours = self.context.processes.share(total)  # together, as many questions to the oracle as one process would ask
+        for first in range(ours.start, ours.stop, chunk):
+            part = tuple(prompts[first : min(first + chunk, ours.stop)])
+            rng = Rng(seed_of(seed, "query"), loop, tuple(range(first, first + len(part))))
+            _, ends = rollouts(o, policy, Batch(part, rng, 0))
+            labels.append(reward_of(policy, oracle, ends, part).float().cpu())
+            images.append(self.features.image_features(policy.decode(ends)).float().cpu())
+        told = [pair for pairs in self.context.processes.exchange(list(zip(images, labels))) for pair in pairs]
+        self.images = torch.cat([self.images.reshape(-1, told[0][0].shape[1]), *(features for features, _ in told)])
+        self.labels, self.prompts = torch.cat([self.labels, *(scores for _, scores in told)]), [*self.prompts, *prompts]
+        self.loop = loop
+        surrogate = Surrogate(self.features, o, 3 * self.images.shape[1])
+        with torch.inference_mode(False):
+            surrogate.fit(joined(self.images, self._texts()), self._standardised(), seed_of(seed, "fit", loop))
+        self.surrogate = self._placed(surrogate)
+        self.inner.clear()
+
+    def _texts(self) -> Tensor:
+        return self.features.text_features(self.prompts).float().cpu()
+
+    def _standardised(self) -> Tensor:
+        first = self.labels[: self.objective.queries[0]]
+        return (self.labels - first.mean()) / first.std().clamp(min=1e-6)
+
+    def _placed(self, surrogate: Surrogate) -> Surrogate:
+        device = self.features.text_features(self.prompts[:1]).device
+        surrogate.heads.to(device)
+        surrogate.covariances = [c.to(device) for c in surrogate.covariances]
+        return surrogate
+
+    def state(self) -> dict[str, Any]:
+        """Labels, the surrogate's weights, and the buffer's list."""
+        heads = {k: v.cpu() for k, v in self.surrogate.heads.state_dict().items()} if self.surrogate else {}
+        kept = {"loop": self.loop, "images": self.images, "prompts": self.prompts, "labels": self.labels}
+        return {**kept, "heads": heads, "inner": self.inner.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Everything as when `state` was taken; nothing is asked of the oracle again."""
+        self.loop, self.images, self.prompts, self.labels = state["loop"], state["images"], state["prompts"], state["labels"]
+        self.inner.restore(state["inner"])
+        if state["heads"]:
+            surrogate = Surrogate(self.features, self.objective, 3 * self.images.shape[1])
+            surrogate.heads.load_state_dict(state["heads"])
+            surrogate.heads.requires_grad_(False)
+            surrogate.measure(joined(self.images, self._texts()))
+            self.surrogate = self._placed(surrogate)
+
+    def saved(self) -> None:
+        """As the buffer."""
+        self.inner.saved()

@@ -1,0 +1,194 @@
+"""Direct-Align and SRPO: reward gradients at high noise, where the noise is known and need not be predicted.
+
+A clean latent is noised with known noise, one denoiser call moves it a little, and the rest of the noise is taken away
+exactly. That is a blend of the clean latent with the x0-prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...denoiser import per_sample
+from ...policy import Batch, Policy
+from ...reward import Reward
+from ...rng import generator
+from ...sampling import Space, alpha
+from ..base import Logs, RunContext, Stateless, prefix_scores, roll, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
+
+Branch = Literal["denoise", "inversion", "both"]
+Source = Literal["online", "offline"]
+
+
+def blend_weight(sigma: Tensor, recovered: Tensor, space: Space) -> Tensor:
+    """w of x̂0 = x0 + w·(D − x0) for a network call at σ and recovery at σ': 1 − α(σ)σ'/(α(σ')σ).
+
+    It is what the four stages of Direct-Align (arXiv:2509.06942, eq. 5) come to: in flow (σ−σ')/(σ(1−σ')), in
+    variance-exploding coordinates 1 − σ'/σ. σ' < σ gives 0 < w ≤ 1, σ' > σ (the inversion branch) w < 0.
+    """
+    return 1 - alpha(sigma, space) * recovered / (alpha(recovered, space) * sigma)
+
+
+def from_flow(sigma: Tensor, space: Space) -> Tensor:
+    """A noise level in flow units, in [0,1), as the space has it: levels of equal signal-to-noise ratio, σ/(1−σ) in VE."""
+    return sigma if space == "flow" else sigma / (1 - sigma)
+
+
+def to_flow(sigma: float, space: Space) -> float:
+    """The inverse of `from_flow`."""
+    return sigma if space == "flow" else sigma / (1 + sigma)
+
+
+@dataclass(frozen=True)
+class DirectAlign(Stateless):
+    """Direct-Align (Shen et al. 2025, arXiv:2509.06942, section 3.1): x̂0 = x0 + w·(D_θ(x_σ) − x0) is decoded and scored.
+
+    x0 is the model's own sample (online) or a real image (offline), x_σ = α x0 + σε with known ε. One call carries the
+    gradient. Noise levels are in flow units for every model; a σ in [0,1) means σ/(1−σ) on SD1.5 and SDXL.
+    """
+
+    steps: int = sampler_steps(25)
+    source: Source = field(default="online", metadata={"help": "x0: own samples (online) or real images (offline)"})
+    sigma_high: float = field(default=0.95, metadata={"min": 0.0, "max": 0.999, "help": "highest noise level, flow units (official 0.964)"})
+    sigma_low: float = field(default=0.7, metadata={"min": 0.0, "max": 0.999, "help": "lowest noise level, flow units (official 0.75)"})
+    gap: float = field(
+        default=0.1, metadata={"min": 0.0, "max": 1.0, "help": "distance of the recovery level, as a share of the range (official 0.1)"}
+    )
+    shift: float = field(
+        default=1.0, metadata={"min": 0.01, "max": 100.0, "help": "law of σ in its range: 1 uniform, more favours high noise"}
+    )
+    levels: int = field(default=1, metadata={"min": 1, "max": 64, "help": "noise levels per rollout; their losses are averaged"})
+    discount: float = field(
+        default=1.0,
+        metadata={"min": 0.0, "max": 1.0, "help": "weight λ of the lowest level, rising linearly to 1 at the highest; 1 is none"},
+    )
+    branch: Branch = field(
+        default="denoise", metadata={"help": "denoise: reward rises; inversion: it falls where w < 0; both: one call each"}
+    )
+    guidance_scale: float = training_guidance_scale(1.0, "official: embedded 3.5 on FLUX")
+    eta: float = rollout_noise(0.0, "official: Euler")
+    reward_weight: float = weight_of_reward()
+
+    def __post_init__(self) -> None:
+        if self.sigma_low >= self.sigma_high:
+            raise ValueError(f"sigma_low {self.sigma_low} is not below sigma_high {self.sigma_high}")
+        if self.gap == 0:
+            raise ValueError("gap = 0 recovers where the network is called (σ' = σ): the model's prediction would not enter at all")
+
+    @property
+    def needs_images(self) -> bool:
+        """Offline, x0 is a real image."""
+        return self.source == "offline"
+
+    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+        """Refuse a range that the model's noise levels do not reach."""
+        highest = to_flow(float(policy.sigmas(self.steps)[0]), policy.space)
+        if self.sigma_low >= highest:
+            raise ValueError(f"sigma_low {self.sigma_low} lies above the model's highest noise level, {highest:.3f} in flow units")
+
+    def recommended_sigma(self, sigmas: Tensor) -> float:
+        """The highest level trained, in the units of `sigmas`."""
+        space: Space = "flow" if float(sigmas[0]) <= 1 else "ve"
+        return min(float(sigmas[0]), float(from_flow(torch.tensor(self.sigma_high), space)))
+
+    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+        """Loss () and logs of (B,)."""
+        noise = batch.rng.normal("start", batch.shape(policy))
+        x0 = self._clean(policy, batch, noise)
+        noise = noise.to(x0)
+        losses: list[Tensor] = []
+        logs: dict[str, list[Tensor]] = {}
+        for level in range(self.levels):
+            share, low, high = self._level(policy, batch, level)
+            weight = self.discount + (1 - self.discount) * share
+            for inversion in {"denoise": (False,), "inversion": (True,), "both": (False, True)}[self.branch]:
+                # both branches recover at the same kind of place: a gap below, or above, the network's own level
+                called = low + (high - low) * (share * (1 - self.gap) + (0 if inversion else self.gap))
+                recovered = called + (high - low) * (self.gap if inversion else -self.gap)
+                estimate = self._estimate(policy, batch, x0, noise, called, recovered)
+                value, more = self.value(batch, reward, policy.decode(estimate), share, inversion)
+                losses.append(-(weight.to(value) * value).mean())
+                for name, values in more.items():
+                    logs.setdefault(name, []).append(values.detach())
+        total = self.reward_weight * torch.stack(losses).mean()
+        return total, {name: torch.stack(values).mean(0) for name, values in logs.items()}
+
+    def value(self, batch: Batch, reward: Reward, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
+        """What is to rise, (B,), and logs. Inversion moves against the prediction, so there the reward is to fall."""
+        scores = reward(images, batch.prompts)
+        return -scores if inversion else scores, {"reward": scores}
+
+    def _clean(self, policy: Policy, batch: Batch, noise: Tensor) -> Tensor:
+        if self.source == "offline":
+            if batch.latents is None:
+                raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
+            return batch.latents.to(policy.sigmas(self.steps).device)
+        indices = torch.zeros(len(batch.prompts), dtype=torch.long)
+        x = policy.start(noise, self.steps)
+        return roll(policy, batch, x, indices, indices + self.steps, policy.sigmas(self.steps), self.guidance_scale, self.eta)
+
+    def _level(self, policy: Policy, batch: Batch, level: int) -> tuple[Tensor, float, float]:
+        """Each sample's place in the range of levels, 0 low to 1 high (B,), and the range in flow units."""
+        high = min(self.sigma_high, to_flow(float(policy.sigmas(self.steps)[0]), policy.space))
+        places = [float(torch.rand((), generator=generator(batch.rng.seed, batch.rng.step, i, "level", level))) for i in batch.rng.indices]
+        share = torch.tensor(places, dtype=torch.float64)
+        return self.shift * share / (1 + (self.shift - 1) * share), self.sigma_low, high
+
+    def _estimate(self, policy: Policy, batch: Batch, x0: Tensor, noise: Tensor, called: Tensor, recovered: Tensor) -> Tensor:
+        """x̂0 (B,C,h,w) for levels in flow units (B,)."""
+        here, there = (from_flow(s, policy.space).to(x0) for s in (called, recovered))
+        denoised = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)(policy.add_noise(x0, noise, here), here)
+        return x0 + per_sample(blend_weight(here, there, policy.space), x0) * (denoised - x0)
+
+
+@dataclass(frozen=True)
+class SRPO(DirectAlign):
+    """Semantic relative preference optimisation (Shen et al. 2025, arXiv:2509.06942, section 3.2): Direct-Align on a difference.
+
+    The reward is (1+κ)s⁺ − s⁻, one image's scores under a positive and a negative control word before its prompt: what the
+    reward says of every image, whatever the words, cancels. κ runs linearly over the noise levels and weighs the plain
+    score, negative at low noise (against over-saturation) and positive at high noise. It needs a two-tower reward.
+    """
+
+    positive: tuple[str, ...] = field(
+        default=("Natural photograph", "Fine texture", "Lifelike"),
+        metadata={"help": "control words to move towards, one per micro-batch in turn"},
+    )
+    negative: tuple[str, ...] = field(
+        default=("Glossy render", "Oily painting", "Cartoon"), metadata={"help": "control words to move away from, in turn"}
+    )
+    kappa_low: float = field(
+        default=-0.1, metadata={"min": -10.0, "max": 10.0, "help": "κ at sigma_low; in a second branch with its sign turned"}
+    )
+    kappa_high: float = field(default=0.12, metadata={"min": -10.0, "max": 10.0, "help": "κ at sigma_high"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.positive or not self.negative:
+            raise ValueError("give at least one positive and one negative control word")
+
+    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+        """Refuse rewards that cannot score an image under several wordings."""
+        super().check(policy, reward, context)
+        if prefix_scores(reward) is None:
+            raise ValueError("SRPO compares an image's scores under control words: it needs one two-tower reward (HPS, PickScore, CLIP)")
+
+    def wordings(self, prompts: Sequence[str]) -> list[str]:
+        """Every prompt plain and after every control word."""
+        words = ("", *(f"{word}. " for word in (*self.positive, *self.negative)))
+        return [word + prompt for prompt in prompts for word in words]
+
+    def value(self, batch: Batch, reward: Reward, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
+        """(1+κ)s⁺ − s⁻; in the inversion branch the words change places, and κ its sign."""
+        towers = prefix_scores(reward)
+        if towers is None:
+            raise ValueError("SRPO needs one two-tower reward")
+        words = (self.positive[batch.number % len(self.positive)], self.negative[batch.number % len(self.negative)])
+        plus, minus, plain = towers.scores(images, batch.prompts, (f"{words[0]}. ", f"{words[1]}. ", "")).unbind(1)
+        kappa = (self.kappa_low + (self.kappa_high - self.kappa_low) * share).to(plus)
+        value = (1 - kappa) * minus - plus if inversion else (1 + kappa) * plus - minus
+        return value, {"reward": plain, "relative": plus - minus}

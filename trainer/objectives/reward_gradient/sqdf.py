@@ -1,0 +1,227 @@
+"""SQDF: the soft Q-function's gradient through one reparameterised transition, off-policy, with a closed-form KL.
+
+The transition starts from a stored state, so nothing is differentiated but one step; what follows it is a frozen estimate
+of x0, by the base model or by a consistency adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...denoiser import per_sample
+from ...policy import Batch, Policy
+from ...reward import Reward
+from ...rng import generator
+from ...sampling import Space, step
+from ..base import Logs, Loss, Objective, RunContext, sampler_steps, snr, training_guidance_scale, weight_of_reward
+from .replay import Law, Replay, free_bytes, trajectory_bytes
+
+Estimator = Literal["base", "consistency"]
+
+
+@dataclass(frozen=True)
+class SQDF(Objective):
+    """Soft-Q diffusion fine-tuning (Kang et al. 2025, arXiv:2512.04559): −γ^(T−1−i)·r(f(x_{i+1})) + α·KL for one transition i.
+
+    x_{i+1} = μ_θ(x_i) + s·ε is one ancestral step of the tuned model, f a frozen estimate of x0 from it. x_i comes from a
+    replay buffer of the model's own rollouts, on disk.
+    """
+
+    steps: int = sampler_steps(50)
+    gamma: float = field(
+        default=0.9, metadata={"min": 0.0, "max": 1.0, "help": "discount γ in (0,1]: weight of a transition by the steps that follow it"}
+    )
+    alpha: float = field(
+        default=4.0,
+        metadata={"min": 0.0, "help": "weight α of the KL per latent element (official 2.0 or 0.005 without the ½: 4.0 or 0.01 here)"},
+    )
+    estimator: Estimator = field(default="base", metadata={"help": "x0 after the transition: the base model, or a consistency adapter"})
+    replay: Law = field(default="uniform", metadata={"help": "law of the states: uniform, prioritised (reward·γ^…) or newest"})
+    buffer_gb: float = field(
+        default=2.0, metadata={"min": 0.0, "help": "size of the replay buffer on disk; 0 trains on new rollouts alone"}
+    )
+    collect_every: int = field(
+        default=1,
+        metadata={"min": 1, "max": 1000, "help": "micro-batches per collection of new rollouts (official 1); more reuses old ones"},
+    )
+    guidance_scale: float = training_guidance_scale(5.0, "official 5, tuned and base alike")
+    reward_weight: float = weight_of_reward()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma = {self.gamma}: the discount lies in (0, 1]")
+        if self.buffer_gb == 0 and self.collect_every > 1:
+            raise ValueError("collect_every above 1 reuses old rollouts: it needs a replay buffer (buffer_gb)")
+
+    def recommended_sigma(self, sigmas: Tensor) -> float:
+        """All steps are trained; most weight lies on the last ones: the level where the discount is still a tenth."""
+        weights = [self.gamma ** (self.steps - 1 - i) for i in range(self.steps)]
+        return float(sigmas[next(i for i, w in enumerate(weights) if w >= 0.1)])
+
+    def capacity(self, policy: Policy) -> int:
+        """Trajectories that the buffer's size holds."""
+        return int(self.buffer_gb * 1e9 / trajectory_bytes(self.steps, policy.latent_shape))
+
+    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+        """Refuse a buffer that the disk, or a single rollout, does not fit; and an estimator that is not loaded."""
+        if self.estimator not in policy.states:
+            raise ValueError(
+                "estimator = consistency needs a consistency adapter (an LCM-LoRA) of this model: set `consistency`, or estimator = base"
+            )
+        if self.buffer_gb > 0:
+            if self.capacity(policy) < 1:
+                size = trajectory_bytes(self.steps, policy.latent_shape) / 1e9
+                raise ValueError(f"one rollout of {self.steps} states takes {size:.3g} GB: buffer_gb = {self.buffer_gb:g} holds none")
+            free = free_bytes(context.folder) / 1e9
+            if self.buffer_gb > free:
+                raise ValueError(f"buffer_gb = {self.buffer_gb:g}, but {context.folder} lies on a disk with {free:.3g} GB free")
+
+    def begin(self, context: RunContext) -> Loss:
+        """A run's loss, which owns the buffer."""
+        return SoftQ(self, context)
+
+
+class SoftQ(Loss):
+    """SQDF with its replay buffer."""
+
+    def __init__(self, objective: SQDF, context: RunContext) -> None:
+        self.objective, self.folder, self.processes = objective, context.folder / "replay", context.processes
+        self.replay: Replay | None = None  # made at the first step: its capacity depends on the policy's latents
+        self._restored: dict[str, Any] | None = None
+
+    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+        """Loss () and logs of (B,)."""
+        o = self.objective
+        x, prompts, index, collected = self._states(policy, batch, reward)
+        batch = replace(batch, prompts=tuple(prompts))
+        loss, logs = transition_loss(o, policy, batch, reward, x, index)
+        return loss, {**logs, "rollout reward": collected} if collected is not None else logs
+
+    def _states(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, list[str], Tensor, Tensor | None]:
+        """States x (B,…), their prompts, their indices (B,), and the rewards of new rollouts if any were made."""
+        o = self.objective
+        if o.buffer_gb == 0:
+            index = batch.rng.integers("transition", 0, o.steps - 1)
+            states, ends = rollouts(o, policy, batch)
+            return states[torch.arange(len(index)), index], list(batch.prompts), index, reward_of(policy, reward, ends, batch.prompts)
+        replay = self._open(policy)
+        collected = None
+        if batch.number % o.collect_every == 0 or not replay.held:
+            states, ends = rollouts(o, policy, batch)
+            collected = reward_of(policy, reward, ends, batch.prompts)
+            # each process writes its own rollouts; the list, in the order of the joined batch, is everyone's
+            for rank, new in enumerate(self.processes.exchange(list(zip(batch.prompts, collected.tolist())))):
+                for row, (prompt, score) in enumerate(new):
+                    replay.add(prompt, score, states[row] if rank == self.processes.rank else None)
+            self.processes.exchange(None)  # all files are there before one is read
+        rng = batch.rng
+        places = torch.tensor(
+            [float(torch.rand((), generator=generator(rng.seed, rng.step, i, "replay"), dtype=torch.float64)) for i in rng.indices]
+        )
+        drawn = replay.draw(places.double(), o.replay, o.steps, o.gamma)
+        x = torch.stack([replay.read(t, i) for t, i in drawn]).to(policy.sigmas(o.steps).device)
+        return x, [t.prompt for t, _ in drawn], torch.tensor([i for _, i in drawn]), collected
+
+    def _open(self, policy: Policy) -> Replay:
+        if self.replay is None:
+            self.replay = Replay(self.folder, self.objective.capacity(policy), deletes=self.processes.main)
+            if self._restored is not None:
+                self.replay.restore(self._restored)
+            else:
+                self.replay.saved()  # files of an earlier run in this folder
+            self.processes.exchange(None)  # nothing is added while another process deletes
+        return self.replay
+
+    def clear(self) -> None:
+        """Go on with an empty buffer."""
+        if self.replay is not None:
+            self.replay.clear()
+
+    def state(self) -> dict[str, Any]:
+        """The buffer's list."""
+        if self.replay is None:
+            return {"replay": self._restored} if self._restored is not None else {}
+        return {"replay": self.replay.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The buffer as when `state` was taken."""
+        self.replay, self._restored = None, state.get("replay")
+
+    def saved(self) -> None:
+        """Delete what left the buffer."""
+        if self.replay is not None:
+            self.replay.saved()
+
+
+@torch.no_grad()
+def rollouts(objective: SQDF, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The tuned model's ancestral rollouts: states (B,T,C,h,w) before each transition, and their ends (B,C,h,w)."""
+    sigmas = policy.sigmas(objective.steps)
+    x = policy.start(batch.rng.normal("start", policy.latent_shape), objective.steps)
+    denoiser = policy.denoiser(batch.prompts, guidance_scale=objective.guidance_scale)
+    states: list[Tensor] = []
+    with policy.merged():
+        for i in range(objective.steps):
+            states.append(x)
+            here, there = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
+            noise = batch.rng.normal(f"step {i}", policy.latent_shape).to(x)
+            x = step(x, denoiser(x, here), here, there, noise, 1.0, policy.space)
+    return torch.stack(states, 1), x
+
+
+@torch.no_grad()
+def reward_of(policy: Policy, reward: Reward, latents: Tensor, prompts: tuple[str, ...]) -> Tensor:
+    """Rewards (B,) of finished latents."""
+    return reward(policy.decode(latents), prompts)
+
+
+def transition_loss(objective: SQDF, policy: Policy, batch: Batch, reward: Reward, x: Tensor, index: Tensor) -> tuple[Tensor, Logs]:
+    """SQDF's loss () of the transitions index (B,) from states x, and logs of (B,).
+
+    The frozen estimate is another state of the same network, and two states never share a graph: its gradient
+    g = ∂r/∂x_{i+1} is taken on a detached x_{i+1}, then g·x_{i+1}(θ) is what is differentiated.
+    """
+    o, sigmas = objective, policy.sigmas(objective.steps)
+    here, there = sigmas[index], sigmas[index + 1]
+    denoised = policy.denoiser(batch.prompts, guidance_scale=o.guidance_scale)(x, here)
+    noise = batch.rng.normal("transition noise", policy.latent_shape).to(x)
+    following = step(x, denoised, here, there, noise, 1.0, policy.space)
+
+    leaf = following.detach().requires_grad_()
+    ended = there == 0
+    with torch.enable_grad(), policy.adapter(o.estimator):
+        # the last transition ends in x0 itself; its row is evaluated at the last level and left aside
+        guidance_scale = o.guidance_scale if o.estimator == "base" else 1.0
+        estimate = policy.denoiser(batch.prompts, guidance_scale=guidance_scale)(leaf, torch.where(ended, sigmas[-2], there))
+        scores = reward(policy.decode(torch.where(per_sample(ended, leaf).bool(), leaf, estimate)), batch.prompts)
+        credit = (o.gamma ** (o.steps - 1 - index).double()).to(scores)
+        worth = credit * scores
+        (pull,) = torch.autograd.grad(worth.sum(), leaf)
+
+    product = (pull * following).flatten(1).sum(1)
+    gain = (worth.detach() + product - product.detach()).mean()  # the value of the reward term, with its gradient
+    loss = -o.reward_weight * gain
+    nats = kl_weights(sigmas, policy.space)[index].to(x) * (
+        denoised - policy.denoiser(batch.prompts, adapter="base", guidance_scale=o.guidance_scale)(x, here)
+    ).square().flatten(1).sum(1)
+    per_element = nats / x[0].numel()
+    if o.alpha > 0:
+        loss = loss + o.alpha * per_element.mean()
+    return loss, {"reward": scores.detach(), "kl": nats.detach(), "kl per element": per_element.detach()}
+
+
+def kl_weights(sigmas: Tensor, space: Space) -> Tensor:
+    """½(SNR' − SNR) of each transition (T,): times ‖D_θ − D_ref‖² it is the transition's KL in nats, exactly.
+
+    Both laws are Gaussians of one width, and the difference of their means over it is √(SNR' − SNR)·ΔD, in either space.
+    The last transition has no width; its SNR' is taken as twice its SNR, which in ε is the weight that the official code's
+    grid gives it.
+    """
+    before = snr(sigmas[:-1].to("cpu", torch.float64), space)
+    after = torch.cat([before[1:], 2 * before[-1:]])
+    return (after - before) / 2

@@ -1,0 +1,124 @@
+"""The training loop: a generator that yields after each optimizer step. It knows no objective, model or file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..policy import Batch, Policy
+from ..reward import Reward
+from ..runtime.processes import ALONE, Processes
+
+
+class Objective(Protocol):
+    """A loss whose gradient trains a policy."""
+
+    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss () and logs of (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its number (1 after the first), mean loss, gradient norm before clipping, mean logs."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    logs: dict[str, float]
+
+
+class NonFinite(FloatingPointError):
+    """A loss or gradient that is not a number; nothing has been applied."""
+
+
+def train(
+    policy: Policy,
+    batches: Callable[[int, int], Batch],
+    reward: Reward,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    start: int = 0,
+    accumulate: int = 1,
+    max_grad_norm: float = 1.0,
+    learning_rate: Callable[[int], float] | None = None,
+    processes: Processes = ALONE,
+) -> Iterator[Step]:
+    """Yield after each of the optimizer steps start+1 … steps.
+
+    batches(step, micro) gives micro-batch `micro` of `accumulate` (gradients are averaged); max_grad_norm 0 does not
+    clip; learning_rate(step) overrides the optimizer's. With several processes batches gives each its own, equal share, and
+    gradients, loss and logs are means over them. Raises NonFinite before a bad gradient is applied.
+    """
+    parameters = list(policy.parameters())
+    for number in range(start, steps):
+        if learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(number)
+        optimizer.zero_grad(set_to_none=True)
+        total, gathered = 0.0, list[tuple[str, float]]()
+        for micro in range(accumulate):
+            batch = batches(number, micro)
+            loss, logs = objective(policy, batch, reward)
+            if not math.isfinite(float(loss.detach())):
+                raise NonFinite(_diagnosis(number, batch, logs))
+            (loss / accumulate).backward()
+            total += float(loss.detach()) / accumulate
+            gathered += [(name, float(values.float().mean())) for name, values in logs.items()]
+        names = dict.fromkeys(name for name, _ in gathered)
+        means = {name: _mean([v for n, v in gathered if n == name]) for name in names}
+        told = processes.exchange((total, means))
+        total, means = _mean([t for t, _ in told]), {name: _mean([m[name] for _, m in told]) for name in means}
+        processes.average_gradients(parameters)
+        norm = gradient_norm(parameters)
+        if not math.isfinite(norm):
+            raise NonFinite(f"step {number + 1}: the gradient is not finite; lower the learning rate, or train in fp32")
+        if max_grad_norm > 0 and norm > max_grad_norm:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(max_grad_norm / norm)
+        optimizer.step()
+        yield Step(number + 1, total, norm, means)
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Euclidean norm of all gradients together."""
+    norms = [p.grad.float().norm() for p in parameters if p.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _diagnosis(number: int, batch: Batch, logs: dict[str, Tensor]) -> str:
+    for name, values in logs.items():
+        bad = (~values.isfinite()).nonzero()[:, 0].tolist()
+        if bad:
+            sample, prompt = batch.rng.indices[bad[0]], batch.prompts[bad[0]]
+            return (
+                f"step {number + 1}: {name} of sample {sample} ({prompt!r}) is not finite; "
+                "lower the learning rate or max_grad_norm, or look at that image; nothing was applied"
+            )
+    return f"step {number + 1}: the loss is not finite; lower the learning rate; nothing was applied"
+
+
+class Ema:
+    """Exponential moving average of the adapter; decay 0 keeps none."""
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], decay: float) -> None:
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in named}
+
+    @torch.no_grad()
+    def update(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        """values ← decay·values + (1−decay)·parameters."""
+        for name, parameter in named:
+            self.values[name].lerp_(parameter, 1 - self.decay)
