@@ -242,13 +242,25 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     for kind in ("cuda", "mps", "xpu"):
-        monkeypatch.setattr(f"torch.{kind}.is_available", lambda: False)
+        available = f"torch.{'backends.mps' if kind == 'mps' else kind}.is_available"
+        monkeypatch.setattr(available, lambda: False)
         with pytest.raises(ValueError, match=f"device = {kind}: this machine, or this build of PyTorch, has none"):
             ALONE.device(kind)
-        monkeypatch.setattr(f"torch.{kind}.is_available", lambda: True)
+        monkeypatch.setattr(available, lambda: True)
         assert ALONE.device(kind) == kind
     with pytest.raises(ValueError, match="device = gpu: use cpu, cuda, mps or xpu"):
         ALONE.device("gpu")
+
+
+def test_pytorch_2_1_knows_no_xpu_and_has_no_mps_module_to_ask(monkeypatch):
+    monkeypatch.delattr("torch.xpu")
+    monkeypatch.delattr("torch.mps.is_available")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert ALONE.device("mps") == "mps"
+    with pytest.raises(ValueError, match="device = xpu: this machine, or this build of PyTorch, has none"):
+        ALONE.device("xpu")
+    with pytest.raises(ValueError, match="process 1 of this machine has no xpu device: 0 found"):
+        Joined(1, 2, 1).device("xpu")
 
 
 def test_more_processes_than_devices_are_refused():

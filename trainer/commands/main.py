@@ -85,7 +85,7 @@ def open_reward(name: str, device: str = "cpu", dtype: str = "float32") -> Part:
     from ..demo import files
 
     if name == "demo-gold":
-        return Part(name, files.load_reward("gold"), mean=0.0, std=1.0, size=64)  # its own scale is the embedded world's
+        return Part(name, files.load_gold(device), mean=0.0, std=1.0, size=64)  # its own scale is the embedded world's
     tower, config = TwoTower.load(files.FOLDER / name.removeprefix("demo-"), device, DTYPES[dtype])
     return Part(name, tower, 1.0, config["mean"], config["std"])
 

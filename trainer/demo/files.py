@@ -38,10 +38,15 @@ def load_tower(name: str) -> tuple[TwoTower, dict[str, Any]]:
     return TwoTower.load(FOLDER / name)
 
 
+def load_gold(device: str = "cpu") -> Gold:
+    """The simulated rater's own utility, with its reader on `device`."""
+    return Gold(load_reader().to(device))
+
+
 def load_reward(name: str, normalise: bool = True) -> Reward:
     """`proxy`, `heldout` or `gold`; normalised to standard deviations of the base model's images where asked."""
     if name == "gold":
-        return Gold(load_reader())
+        return load_gold()
     tower, config = load_tower(name)
     return Standardised(tower, config["mean"], config["std"]) if normalise else tower
 

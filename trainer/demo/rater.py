@@ -99,16 +99,17 @@ class Gold:
 
 def taste(images: Tensor) -> Tensor:
     """What the rater likes whatever the prompt: (B,)."""
-    return sum((WEIGHTS[name] * value for name, value in measure(images).items()), torch.zeros(len(images)))
+    return sum((WEIGHTS[name] * value for name, value in measure(images).items()), images.new_zeros(len(images)))
 
 
 def match(probabilities: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
     """Mean probability of the attributes that each prompt names: (B,)."""
     rows: list[Tensor] = []
+    everything = torch.ones((), device=next(iter(probabilities.values())).device)  # of a prompt that names nothing
     for i, prompt in enumerate(prompts):
         named = world.attributes_named(prompt)
         seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]
-        rows.append(torch.stack(seen).mean() if seen else torch.ones(()))
+        rows.append(torch.stack(seen).mean() if seen else everything)
     return torch.stack(rows)
 
 

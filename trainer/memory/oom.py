@@ -57,11 +57,11 @@ def place(error: BaseException) -> str:
 
 
 def peak_gb(device: str) -> float | None:
-    """Most memory that was held, GB: by a GPU's allocator or, on a CPU, by this process; None where unknown."""
+    """Peak memory, GB: of the tensors on this GPU, of this process on a CPU; on MPS what the driver holds now; None where unknown."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_reserved() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if device.startswith("xpu") and hasattr(torch, "xpu"):
-        return torch.xpu.max_memory_reserved() / 1e9
+        return torch.xpu.max_memory_allocated(device) / 1e9
     if device.startswith("mps"):
         return torch.mps.driver_allocated_memory() / 1e9
     try:

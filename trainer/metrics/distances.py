@@ -18,7 +18,7 @@ class Moments:
         """Add features (N,D)."""
         if features.ndim != 2:
             raise ValueError(f"features of shape {tuple(features.shape)}: give rows (N,D)")
-        features = features.detach().double().cpu()
+        features = features.detach().cpu().double()  # MPS has no float64
         if len(features):
             mean = features.mean(0)
             self._add(len(features), mean, (features - mean).T @ (features - mean))
@@ -76,7 +76,8 @@ def log_covariance_distance(a: Tensor | Moments, b: Tensor | Moments, ridge: flo
     Moments must be of features that were normalised before.
     """
     cov_a, cov_b = (
-        (x if isinstance(x, Moments) else Moments().update(torch.nn.functional.normalize(x.double(), dim=1))).covariance for x in (a, b)
+        (x if isinstance(x, Moments) else Moments().update(torch.nn.functional.normalize(x.cpu().double(), dim=1))).covariance
+        for x in (a, b)
     )
     ridged = ridge * cov_b.trace() / len(cov_b) * torch.eye(len(cov_b), dtype=torch.float64)
     logs: list[Tensor] = []
@@ -102,7 +103,7 @@ def unbiased_mmd(a: Tensor, b: Tensor) -> float:
     """MMD² of all rows (N,D) and (M,D) with the kernel (x·y/D + 1)³; unbiased, so that it may fall below zero."""
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
         raise ValueError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}: give at least two rows (N,D) of one width")
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     within = [(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (_cubic(a, a), _cubic(b, b))]
     return float(within[0] + within[1] - 2 * _cubic(a, b).mean())
 

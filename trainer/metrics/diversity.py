@@ -33,7 +33,7 @@ class Diversity:
         """Add features (N,D) and the prompt id of each."""
         if len(features) != len(groups):
             raise ValueError(f"{len(features)} features for {len(groups)} prompt ids")
-        for group, unit in zip(groups, F.normalize(features.detach().double(), dim=1).cpu()):
+        for group, unit in zip(groups, F.normalize(features.detach().cpu().double(), dim=1)):
             number, total = self._sums.get(group, (0, torch.zeros_like(unit)))
             self._sums[group] = (number + 1, total + unit)
         return self
@@ -67,7 +67,7 @@ def vendi_score(features: Tensor) -> float:
     """
     if features.ndim != 2 or not len(features):
         raise ValueError(f"features of shape {tuple(features.shape)}: give rows (N,D)")
-    unit = F.normalize(features.double(), dim=1)
+    unit = F.normalize(features.cpu().double(), dim=1)
     smaller = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same eigenvalues but for zeros
     values = torch.linalg.eigvalsh(smaller / len(unit)).clamp(min=0)
     return float(torch.special.entr(values).sum().exp())

@@ -27,7 +27,7 @@ class FeatureStatistics:
 
     def update(self, features: Tensor, prompts: Sequence[int]) -> FeatureStatistics:
         """Add features (N,D) and the number of each one's prompt."""
-        features = features.detach().double().cpu()
+        features = features.detach().cpu().double()  # MPS has no float64
         blocks = torch.tensor(prompts) % BLOCKS
         for block in blocks.unique().tolist():
             rows = features[blocks == block]

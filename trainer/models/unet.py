@@ -87,7 +87,7 @@ class UNetPolicy(DiffusersPolicy):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timestep (B,) of a noise level: log-linear between the table's entries, exact on them."""
-        wanted = sigma.to("cpu", torch.float64).clamp(min=float(self._table[0]), max=float(self._table[-1])).log()
+        wanted = sigma.cpu().double().clamp(min=float(self._table[0]), max=float(self._table[-1])).log()
         table = self._table.log()
         above = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
         fraction = (wanted - table[above - 1]) / (table[above] - table[above - 1])

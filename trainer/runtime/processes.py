@@ -67,7 +67,7 @@ class Processes:
         kind = name.partition(":")[0]
         if kind not in ("cpu", "cuda", "mps", "xpu"):
             raise ValueError(f"device = {name}: use cpu, cuda, mps or xpu")
-        if not getattr(torch, kind).is_available():
+        if not _available(kind):
             raise ValueError(f"device = {name}: this machine, or this build of PyTorch, has none; give another, or cpu")
         return name
 
@@ -77,6 +77,13 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _available(kind: str) -> bool:
+    """Whether this build of PyTorch knows a kind of device and the machine has one. PyTorch 2.1 has neither torch.xpu nor
+    torch.mps.is_available."""
+    backend: Any = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
+    return backend is not None and backend.is_available()
 
 
 class Joined(Processes):
@@ -151,7 +158,7 @@ class Joined(Processes):
         """`cuda` becomes `cuda:<local rank>`."""
         if name not in ("cuda", "xpu"):
             return super().device(name)
-        available = getattr(torch, name).device_count()
+        available = getattr(torch, name).device_count() if _available(name) else 0
         if self.local_rank >= available:
             raise ValueError(f"process {self.local_rank} of this machine has no {name} device: {available} found; start fewer processes")
         getattr(torch, name).set_device(self.local_rank)

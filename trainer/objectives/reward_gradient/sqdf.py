@@ -222,6 +222,6 @@ def kl_weights(sigmas: Tensor, space: Space) -> Tensor:
     The last transition has no width; its SNR' is taken as twice its SNR, which in ε is the weight that the official code's
     grid gives it.
     """
-    before = snr(sigmas[:-1].to("cpu", torch.float64), space)
+    before = snr(sigmas[:-1].cpu().double(), space)  # two steps: MPS, which has no float64, would convert before it copies
     after = torch.cat([before[1:], 2 * before[-1:]])
     return (after - before) / 2
