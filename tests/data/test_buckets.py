@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers.family import Family
 from helpers.processes import finish, log_of, said, start, toy_run
 from PIL import Image
-from test_family import Family
 
 from trainer.data import images
 from trainer.data.buckets import bucket_sizes, micro_batch, nearest

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from test_family import SMALL, Family, Towers
+from helpers.family import SMALL, Family, Towers
 
 from trainer.__main__ import main
 from trainer.commands import main as commands

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
 from safetensors.torch import load_file
-from test_policy import OBJECTIVE, PROMPTS, brightness, image_batch
 
 from trainer.__main__ import main
 from trainer.commands.convert import weight_files

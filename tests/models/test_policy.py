@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
 
 from trainer.generate import Generation, generate, generate_base
 from trainer.models.unet import UNetPolicy
-from trainer.objectives import ImageReFL
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rng import Rng
-
-PROMPTS = ["a red star", "a blue ring, blurred"]
 
 
 def randomise_adapter(policy, scale=0.05):
@@ -94,19 +92,6 @@ def test_toggling_the_adapter_restores_what_is_trained(policy):
         p.requires_grad_(False)
     policy.denoiser(["a star"], adapter="base")(x, sigma)
     assert not any(p.requires_grad for p in policy.parameters())
-
-
-def image_batch(policy, n=4):
-    latents = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    return Batch(tuple(f"a red star {i}" for i in range(n)), Rng(0, 0, tuple(range(n))), 0, latents)
-
-
-def brightness(images, prompts):
-    return images.flatten(1).mean(1)
-
-
-brightness.differentiable = True
-OBJECTIVE = ImageReFL(steps=10, grad_from=7, grad_to=9, start_from=7, start_to=7, refl_share=0.0, diffusion_weight=0.1, kl_weight=0.1)
 
 
 @pytest.mark.slow

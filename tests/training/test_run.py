@@ -146,7 +146,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_file(room, tmp_path)
     program = f"""
 import resource, signal, sys, torch
 from pathlib import Path
-from trainer import checkpoint, lora_file
+from trainer.lora import file as lora_file
+from trainer.training import checkpoint
 path = Path(sys.argv[1])
 writes = [
     lambda: checkpoint.save({{"x": torch.zeros(100_000)}}, path),

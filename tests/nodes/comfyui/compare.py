@@ -3,12 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import embedded  # first: it puts ComfyUI on the path
 import comfy.sample
 import comfy.samplers
-import embedded  # first: it puts ComfyUI on the path
-import torch
-
 import nodes as stock
+import torch
 
 switch = embedded.ours("nodes.switch")
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp", "dpm_2")

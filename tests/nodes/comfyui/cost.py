@@ -18,11 +18,10 @@ from comfy.cli_args import args as options
 options.use_pytorch_cross_attention = True
 
 import embedded
+import nodes as stock
 import tiny
 import torch
 from compare import Case
-
-import nodes as stock
 
 model_name, (latent, steps, pairs) = embedded.arguments[0], map(int, embedded.arguments[1:])
 if model_name == "true":

@@ -7,9 +7,9 @@ import json
 import logging
 from pathlib import Path
 
+import embedded  # first: it puts ComfyUI on the path
 import comfy.lora
 import comfy.sd
-import embedded  # first: it puts ComfyUI on the path
 import torch
 from compare import Case, error
 from safetensors.torch import load_file

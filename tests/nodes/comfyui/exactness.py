@@ -7,18 +7,17 @@ import asyncio
 import json
 from dataclasses import replace
 
+import embedded  # first: it puts ComfyUI on the path
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler
-import embedded  # first: it puts ComfyUI on the path
+import nodes as stock
 import torch
 from compare import SAMPLERS, Case, error, switch
 from safetensors.torch import load_file
-
-import nodes as stock
 
 pipeline_folder, lora, style_lora = embedded.arguments
 rng = torch.Generator().manual_seed(0)

@@ -11,9 +11,8 @@ from pathlib import Path
 import embedded  # first: it puts ComfyUI on the path
 import execution
 import folder_paths
-import torch
-
 import nodes as stock
+import torch
 
 for name in ("output", "temp", "input"):
     Path(name).mkdir()

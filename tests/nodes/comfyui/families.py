@@ -7,11 +7,10 @@ import json
 from dataclasses import replace
 
 import embedded  # first: it puts ComfyUI on the path
+import nodes as stock
 import tiny
 import torch
 from compare import SAMPLERS, Case, error, switch
-
-import nodes as stock
 
 results = {"space": {}}
 

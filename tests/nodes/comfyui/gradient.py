@@ -11,7 +11,7 @@ import torch
 
 (pipeline_folder,) = embedded.arguments
 demo, graph, trainer = (embedded.ours(name) for name in ("nodes.demo", "nodes.policy", "trainer.models.unet"))
-objectives, data, core = (embedded.ours(f"trainer.{name}") for name in ("objectives", "data", "policy"))
+objectives, data, core = (embedded.ours(f"trainer.{name}") for name in ("objectives", "data.samples", "policy"))
 reward = embedded.ours("trainer.demo.files").load_reward("proxy")
 prompts = ("a red star", "a blue ring", "a large green square, vivid", "a circle")
 lora = core.Lora(rank=4, alpha=8.0, targets=("to_q", "to_out.0", "conv1", "proj_in"))

@@ -10,15 +10,14 @@ from pathlib import Path
 
 sys.modules["diffusers"] = sys.modules["peft"] = None  # a ComfyUI has neither: the nodes must not miss them
 
+import embedded  # first: it puts ComfyUI on the path
 import comfy.model_management
 import comfy.utils
-import embedded  # first: it puts ComfyUI on the path
 import folder_paths
+import nodes as stock
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
-import nodes as stock
 
 folder_paths.set_output_directory(str(Path("output").resolve()))
 extension = asyncio.run(embedded.module.comfy_entrypoint())

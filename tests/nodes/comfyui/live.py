@@ -17,7 +17,6 @@ import uuid
 from pathlib import Path
 
 import aiohttp
-
 from workflows import api_form, changed
 
 comfy_path, pack = (Path(p) for p in sys.argv[1:3])

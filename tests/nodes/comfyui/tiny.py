@@ -1,12 +1,12 @@
 """Small random models that ComfyUI's stock loaders take for Stable Diffusion 1.5 and 3."""
 
+import embedded  # first: it puts ComfyUI on the path
 import comfy.cldm.cldm
 import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import comfy.sd
 import comfy.taesd.taesd
-import embedded  # first: it puts ComfyUI on the path
 import torch
 
 SD15 = {

@@ -1,0 +1,24 @@
+"""What several tests of the UNet policy share."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.objectives import ImageReFL
+from trainer.policy import Batch
+from trainer.rng import Rng
+
+PROMPTS = ["a red star", "a blue ring, blurred"]
+
+
+def image_batch(policy, n=4):
+    latents = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    return Batch(tuple(f"a red star {i}" for i in range(n)), Rng(0, 0, tuple(range(n))), 0, latents)
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(1)
+
+
+brightness.differentiable = True
+OBJECTIVE = ImageReFL(steps=10, grad_from=7, grad_to=9, start_from=7, start_to=7, refl_share=0.0, diffusion_weight=0.1, kl_weight=0.1)
