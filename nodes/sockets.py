@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..trainer.config import RENAMED, build
+from ..trainer.config import NAMES, RENAMED, build
 
 CATEGORY = "ImageReFL"
 Reward = io.Custom("REWARD_MODEL")
@@ -52,7 +52,7 @@ def figure(drawn: Any) -> torch.Tensor:
 
 def widget_name(field: str) -> str:
     """A field's input: saved graphs know it by the name that it had in 0.1.0."""
-    return next((before for before, now in RENAMED.items() if now == field), field)
+    return NAMES[field][0] if field in NAMES else field
 
 
 def widgets(kind: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:

@@ -34,7 +34,18 @@ from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, figure, i
 from .switch import ATTACHMENT
 
 _NEW = "a new run"
-_OURS = ("steps", "batch", "accumulate", "lr", "warmup", "max_grad_norm", "ema", "seed", "save_every", "checkpoint_denoiser")
+_OURS = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_warmup_steps",
+    "max_grad_norm",
+    "ema",
+    "seed",
+    "save_every",
+    "gradient_checkpointing_denoiser",
+)
 """The settings of a run that are widgets; the others are sockets here, or of no use in a graph."""
 
 
@@ -195,7 +206,7 @@ def train_in_graph(
             for prompt in dict.fromkeys([*texts, ""]):
                 policy.prepare(prompt)
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
-        with policy.loaded(patchers, config.batch):
+        with policy.loaded(patchers, config.batch_size):
             run = Run(config, policy, samples, reward, features=None if features is None else features.reward)
             run.open_folder(overwrite=False, resume=resume != _NEW)
             if run.step >= config.steps:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, build, override, plain, read_toml
+from trainer.config import ConfigError, build, override, plain, present_names, read_toml
 from trainer.training.run import TrainConfig
 
 
@@ -37,12 +37,15 @@ def test_values_reach_their_fields_and_come_back_plain():
     [
         ({"nme": "x"}, "unknown key 'nme'; valid keys are inner, limit, name"),
         ({"name": "x", "inner": {"sise": 2}}, "unknown key 'inner.sise'"),
-        ({"name": 3}, "name = 3: give a str, not a int"),
-        ({"name": "x", "on": 1}, "give a bool"),
-        ({"name": "x", "rate": "fast"}, "give a float"),
+        ({"name": True}, "name = True: expected str, got bool"),
+        ({"name": "x", "on": 1}, "expected bool, got int"),
+        ({"name": "x", "rate": "fast"}, "expected float, got str"),
         ({"name": "x", "inner": {"size": 10}}, "inner.size = 10: give at most 9"),
         ({"name": "x", "inner": {"size": 0}}, "give at least 1"),
-        ({"name": "x", "words": "a"}, "give a list"),
+        ({"name": "x", "words": "a"}, "expected a list"),
+        ({"name": "x", "inner": "small"}, "inner = 'small': expected a table, write --inner.size=…"),
+        ({"name": "x", "rate": float("nan")}, "rate = nan: expected a finite number"),
+        ({"name": "x", "limit": float("-inf")}, "limit = -inf: expected a finite number"),
         ({}, "missing key 'name'"),
     ],
 )
@@ -58,10 +61,25 @@ def test_command_line_overrides_toml(tmp_path):
     with pytest.raises(ConfigError, match="write --key=value"):
         override({}, ["rate"])
     (tmp_path / "bad.toml").write_text("a = = 1")
-    with pytest.raises(ConfigError, match="no valid TOML"):
+    with pytest.raises(ConfigError, match="not valid TOML"):
         read_toml(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="no config file"):
         read_toml(tmp_path / "none.toml")
+
+
+def test_a_number_given_for_a_text_is_its_text():
+    assert build(Outer, override({}, ["--name=12"])).name == "12"
+    assert build(TrainConfig, override({"out": "x"}, ["--watch.switch=12"])).watch.switch == "12"
+
+
+def test_keys_of_0_1_0_stay_valid_everywhere():
+    old = {"out": "x", "lr": 0.5, "batch": 2, "objective": {"name": "refl", "guidance": 2.0}, "checkpoint_decoder": True}
+    new = {"out": "x", "learning_rate": 0.5, "batch_size": 2, "objective": {"name": "refl", "guidance_scale": 2.0}}
+    assert present_names(old) == {**new, "gradient_checkpointing_vae": True}
+    built = build(TrainConfig, override(old, ["--lr=0.25", "--warmup=3"]))  # the command line is stronger than the file, by either name
+    assert (built.learning_rate, built.lr_warmup_steps, built.gradient_checkpointing_vae) == (0.25, 3, True)
+    with pytest.raises(ConfigError, match="learning_rate is given twice: 'lr' is its old name"):
+        build(TrainConfig, {"out": "x", "learning_rate": 1.0, "lr": 1.0})
 
 
 def test_objective_table_is_checked_before_anything_is_loaded():

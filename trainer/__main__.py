@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=described.splitlines()[0],
             description=described,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,  # `--lr=…` must never become another flag
+            allow_abbrev=False,  # `--learning_rate=…` must never become another flag
         )
         configure(command)
         command.set_defaults(run=run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -19,18 +20,32 @@ else:
 T = TypeVar("T")
 
 
-RENAMED = {"guidance": "guidance_scale", "tuned_guidance": "tuned_guidance_scale"}
-"""Keys of version 0.1.0 and what they are called now; files with the old ones keep working."""
+NAMES: dict[str, tuple[str, str]] = {
+    "guidance_scale": ("guidance", "cfg"),
+    "tuned_guidance_scale": ("tuned_guidance", "tuned_cfg"),
+    "learning_rate": ("lr", "learning_rate"),
+    "batch_size": ("batch", "batch_size"),
+    "gradient_accumulation_steps": ("accumulate", "grad_accumulation_steps"),
+    "lr_warmup_steps": ("warmup", "lr_warmup_steps"),
+    "standardise": ("normalise", "standardise"),
+    "gradient_checkpointing_denoiser": ("checkpoint_denoiser", "gradient_checkpointing"),
+    "gradient_checkpointing_vae": ("checkpoint_decoder", "gradient_checkpointing_vae"),
+    "gradient_checkpointing_reward": ("checkpoint_reward", "gradient_checkpointing_reward"),
+    "vae_slicing": ("slice_decoder", "vae_slicing"),
+}
+"""Keys that have several names: the key here, in version 0.1.0, and in ComfyUI's own nodes (for display)."""
+RENAMED = {old: key for key, (old, _) in NAMES.items()}
+"""The keys of version 0.1.0. They stay valid in TOML files, on the command line, in node inputs and in checkpoints."""
 
 
 class ConfigError(ValueError):
     """A config that names an unknown key, or a value of the wrong type or range."""
 
 
-def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """An instance of a dataclass from plain values; unknown keys, wrong types and ranges are errors that say what is valid."""
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(typing.cast(Any, kind)) if f.init}
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(typing.cast(Any, cls)) if f.init}
     values = renamed(values, known, where)
     for key in values:
         if key not in known:
@@ -43,7 +58,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     if missing:
         raise ConfigError(f"missing key {where + missing[0]!r}")
     try:
-        return kind(**given)
+        return cls(**given)
     except ConfigError:
         raise
     except ValueError as error:
@@ -51,7 +66,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def renamed(values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:
-    """Values with the keys of 0.1.0 under their present names; a key given under both names is an error."""
+    """The values with the keys of 0.1.0 replaced by today's; a key given under both names is an error."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         name = RENAMED[key] if key not in known and RENAMED.get(key) in known else key
@@ -59,6 +74,12 @@ def renamed(values: Mapping[str, Any], known: Collection[str], where: str = "") 
             raise ConfigError(f"{where + name} is given twice: {key!r} is its old name")
         result[name] = value
     return result
+
+
+def present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint or `config.json`, tables included, with the keys of 0.1.0 replaced by today's."""
+    result = renamed(settings, RENAMED.values())
+    return {key: present_names(typing.cast(dict[str, Any], value)) if isinstance(value, dict) else value for key, value in result.items()}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -73,15 +94,29 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} = {value!r}: give a list")
+            raise ConfigError(f"{where} = {value!r}: expected a list")
         return tuple(_convert(v, arguments[0], where) for v in typing.cast(Sequence[Any], value))
-    if is_dataclass(hint) and isinstance(value, dict):
-        return build(typing.cast(type[Any], hint), typing.cast(dict[str, Any], value), where + ".")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if origin is dict or is_dataclass(hint):
+        return _table(value, hint, where)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is str and number:
+        return str(value)  # `--watch.switch=12`: TOML reads a number
+    if hint is float and number:
+        if not math.isfinite(value):
+            raise ConfigError(f"{where} = {value}: expected a finite number")
         return float(value)
     if hint in (int, float, str, bool) and type(value) is not hint:
-        raise ConfigError(f"{where} = {value!r}: give a {hint.__name__}, not a {type(value).__name__}")
+        raise ConfigError(f"{where} = {value!r}: expected {hint.__name__}, got {type(value).__name__}")
     return value
+
+
+def _table(value: Any, hint: Any, where: str) -> Any:
+    if is_dataclass(hint) and isinstance(value, typing.cast(type[Any], hint)):
+        return value
+    if not isinstance(value, dict):
+        name = next(iter(f.name for f in fields(hint))) if is_dataclass(hint) else "name"
+        raise ConfigError(f"{where} = {value!r}: expected a table, write --{where}.{name}=…")
+    return build(typing.cast(type[Any], hint), typing.cast(dict[str, Any], value), where + ".") if is_dataclass(hint) else value
 
 
 def _check_range(value: Any, metadata: Mapping[str, Any], where: str) -> None:
@@ -109,12 +144,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """A copy with `--a.b=value` applied; the value is read as TOML, or as a string where TOML cannot."""
-    result: dict[str, Any] = {k: dict(typing.cast(dict[str, Any], v)) if isinstance(v, dict) else v for k, v in values.items()}
+    """A copy with `--a.b=value` applied, keys under today's names; the value is read as TOML, or as a string where TOML cannot."""
+    result = present_names(values)
     for assignment in assignments:
         if not assignment.startswith("--") or "=" not in assignment:
             raise ConfigError(f"{assignment!r}: write --key=value, or --table.key=value")
@@ -123,11 +158,11 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             value = text
-        place = result
+        place: Any = result
         *tables, name = key.replace("-", "_").split(".")
         for table in tables:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"{assignment!r}: {table} is a value, not a table")
-        place[name] = value
+                raise ConfigError(f"{assignment!r}: {table} = {place!r} is not a table")
+        place[RENAMED.get(name, name)] = value
     return result

@@ -13,7 +13,7 @@ from trainer.__main__ import main
 @pytest.mark.slow
 def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
     run, images = tmp_path / "run", tmp_path / "images"
-    small = ["--steps=2", "--batch=2", "--images=demo", f"--out={run}", "--objective.name=imagerefl", "--objective.steps=20"]
+    small = ["--steps=2", "--batch_size=2", "--images=demo", f"--out={run}", "--objective.name=imagerefl", "--objective.steps=20"]
     ranges = ["--objective.grad_from=12", "--objective.grad_to=19", "--objective.start_from=12", "--objective.start_to=12"]
     assert main(["train", *small, *ranges]) == 0
     lora = run / "lora.safetensors"

@@ -90,7 +90,15 @@ def samples(n=5):
 
 
 def toy_run(case, out, processes=ALONE, reward=None, **settings):
-    values = {"objective": CASES[case], "batch": 4, "accumulate": 2, "steps": 10, "save_every": 2, "max_grad_norm": 0.0, **settings}
+    values = {
+        "objective": CASES[case],
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps": 10,
+        "save_every": 2,
+        "max_grad_norm": 0.0,
+        **settings,
+    }
     config = build(TrainConfig, {"out": str(out), **values})
     run = Run(config, Trained(), samples(), reward or Asked(), features=Features(), processes=processes)
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
@@ -200,8 +208,8 @@ def held(policy):
 def sharded_run(pipeline, out, processes, reward=None, **settings):
     """A watched run of a few steps on the random pipeline."""
     watch = Watch(every=2, heldout="the same", count=1, images=2, steps=1, guidance_scale=1.0)
-    values = {"objective": {"name": "refl", **SHARDED["refl"]}, "batch": 2, "steps": 2, "save_every": 1, **settings}
-    config = build(TrainConfig, {"out": str(out), "watch": plain(watch), "checkpoint_denoiser": True, **values})
+    values = {"objective": {"name": "refl", **SHARDED["refl"]}, "batch_size": 2, "steps": 2, "save_every": 1, **settings}
+    config = build(TrainConfig, {"out": str(out), "watch": plain(watch), "gradient_checkpointing_denoiser": True, **values})
     policy, reward = UNetPolicy.load(pipeline), reward or Asked()
     watcher = Watcher(watch, policy, {"reward": reward, "heldout": Towers()}, lambda x: x.flatten(1), ["a"], 1, 1.0, 1)
     run = Run(config, policy, Samples(("a", "bb", "ccc")), reward, watcher=watcher, processes=processes)

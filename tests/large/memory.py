@@ -68,7 +68,7 @@ def one(case):
             {
                 "out": folder,
                 "model": model,
-                "batch": case["batch"],
+                "batch_size": case["batch"],
                 "images": "demo",
                 "objective": {**OBJECTIVES[name], "steps": STEPS},
                 "image_size": size if model != "demo" else 0,
@@ -98,7 +98,7 @@ def one(case):
             policy, reward = verify.build(model, Path(folder)), clip_reward()
         config = replace(planning._bounded(config), out=str(Path(folder) / "run"))
         picture = torch.randn(1, *policy.latent_shape)
-        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch)))
+        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
         samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.abs().expand(len(prompts), -1, -1, -1))
         models = planning.Models(policy, reward, features(reward))
         worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
@@ -112,7 +112,7 @@ def one(case):
         before = sum(t.nbytes for t in [*policy.parameters(), *state])
 
         def step():
-            batch = samples.batch(config.seed, worst, worst, config.batch)
+            batch = samples.batch(config.seed, worst, worst, config.batch_size)
             loss, _ = run.loss(policy, batch, reward)
             loss.backward()
             run.optimizer.step()

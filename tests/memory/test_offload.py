@@ -162,7 +162,7 @@ def test_rewards_without_a_text_tower_wait_whole(tmp_path):
 
 def test_the_plan_knows_what_waits():
     planned = commands.Planner(ALONE)
-    more = {"out": "none", "batch": 2, "device": "cuda", "reward": "demo-proxy", "watch": {"every": 5, "heldout": "demo-heldout"}}
+    more = {"out": "none", "batch_size": 2, "device": "cuda", "reward": "demo-proxy", "watch": {"every": 5, "heldout": "demo-heldout"}}
     here, away = (planned(build(TrainConfig, {**more, "offload_encoders": value})) for value in (False, True))
     reward = commands.load_reward("demo-proxy", False)
     size = lambda tensors: sum(-(-t.nbytes // 512) * 512 for t in tensors)  # noqa: E731
@@ -186,14 +186,14 @@ def test_a_run_encodes_before_the_network_comes_and_refuses_a_used_folder_before
     for name in ("encode", "prepare", "to", "add_lora"):
         whole = getattr(DiffusersPolicy, name)
         monkeypatch.setattr(DiffusersPolicy, name, lambda self, *a, n=name, w=whole, **k: order.append(n) or w(self, *a, **k))
-    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", steps=1, accumulate=1)
+    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", steps=1, gradient_accumulation_steps=1)
     assert main(["train", *given]) == 0
     assert list(dict.fromkeys(order)) == ["encode", "prepare", "to", "rewards", "add_lora"]
     order.clear()
-    assert main(["train", *given, "--overwrite", "--reward=incompressibility", "--normalise=false"]) == 2
+    assert main(["train", *given, "--overwrite", "--reward=incompressibility", "--standardise=false"]) == 2
     assert "prepare" not in order and "has no gradient" in capsys.readouterr().err
     (tmp_path / "own.py").write_text("def reward(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    own = ["--reward=" + str(tmp_path / "own.py"), "--normalise=false", "--checkpoint_reward=true"]
+    own = ["--reward=" + str(tmp_path / "own.py"), "--standardise=false", "--gradient_checkpointing_reward=true"]
     assert main(["train", *given, "--overwrite", *own]) == 2 and "cannot recompute" in capsys.readouterr().err
     assert (tmp_path / "run" / "lora.safetensors").is_file()  # nothing is replaced by a run that cannot begin
     other = "--out=" + str(tmp_path / "none")

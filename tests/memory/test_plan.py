@@ -34,7 +34,7 @@ KILO = 128 * 128 * 4  # bytes of a float32 square of side 128
 
 
 def config(**more):
-    return build(TrainConfig, {"out": "none", "batch": 2, "steps": 3, "objective": SHORT, **more})
+    return build(TrainConfig, {"out": "none", "batch_size": 2, "steps": 3, "objective": SHORT, **more})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_attention_keeps_no_matrix_of_all_tokens():
 
 def test_weights_and_state_are_the_real_ones_and_memory_grows_with_the_batch(planned):
     policy = commands.load_policy("demo")
-    two, four = planned(config(ema=0.9)), planned(config(ema=0.9, batch=4))
+    two, four = planned(config(ema=0.9)), planned(config(ema=0.9, batch_size=4))
     size = lambda module: sum(-(-t.nbytes // 512) * 512 for t in (*module.parameters(), *module.buffers()))  # noqa: E731
     assert two.parts["denoiser weights"] == size(policy.unet) and two.parts["text encoder weights"] == size(policy.pipeline.text_encoder)
     policy.add_lora(config().lora)
@@ -121,25 +121,28 @@ def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
 def test_checkpoints_make_it_less_and_are_offered(planned):
     before = planned(config())
     flags = {flag: saved for flag, _, saved in planning.savings(config(), planned)}
-    assert flags["--checkpoint_decoder=true"] == before.total - planned(config(checkpoint_decoder=True)).total > 0
+    assert flags["--gradient_checkpointing_vae=true"] == before.total - planned(config(gradient_checkpointing_vae=True)).total > 0
 
 
 def fake(c):
     """A plan whose total is easily added up: 8 GB for each sample of a micro-batch, less what is switched on."""
-    total = 8 * c.batch - 4 * c.checkpoint_decoder - 2 * c.checkpoint_denoiser
+    total = 8 * c.batch_size - 4 * c.gradient_checkpointing_vae - 2 * c.gradient_checkpointing_denoiser
     return SimpleNamespace(total=total * 10**9, moment="decoder")
 
 
 def test_fitting_switches_on_no_more_than_it_must_and_keeps_what_was_given():
     found, added, _ = planning.fit(config(), 12.5, [], fake)
-    assert added == ["--checkpoint_decoder=true"] and found.checkpoint_decoder and not found.checkpoint_denoiser
-    found, added, _ = planning.fit(config(batch=4), 10.5, ["checkpoint_decoder", "batch"], fake)
-    assert added == ["--checkpoint_denoiser=true", "--batch=1 --accumulate=4"] and not found.checkpoint_decoder
-    assert found.batch * found.accumulate == 4
+    assert added == ["--gradient_checkpointing_vae=true"] and found.gradient_checkpointing_vae and not found.gradient_checkpointing_denoiser
+    found, added, _ = planning.fit(config(batch_size=4), 10.5, ["gradient_checkpointing_vae", "batch_size"], fake)
+    assert (
+        added == ["--gradient_checkpointing_denoiser=true", "--batch_size=1 --gradient_accumulation_steps=4"]
+        and not found.gradient_checkpointing_vae
+    )
+    assert found.batch_size * found.gradient_accumulation_steps == 4
     with pytest.raises(ConfigError, match=r"vram = 1: the least that this run takes is 2.0 GB, with .*a lower image_size"):
         planning.fit(config(), 1, [], fake)
-    with pytest.raises(ConfigError, match="so would --checkpoint_decoder=true, which the config sets otherwise"):
-        planning.fit(config(), 1, ["checkpoint_decoder"], fake)
+    with pytest.raises(ConfigError, match="so would --gradient_checkpointing_vae=true, which the config sets otherwise"):
+        planning.fit(config(), 1, ["gradient_checkpointing_vae"], fake)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_out_of_memory_names_the_place_and_a_setting_that_a_resumed_run_takes(pi
 
     (tmp_path / "own.py").write_text(REWARD)
     paths = (pipeline_folder, tmp_path / "own.py", image_folder)
-    more = {"normalise": False, "accumulate": 1, "steps": 4}
+    more = {"standardise": False, "gradient_accumulation_steps": 1, "steps": 4}
     assert main(["train", *settings(*paths, tmp_path / "whole", **more)]) == 0
     (tmp_path / "full").write_text("")
     cut = ["train", *settings(*paths, tmp_path / "cut", **more)]
@@ -221,9 +224,9 @@ def test_out_of_memory_before_the_first_step_names_its_place(where, name, said, 
 
 def test_vram_changes_the_run_and_resuming_keeps_it(planned, tmp_path, capsys):
     c = config(out=str(tmp_path))
-    limit = (planned(c).total + planned(config(checkpoint_decoder=True)).total) / 2e9
+    limit = (planned(c).total + planned(config(gradient_checkpointing_vae=True)).total) / 2e9
     fitted = commands._fitted(replace(c, vram=limit), [], planned, resume=False)
-    assert fitted.checkpoint_decoder and "--checkpoint_decoder=true" in capsys.readouterr().out
+    assert fitted.gradient_checkpointing_vae and "--gradient_checkpointing_vae=true" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps(commands.plain(fitted)))
     assert commands._fitted(replace(c, vram=limit), [], planned, resume=True) == fitted
 

@@ -171,7 +171,8 @@ def full_run(pipeline_folder, out, **more):
 
     objective = {"name": "refl", "steps": 2, "grad_from": 1, "grad_to": 1}
     config = build(
-        TrainConfig, {"out": str(out), "tune": "full", "objective": objective, "batch": 2, "steps": 3, "save_every": 2, "ema": 0.5, **more}
+        TrainConfig,
+        {"out": str(out), "tune": "full", "objective": objective, "batch_size": 2, "steps": 3, "save_every": 2, "ema": 0.5, **more},
     )
     return Run(config, UNetPolicy.load(pipeline_folder), Samples(tuple(PROMPTS)), Brightness())
 

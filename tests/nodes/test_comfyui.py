@@ -243,7 +243,7 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
         "no prompt": "write one per line",
         "no clip": "connect a clip",
         "no such module": "nothing to train",
-        "changed settings": "another lr",
+        "changed settings": "another learning_rate",
         "below the threshold": "the best score is 2",
         "switches beyond": "from 0 to 6",
         "broken LoRA": "no readable safetensors",

@@ -83,7 +83,7 @@ def test_sizes(tmp_path):
 
 BLACK_BOX = {
     "reward": "incompressibility",
-    "normalise": False,
+    "standardise": False,
     "objective.queries": [4, 4],
     "objective.updates_per_loop": 6,
     "objective.epochs": 3,

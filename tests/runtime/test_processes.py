@@ -210,7 +210,7 @@ def test_objectives_refuse_what_would_leave_sharded_processes_waiting(pipeline_f
         toy_run("sqdf-black-box", tmp_path, four)
     for key, value in {"tune": "full", "compile": True, "channels_last": True}.items():
         with pytest.raises(ConfigError, match=rf"{key} = {value}: sharded weights"):
-            sharded_run(pipeline_folder, tmp_path, four, batch=4, **{key: value})
+            sharded_run(pipeline_folder, tmp_path, four, batch_size=4, **{key: value})
 
 
 def test_a_plain_start_sets_nothing_up(monkeypatch):
@@ -236,7 +236,7 @@ def test_a_tracker_is_told_what_the_log_is(tmp_path, monkeypatch):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="batch = 4: 3 processes share a micro-batch"):
+    with pytest.raises(ConfigError, match="batch_size = 4: 3 processes share a micro-batch"):
         toy_run("refl", tmp_path, Joined(0, 3, 0))
 
 

@@ -55,7 +55,14 @@ def watched_run(pipeline_folder, folder, heldout, **more):
     objective = {"name": "refl", "steps": 4, "grad_from": 2, "grad_to": 3}
     watch = Watch(every=1, heldout="of the test", count=1, images=2, patience=2, guidance_scale=1.0)
     config = TrainConfig(
-        out=str(folder), objective=objective, watch=watch, lora=Lora(4, 4.0), batch=2, lr=0.02, save_every=100, **{"steps": 8, **more}
+        out=str(folder),
+        objective=objective,
+        watch=watch,
+        lora=Lora(4, 4.0),
+        batch_size=2,
+        learning_rate=0.02,
+        save_every=100,
+        **{"steps": 8, **more},
     )
     policy = UNetPolicy.load(pipeline_folder)
     watcher = Watcher(watch, policy, {"reward": Bright(), "heldout": heldout}, lambda x: x.flatten(1), ["a star"], 4, 1.0, 1)
@@ -122,7 +129,7 @@ def test_settings_with_lists_in_them_resume(pipeline_folder, tmp_path):
         def scores(self, images, prompts, prefixes):
             return torch.stack([self(images, prompts) * len(p) for p in prefixes], 1)
 
-    config = TrainConfig(out=str(tmp_path), objective=objective, steps=1, batch=1, lora=Lora(4, 4.0))
+    config = TrainConfig(out=str(tmp_path), objective=objective, steps=1, batch_size=1, lora=Lora(4, 4.0))
     runs = [Run(config, UNetPolicy.load(pipeline_folder), Samples(("a star",)), Towers()) for _ in range(2)]
     runs[0].open_folder(overwrite=False, resume=False)
     list(runs[0].steps())

@@ -38,7 +38,7 @@ def test_a_preset_of_the_embedded_model_is_planned(preset):
 def test_a_preset_trains(preset, family_folder, reward_folder, image_folder, tmp_path, capsys):
     family = FAMILIES[preset.stem.rsplit("-", 1)[1]]
     changes = {"model": family_folder(family), "reward": reward_folder, "watch.heldout": reward_folder, "out": tmp_path / "run"}
-    changes |= {"device": "cpu", "steps": 1, "accumulate": 1, "batch": 1, "image_size": 64, "watch.every": 0}
+    changes |= {"device": "cpu", "steps": 1, "gradient_accumulation_steps": 1, "batch_size": 1, "image_size": 64, "watch.every": 0}
     if "images =" in preset.read_text("utf-8"):
         changes["images"] = image_folder
     else:

@@ -66,8 +66,8 @@ def broken(tmp_path_factory, image_folder):
         ({"objective.stepz": 1}, "unknown key 'objective.stepz'"),
         ({"reward": "hpsv9"}, "unknown reward 'hpsv9': use hpsv2.1"),
         ({"reward": "demo-gold"}, "has no gradient"),
-        ({"steps": "many"}, "steps = 'many': give a int"),
-        ({"batch": 0}, "batch = 0: give at least 1"),
+        ({"steps": "many"}, "steps = 'many': expected int, got str"),
+        ({"batch_size": 0}, "batch_size = 0: give at least 1"),
         ({"images": "{broken}/no_caption"}, "a.png has no caption: write one into a.txt"),
         ({"images": "{broken}/corrupt"}, "a.png is no readable picture"),
         ({"images": "{broken}/empty"}, "holds no picture"),
@@ -97,8 +97,8 @@ def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_fol
 
     paths = (pipeline_folder, reward_folder, image_folder)
     assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
-    assert main(["train", *settings(*paths, tmp_path / "run", steps=3, lr=0.5), "--resume"]) == 2
-    assert "was written with another lr: 0.001, now 0.5" in capsys.readouterr().err
+    assert main(["train", *settings(*paths, tmp_path / "run", steps=3, learning_rate=0.5), "--resume"]) == 2
+    assert "was written with another learning_rate: 0.001, now 0.5" in capsys.readouterr().err
     path = tmp_path / "run" / "checkpoint.pt"
     checkpoint.save({**checkpoint.load(path), "base": "other"}, path)
     assert main(["train", *settings(*paths, tmp_path / "run", steps=3), "--resume"]) == 2
@@ -117,7 +117,7 @@ def test_a_non_finite_step_keeps_the_last_checkpoint(pipeline_folder, reward_fol
     paths = (pipeline_folder, reward_folder, image_folder)
     assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    assert main(["train", *settings(*paths, tmp_path / "bad", lr=1e30, max_grad_norm=0.0, save_every=1)]) == 2
+    assert main(["train", *settings(*paths, tmp_path / "bad", learning_rate=1e30, max_grad_norm=0.0, save_every=1)]) == 2
     assert "is not finite" in capsys.readouterr().err
     assert not (tmp_path / "bad" / "lora.safetensors").exists()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good

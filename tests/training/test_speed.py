@@ -438,7 +438,14 @@ def test_the_switches_reach_a_run(pipeline_folder, reward_folder, image_folder, 
     for name in watched:
         whole = getattr(DiffusersPolicy, name)
         monkeypatch.setattr(DiffusersPolicy, name, lambda self, n=name, w=whole: seen.__setitem__(n, self) or w(self))
-    on = {"slice_decoder": True, "channels_last": True, "reward_dtype": "bfloat16", "optimizer": "adamw-fused", "steps": 1, "accumulate": 1}
+    on = {
+        "vae_slicing": True,
+        "channels_last": True,
+        "reward_dtype": "bfloat16",
+        "optimizer": "adamw-fused",
+        "steps": 1,
+        "gradient_accumulation_steps": 1,
+    }
     assert main(["train", *settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", **on)]) == 0
     assert set(seen) == set(watched)
     policy = seen["park_encoders"]
@@ -456,9 +463,9 @@ def test_the_benchmark_for_gpus_runs_on_the_embedded_model(monkeypatch, capsys):
     import bench
 
     small = ["--batch", "1", "--steps", "4", "--rounds", "1", "--dtype", "float32"]
-    assert bench.main(["--device", "cpu", "--models", "demo", *small, "--items", "slice_decoder", "merge_rollouts`, ReFL"]) == 0
+    assert bench.main(["--device", "cpu", "--models", "demo", *small, "--items", "vae_slicing", "merge_rollouts`, ReFL"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    chosen = ["`merge_rollouts`, ReFL (all rollouts from noise)", "`slice_decoder`", "all three checkpoints and `slice_decoder`"]
+    chosen = ["`merge_rollouts`, ReFL (all rollouts from noise)", "`vae_slicing`", "all three checkpoints and `vae_slicing`"]
     assert [row[0].strip() for row in rows[1:]] == chosen
     assert all(len(row) == 8 and all(float(value) > 0 for value in row[1:]) for row in rows[1:])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

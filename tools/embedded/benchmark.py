@@ -256,14 +256,14 @@ def savings(base: Case, plain: Any, noise: Any) -> list[tuple[str, Case, Case]]:
         ("torch's fused attention (always on)", replace(base, plain_attention=True), base),
         ("`channels_last`", base, replace(base, channels_last=True)),
         ("`compile`", base, replace(base, compiled=True)),
-        ("`slice_decoder`", base, replace(base, slices=True)),
+        ("`vae_slicing`", base, replace(base, slices=True)),
         ("`reward_dtype` bfloat16", base, replace(base, reward_dtype=torch.bfloat16)),
         ("`optimizer` adamw-fused", base, replace(base, optimizer="adamw-fused")),
-        ("`checkpoint_denoiser`", base, replace(base, denoiser=True)),
-        ("`checkpoint_decoder`", base, replace(base, decoder=True)),
-        ("`checkpoint_reward`", base, replace(base, reward=True)),
+        ("`gradient_checkpointing_denoiser`", base, replace(base, denoiser=True)),
+        ("`gradient_checkpointing_vae`", base, replace(base, decoder=True)),
+        ("`gradient_checkpointing_reward`", base, replace(base, reward=True)),
         ("all three checkpoints", base, replace(base, denoiser=True, decoder=True, reward=True)),
-        ("all three checkpoints and `slice_decoder`", base, replace(base, denoiser=True, decoder=True, reward=True, slices=True)),
+        ("all three checkpoints and `vae_slicing`", base, replace(base, denoiser=True, decoder=True, reward=True, slices=True)),
     ]
 
 

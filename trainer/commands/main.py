@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ConfigError, build, override, plain, read_toml
+from ..config import ConfigError, build, override, plain, present_names, read_toml
 from ..data import images as pictures
 from ..data.buckets import bucket_sizes
 from ..data.cache import TensorCache
@@ -90,12 +90,12 @@ def open_reward(name: str, device: str = "cpu", dtype: str = "float32") -> Part:
     return Part(name, tower, 1.0, config["mean"], config["std"])
 
 
-def load_reward(spec: str, normalise: bool, device: str = "cpu", dtype: str = "float32") -> Reward:
+def load_reward(spec: str, standardise: bool, device: str = "cpu", dtype: str = "float32") -> Reward:
     """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
     parts = [replace(open_reward(name, device, dtype), weight=weight) for name, weight in parse_weights(spec)]
     if len(parts) == 1 and parts[0].weight == 1:
-        return parts[0].standardised if normalise else parts[0].reward
-    return WeightedSum(parts, raw=not normalise)
+        return parts[0].standardised if standardise else parts[0].reward
+    return WeightedSum(parts, raw=not standardise)
 
 
 def _base_hash(model: str) -> str:
@@ -138,7 +138,7 @@ def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, sampl
     """The held-out judge of a run; diversity is measured in its own features where it has some, else in the reward's."""
     if not config.watch.heldout:
         raise ConfigError("watch.every is set: name the reward that judges in watch.heldout")
-    heldout = load_reward(config.watch.heldout, config.normalise, device)
+    heldout = load_reward(config.watch.heldout, config.standardise, device)
     towers = [t for t in (r.reward if isinstance(r, Standardised) else r for r in (heldout, reward)) if isinstance(t, TwoTower)]
     if not towers:
         raise ConfigError("watching measures diversity in image features: a two-tower reward must be trained on, or judge")
@@ -178,7 +178,7 @@ def _place_texts(rewards: Any, texts: Sequence[str], device: str) -> None:
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
     """The settings that change time and memory and, but for rounding, no result."""
-    policy.merges, policy.slices_decoder = config.merge_rollouts, config.slice_decoder
+    policy.merges, policy.slices_decoder = config.merge_rollouts, config.vae_slicing
     if config.channels_last:
         policy.use_channels_last()
     if config.compile:
@@ -306,13 +306,13 @@ def _fitted(config: TrainConfig, given: Sequence[str], planner: Planner, resume:
     """The config with the memory settings that make it fit `vram`; a resumed run keeps those that it has."""
     written = Path(config.out) / "config.json"
     if resume and written.is_file():
-        kept = json.loads(written.read_text("utf-8"))
+        kept = present_names(json.loads(written.read_text("utf-8")))
         for setting in planning.SETTINGS:
             table, _, name = setting.key.rpartition(".")
             if setting.key not in given and (kept.get(table, {}) if table else kept).get(name) == setting.value:
                 config = setting.applied(config) or config
-        if kept["batch"] * kept["accumulate"] == config.batch * config.accumulate:
-            config = replace(config, batch=kept["batch"], accumulate=kept["accumulate"])
+        if kept["batch_size"] * kept["gradient_accumulation_steps"] == config.batch_size * config.gradient_accumulation_steps:
+            config = replace(config, batch_size=kept["batch_size"], gradient_accumulation_steps=kept["gradient_accumulation_steps"])
         return config
     config, added, found = planning.fit(config, config.vram, given, planner, planner.processes.count)
     print(f"vram = {config.vram:g} GB: planned {found.total / 1e9:.1f} GB with {' '.join(added) or 'the settings as they are'}", flush=True)
@@ -347,7 +347,7 @@ def _remedy(config: TrainConfig, planner: Planner, error: Exception) -> str:
         options = planning.savings(config, planner, planner.processes.count)
     except Exception:  # whatever keeps the plan from being made, the first error is what matters
         options = [(s.flag, s.cost, 0) for s in planning.SETTINGS if s.applied(config) is not None]
-    neutral = [o for o in options if o[0].split("=")[0].strip("-") in (*NEUTRAL, "batch")]
+    neutral = [o for o in options if o[0].split("=")[0].strip("-") in (*NEUTRAL, "batch_size")]
     chosen = next(iter(neutral or options), None)
     again = "--resume" if step is not None and neutral else "start again"
     remedy = "lower image_size, lora.rank or take a smaller model"
@@ -365,7 +365,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     if processes.main or arguments.resume:  # before anything takes time; the others might see what the first one writes
         check_folder(folder, overwrite=arguments.overwrite, resume=arguments.resume)
     aside = "cpu" if config.offload_encoders else device  # where rewards wait, so that encoding has the room
-    reward = load_reward(config.reward, config.normalise, aside, config.reward_dtype)
+    reward = load_reward(config.reward, config.standardise, aside, config.reward_dtype)
     policy = load_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
     _set_speed(policy, config)
     if config.consistency:
@@ -376,10 +376,10 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     watcher = _watcher(config, policy, reward, samples, aside) if config.watch.every else None
     context = RunContext(folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
     check_settings(config, policy, samples, reward, context, watcher is not None)
-    if config.checkpoint_reward:
+    if config.gradient_checkpointing_reward:
         recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
         if recompute is None:
-            raise ConfigError(f"checkpoint_reward = true: {config.reward} cannot recompute its activations")
+            raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
         recompute(True)
     lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
     policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)

@@ -98,8 +98,8 @@ def train_config(method: str, out: Path, size: DemoSize, tuning: Tuning, seed: i
         images="demo",
         lora=Lora(rank=tuning.rank, alpha=float(tuning.rank)),
         steps=size.refl_updates if method == "refl" else size.imagerefl_updates,
-        batch=size.batch,
-        lr=tuning.refl_lr if method == "refl" else tuning.imagerefl_lr,
+        batch_size=size.batch,
+        learning_rate=tuning.refl_lr if method == "refl" else tuning.imagerefl_lr,
         seed=seed,
         save_every=20,
     )

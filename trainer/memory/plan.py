@@ -252,7 +252,7 @@ def _bounded(config: TrainConfig) -> TrainConfig:
     """The run without what is written to disk or asked of an oracle many times; neither changes the highest moment."""
     given = dict(config.objective)
     known = {f.name for f in fields(type(config.build_objective()))}  # type: ignore[arg-type]
-    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (max(2, config.batch),), "epochs": 1}
+    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (max(2, config.batch_size),), "epochs": 1}
     given |= {name: value for name, value in small.items() if name in known}
     return replace(config, objective=given)
 
@@ -262,10 +262,10 @@ def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, 
     seen: list[tuple[int, int]] = []
     sketch = _Sketch(models.policy)
     loss = config.build_objective().begin(RunContext(folder, samples.prompts, sketch))
-    share = processes.share(config.batch)
-    for number in range(min(TRACED, config.steps * config.accumulate)):
+    share = processes.share(config.batch_size)
+    for number in range(min(TRACED, config.steps * config.gradient_accumulation_steps)):
         sketch.forwards = sketch.backwards = 0
-        batch = samples.batch(config.seed, number // config.accumulate, number, config.batch, share)
+        batch = samples.batch(config.seed, number // config.gradient_accumulation_steps, number, config.batch_size, share)
         if batch.latents is not None:
             batch = replace(batch, latents=torch.zeros(len(share), *sketch.latent_shape))
         value, _ = loss(sketch, batch, sketch)  # pyright: ignore[reportArgumentType]
@@ -286,8 +286,8 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         folder = Path(name)
         config = replace(_bounded(config), out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
         parked = config.offload_encoders and not config.device.startswith("cpu")
-        policy.slices_decoder = config.slice_decoder
-        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch)))
+        policy.slices_decoder = config.vae_slicing
+        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
         picture = torch.empty(1, *policy.latent_shape, device=META)
         samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.expand(len(prompts), -1, -1, -1))
         forwards, backwards, worst = _trace(config, models, samples, folder, processes)
@@ -296,7 +296,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         features = _Judged(models.features, tally) if models.features is not None else None
         with dry(tally):
             run = Run(config, policy, samples, reward, features=features, processes=processes)
-            _recompute(models.reward, config.checkpoint_reward)
+            _recompute(models.reward, config.gradient_checkpointing_reward)
             watched = _Watched(policy, tally)
             if parked:
                 tally.clear()
@@ -369,8 +369,8 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         moments = {name: peak[0] for name, peak in peaks.items()}
     per_row = {"denoiser": flops["denoiser"] / max(1, rows["forward"]), "back": flops["back"] / max(1, rows["back"])}
     arithmetic = {
-        "denoiser": config.accumulate * (forwards * per_row["denoiser"] + backwards * per_row["back"]),
-        **{part: config.accumulate * flops[part] for part in ("decoder", "reward")},
+        "denoiser": config.gradient_accumulation_steps * (forwards * per_row["denoiser"] + backwards * per_row["back"]),
+        **{part: config.gradient_accumulation_steps * flops[part] for part in ("decoder", "reward")},
     }
     looks, calls = (-(-asked.steps // asked.watch.every) + 1, _calls_of_a_look(asked, policy)) if asked.watch.every else (0, 0)
     look = {
@@ -381,8 +381,8 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
     state = trained * (4 + STATE_BYTES[asked.optimizer] + 4 * (config.ema > 0))
     parts = {part: size for part, size in best[1].items() if size}
     return Plan(
-        parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.accumulate,
-        backwards * config.accumulate, {"lora.safetensors": 4 * trained, "checkpoint.pt": state}, config.steps,
+        parts, best[2], allowance(sum(parts.values()), asked.device), moments, arithmetic, forwards * config.gradient_accumulation_steps,
+        backwards * config.gradient_accumulation_steps, {"lora.safetensors": 4 * trained, "checkpoint.pt": state}, config.steps,
         look, looks, waiting,
     )  # fmt: skip
 
@@ -479,16 +479,16 @@ def _state(run: Run, name: OptimizerName, tally: Tally) -> list[Tensor]:
 def _step(run: Run, policy: _Watched, reward: Any, samples: Samples, number: int, tally: Tally) -> tuple[Counter[str], Counter[str]]:
     """The most expensive micro-batch of the run, with everything alive that is alive then; rows and FLOPs of its calls."""
     c, parameters = run.config, list(policy.parameters())
-    if c.accumulate > 1:
+    if c.gradient_accumulation_steps > 1:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         tally.hold([p.grad for p in parameters if p.grad is not None], "gradients")
     hooks = [p.register_post_accumulate_grad_hook(lambda p: tally.hold([p.grad], "gradients")) for p in parameters]
-    batch = samples.batch(c.seed, number // c.accumulate, number, c.batch, run.processes.share(c.batch))
+    batch = samples.batch(c.seed, number // c.gradient_accumulation_steps, number, c.batch_size, run.processes.share(c.batch_size))
     tally.flops.clear()
     try:
         loss, _ = run.loss(policy, batch, reward)
-        (loss / c.accumulate).backward()
+        (loss / c.gradient_accumulation_steps).backward()
         del loss
     finally:
         for hook in hooks:
@@ -534,10 +534,10 @@ class Setting:
 
 # What costs the least time comes first; what changes the result comes last.
 SETTINGS = (
-    Setting("checkpoint_decoder", True, "the autoencoder's decoder is computed twice"),
-    Setting("slice_decoder", True, "images are decoded one at a time"),
-    Setting("checkpoint_denoiser", True, "the denoiser is computed twice where it carries a gradient"),
-    Setting("checkpoint_reward", True, "the reward is computed twice"),
+    Setting("gradient_checkpointing_vae", True, "the autoencoder's decoder is computed twice"),
+    Setting("vae_slicing", True, "images are decoded one at a time"),
+    Setting("gradient_checkpointing_denoiser", True, "the denoiser is computed twice where it carries a gradient"),
+    Setting("gradient_checkpointing_reward", True, "the reward is computed twice"),
     Setting("offload_encoders", True, "what no step needs waits on the CPU"),
     Setting("reward_dtype", "bfloat16", "rounds the reward"),
     Setting("model_options.dtype", "bfloat16", "rounds the model's weights"),
@@ -546,9 +546,9 @@ SETTINGS = (
 
 def halved(config: TrainConfig, processes: int = 1) -> TrainConfig | None:
     """The same samples per optimizer step in twice as many micro-batches; None where a micro-batch cannot be halved."""
-    if config.batch % (2 * processes):
+    if config.batch_size % (2 * processes):
         return None
-    return replace(config, batch=config.batch // 2, accumulate=2 * config.accumulate)
+    return replace(config, batch_size=config.batch_size // 2, gradient_accumulation_steps=2 * config.gradient_accumulation_steps)
 
 
 Planner = Callable[[TrainConfig], Plan]
@@ -560,7 +560,13 @@ def savings(config: TrainConfig, planned: Planner, processes: int = 1) -> list[t
     options = [(s.flag, s.cost, s.applied(config)) for s in SETTINGS]
     smaller = halved(config, processes)
     if smaller is not None:
-        options.append((f"--batch={smaller.batch} --accumulate={smaller.accumulate}", "more, smaller micro-batches", smaller))
+        options.append(
+            (
+                f"--batch_size={smaller.batch_size} --gradient_accumulation_steps={smaller.gradient_accumulation_steps}",
+                "more, smaller micro-batches",
+                smaller,
+            )
+        )
     for flag, cost, changed in options:
         saved = before - planned(changed).total if changed is not None else 0
         if saved > before / 100:
@@ -573,7 +579,7 @@ def fit(
 ) -> tuple[TrainConfig, list[str], Plan]:
     """The config with the fewest memory settings, in order, that fits `gigabytes`; the flags that were added; its plan.
 
-    Keys in `given` are left as they are, but for batch and accumulate, which change together and keep their product. Raises
+    Keys in `given` are left as they are, but for batch_size and gradient_accumulation_steps, which keep their product. Raises
     ConfigError with the least that it takes where nothing fits.
     """
     found, added = planned(config), list[str]()
@@ -595,7 +601,10 @@ def fit(
                 + (f", and so would {' '.join(fixed)}, which the config sets otherwise" if fixed else "")
             )
         config, found = changed, planned(changed)
-        added = [*(flag for flag in added if not flag.startswith("--batch")), f"--batch={config.batch} --accumulate={config.accumulate}"]
+        added = [
+            *(flag for flag in added if not flag.startswith("--batch_size")),
+            f"--batch_size={config.batch_size} --gradient_accumulation_steps={config.gradient_accumulation_steps}",
+        ]
     return config, added, found
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
 
-from ..config import RENAMED, ConfigError, build, plain
+from ..config import ConfigError, build, plain, present_names
 from ..data.samples import Samples
 from ..lora.file import save_delta, save_lora
 from ..memory import oom as memory
@@ -52,7 +52,7 @@ class TrainConfig:
         default="demo-proxy",
         metadata={"help": "a name of `rewards list`, NAME@FILE, a reward folder, a Python file, or a sum: hpsv2.1=1, pickscore=0.5"},
     )
-    normalise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
+    standardise: bool = field(default=True, metadata={"help": "put the reward on its stored scale: standard deviations of base images"})
     images: str = field(
         default="",
         metadata={"help": "pictures with .txt captions (subfolders N_name count N times), CSV, JSONL, `hf:DATASET[:split]`, or `demo`"},
@@ -78,13 +78,15 @@ class TrainConfig:
     budget: int = field(
         default=0, metadata={"min": 0, "help": "denoiser calls after which training ends (a forward 1, a backward 2 more); 0: no limit"}
     )
-    batch: int = field(default=8, metadata={"min": 1, "help": "samples per micro-batch, of all processes together"})
-    accumulate: int = field(default=1, metadata={"min": 1, "help": "micro-batches per optimizer step; gradients are averaged"})
+    batch_size: int = field(default=8, metadata={"min": 1, "help": "samples per micro-batch, of all processes together"})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"min": 1, "help": "micro-batches per optimizer step; gradients are averaged"}
+    )
     optimizer: OptimizerName = field(
         default="adamw", metadata={"help": "adamw, adamw-fused (one kernel), or adamw-8bit (a quarter of its memory; needs bitsandbytes)"}
     )
-    lr: float = field(default=1e-4, metadata={"min": 0.0, "help": "AdamW learning rate"})
-    warmup: int = field(default=0, metadata={"min": 0, "help": "steps of linear warm-up"})
+    learning_rate: float = field(default=1e-4, metadata={"min": 0.0, "help": "AdamW learning rate"})
+    lr_warmup_steps: int = field(default=0, metadata={"min": 0, "help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"min": 0.0, "help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"min": 0.0, "help": "gradient clipping; 0 is off"})
     ema: float = field(
@@ -92,10 +94,10 @@ class TrainConfig:
     )
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of every draw"})
     save_every: int = field(default=50, metadata={"min": 1, "help": "steps between checkpoints"})
-    checkpoint_denoiser: bool = field(default=False, metadata={"help": "recompute UNet activations: less memory, more time"})
-    checkpoint_decoder: bool = field(default=False, metadata={"help": "recompute VAE decoder activations"})
-    checkpoint_reward: bool = field(default=False, metadata={"help": "recompute reward activations"})
-    slice_decoder: bool = field(default=False, metadata={"help": "decode one image at a time: the decoder's memory is one image's"})
+    gradient_checkpointing_denoiser: bool = field(default=False, metadata={"help": "recompute UNet activations: less memory, more time"})
+    gradient_checkpointing_vae: bool = field(default=False, metadata={"help": "recompute VAE decoder activations"})
+    gradient_checkpointing_reward: bool = field(default=False, metadata={"help": "recompute reward activations"})
+    vae_slicing: bool = field(default=False, metadata={"help": "decode one image at a time: the decoder's memory is one image's"})
     offload_encoders: bool = field(
         default=True,
         metadata={
@@ -132,18 +134,22 @@ class TrainConfig:
 
 
 _ELSEWHERE = ("out", "save_every", "tracker", "device", "cache")
-_MEMORY = ("vram", "checkpoint_denoiser", "checkpoint_decoder", "checkpoint_reward", "slice_decoder", "offload_encoders")
+_MEMORY = (
+    "vram",
+    "gradient_checkpointing_denoiser",
+    "gradient_checkpointing_vae",
+    "gradient_checkpointing_reward",
+    "vae_slicing",
+    "offload_encoders",
+)
 _SPEED = ("merge_rollouts", "channels_last", "compile")
 NEUTRAL = frozenset((*_ELSEWHERE, *_MEMORY, *_SPEED))
 """Settings that alter neither draws nor, but for rounding, results. A run may resume with others."""
 
 
-def _present_names(settings: Any) -> Any:
-    """The settings in a checkpoint of 0.1.0 by the names of today."""
-    if not isinstance(settings, dict):
-        return settings
-    table = cast(dict[str, Any], settings)
-    return {RENAMED.get(key, key): _present_names(value) for key, value in table.items()}
+def _samples(settings: Mapping[str, Any]) -> int:
+    """Samples per optimizer step."""
+    return settings["batch_size"] * settings["gradient_accumulation_steps"]
 
 
 def _default(name: str) -> Objective:
@@ -226,8 +232,10 @@ def check_settings(
         raise ConfigError(f"{name} trains on real images as it is set: give `images`, or settings that start from noise")
     if config.watch.every and not watched:
         raise ConfigError("watch.every is set, but nothing watches: give watch.heldout")
-    if config.batch % context.processes.count:
-        raise ConfigError(f"batch = {config.batch}: {context.processes.count} processes share a micro-batch, give a multiple of that")
+    if config.batch_size % context.processes.count:
+        raise ConfigError(
+            f"batch_size = {config.batch_size}: {context.processes.count} processes share a micro-batch, give a multiple of that"
+        )
     try:
         check_tracker(config.tracker)
     except ValueError as error:
@@ -273,9 +281,9 @@ class Run:
             policy.add_lora(config.lora, config.seed)
         if processes.sharded:
             _shard(policy, config, processes)
-        policy.checkpoint_gradients(denoiser=config.checkpoint_denoiser, decoder=config.checkpoint_decoder)
+        policy.checkpoint_gradients(denoiser=config.gradient_checkpointing_denoiser, decoder=config.gradient_checkpointing_vae)
         try:
-            self.optimizer = build_optimizer(config.optimizer, policy.parameters(), config.lr, config.weight_decay)
+            self.optimizer = build_optimizer(config.optimizer, policy.parameters(), config.learning_rate, config.weight_decay)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.ema = Ema(policy.named_parameters(), config.ema) if config.ema > 0 else None
@@ -346,10 +354,12 @@ class Run:
         state = checkpoint.load(self.checkpoint_path)
         if state["base"] != self.base_hash:
             raise ConfigError(f"{self.checkpoint_path} was written over other weights than those of {self.config.model}")
-        then, now = _present_names(json.loads(state["settings"])), json.loads(json.dumps(self.config.describe()))
+        then, now = present_names(json.loads(state["settings"])), json.loads(json.dumps(self.config.describe()))
         changed = sorted(k for k in now if k not in ("steps", "budget") and now[k] != then.get(k))
-        if changed == ["accumulate", "batch"] and now["batch"] * now["accumulate"] == then["batch"] * then["accumulate"]:
-            log.warning("micro-batches of %d instead of %d: what is drawn once per micro-batch is drawn anew", now["batch"], then["batch"])
+        if changed == ["batch_size", "gradient_accumulation_steps"] and _samples(now) == _samples(then):
+            log.warning(
+                "micro-batches of %d instead of %d: what is drawn once per micro-batch is drawn anew", now["batch_size"], then["batch_size"]
+            )
         elif changed:
             raise ConfigError(
                 f"{self.checkpoint_path} was written with another {changed[0]}: {then.get(changed[0])!r}, now {now[changed[0]]!r}"
@@ -384,8 +394,8 @@ class Run:
 
     def batches(self, step: int, micro: int) -> Batch:
         """This process's share of micro-batch `micro` of optimizer step `step`."""
-        number = step * self.config.accumulate + micro
-        return self.samples.batch(self.config.seed, step, number, self.config.batch, self.processes.share(self.config.batch))
+        number = step * self.config.gradient_accumulation_steps + micro
+        return self.samples.batch(self.config.seed, step, number, self.config.batch_size, self.processes.share(self.config.batch_size))
 
     def steps(self) -> Iterator[Step]:
         """Train until config.steps, the budget or the watch ends it, logging each step and saving every `save_every`.
@@ -394,7 +404,7 @@ class Run:
         """
         c = self.config
         tracker = Tracker(c.tracker, self.folder) if c.tracker and self.processes.main else None
-        rate = (lambda s: c.lr * min(1.0, (s + 1) / c.warmup)) if c.warmup else None
+        rate = (lambda s: c.learning_rate * min(1.0, (s + 1) / c.lr_warmup_steps)) if c.lr_warmup_steps else None
         begin = time.monotonic()
         if self.watcher and not self.watcher.points:
             self._look()  # before training: what diversity is measured against
@@ -406,7 +416,7 @@ class Run:
             self.optimizer,
             steps=c.steps,
             start=self.step,
-            accumulate=c.accumulate,
+            accumulate=c.gradient_accumulation_steps,
             max_grad_norm=c.max_grad_norm,
             learning_rate=rate,
             processes=self.processes,
