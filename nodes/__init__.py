@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, judging, lora, objectives, rewards, switch, training
+from . import combined, demo, judging, lora, objectives, rewards, scoring, sweep, switch, training
 
 
 class Extension(ComfyExtension):
@@ -11,5 +11,5 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""
         rewards.register_folder()
-        modules = (switch, lora, rewards, training, objectives, judging, demo)
+        modules = (switch, combined, lora, rewards, scoring, training, objectives, judging, sweep, demo)
         return [node for module in modules for node in module.NODES]

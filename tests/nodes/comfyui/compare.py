@@ -10,6 +10,7 @@ import nodes as stock
 import torch
 
 switch = embedded.ours("nodes.switch")
+combined = embedded.ours("nodes.combined")
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp", "dpm_2")
 
 
@@ -56,7 +57,7 @@ class Case:
     def combined(self, base, tuned, sampler, denoise=1.0, mode="step", at=None, latent=None, **conds):
         at = self.k if at is None else at
         settings = (mode, at, 1.0, 3, self.steps, self.cfg, self.tuned_cfg, sampler, "normal")
-        out = switch.CombinedKSampler.execute(
+        out = combined.CombinedKSampler.execute(
             base, tuned, *settings, self.positive, self.negative, latent or self.latent(), denoise, **conds
         )
         return out.result[0]["samples"]

@@ -16,7 +16,7 @@ import comfy.samplers
 import comfy_extras.nodes_custom_sampler
 import nodes as stock
 import torch
-from compare import SAMPLERS, Case, error, switch
+from compare import SAMPLERS, Case, combined, error, switch
 from safetensors.torch import load_file
 
 pipeline_folder, lora, style_lora = embedded.arguments
@@ -67,7 +67,7 @@ with torch.inference_mode():
     swapped = case.combined(base, tuned, "euler", at=0, **others)
     with_swapped = stock.KSampler().sample(tuned, 3, STEPS, TUNED_CFG, "euler", "normal", negative, positive, case.latent())[0]["samples"]
     results["own conditioning"] = bool(torch.equal(swapped, with_swapped))
-    made = switch.CombinedGuiderNode.execute(base, tuned, "step", K, 1.0, CFG, TUNED_CFG, positive, negative).result[0]
+    made = combined.CombinedGuiderNode.execute(base, tuned, "step", K, 1.0, CFG, TUNED_CFG, positive, negative).result[0]
     noise = comfy_extras.nodes_custom_sampler.Noise_RandomNoise(3)
     chosen = comfy.samplers.sampler_object("dpmpp_2m")
     levels = comfy.samplers.KSampler(base, STEPS, torch.device("cpu"), "dpmpp_2m", "normal", 1.0, {}).sigmas

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 folder_paths.set_output_directory(str(Path("output").resolve()))
 extension = asyncio.run(embedded.module.comfy_entrypoint())
 N = {node.define_schema().node_id.removeprefix("ImageReFL"): node for node in asyncio.run(extension.get_node_list())}
-training = embedded.ours("nodes.training")
+training = embedded.ours("nodes.graph_run")
 results = {"refused": {}}
 
 
@@ -180,7 +180,7 @@ with torch.inference_mode():
     refused("no such module", lambda: call("Train", name="x", **own, **{**settings, "targets": "nothing"}))
     refused("changed settings", lambda: call("Train", name="x", **own, **{**settings, "resume": "cut", "lr": 1e-3}))
     refused("below the threshold", lambda: call("PickBest", [images], [0.0, 1.0, 2.0], [1], None, [5.0]))
-    refused("switches beyond", lambda: embedded.ours("nodes.judging").parse_switches("0, 7", 6))
+    refused("switches beyond", lambda: embedded.ours("nodes.sweep").parse_switches("0, 7", 6))
     training.runs_folder().joinpath("zero.safetensors").write_bytes(b"broken")
     refused("broken LoRA", lambda: embedded.ours("nodes.lora").load(model, training.runs_folder() / "zero.safetensors", 1.0))
     zero = {k: torch.zeros_like(v) if "lora_up" in k else v for k, v in lora.items()}

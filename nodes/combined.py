@@ -1,0 +1,183 @@
+"""Combined generation with a guidance scale for each part: a guider for any sampler, and switch and sampler in one node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+
+from .sockets import CATEGORY, schema
+from .switch import SWITCH_INPUTS, TunedNow, rule, switched
+
+
+class CombinedGuider(comfy.samplers.CFGGuider):
+    """Classifier-free guidance with a scale, and if wanted a conditioning, for each part; scale 1 evaluates no negative."""
+
+    def set_switch(self, tuned_now: TunedNow, cfg: float, tuned_cfg: float) -> None:
+        """Which evaluations take the second scale."""
+        self.set_cfg(cfg)
+        self.tuned_now, self.tuned_cfg = tuned_now, tuned_cfg
+
+    def set_all_conds(self, positive: Any, negative: Any, tuned_positive: Any = None, tuned_negative: Any = None) -> None:
+        """Conditioning of both parts; the tuned part's defaults to the base's."""
+        given = {"positive": positive, "negative": negative, "tuned_positive": tuned_positive, "tuned_negative": tuned_negative}
+        self.inner_set_conds({name: cond for name, cond in given.items() if cond is not None})
+
+    def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None, **kwargs: Any) -> Any:
+        options = model_options or {}
+        tuned = self.tuned_now(timestep, options.get("transformer_options", {}))
+        positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        if tuned:
+            positive, negative = self.conds.get("tuned_positive", positive), self.conds.get("tuned_negative", negative)
+        cfg = self.tuned_cfg if tuned else self.cfg
+        return comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, cfg, model_options=options, seed=seed)
+
+
+_CFG = io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5 (SDXL 5).")
+_TUNED_CFG = io.Float.Input(
+    "tuned_cfg",
+    default=1.0,
+    min=0.0,
+    max=100.0,
+    step=0.1,
+    tooltip="Guidance of the tuned part. 1 is none and skips the negative: what the paper uses, since it trains without.",
+)
+_PROMPTS = [
+    io.Conditioning.Input("positive", tooltip="What the image should show."),
+    io.Conditioning.Input("negative", tooltip="What it should not show."),
+]
+_TUNED_PROMPTS = [
+    io.Conditioning.Input("tuned_positive", optional=True, tooltip="Another positive for the tuned part. Not connected: the same."),
+    io.Conditioning.Input("tuned_negative", optional=True, tooltip="Another negative for the tuned part. Not connected: the same."),
+]
+
+
+def guider(
+    model: Any, tuned_now: TunedNow, cfg: float, tuned_cfg: float, positive: Any, negative: Any, tuned_positive: Any, tuned_negative: Any
+) -> CombinedGuider:
+    """A CombinedGuider over a switched model."""
+    made = CombinedGuider(model)
+    made.set_all_conds(positive, negative, tuned_positive, tuned_negative)
+    made.set_switch(tuned_now, cfg, tuned_cfg)
+    return made
+
+
+class CombinedGuiderNode(io.ComfyNode):
+    """MODEL + MODEL + CONDITIONING -> GUIDER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLCombinedGuider",
+            display_name="Combined Guider (base→tuned)",
+            category=f"{CATEGORY}/sampling",
+            description="Base→Tuned Switch with a guidance scale for each part, for SamplerCustomAdvanced.",
+            inputs=[*SWITCH_INPUTS, _CFG, _TUNED_CFG, *_PROMPTS, *_TUNED_PROMPTS],
+            outputs=[io.Guider.Output("guider", display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        mode: str,
+        switch_at: float,
+        strength: float,
+        cfg: float,
+        tuned_cfg: float,
+        positive: Any,
+        negative: Any,
+        tuned_positive: Any = None,
+        tuned_negative: Any = None,
+    ) -> io.NodeOutput:
+        """The guider."""
+        when = rule(tuned, mode, switch_at)
+        model = switched(base, tuned, when, strength)
+        return io.NodeOutput(guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative))
+
+
+class CombinedKSampler(io.ComfyNode):
+    """Base→Tuned Switch and sampler in one, with a guidance scale for each part."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLCombinedKSampler",
+            display_name="Combined KSampler (base→tuned)",
+            category=f"{CATEGORY}/sampling",
+            description="Samples with the base model first, then the tuned model, in one call: any sampler, its history kept.",
+            search_aliases=["combined generation", "two model sampler"],
+            inputs=[
+                *SWITCH_INPUTS,
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the noise."),
+                io.Int.Input("steps", default=40, min=1, max=10000, tooltip="Sampler steps; the paper uses 40."),
+                _CFG,
+                _TUNED_CFG,
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler; multistep history crosses the switch."
+                ),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="Spacing of the noise levels."),
+                *_PROMPTS,
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1, sampling starts from the latent."),
+                *_TUNED_PROMPTS,
+            ],
+            outputs=[io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        base: Any,
+        tuned: Any,
+        mode: str,
+        switch_at: float,
+        strength: float,
+        seed: int,
+        steps: int,
+        cfg: float,
+        tuned_cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        denoise: float,
+        tuned_positive: Any = None,
+        tuned_negative: Any = None,
+    ) -> io.NodeOutput:
+        """Sample."""
+        when = rule(tuned, mode, switch_at)
+        model = switched(base, tuned, when, strength)
+        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        if len(latent) == 0:
+            raise ValueError("an empty latent batch: there is nothing to draw")
+        if not bool(torch.isfinite(latent).all()):
+            raise ValueError("the latent holds numbers that are not finite: look at the node that made it")
+        plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
+        if len(plan.sigmas) > 1:
+            when.sigma(plan.sigmas)  # an impossible switch is refused before any step
+        samples = guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative).sample(
+            comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
+            latent,
+            comfy.samplers.sampler_object(sampler_name),
+            plan.sigmas,
+            denoise_mask=latent_image.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(plan.sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        return io.NodeOutput({**latent_image, "samples": samples.to(comfy.model_management.intermediate_device())})
+
+
+NODES = [CombinedKSampler, CombinedGuiderNode]

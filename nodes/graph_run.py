@@ -1,0 +1,244 @@
+"""A training run over a ComfyUI model: the headless trainer's run, with progress, preview and Cancel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..trainer.config import build, plain
+from ..trainer.data.images import grid, to_pil
+from ..trainer.data.samples import Samples, encode_images
+from ..trainer.generate import Generation, generate
+from ..trainer.lora.file import lora_tensors
+from ..trainer.policy import Lora
+from ..trainer.sampling import Switch
+from ..trainer.training.loop import NonFinite
+from ..trainer.training.run import Run, TrainConfig
+from .policy import ComfyPolicy
+from .scoring import prompt_per_image
+from .sockets import figure, image, pixels
+from .switch import ATTACHMENT
+
+NEW = "a new run"
+
+
+def runs_folder() -> Path:
+    """Where runs keep their state and LoRA."""
+    return Path(folder_paths.get_output_directory()) / "imagerefl"
+
+
+def resumable() -> list[str]:
+    """Runs that have a checkpoint, newest first."""
+    found = sorted(runs_folder().glob("*/checkpoint.pt"), key=lambda p: -p.stat().st_mtime)
+    return [p.parent.name for p in found]
+
+
+def new_folder(name: str) -> Path:
+    """A folder that no run has used: name, name_2, name_3, …"""
+    plain_name = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ") or "run"
+    number = 1
+    while (folder := runs_folder() / (plain_name if number == 1 else f"{plain_name}_{number}")).exists():
+        number += 1
+    return folder
+
+
+class Watch:
+    """What a run shows while it trains: images of fixed prompts and noise by combined generation, and their rewards."""
+
+    def __init__(self, policy: ComfyPolicy, objective: Any, prompts: Sequence[str], judges: dict[str, Any], guidance_scale: float) -> None:
+        self.policy, self.judges = policy, judges
+        self.prompts = [p for p in dict.fromkeys(prompts) if p][:4] * 2
+        self.settings = Generation(steps=objective.steps, guidance_scale=guidance_scale, seed=0, chunk=4)
+        sigmas = policy.sigmas(objective.steps)
+        self.k = Switch(sigma=objective.recommended_sigma(sigmas)).index(sigmas)
+        self.points: list[dict[str, float]] = []
+        self.images: Tensor | None = None
+
+    @torch.no_grad()
+    def look(self, step: int) -> Any:
+        """Generate and score; returns the preview as PIL."""
+        drawn = generate(self.policy, {"tuned": self.policy}, self.prompts, [self.k], self.settings)["tuned", self.k]
+        self.images = drawn
+        scores = {name: float(judge(drawn.to(self.policy.device), self.prompts).mean()) for name, judge in self.judges.items()}
+        self.points.append({"step": float(step), **scores})
+        return to_pil(grid(drawn, 4))
+
+    def figure(self, losses: Sequence[float], rewards: Sequence[float]) -> Tensor:
+        """Training reward of every step, and the judges' means of the watched images, as IMAGE."""
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+        panel = drawn.subplots()
+        panel.plot(range(1, len(rewards) + 1), rewards, color="#bbbbbb", label="training batch")
+        for name in self.judges:
+            panel.plot([p["step"] for p in self.points], [p[name] for p in self.points], marker="o", label=f"{name}, combined generation")
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel("reward, standard deviations of base images")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+        return figure(drawn)
+
+
+def _samples(policy: ComfyPolicy, prompts: list[str], images: Tensor | None) -> Samples:
+    if images is None:
+        return Samples(tuple(prompts))
+    return encode_images(policy, images, prompt_per_image(prompts, len(images)), chunk=4)
+
+
+def _fingerprint(model: Any, data: Any) -> str:
+    """A short hash of a model's kind and first weights, and of prompts or images."""
+    digest = hashlib.blake2b(digest_size=8)
+    if model is not None:
+        digest.update(repr([(n, tuple(p.shape)) for n, p in model.model.diffusion_model.named_parameters()]).encode())
+        name, first = next((n, p) for n, p in model.model.diffusion_model.named_parameters() if p.ndim > 1)
+        # while a LoRA is loaded, on whichever clone, the model's own weight waits in the backup that all clones share
+        first = getattr(model.backup.get(f"diffusion_model.{name}"), "weight", first)
+        digest.update(first.detach().float().cpu().flatten()[:4096].clone().numpy().tobytes())
+    digest.update(data.detach().cpu().clone().numpy().tobytes() if isinstance(data, Tensor) else "\n".join(data).encode())
+    return digest.hexdigest()
+
+
+def _condition(clip: Any, conditioning: Any) -> Any:
+    """How a prompt becomes CONDITIONING: by the CLIP, or the given one whatever the prompt."""
+    if clip is not None:
+        return lambda prompt: clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    if conditioning is not None:
+        return lambda prompt: conditioning
+    raise ValueError("connect a clip, which encodes each prompt, or a conditioning, which stands for all of them")
+
+
+def _fitted(images: Tensor, size: int) -> Tensor:
+    """Images (B,3,H,W) scaled to `size` pixels on the shorter side, centre cropped to a multiple of 8 as the VAE needs."""
+    height, width = images.shape[2:]
+    if size:
+        scale = size / min(height, width)
+        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+        images = torch.nn.functional.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        height = width = size
+    tall, wide = height // 8 * 8, width // 8 * 8
+    top, left = (images.shape[2] - tall) // 2, (images.shape[3] - wide) // 2
+    return images[:, :, top : top + tall, left : left + wide]
+
+
+def _check(texts: Sequence[str], objective: Any, reward: Any, features: Any, images: Tensor | None, resume: str) -> None:
+    """Refuse what cannot be trained, before anything is loaded."""
+    if not texts:
+        raise ValueError("no prompt: write one per line, the caption of each image where images are connected")
+    if features is not None and not getattr(features, "takes_prefixes", False):
+        raise ValueError("features: only a two-tower reward (HPS, PickScore, CLIP) has features of images and texts")
+    if objective.needs_gradient and not reward.differentiable:
+        raise ValueError(
+            f"reward {reward.name} has no gradient: training needs one that has (a two-tower one, say), or the black-box objective"
+        )
+    if images is None and objective.needs_images:
+        raise ValueError(
+            f"{type(objective).__name__} trains on real images as it is set: connect some, or choose settings that start from noise"
+        )
+    if resume != NEW and resume not in resumable():
+        raise ValueError(f"no run {resume!r} to resume: choose one of {', '.join(resumable()) or 'none yet'}")
+
+
+def _latent_shape(model: Any, vae: Any, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C,h,w) of an image of (height, width) pixels."""
+    ratio = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
+    return model.get_model_object("latent_format").latent_channels, size[0] // ratio, size[1] // ratio
+
+
+def train_in_graph(
+    *,
+    model: Any,
+    vae: Any,
+    reward: Any,
+    prompts: str,
+    objective: tuple[str, Any],
+    settings: dict[str, Any],
+    lora: Lora,
+    name: str,
+    resume: str,
+    preview_every: int,
+    preview_cfg: float,
+    width: int,
+    height: int,
+    image_size: int,
+    clip: Any = None,
+    conditioning: Any = None,
+    images: Tensor | None = None,
+    heldout: Any = None,
+    gradient_vae: Any = None,
+    features: Any = None,
+) -> io.NodeOutput:
+    """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
+    texts = [line.strip() for line in prompts.splitlines() if line.strip()]
+    _check(texts, objective[1], reward, features, images, resume)
+    folder = runs_folder() / resume if resume != NEW else new_folder(name)
+    method, built = objective
+    table = {"name": method, **plain(built)}
+    # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
+    same = {"model": f"graph: {_fingerprint(model, texts)}", "images": "" if images is None else f"graph: {_fingerprint(None, images)}"}
+    config = build(TrainConfig, {**settings, **same, "out": str(folder), "objective": table, "reward": reward.name, "lora": plain(lora)})
+    with torch.inference_mode(False), torch.enable_grad():
+        real = None if images is None else _fitted(pixels(images).clone(), image_size)
+        size = (height, width) if real is None else (int(real.shape[2]), int(real.shape[3]))
+        policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, size), gradient_vae)
+        policy.add_lora(config.lora, config.seed)
+        judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
+        patchers = [p for judge in (*judges.values(), *([features] if features is not None else [])) for p in judge.patchers]
+        if clip is not None:
+            comfy.model_management.load_models_gpu([clip.patcher])
+            for prompt in dict.fromkeys([*texts, ""]):
+                policy.prepare(prompt)
+        samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
+        with policy.loaded(patchers, config.batch_size):
+            run = Run(config, policy, samples, reward, features=None if features is None else features.reward)
+            run.open_folder(overwrite=False, resume=resume != NEW)
+            if run.step >= config.steps:
+                raise ValueError(f"{resume} is at step {run.step} already: raise steps to go on")
+            watch = Watch(policy, built, texts, judges, preview_cfg)
+            report = _run(run, watch, preview_every)
+            log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
+            losses, rewards = [line["loss"] for line in log], [line["reward"] for line in log]
+            weights = lora_tensors(policy, run.ema.values if run.ema else None)
+            metadata = run.metadata()
+    tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
+    tuned.set_attachments(ATTACHMENT, metadata)
+    shown = watch.images if watch.images is not None else torch.zeros(1, 3, 8, 8)
+    return io.NodeOutput(tuned, weights, {"loss": losses}, watch.figure(losses, rewards), image(shown), report)
+
+
+def _run(run: Run, watch: Watch, preview_every: int) -> str:
+    """All steps of a run; Cancel or a failure saves what is good and goes on up."""
+    management, begin, first = comfy.model_management, time.monotonic(), run.step
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    bar = comfy.utils.ProgressBar(run.config.steps)
+    if preview_every:
+        bar.update_absolute(first, run.config.steps, ("JPEG", watch.look(first), 512))
+    try:
+        for done in run.steps():
+            preview = None
+            if preview_every and (done.number % preview_every == 0 or done.number == run.config.steps):
+                preview = ("JPEG", watch.look(done.number), 512)
+            bar.update_absolute(done.number, run.config.steps, preview)
+            management.throw_exception_if_processing_interrupted()
+    except NonFinite:
+        raise
+    except BaseException:
+        if run.step > first:
+            run.save()
+        raise
+    seconds = time.monotonic() - begin
+    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    each = f" ({seconds / (run.step - first):.2f} s each)" if run.step > first else ""
+    return f"{run.step - first} steps in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"
