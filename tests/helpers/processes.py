@@ -20,7 +20,7 @@ import transformers.utils.logging
 from helpers.family import SMALL, Family, Towers
 
 from trainer.__main__ import main
-from trainer.commands import main as commands
+from trainer.commands import train as commands
 from trainer.config import build, plain
 from trainer.data.samples import Samples
 from trainer.models.unet import UNetPolicy

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from trainer.commands import main as commands
 from trainer.data.samples import encode_images
 from trainer.demo import files
 from trainer.demo.show import real_images
+from trainer.models.open import open_policy
 from trainer.objectives import OBJECTIVES, RunContext
 from trainer.policy import Lora
 
@@ -34,7 +34,7 @@ def gradient(policy, objective, samples, reward, share):
 def main():
     """A line for each objective with its defaults; SQDF without a buffer."""
     torch.manual_seed(0)
-    policy = commands.load_policy("demo")
+    policy = open_policy("demo")
     samples = encode_images(policy, *real_images(32, 0))
     policy.add_lora(Lora(rank=4, alpha=4.0))
     for parameter in policy.parameters():

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from tools.embedded.benchmark import _memory as status
-from trainer.commands import main as commands
 from trainer.config import build
 from trainer.data.samples import Samples
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import Tally, dry
+from trainer.models.open import DTYPES, open_policy
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
+from trainer.rewards.registry import load_reward
 from trainer.rewards.two_tower import TwoTower
 from trainer.runtime.processes import ALONE
 from trainer.training.run import Run, TrainConfig
@@ -82,15 +83,15 @@ def one(case):
 
         tally = Tally()
         with dry(tally):
-            outline = commands.load_policy(model, "meta", config.model_options, config.image_size)
-            reward = commands.load_reward("demo-proxy" if model == "demo" else "clip", False, "meta")
+            outline = open_policy(model, "meta", config.model_options, config.image_size)
+            reward = load_reward("demo-proxy" if model == "demo" else "clip", False, "meta")
         begin = time.monotonic()
         planned = planning.plan(config, planning.Models(outline, reward, features(reward)), tally)
         seconds = time.monotonic() - begin
         weights = sum(planned.parts.get(part, 0) for part in planning.WEIGHTS)
 
         if model == "demo":
-            policy, reward = commands.load_policy("demo"), commands.load_reward("demo-proxy", False)
+            policy, reward = open_policy("demo"), load_reward("demo-proxy", False)
         else:
             import verify
 
@@ -120,7 +121,7 @@ def one(case):
 
         if case["timed"]:
             step()
-            speeds = {kind: planning.speed("cpu", commands.DTYPES[kind]) for kind in {config.model_options.dtype, "float32"}}
+            speeds = {kind: planning.speed("cpu", DTYPES[kind]) for kind in {config.model_options.dtype, "float32"}}
             begin = time.process_time()  # which a busy machine does not stretch
             step()
             return planning.at_full_speed(planned.flops, config, speeds) / (time.process_time() - begin)

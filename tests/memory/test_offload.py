@@ -11,12 +11,13 @@ from torch import nn
 
 from tests.parity import run as parity
 from trainer.__main__ import main
-from trainer.commands import main as commands
+from trainer.commands import train as commands
 from trainer.config import build
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import Tally
 from trainer.memory.offload import Parking, inside, slots
 from trainer.models.diffusers_policy import DiffusersPolicy
+from trainer.rewards.registry import load_reward
 from trainer.rewards.texts import apart_from_texts, readers, waits
 from trainer.rewards.weighted import Part, WeightedSum
 from trainer.runtime.processes import ALONE
@@ -147,7 +148,7 @@ def test_a_users_own_module_is_moved_by_its_own_to(tmp_path):
         "        return self.inner(images.mean((2, 3)))[0][:, 0]\n"
         "reward = Reward()\n"
     )
-    reward = commands.load_reward(str(tmp_path / "own.py"), False)
+    reward = load_reward(str(tmp_path / "own.py"), False)
     config = build(TrainConfig, {"out": "none", "reward": str(tmp_path / "own.py")})
     commands._place_rewards(config, "meta", [reward], None, ["a"])
     assert devices(reward.function.inner._flat_weights) == {"meta"}
@@ -164,7 +165,7 @@ def test_the_plan_knows_what_waits():
     planned = commands.Planner(ALONE)
     more = {"out": "none", "batch_size": 2, "device": "cuda", "reward": "demo-proxy", "watch": {"every": 5, "heldout": "demo-heldout"}}
     here, away = (planned(build(TrainConfig, {**more, "offload_encoders": value})) for value in (False, True))
-    reward = commands.load_reward("demo-proxy", False)
+    reward = load_reward("demo-proxy", False)
     size = lambda tensors: sum(-(-t.nbytes // 512) * 512 for t in tensors)  # noqa: E731
     text = size(reward.words.tensors())
     assert here.parts["reward weights"] - away.parts["reward weights"] == text > 0

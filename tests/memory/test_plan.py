@@ -15,15 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainer.commands import main as commands
-from trainer.config import ConfigError, build, override
+from trainer.commands import train as commands
+from trainer.config import ConfigError, build, override, plain
 from trainer.data.samples import Samples
 from trainer.lora.file import load_consistency
 from trainer.memory import oom as memory
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import META, Tally, dry
 from trainer.memory.offload import Parking
+from trainer.models.open import open_policy
 from trainer.models.unet import UNetPolicy
+from trainer.rewards.registry import load_reward
 from trainer.runtime.processes import ALONE
 from trainer.training.evaluation import Watcher
 from trainer.training.nfe import CountingPolicy
@@ -71,7 +73,7 @@ def test_attention_keeps_no_matrix_of_all_tokens():
 
 
 def test_weights_and_state_are_the_real_ones_and_memory_grows_with_the_batch(planned):
-    policy = commands.load_policy("demo")
+    policy = open_policy("demo")
     two, four = planned(config(ema=0.9)), planned(config(ema=0.9, batch_size=4))
     size = lambda module: sum(-(-t.nbytes // 512) * 512 for t in (*module.parameters(), *module.buffers()))  # noqa: E731
     assert two.parts["denoiser weights"] == size(policy.unet) and two.parts["text encoder weights"] == size(policy.pipeline.text_encoder)
@@ -94,7 +96,7 @@ def test_a_consistency_adapter_is_planned_beside_the_trained_one(planned):
 def consistency_parameters():
     from trainer.demo import files
 
-    policy = commands.load_policy("demo")
+    policy = open_policy("demo")
     load_consistency(policy, files.CONSISTENCY)
     return policy.adapter_parameters("consistency").values()
 
@@ -103,7 +105,7 @@ def consistency_parameters():
 def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
     c = config(objective=name or SHORT, out=str(tmp_path), merge_rollouts=False)
     found = planned(c)
-    policy, reward = commands.load_policy("demo"), commands.load_reward("demo-proxy", False)
+    policy, reward = open_policy("demo"), load_reward("demo-proxy", False)
     c = replace(planning._bounded(c), out=str(tmp_path))
     picture = torch.zeros(2, *policy.latent_shape)
     samples = Samples(("a", "b"), picture, picture)
@@ -210,7 +212,7 @@ def test_out_of_memory_names_the_place_and_a_setting_that_a_resumed_run_takes(pi
     ],
 )
 def test_out_of_memory_before_the_first_step_names_its_place(where, name, said, monkeypatch):
-    policy = commands.load_policy("demo")
+    policy = open_policy("demo")
 
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -227,7 +229,7 @@ def test_vram_changes_the_run_and_resuming_keeps_it(planned, tmp_path, capsys):
     limit = (planned(c).total + planned(config(gradient_checkpointing_vae=True)).total) / 2e9
     fitted = commands._fitted(replace(c, vram=limit), [], planned, resume=False)
     assert fitted.gradient_checkpointing_vae and "--gradient_checkpointing_vae=true" in capsys.readouterr().out
-    (tmp_path / "config.json").write_text(json.dumps(commands.plain(fitted)))
+    (tmp_path / "config.json").write_text(json.dumps(plain(fitted)))
     assert commands._fitted(replace(c, vram=limit), [], planned, resume=True) == fitted
 
 
@@ -250,8 +252,8 @@ def test_a_look_counts_as_many_calls_as_the_watch_makes(planned):
     watch = {"every": 2, "heldout": "demo-heldout", "count": 2, "images": 3, "switch": "2", "guidance_scale": 4.0}
     c = config(watch=watch, steps=5)
     found = planned(c)
-    policy = CountingPolicy(commands.load_policy("demo"))
-    judge = commands.load_reward("demo-proxy", False)
+    policy = CountingPolicy(open_policy("demo"))
+    judge = load_reward("demo-proxy", False)
     Watcher(c.watch, policy, {"reward": judge, "heldout": judge}, judge.image_features, ["a", "b"], 3, 1.0, 1).look(0)
     assert planning._calls_of_a_look(c, policy) == policy.calls
     assert found.looks == 4  # before the first step, after the second, the fourth and the last

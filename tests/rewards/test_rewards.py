@@ -332,7 +332,7 @@ def test_every_name_has_a_licence_and_a_source():
 
 
 def test_a_config_names_sums_and_rewards_of_ones_own(tmp_path):
-    from trainer.commands.main import load_reward
+    from trainer.rewards.registry import load_reward
 
     (tmp_path / "mine.py").write_text(OWN.format(flag="", body="images.mean((1, 2, 3))"))
     images, prompts = squares(3, 64), ["a red star", "a blue ring", "a red star"]
@@ -345,7 +345,7 @@ def test_a_config_names_sums_and_rewards_of_ones_own(tmp_path):
 
 
 def test_a_sum_recomputes_activations_in_every_part_that_can(reward_folder):
-    from trainer.commands.main import load_reward
+    from trainer.rewards.registry import load_reward
 
     total = load_reward(f"{reward_folder}=2, demo-proxy=1", True)
     total.checkpoint_gradients(True)

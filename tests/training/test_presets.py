@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.commands import main as commands
+from trainer.commands import train as commands
 from trainer.config import build, override, read_toml
 from trainer.lora.file import save_lora
 from trainer.models.load import load_policy

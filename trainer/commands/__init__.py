@@ -1,0 +1,16 @@
+"""The commands of `python -m trainer`. Each is a module of this package, imported only when it runs.
+
+A command module has `configure(parser)`, which adds its arguments, and `run(args)`, which returns the exit status.
+"""
+
+COMMANDS: dict[str, str] = {
+    "demo": "Train ReFL and ImageReFL on the embedded model, generate, evaluate, and write report.html.",
+    "train": "Train a LoRA by reward gradients.",
+    "sample": "Generate images: base model first, tuned model from the switch on.",
+    "score": "Score images by one or more rewards: folders, globs or manifests in, CSV and JSONL out.",
+    "rewards": "List rewards with licence and source, download their weights, measure their statistics.",
+    "evaluate": "Compare tuned models with their base: rewards, diversity, distances, frontier.",
+    "compare": "Train several methods on the embedded model under one budget of denoiser calls and compare them.",
+    "convert": "Convert a LoRA to another layout, or extract one from a full fine-tune.",
+}
+"""The name of each command's module, and one line of help."""

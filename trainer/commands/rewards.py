@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from ..config import ConfigError
 from ..metrics.dino import DINO
 from ..rewards.calibrate import measure, write
 from ..rewards.files import download, find, folders
-from ..rewards.registry import REWARDS, Places
-from ..rewards.weighted import Part
+from ..rewards.registry import REWARDS, Places, open_reward
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     statistics.add_argument("--device", default="cpu", help="cpu, cuda, mps or xpu")
 
 
-def run(arguments: argparse.Namespace, open_reward: Callable[[str, str], Part]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """List, fetch, or measure."""
     if arguments.action == "list":
         return _list()
     if arguments.action == "download":
         return _download(arguments.name, arguments.folder)
-    return _calibrate(arguments, open_reward)
+    return _calibrate(arguments)
 
 
 def _list() -> int:
@@ -64,7 +62,7 @@ def _download(name: str, folder: Path | None) -> int:
     return 0
 
 
-def _calibrate(arguments: argparse.Namespace, open_reward: Callable[[str, str], Part]) -> int:
+def _calibrate(arguments: argparse.Namespace) -> int:
     from ..scoring.items import find_items
     from ..scoring.scorer import score
 

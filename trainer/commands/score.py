@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..rewards.registry import open_reward
 from ..rewards.weighted import Part, parse_weights
 from ..scoring.items import Item, find_items
 from ..scoring.journal import Journal
 from ..scoring.scorer import Row, score
 from ..scoring.table import Table, collect
-
-Opener = Callable[[str, str], Part]  # a reward's name and a device -> the reward
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or xpu")
 
 
-def run(arguments: argparse.Namespace, open_reward: Opener) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Score, write, collect; 0 when every picture was scored, 1 when some could not be."""
     if arguments.batch < 1 or arguments.top < 0 or arguments.size < 0:
         raise ConfigError("--batch needs at least 1; --top and --size at least 0")

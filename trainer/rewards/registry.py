@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from ..config import ConfigError
+from ..models.open import DTYPES
 from ..reward import Reward
 from .aesthetic import Aesthetic
 from .clip import ARCHITECTURES, load_clip, tokenizer
@@ -21,7 +24,7 @@ from .mps import MPS, SAFE
 from .preprocess import Fit
 from .python_file import PythonReward
 from .two_tower import TwoTower
-from .weighted import Part
+from .weighted import Part, WeightedSum, parse_weights
 from .weights import Held
 
 Paths = Mapping[str, Path]
@@ -248,3 +251,32 @@ def locate(name: str, places: Places, weights: Path | None = None) -> dict[str, 
             )
         found[role] = verify(path)
     return found
+
+
+EMBEDDED = Path(__file__).parents[1] / "demo" / "weights"
+DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
+
+
+def open_reward(name: str, device: str = "cpu", dtype: str = "float32") -> Part:
+    """As `load`, by the name of a dtype; also the embedded model's rewards, DEMO_REWARDS."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"reward_dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
+    if name == "demo-gold":
+        gold = import_module("trainer.demo.files").load_gold(device)  # by name: rewards know nothing of the demo's code
+        return Part(name, gold, mean=0.0, std=1.0, size=64)  # the gold reward defines its own scale
+    if name in DEMO_REWARDS:
+        tower, config = TwoTower.load(EMBEDDED / name.removeprefix("demo-"), device, DTYPES[dtype])
+        return Part(name, tower, 1.0, config["mean"], config["std"])
+    try:
+        return load(name, device, DTYPES[dtype])
+    except ValueError as error:
+        hint = f" (the embedded model's are {', '.join(DEMO_REWARDS)})" if str(error).startswith("unknown reward") else ""
+        raise ConfigError(f"{error}{hint}") from error
+
+
+def load_reward(spec: str, standardise: bool, device: str = "cpu", dtype: str = "float32") -> Reward:
+    """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
+    parts = [replace(open_reward(name, device, dtype), weight=weight) for name, weight in parse_weights(spec)]
+    if len(parts) == 1 and parts[0].weight == 1:
+        return parts[0].standardised if standardise else parts[0].reward
+    return WeightedSum(parts, raw=not standardise)

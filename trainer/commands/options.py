@@ -1,0 +1,71 @@
+"""Arguments that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from ..config import ConfigError, build
+from ..data.samples import read_prompts
+from ..generate import Generation
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.load import ModelOptions
+from ..models.open import open_policy
+from ..sampling import METHODS
+
+DEVICE_HELP = "cpu, cuda, mps or xpu"
+
+
+def configure_generation(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the model, the prompts and the sampler."""
+    parser.add_argument("--model", default="demo", help="diffusers folder, .safetensors checkpoint, or demo (default)")
+    for f in fields(ModelOptions):
+        parser.add_argument("--" + f.name, default=f.default, help=f"{f.metadata['help']} [{f.default or 'none'}]")
+    parser.add_argument("--image-size", type=int, default=0, help="width and height of the images in pixels; 0: as the model was trained")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
+    parser.add_argument("-n", type=int, default=4, help="images per prompt (default 4)")
+    for f in fields(Generation):
+        if f.name != "method":
+            text = f"{f.metadata['help']} [{f.default}]"
+            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=text)
+    parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
+    parser.add_argument("--device", default="cpu", help=DEVICE_HELP)
+
+
+def policy_of(args: argparse.Namespace) -> DiffusersPolicy:
+    """A new policy over the model that the arguments name."""
+    quiet_libraries()
+    options = ModelOptions(**{f.name: getattr(args, f.name) for f in fields(ModelOptions)})
+    return open_policy(args.model, args.device, options, args.image_size)
+
+
+def generation_of(args: argparse.Namespace) -> Generation:
+    """The sampler's settings; the embedded model has its own defaults."""
+    given = {f.name: getattr(args, f.name) for f in fields(Generation) if getattr(args, f.name) is not None}
+    if args.model == "demo":
+        from ..demo.show import GUIDANCE, STEPS
+
+        given = {"steps": STEPS, "guidance_scale": GUIDANCE, **given}
+    return build(Generation, given)
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """The prompts, each repeated for its `-n` images."""
+    prompts = list(getattr(args, "prompt", None) or []) + (read_prompts(args.prompts) if args.prompts else [])
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt TEXT or --prompts FILE")
+    if args.n < 1:
+        raise ConfigError(f"-n {args.n}: give at least 1 image per prompt")
+    return [p for p in prompts for _ in range(args.n)]
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and warnings of diffusers and transformers: errors stay one line, the only bar is our own."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    of_diffusers.set_verbosity_error()  # warnings about missing weights, for example: such a model is refused in one line
+    of_transformers.set_verbosity_error()

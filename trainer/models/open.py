@@ -1,0 +1,36 @@
+"""From the name of a model on a command line to its policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..config import ConfigError
+from .diffusers_policy import DiffusersPolicy
+from .load import ModelOptions, load_policy
+from .meta import outline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EMBEDDED = Path(__file__).parents[1] / "demo" / "weights" / "pipeline"
+
+
+def model_path(model: str) -> Path:
+    """The path of a model; `demo` is the embedded one."""
+    return EMBEDDED if model == "demo" else Path(model)
+
+
+def open_policy(
+    model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0, park: bool = False
+) -> DiffusersPolicy:
+    """The policy of a diffusers folder, a single-file checkpoint, or `demo`.
+
+    On the meta device the weights have shapes and no values; there `model` may also be the name of a family (`configs.FAMILIES`).
+    `image_size` 0 is the size that the model was trained at. For `park` see `load_policy`.
+    """
+    options = options or ModelOptions()
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
+    if device == "meta":
+        return outline(model_path(model), DTYPES[options.dtype], image_size)
+    return load_policy(model_path(model), device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, park)
