@@ -11,8 +11,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..trainer.demo import files
-from ..trainer.lora import delta
 from ..trainer.lora.file import read_lora
+from ..trainer.lora.names import is_delta
 from .sockets import CATEGORY, schema
 from .switch import ATTACHMENT
 
@@ -30,7 +30,7 @@ def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
     tuned = model.clone()
     applied = tuned.add_patches(patches, strength)
     modules = {key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
-    modules |= {key for key in tensors if delta.is_delta([key])}  # a weight and its bias are patches of their own
+    modules |= {key for key in tensors if is_delta([key])}  # a weight and its bias are patches of their own
     text = {m for m in modules if m.startswith(("lora_te", "text_encoder"))}
     if len(applied) < len(modules) - len(text) or not applied:
         raise ValueError(f"{path.name} was made for another model: only {len(applied)} of its {len(modules)} modules exist in this one")

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..trainer.denoiser import Denoiser, classifier_free_guidance
-from ..trainer.policy import AdapterState, Lora, initial_down, kohya_key
+from ..trainer.policy import AdapterState, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
@@ -137,12 +137,10 @@ class ComfyPolicy:
         """What the optimizer moves."""
         return [p for _, p in self.named_parameters()]
 
-    def file_key(self, name: str) -> str:
+    @property
+    def lora_layout(self) -> LoraLayout:
         """kohya names for UNets, ComfyUI's generic ones for the others."""
-        if "num_res_blocks" in self.model.model.model_config.unet_config:
-            return kohya_key(name)
-        module, half = name.split(".lora_")
-        return f"diffusion_model.{module}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
+        return "kohya" if "num_res_blocks" in self.model.model.model_config.unet_config else "native"
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
         """Recompute activations block by block; the decoder, which is the peak of memory, always does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .denoiser import Denoiser
 from .rng import Rng, generator
 from .sampling import Space
+
+LoraLayout = Literal["kohya", "diffusers", "native"]
+"""Layouts of LoRA files that a policy may be saved in, see lora/names.py."""
 
 AdapterState = Literal["base", "consistency"]
 """What the network can be besides the tuned model: the base, or the base with the frozen consistency adapter."""
@@ -109,8 +112,9 @@ class Trainable(Policy, Protocol):
         """The adapter's parameters by peft's names, `<module>.lora_A.default.weight`."""
         ...
 
-    def file_key(self, name: str) -> str:
-        """A parameter's name in a LoRA file."""
+    @property
+    def lora_layout(self) -> LoraLayout:
+        """The layout in which the adapter is saved."""
         ...
 
     def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
@@ -118,10 +122,31 @@ class Trainable(Policy, Protocol):
         ...
 
 
-def kohya_key(name: str) -> str:
-    """`a.b.to_q.lora_A.default.weight` -> `lora_unet_a_b_to_q.lora_down.weight`."""
-    module, half = name.split(".lora_")  # half: A.<adapter>.weight
-    return f"lora_unet_{module.replace('.', '_')}.{'lora_down' if half.startswith('A') else 'lora_up'}.weight"
+class Adaptable(Trainable, Protocol):
+    """A policy that LoRA files, and the weight differences of full fine-tuning, can be loaded into."""
+
+    device: torch.device
+
+    @property
+    def original(self) -> Mapping[str, nn.Parameter]:
+        """The base model's version of what `named_parameters` names; empty where an adapter is trained."""
+        ...
+
+    def adaptable(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
+        """The network's own linear and convolutional modules by name, adapted or not."""
+        ...
+
+    def whole_parameters(self) -> Sequence[tuple[str, nn.Parameter]]:
+        """All parameters of the network, without adapters."""
+        ...
+
+    def add_version(self, names: Collection[str] | None = None) -> Mapping[str, nn.Parameter]:
+        """A tuned version of the network's parameters `names` (default: all), by name; equal to the originals."""
+        ...
+
+    def add_consistency(self, lora: Lora) -> Mapping[str, nn.Parameter]:
+        """Attach the frozen adapter `consistency`; its parameters by peft's names, to be filled."""
+        ...
 
 
 def initial_down(name: str, shape: Sequence[int], rank: int, seed: int) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
-from trainer.commands.convert import low_rank
+from trainer.lora import names as lora_names
+from trainer.lora.extract import low_rank
 from trainer.lora.file import load_lora, read_adapter, save_lora
-from trainer.lora.layouts import parse, plain_name
+from trainer.lora.layouts import parse
 from trainer.models.configs import FLUX_DEV, SD15_UNET, SD21_UNET, SD35_LARGE, SD35_MEDIUM, SDXL_UNET
 from trainer.models.load import load_policy
-from trainer.policy import Lora, kohya_key
+from trainer.policy import Lora
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
 
@@ -103,7 +104,7 @@ def test_kohyas_spelling_of_every_true_unet_module_is_undone(config):
         unet = diffusers.UNet2DConditionModel(**config)
     names = [n for n, m in unet.named_modules() if hasattr(m, "weight")]
     assert len(names) > 300
-    assert [plain_name(kohya_key(f"{n}.lora_A.default.weight").split(".")[0]) for n in names] == names
+    assert [lora_names.plain(lora_names.stem(n, "kohya")) for n in names] == names
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_onetrainers_spelling_of_every_true_transformer_module_is_undone(kind, c
         network = getattr(diffusers, f"{kind}Transformer2DModel")(**config)
     names = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
     assert len(names) > 300
-    assert [plain_name("lora_transformer_" + n.replace(".", "_")) for n in names] == names
+    assert [lora_names.plain("lora_transformer_" + n.replace(".", "_")) for n in names] == names
 
 
 def updates_by_diffusers(state, alphas):
@@ -233,7 +234,7 @@ def test_what_is_no_plain_lora_of_this_model_is_refused_with_one_line(family_fol
         error = error_of(capsys, "convert", file, out)
         assert message in error and error.count("\n") == 1 and not out.exists()
     file.write_bytes(file.read_bytes()[:-20])
-    assert "is no readable safetensors file" in error_of(capsys, "convert", file, out)
+    assert "is not a readable safetensors file" in error_of(capsys, "convert", file, out)
     text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}
     text |= {k.replace("down", "up"): torch.zeros(4, 2) for k in text}
     save_file({**down, **up, **text}, file)

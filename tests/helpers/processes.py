@@ -25,7 +25,7 @@ from trainer.config import build, plain
 from trainer.data.samples import Samples
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES, RunContext
-from trainer.policy import Batch, Lora, kohya_key
+from trainer.policy import Batch, Lora
 from trainer.rng import Rng
 from trainer.runtime.processes import ALONE, joined
 from trainer.training.evaluation import Watch, Watcher
@@ -48,14 +48,11 @@ CASES = {
 class Trained(Family):
     """The family's policy with what a run asks of one."""
 
-    lora = Lora(rank=1)
+    lora, lora_layout = Lora(rank=1), "native"
     name = "net.to_q.lora_A.default.weight"
 
     def named_parameters(self):
-        return [(self.name, self.weight)]
-
-    def file_key(self, name):
-        return kohya_key(name)
+        return [(self.name, self.weight), (self.name.replace("_A.", "_B."), torch.nn.Parameter(torch.zeros(4), requires_grad=False))]
 
     def checkpoint_gradients(self, **_):
         pass

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.denoiser import per_sample
 from trainer.lora.file import save_lora
+from trainer.lora.names import HALVES, root_of, stem
 from trainer.models.configs import FAMILIES
 from trainer.models.load import POLICIES, clip_tokenizer
 from trainer.objectives import OBJECTIVES, RunContext
@@ -337,7 +338,8 @@ def verify_names(name, folder, log):
     policy = object.__new__(policy_class)
     policy.network = network
     modules = policy._modules_called(policy.targets)
-    keys = [policy.file_key(f"{m}.lora_A.default.weight") for m in modules]
+    root, suffix = root_of(modules), HALVES[policy.lora_layout][0]
+    keys = [stem(m, policy.lora_layout, root) + suffix for m in modules]
     row = {"names": name, "lora_modules": len(modules)}
     comfyui = find_comfyui()
     if comfyui is not None:

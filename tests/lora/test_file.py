@@ -100,7 +100,7 @@ def test_wrong_shapes_truncated_and_missing_files_are_refused(policy, pipeline_f
     with pytest.raises(ValueError, match="has shape"):
         load_lora(UNetPolicy.load(pipeline_folder), tmp_path / "c.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no readable safetensors"):
+    with pytest.raises(ValueError, match="not a readable safetensors"):
         read_lora(path)
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         read_lora(tmp_path / "none.safetensors")

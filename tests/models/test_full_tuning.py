@@ -8,8 +8,8 @@ from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
-from trainer.commands.convert import weight_files
 from trainer.config import build
+from trainer.lora.extract import weight_files
 from trainer.lora.file import load_lora, read_lora, save_delta
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora

@@ -246,7 +246,7 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
         "changed settings": "another learning_rate",
         "below the threshold": "the best score is 2",
         "switches beyond": "from 0 to 6",
-        "broken LoRA": "no readable safetensors",
+        "broken LoRA": "not a readable safetensors",
     }
     assert graph["refused"].keys() == expected.keys()
     for name, message in expected.items():

@@ -16,6 +16,7 @@ from ..data.buckets import bucket_sizes
 from ..data.cache import TensorCache
 from ..data.hub import PREFIX
 from ..data.samples import Samples, encode_images, load_samples, read_captions, read_prompts
+from ..lora.extract import weight_files
 from ..lora.file import load_consistency
 from ..memory import oom as memory
 from ..memory import plan as planning
@@ -35,7 +36,6 @@ from ..runtime.processes import Processes, joined
 from ..training import checkpoint
 from ..training.evaluation import Watch, Watcher
 from ..training.run import NEUTRAL, Run, TrainConfig, check_folder, check_settings, claim, interruptible
-from .convert import weight_files
 from .options import quiet_libraries
 
 

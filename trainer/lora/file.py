@@ -1,6 +1,6 @@
-"""LoRA files: written in the layout that ComfyUI and diffusers both load in full, read in any; every key must match.
+"""LoRA files: saved in the layout that ComfyUI and diffusers both load in full, loaded from any; every key must match.
 
-Beside them the weight differences of a full fine-tune, which load as LoRAs do (see delta.py).
+The weight differences of full fine-tuning are saved and loaded the same way.
 """
 
 from __future__ import annotations
@@ -18,67 +18,95 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.diffusers_policy import TRAINED, DiffusersPolicy
-from ..policy import Lora, Trainable
-from . import delta
-from . import layouts as lora_layouts
-from .layouts import Adapter
+from ..policy import Adaptable, Lora, Trainable
+from . import names
+from .layouts import Adapter, Update, parse, tensors_of
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
 
 
 def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter (or `weights` under peft's names, an EMA say), read it back, and check that every key matches.
+    """Write the policy's adapter (or `weights` by peft's names, such as an EMA), read it back, and check that every key matches.
 
-    The file appears whole or not at all.
+    A crash leaves no partial file. Raises ValueError without an adapter, OSError where the file cannot be written or read back.
     """
     if policy.lora is None:
         raise ValueError("the policy has no adapter to save")
-    tensors = lora_tensors(policy, weights)
-    alpha = policy.lora.alpha if any(key.endswith(".alpha") for key in tensors) else float(policy.lora.rank)
+    adapter, layout = adapter_of(policy, weights), policy.lora_layout
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(policy.lora.rank),
-        "ss_network_alpha": str(alpha),
+        "ss_network_alpha": str(float(policy.lora.rank) if layout == "diffusers" else policy.lora.alpha),
         "imagerefl": json.dumps(metadata, sort_keys=True),
     }
+    # the network's own names need not be those of any other layout
+    check = _ignore if layout == "native" else lambda written: _check_modules(written, adapter)
+    write_tensors(tensors_of(adapter, layout), path, header, check)
 
-    def check(written: Path) -> None:
-        if isinstance(policy, DiffusersPolicy):
-            _match(policy, read_adapter(written))
 
-    write_tensors(tensors, path, header, check)
+def adapter_of(policy: Trainable, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The policy's adapter (or `weights` by peft's names), float32 on the CPU."""
+    assert policy.lora is not None
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in policy.named_parameters():
+        module, half = names.of_parameter(name)
+        halves.setdefault(module, {})[half] = (parameter if weights is None else weights[name]).detach().float().cpu()
+    return Adapter({module: Update(pair["down"], pair["up"], policy.lora.alpha) for module, pair in halves.items()})
+
+
+def lora_tensors(policy: Trainable, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What `save_lora` writes."""
+    return tensors_of(adapter_of(policy, weights), policy.lora_layout)
 
 
 def save_delta(
-    policy: DiffusersPolicy, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None, dtype: torch.dtype
+    policy: Adaptable, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None, dtype: torch.dtype
 ) -> None:
-    """Write tuned − base of every weight that changed (`weights` by name instead of the tuned ones: an EMA, say), and check it as above.
+    """Write tuned − base of every weight that changed (`weights` by name instead of the tuned ones, such as an EMA), and check it.
 
-    Differences are taken in float32 and stored as `dtype`; bfloat16 is off by at most 2⁻⁸ of each.
+    Differences are taken in float32 and stored as `dtype`; bfloat16 rounds each by at most 2⁻⁸ of it.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in policy.named_parameters():
         change = (parameter if weights is None else weights[name]).detach() - policy.original[name]
         if bool(change.any()):
-            tensors[policy.delta_key(name)] = change.to("cpu", dtype)
-    write_tensors(tensors, path, {"imagerefl": json.dumps(metadata, sort_keys=True)}, lambda written: changes_of(policy, written))
+            tensors[names.delta_key(name)] = change.to("cpu", dtype)
+    write_tensors(tensors, path, {"imagerefl": json.dumps(metadata, sort_keys=True)}, lambda written: _changes_for(policy, written))
 
 
-def changes_of(policy: DiffusersPolicy, path: Path) -> dict[str, Tensor]:
-    """A delta file's differences by the policy's parameter names; every key must be one of the model's, with its shape."""
-    tensors = read_lora(path)[0]
-    known = {policy.delta_key(name): (name, parameter.shape) for name, parameter in policy.whole_parameters()}
-    unknown = sorted(set(tensors) - set(known))
-    if unknown:
-        raise ValueError(f"{path} was made for another model: {len(unknown)} of {len(tensors)} weights unknown, first {unknown[0]}")
-    for key, change in tensors.items():
-        name, shape = known[key]
-        if change.shape != shape:
-            raise ValueError(f"{path} was made for another model: {name} has shape {tuple(change.shape)}, the model wants {tuple(shape)}")
-    return {known[key][0]: change for key, change in tensors.items()}
+def write_adapter(adapter: Adapter, path: Path, layout: str, header: Mapping[str, str]) -> None:
+    """Write an adapter in one of layouts.LAYOUTS and check that the same modules read back. A peft layout is a folder."""
+    if layout == "kohya" and adapter.root != "unet":
+        raise ValueError("kohya's names for transformers are of fused projections: use --to diffusers, which ComfyUI loads too")
+    header = {key: value for key, value in header.items() if key != "lora_adapter_metadata"}  # it described the old layout
+    if layout == "peft":
+        path.mkdir(parents=True, exist_ok=True)
+        _peft_config(adapter).save_pretrained(path)
+        path = path / PEFT_WEIGHTS
+    else:
+        header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(max(u.rank for u in adapter.updates.values()))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors_of(adapter, layout), path, header, lambda written: _check_modules(written, adapter))
+
+
+def _peft_config(adapter: Adapter) -> Any:
+    from peft import LoraConfig
+
+    def pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+        common = max(set(values.values()), key=list(values.values()).count)
+        return common, {f"^{re.escape(n)}": v for n, v in values.items() if v != common}
+
+    rank, ranks = pattern({n: u.rank for n, u in adapter.updates.items()})
+    alpha, alphas = pattern({n: u.alpha for n, u in adapter.updates.items()})
+    chosen: Any = {"r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
+    return LoraConfig(**chosen, target_modules=list(adapter.updates))
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str], check: Callable[[Path], object]) -> None:
-    """Write a safetensors file, read it back, let `check` look at it, and only then give it its name."""
+    """Write a safetensors file, compare what reads back, call `check` with it, and only then rename it to `path`."""
     partial = path.with_name(path.name + ".partial")
     contiguous = {key: value.contiguous() for key, value in sorted(tensors.items())}
     try:
@@ -97,25 +125,22 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
         partial.unlink(missing_ok=True)
 
 
-def lora_tensors(policy: Trainable, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapter (or `weights` under peft's names) as a file holds it: float32 on the CPU.
+def _check_modules(written: Path, adapter: Adapter) -> None:
+    different = sorted(set(read_adapter(written).updates) ^ set(adapter.updates))
+    if different:
+        raise OSError(f"{len(different)} modules of the written file do not match the adapter, first {different[0]}")
 
-    With an alpha per module, or, in diffusers' layout, with the scale inside B: diffusers refuses an alpha for SD3.
-    """
-    rank, alpha = (policy.lora.rank, policy.lora.alpha) if policy.lora else (1, 1.0)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in policy.named_parameters():
-        key = policy.file_key(name)
-        value = (parameter if weights is None else weights[name]).detach().float().cpu()
-        inside = key.startswith("transformer.")
-        tensors[key] = value * (alpha / rank) if inside and ".lora_B." in key else value
-        if not inside:
-            tensors[key.rsplit(".lora_", 1)[0] + ".alpha"] = torch.tensor(float(alpha))
-    return tensors
+
+def _ignore(_: Path) -> None:
+    return
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Tensors, our metadata ({} for foreign files) and the whole header of a LoRA file."""
+    """Tensors, our metadata ({} of foreign files) and the whole header of a LoRA file or peft folder."""
+    path = path / PEFT_WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA file {path}")
     try:
@@ -123,21 +148,22 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
             header: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     return tensors, json.loads(header.get("imagerefl", "{}")), header
 
 
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
 def read_adapter(path: Path) -> Adapter:
-    """A LoRA file in any known layout, or a peft folder; raises ValueError with one clear line for anything else."""
+    """A LoRA file of any known layout, or a peft folder; raises ValueError with one line for anything else."""
     path = path / PEFT_WEIGHTS if path.is_dir() else path
     tensors, _, header = read_lora(path)
+    return _adapter(tensors, header, path)
+
+
+def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> Adapter:
     settings: dict[str, Any] = {}
     if path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file():
         settings = json.loads(path.with_name(PEFT_CONFIG).read_text("utf-8"))
-    elif "lora_adapter_metadata" in header:  # diffusers' own: peft's configuration, each key behind the denoiser's name
+    elif "lora_adapter_metadata" in header:  # diffusers' own: peft's configuration, each key after the denoiser's name
         settings = {k.split(".", 1)[1]: v for k, v in json.loads(header["lora_adapter_metadata"]).items() if not k.startswith("text_")}
     if settings.get("use_dora"):
         raise ValueError(f"{path} holds more than plain LoRA: DoRA")
@@ -150,65 +176,65 @@ def read_adapter(path: Path) -> Adapter:
         return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
     try:
-        if delta.is_delta(tensors):
-            raise ValueError("holds a full fine-tune's weight differences, no LoRA: `python -m trainer convert` extracts one")
-        return lora_layouts.parse(tensors, alpha_of)
+        if names.is_delta(tensors):
+            raise ValueError("holds full weight differences, not a LoRA: `python -m trainer convert` extracts one")
+        return parse(tensors, alpha_of)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
 
 
-def load_lora(policy: DiffusersPolicy, path: Path, strength: float = 1.0) -> dict[str, Any]:
-    """Attach the LoRA of a file in any known layout, scaled by `strength`, to a policy without adapter; every key must match.
+# -- loading into a policy ---------------------------------------------------------------------------------------------
 
-    Modules may differ in rank and alpha: they are brought to the highest rank, filled with zeros, and stay the same
-    function. A full fine-tune's differences are added to a second version of the weights. Returns the file's metadata.
+
+def load_lora(policy: Adaptable, path: Path, strength: float = 1.0) -> dict[str, Any]:
+    """Attach the LoRA of a file of any known layout, scaled by `strength`, to a policy without adapter; every key must match.
+
+    Modules may differ in rank and alpha: they are padded with zeros to the highest rank. Full weight differences are added
+    to a second version of the weights. Returns the file's metadata.
     """
-    if not path.is_dir():
-        tensors, metadata, _ = read_lora(path)
-        if delta.is_delta(tensors) or (metadata and not tensors):  # nothing may have changed
-            changes = changes_of(policy, path)
-            with torch.no_grad():
-                for name, parameter in policy.add_version(changes).items():
-                    parameter.copy_(parameter.float() + strength * changes[name].to(policy.device, torch.float32))
-            return metadata
+    tensors, metadata, header = read_lora(path)
+    if names.is_delta(tensors) or (metadata and not tensors):  # after training that changed nothing the file is empty
+        changes = _checked_changes(policy, tensors, path)
+        with torch.no_grad():
+            for name, parameter in policy.add_version(changes).items():
+                parameter.copy_(parameter.float() + strength * changes[name].to(policy.device, torch.float32))
+        return metadata
 
     def attach(lora: Lora) -> Mapping[str, nn.Parameter]:
         policy.add_lora(lora)
         return dict(policy.named_parameters())
 
-    return _load(policy, path, strength, TRAINED, attach)
+    _attach(policy, _adapter(tensors, header, path / PEFT_WEIGHTS if path.is_dir() else path), path, strength, attach)
+    return metadata
 
 
-def load_consistency(policy: DiffusersPolicy, path: Path) -> dict[str, Any]:
-    """Attach a consistency LoRA (LCM-LoRA, arXiv:2311.05556) as the frozen state `consistency`; every key must match."""
-    return _load(policy, path, 1.0, "consistency", policy.add_consistency)
+def load_consistency(policy: Adaptable, path: Path) -> None:
+    """Attach a consistency LoRA (LCM-LoRA, arXiv:2311.05556) as the frozen adapter `consistency`; every key must match."""
+    _attach(policy, read_adapter(path), path, 1.0, policy.add_consistency)
 
 
-def _load(
-    policy: DiffusersPolicy, path: Path, strength: float, name_of_adapter: str, attach: Callable[[Lora], Mapping[str, nn.Parameter]]
-) -> dict[str, Any]:
-    adapter = read_adapter(path)
+def _attach(policy: Adaptable, adapter: Adapter, path: Path, strength: float, attach: Callable[[Lora], Mapping[str, nn.Parameter]]) -> None:
     try:
-        _fits(policy, adapter)
-        same = {(u.rank, u.alpha) for u in adapter.updates.values()}
-        rank = max(r for r, _ in same)
-        alpha = next(iter(same))[1] if len(same) == 1 else float(rank)
+        _check_fits(policy, adapter)
+        scales = {(u.rank, u.alpha) for u in adapter.updates.values()}
+        rank = max(r for r, _ in scales)
+        alpha = next(iter(scales))[1] if len(scales) == 1 else float(rank)
         parameters = attach(Lora(rank, alpha, tuple(sorted(adapter.updates))))
-        with torch.no_grad():
-            for name, update in adapter.updates.items():
-                down, up = (update.down, update.up) if len(same) == 1 else update.padded(rank)
-                parameters[f"{name}.lora_A.{name_of_adapter}.weight"].copy_(down)
-                parameters[f"{name}.lora_B.{name_of_adapter}.weight"].copy_(up * strength)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
-    return read_lora(path / PEFT_WEIGHTS if path.is_dir() else path)[1]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            module, half = names.of_parameter(name)
+            update = adapter.updates[module]
+            down, up = (update.down, update.up) if len(scales) == 1 else update.padded(rank)
+            parameter.copy_(down if half == "down" else up * strength)
 
 
-def _fits(policy: DiffusersPolicy, adapter: Adapter) -> None:
-    """Refuse an adapter of another model, before anything is touched."""
+def _check_fits(policy: Adaptable, adapter: Adapter) -> None:
+    """Raise ValueError for an adapter of another model, before anything is changed."""
     if adapter.left_out:
         raise ValueError(
-            f"also adapts text encoders ({len(adapter.left_out)} modules), which stay as they are here: "
+            f"also adapts text encoders ({len(adapter.left_out)} modules), which are not tuned here: "
             "`python -m trainer convert` leaves them out"
         )
     modules = policy.adaptable()
@@ -216,49 +242,23 @@ def _fits(policy: DiffusersPolicy, adapter: Adapter) -> None:
     if unknown:
         raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
     for name, update in adapter.updates.items():
-        wanted, given = tuple(modules[name].weight.shape), (update.up.shape[0], *update.down.shape[1:])
-        if given != wanted:
-            raise ValueError(f"was made for another model: {name} has shape {given}, the model wants {wanted}")
+        expected, found = tuple(modules[name].weight.shape), (update.up.shape[0], *update.down.shape[1:])
+        if found != expected:
+            raise ValueError(f"was made for another model: {name} has shape {found}, the model expects {expected}")
 
 
-def _match(policy: DiffusersPolicy, adapter: Adapter) -> None:
-    """Refuse a written file that does not hold exactly the policy's modules, each in its shape."""
-    _fits(policy, adapter)
-    adapted = {name.split(".lora_")[0] for name, _ in policy.named_parameters()}
-    odd = sorted(adapted ^ set(adapter.updates))
-    if odd:
-        raise OSError(f"{len(odd)} keys of the written file do not match the model, first {odd[0]}")
+def _changes_for(policy: Adaptable, path: Path) -> dict[str, Tensor]:
+    return _checked_changes(policy, read_lora(path)[0], path)
 
 
-def write_adapter(adapter: Adapter, path: Path, layout: str, header: Mapping[str, str]) -> None:
-    """Write an adapter in one of lora_layouts.LAYOUTS; what reads back must be the same updates. peft's is a folder."""
-    tensors = {"kohya": lora_layouts.kohya, "diffusers": lora_layouts.diffusers, "peft": lora_layouts.peft}[layout](adapter)
-    if layout == "peft":
-        path.mkdir(parents=True, exist_ok=True)
-        _peft_config(adapter).save_pretrained(path)
-        path = path / PEFT_WEIGHTS
-    else:
-        ranks = {u.rank for u in adapter.updates.values()}
-        header = {**header, "ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks))}
-    header = {key: value for key, value in header.items() if key != "lora_adapter_metadata"}  # it described the old layout
-
-    def check(written: Path) -> None:
-        back = lora_layouts.parse(read_lora(written)[0]).updates
-        if set(back) != set(adapter.updates):
-            raise OSError(f"{path}: what was written does not read back as the same modules")
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, path, header, check)
-
-
-def _peft_config(adapter: Adapter) -> Any:
-    from peft import LoraConfig
-
-    def pattern(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-        common = max(set(values.values()), key=list(values.values()).count)
-        return common, {f"^{re.escape(n)}": v for n, v in values.items() if v != common}
-
-    rank, ranks = pattern({n: u.rank for n, u in adapter.updates.items()})
-    alpha, alphas = pattern({n: u.alpha for n, u in adapter.updates.items()})
-    chosen: Any = {"r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas}
-    return LoraConfig(**chosen, target_modules=list(adapter.updates))
+def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A delta file's differences by parameter name; raises ValueError for a name or shape that the model does not have."""
+    known = {names.delta_key(name): (name, parameter.shape) for name, parameter in policy.whole_parameters()}
+    unknown = sorted(set(tensors) - set(known))
+    if unknown:
+        raise ValueError(f"{path} was made for another model: {len(unknown)} of {len(tensors)} weights unknown, first {unknown[0]}")
+    for key, change in tensors.items():
+        name, shape = known[key]
+        if change.shape != shape:
+            raise ValueError(f"{path} was made for another model: {name} has shape {tuple(change.shape)}, the model expects {tuple(shape)}")
+    return {known[key][0]: change for key, change in tensors.items()}

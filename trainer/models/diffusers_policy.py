@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.cache import TensorCache, key_of
 from ..denoiser import Denoiser, classifier_free_guidance
-from ..policy import AdapterState, Lora, initial_down, kohya_key
+from ..policy import AdapterState, Lora, LoraLayout, initial_down
 from ..runtime.hashes import module_hash
 from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import slow
@@ -55,6 +55,7 @@ class DiffusersPolicy:
     """
 
     space: Space = "ve"
+    lora_layout: LoraLayout = "kohya"
     targets: ClassVar[tuple[str, ...]] = Lora().targets
     """What Lora's default targets, the attention projections, are called in this family."""
     repeated: ClassVar[tuple[str, ...]] = ()
@@ -209,8 +210,9 @@ class DiffusersPolicy:
         if self.dtype != torch.float32:
             # float32 masters beside bfloat16 weights would take the memory that float32 weights take
             raise ValueError("tune = full needs float32 weights: in bfloat16 an update below 1/256 of a weight is lost")
-        for name, parameter in self.add_version().items():
-            self.delta_key(name)  # before any step: what could not be written is not trained
+        if self.lora_layout != "kohya":
+            raise ValueError("tune = full is for UNets (Stable Diffusion 1.x, 2.x, SDXL): ComfyUI's loader would lose biases of this model")
+        for parameter in self.add_version().values():
             parameter.requires_grad_(True)
 
     def add_version(self, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
@@ -276,14 +278,6 @@ class DiffusersPolicy:
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
         return [p for _, p in self.named_parameters()]
-
-    def file_key(self, name: str) -> str:
-        """A parameter's name in a LoRA file."""
-        return kohya_key(name)
-
-    def delta_key(self, name: str) -> str:
-        """A parameter's name in the file of a full fine-tune."""
-        raise ValueError("tune = full is for UNets (Stable Diffusion 1.x, 2.x, SDXL): ComfyUI's loader would lose biases of this model")
 
     @contextmanager
     def adapter(self, state: AdapterState) -> Generator[None]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..denoiser import per_sample
+from ..policy import LoraLayout
 from ..sampling import Space
 from .diffusers_policy import Conditioning, DiffusersPolicy
 
@@ -20,6 +21,7 @@ class FlowPolicy(DiffusersPolicy):
     """What SD3 and FLUX share."""
 
     space: Space = "flow"
+    lora_layout: LoraLayout = "diffusers"
     patch: ClassVar[int] = 2
     targets: ClassVar[tuple[str, ...]] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -31,10 +33,6 @@ class FlowPolicy(DiffusersPolicy):
     @staticmethod
     def _network(pipeline: Any) -> Any:
         return pipeline.transformer
-
-    def file_key(self, name: str) -> str:
-        """`a.to_q.lora_A.default.weight` -> `transformer.a.to_q.lora_A.weight`, which ComfyUI and diffusers know."""
-        return "transformer." + name.replace(".default.", ".")
 
     def _velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction (B,C,h,w) for states x in its own precision and levels sigma (B,) in float32."""

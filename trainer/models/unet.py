@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..denoiser import per_sample
-from ..lora import delta
 from ..sampling import leading_timesteps
 from .diffusers_policy import Conditioning, DiffusersPolicy
 
@@ -63,10 +62,6 @@ class UNetPolicy(DiffusersPolicy):
 
     def _native_size(self) -> int:
         return int(self.network.config.sample_size)
-
-    def delta_key(self, name: str) -> str:
-        """As trainer.lora.delta has it."""
-        return delta.key(name)
 
     def _encode_prompts(self, prompts: list[str]) -> Conditioning:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]}

@@ -1,0 +1,108 @@
+"""A LoRA from full fine-tuning: the low-rank part of every changed matrix, by singular value decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import ConfigError
+from . import names
+from .layouts import Adapter, Update
+
+
+def extract(base: Path, tuned: Path, rank: int) -> tuple[Adapter, dict[str, float]]:
+    """The nearest LoRA of that rank for every matrix of the denoiser (Eckart & Young 1936), and how much of the change it keeps.
+
+    `retained`: share of ‖ΔW‖² over all weights; `vectors`: share that lies in biases and norms. Unchanged modules get
+    no LoRA. Models are single files or diffusers folders; both must have the same names and shapes.
+    """
+    before, after = _Weights(base), _Weights(tuned)
+    different = sorted(set(before.files) ^ set(after.files))
+    if different:
+        raise ConfigError(f"{base} and {tuned} differ in {len(different)} weights, first {different[0]}: give two models of one layout")
+
+    def changes() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(before.files):
+            old, new = before.read(name), after.read(name)
+            if old.shape != new.shape:
+                raise ConfigError(f"{name} has shape {tuple(old.shape)} in {base}, {tuple(new.shape)} in {tuned}")
+            yield name, new.double() - old.double()
+
+    return _low_rank_adapter(changes(), len(before.files), rank)
+
+
+def extract_delta(tensors: Mapping[str, Tensor], rank: int) -> tuple[Adapter, dict[str, float]]:
+    """As `extract`, from the tensors of a delta file."""
+    changes = ((names.of_delta(key), change.double()) for key, change in sorted(tensors.items()))
+    return _low_rank_adapter(changes, len(tensors), rank)
+
+
+def _low_rank_adapter(changes: Iterator[tuple[str, Tensor]], count: int, rank: int) -> tuple[Adapter, dict[str, float]]:
+    from tqdm import tqdm
+
+    if rank < 1:
+        raise ConfigError(f"--rank {rank}: give at least 1")
+    updates: dict[str, Update] = {}
+    total = vectors = lost = 0.0
+    for name, change in tqdm(changes, total=count, unit="weight", desc="extract"):
+        energy = float(change.square().sum())
+        total += energy
+        if energy == 0:
+            continue
+        if change.ndim < 2 or not name.endswith(".weight"):
+            vectors += energy
+            continue
+        update = low_rank(change, rank)
+        lost += max(energy - float(torch.linalg.matrix_norm(update.up.flatten(1).double() @ update.down.flatten(1).double()) ** 2), 0.0)
+        module = names.plain(name.removesuffix(".weight"))
+        for part, rows in names.canonical(module, len(update.up), update.down.shape[1]).items():
+            updates[part] = Update(update.down, update.up[rows].contiguous(), update.alpha)
+    if not updates:
+        raise ConfigError("no matrix has changed: there is nothing to extract")
+    return Adapter(updates), {"retained": 1 - (lost + vectors) / total, "vectors": vectors / total}
+
+
+def low_rank(change: Tensor, rank: int) -> Update:
+    """The nearest update of that rank, √S on either side; a kernel (out,in,kh,kw) keeps its size in `down`."""
+    u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    keep = min(rank, int((s > s[0] * 1e-6).sum()))
+    up, down = u[:, :keep] * s[:keep].sqrt(), s[:keep, None].sqrt() * v[:keep]
+    if change.ndim == 4:
+        up, down = up[:, :, None, None], down.reshape(keep, *change.shape[1:])
+    return Update(down.float().contiguous(), up.float().contiguous(), float(keep))
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a denoiser: a single file, its diffusers folder, or the folder of its whole model."""
+    for folder in (path / "unet", path / "transformer", path):
+        files = sorted(folder.glob("*.safetensors"))
+        if files:
+            return files
+    if path.is_file():
+        return [path]
+    raise ConfigError(f"no weights at {path}: give a .safetensors file, or a folder that has some")
+
+
+class _Weights:
+    """A denoiser's weights by name, read one at a time; `files` maps a name to (file, key)."""
+
+    def __init__(self, path: Path) -> None:
+        self.files: dict[str, tuple[Path, str]] = {}
+        for file in weight_files(path):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    keys: list[str] = list(opened.keys())
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{file} is not a readable safetensors file: {error}") from error
+            prefix = "model.diffusion_model."  # of the denoiser in original checkpoints; a diffusers file is all denoiser
+            inside = [key for key in keys if key.startswith(prefix)] or keys
+            self.files |= {key.removeprefix(prefix): (file, key) for key in inside}
+
+    def read(self, name: str) -> Tensor:
+        file, key = self.files[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)
