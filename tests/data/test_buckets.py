@@ -161,11 +161,11 @@ def test_objectives_draw_at_the_size_of_the_batch(name, tmp_path):
             seen.append(tuple(pictures.shape[1:]))
             return pictures.mean((1, 2, 3))
 
-    loss = OBJECTIVES[name](**METHODS[name]).begin(RunContext(tmp_path))
+    loss = OBJECTIVES[name](**METHODS[name]).begin(RunContext(Family(), Brightness(), folder=tmp_path))
     for number in range(2):
         latents = torch.randn(2, 3, 2, 5, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         batch = Batch(("a", "bb"), Rng(0, number, (2 * number, 2 * number + 1)), number, latents)
-        value, logs = loss(Family(), batch, Brightness())
+        value, logs = loss(batch)
         value.backward()
         assert torch.isfinite(value) and logs["reward"].shape == (2,)
     assert set(seen) == ({Family.latent_shape} if name == "sqdf" else {(3, 2, 5)})

@@ -18,13 +18,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from helpers.family import SMALL, Family, Towers
+from helpers.losses import loss_of
 
 from trainer.__main__ import main
 from trainer.commands import train as commands
 from trainer.config import build, plain
 from trainer.data.samples import Samples
 from trainer.models.unet import UNetPolicy
-from trainer.objectives import OBJECTIVES, RunContext
+from trainer.objectives import OBJECTIVES
 from trainer.policy import Batch, Lora
 from trainer.rng import Rng
 from trainer.runtime.processes import ALONE, joined
@@ -228,7 +229,7 @@ def every_sharded_case(folder, pipeline):
                 policy.checkpoint_gradients(denoiser=number % 2 == 0, decoder=False)
                 for parameter in policy.parameters():
                     parameter.grad = None
-                OBJECTIVES[name](**settings).begin(RunContext(folder))(policy, batch, Towers())[0].backward()
+                loss_of(OBJECTIVES[name](**settings), policy, batch, Towers(), folder=Path(folder))[0].backward()
                 found.setdefault(name, []).append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
         for name in ("whole", "parts"):
             processes.sharded = name == "parts"

@@ -24,10 +24,10 @@ BATCH = 8
 def gradient(policy, objective, samples, reward, share):
     """Of one micro-batch's samples in `share`, all parameters in a row."""
     with tempfile.TemporaryDirectory() as folder:
-        loss = objective.begin(RunContext(Path(folder), samples.prompts, reward))
+        loss = objective.begin(RunContext(policy, reward, reward, folder=Path(folder), prompts=samples.prompts))
         for parameter in policy.parameters():
             parameter.grad = None
-        loss(policy, samples.batch(0, 0, 1, BATCH, share), reward)[0].backward()
+        loss(samples.batch(0, 0, 1, BATCH, share))[0].backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 

@@ -114,7 +114,7 @@ def one(case):
 
         def step():
             batch = samples.batch(config.seed, worst, worst, config.batch_size)
-            loss, _ = run.loss(policy, batch, reward)
+            loss, _ = run.loss(batch)
             loss.backward()
             run.optimizer.step()
             run.optimizer.zero_grad()

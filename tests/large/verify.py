@@ -221,8 +221,8 @@ def verify(name, folder, log):
             before = {n: p.detach().clone() for n, p in policy.named_parameters()}
             optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02)  # so large that one step is visible
             batch = Batch(PROMPTS[:1], Rng(0, 0, (0,)), 0, latents)
-            loss = reduced(kind).begin(RunContext(folder / objective_name, PROMPTS, Brightness()))
-            step = next(iter(train(policy, lambda *_, batch=batch: batch, Brightness(), loss, optimizer, steps=1)))
+            loss = reduced(kind).begin(RunContext(policy, Brightness(), Brightness(), folder=folder / objective_name, prompts=PROMPTS))
+            step = next(iter(train(loss, lambda *_, batch=batch: batch, list(policy.parameters()), optimizer, steps=1)))
             moved = sum(not torch.equal(p, before[n]) for n, p in policy.named_parameters())
             row |= {"loss": step.loss, "grad_norm": step.grad_norm, "moved": f"{moved} of {len(before)}"}
             row["step_s"] = round(time.monotonic() - begin, 1)

@@ -115,7 +115,7 @@ def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
     tally.hold(planning._weights([policy.network, policy.vae, policy.pipeline.text_encoder, reward]), "weights")
     with tally:
         state = planning._state(SimpleNamespace(policy=policy, optimizer=run.optimizer), "adamw", tally)
-        loss, _ = run.loss(policy, samples.batch(0, 0, 0, 2, 0), reward)
+        loss, _ = run.loss(samples.batch(0, 0, 0, 2, 0))
         loss.backward()
     assert found.counted - found.parts["prompts' embeddings"] == pytest.approx(tally.peak, rel=0.05) and state == []
 

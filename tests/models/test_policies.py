@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from helpers.losses import loss_of
 
 from trainer.generate import Generation, generate_base
 from trainer.lora.file import load_lora, save_lora
@@ -147,7 +148,7 @@ def test_one_step_of_imagerefl_reaches_every_adapter_parameter(load, family, dty
                 p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     objective = ImageReFL(steps=4, grad_from=2, grad_to=3, start_from=2, start_to=2, refl_share=0.0, diffusion_weight=0.1, kl_weight=0.1)
     latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    loss, logs = objective(policy, Batch(tuple(PROMPTS), Rng(0, 0, (0, 1)), 0, latents), brightness)
+    loss, logs = loss_of(objective, policy, Batch(tuple(PROMPTS), Rng(0, 0, (0, 1)), 0, latents), brightness)
     loss.backward()
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and float(logs["kl"].mean()) > 0
     for name, p in policy.named_parameters():

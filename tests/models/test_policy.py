@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from helpers.losses import loss_of
 from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
 
 from trainer.generate import Generation, generate, generate_base
@@ -103,7 +104,7 @@ def test_gradient_checkpointing_changes_no_gradient(policy):
         policy.checkpoint_gradients(denoiser=on, decoder=on)
         for p in policy.parameters():
             p.grad = None
-        OBJECTIVE(policy, image_batch(policy), brightness)[0].backward()
+        loss_of(OBJECTIVE, policy, image_batch(policy), brightness)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     assert float(gradients[0].norm()) > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.family import SMALL, STATES, Family, Towers, as4, batch, gradient
+from helpers.losses import loss_of
 
 from trainer.objectives import OBJECTIVES, SQDF, SRPO, AlignProp, DirectAlign, DRaFTK, DRaFTLV, DRTune, ReFL, RunContext
 from trainer.objectives.reward_gradient.direct_align import blend_weight, from_flow
@@ -18,9 +19,8 @@ from trainer.sampling import alpha, step
 from trainer.training.nfe import CountingPolicy
 
 
-def loss_of(name, policy, tmp_path, number=0, **more):
-    objective = OBJECTIVES[name](**{**SMALL[name], **more})
-    return objective.begin(RunContext(tmp_path))(policy, batch(number=number), Towers())
+def loss_at(name, policy, tmp_path, number=0, **more):
+    return loss_of(OBJECTIVES[name](**{**SMALL[name], **more}), policy, batch(number=number), Towers(), folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", list(SMALL))
@@ -29,7 +29,7 @@ def test_one_denoiser_gives_one_gradient_however_its_network_predicts(name, tmp_
     values, gradients = [], []
     for prediction in ("epsilon", "v", "flow"):
         policy = Family(prediction)
-        loss, _ = loss_of(name, policy, tmp_path)
+        loss, _ = loss_at(name, policy, tmp_path)
         values.append(loss.detach())
         gradients.append(gradient(policy, loss))
     assert gradients[0].abs().max() > 1e-4
@@ -45,14 +45,14 @@ def test_the_gradient_is_the_slope_of_the_loss_where_the_state_does_not_move_wit
         pytest.skip("its states come from the model itself")
     more = {"source": "offline"} if name != "imagerefl" else {"grad_from": 3, "grad_to": 3, "start_from": 3, "start_to": 3}
     policy = Family()
-    found = gradient(policy, loss_of(name, policy, tmp_path, **more)[0])
+    found = gradient(policy, loss_at(name, policy, tmp_path, **more)[0])
     for i in range(4):
         ends = []
         for sign in (1, -1):
             other = Family()
             with torch.no_grad():
                 other.weight[i] += sign * 1e-6
-            ends.append(float(loss_of(name, other, tmp_path, **more)[0].detach()))
+            ends.append(float(loss_at(name, other, tmp_path, **more)[0].detach()))
         assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(found[i]), rel=1e-5, abs=1e-7)
 
 
@@ -93,7 +93,7 @@ def test_direct_align_scores_the_four_stages_at_the_levels_it_draws(branch, monk
     objective = DirectAlign(steps=6, source="offline", branch=branch, sigma_low=0.4, sigma_high=0.8, gap=0.25)
     share = torch.tensor([0.0, 0.3, 0.6, 1.0], dtype=torch.float64)
     monkeypatch.setattr(DirectAlign, "_level", lambda *_: (share, 0.4, 0.8))
-    loss, logs = objective(policy, b, Towers())
+    loss, logs = loss_of(objective, policy, b, Towers())
     here = 0.4 + 0.4 * (share * 0.75 + (0.25 if branch == "denoise" else 0))
     there = here + (-0.1 if branch == "denoise" else 0.1)
     assert float(there.min()) >= 0.4 and float(there.max()) <= 0.8 + 1e-12
@@ -105,7 +105,7 @@ def test_direct_align_scores_the_four_stages_at_the_levels_it_draws(branch, monk
 def test_a_recovery_at_zero_noise_is_refls_estimate():
     policy, b = Family("flow"), batch()
     objective = DirectAlign(steps=6, source="offline", sigma_low=0.0, sigma_high=0.8, gap=1.0)
-    loss, _ = objective(policy, b, Towers())
+    loss, _ = loss_of(objective, policy, b, Towers())
     sigma = torch.full((4,), 0.8, dtype=torch.float64)
     noise = b.rng.normal("start", (3, 1, 1)).double()
     scores = Towers()(policy.denoiser(b.prompts)(policy.add_noise(b.latents, noise, sigma), sigma), b.prompts)
@@ -121,8 +121,10 @@ def test_online_direct_align_starts_from_its_own_rollout_with_the_noise_that_beg
         for i in range(6):
             here, there = sigmas[i].expand(4), sigmas[i + 1].expand(4)
             x = step(x, policy.denoiser(b.prompts)(x, here), here, there, eta=0.0)
-    online = DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8)(policy, b, Towers())[0]
-    offline = replace(DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8), source="offline")(policy, replace(b, latents=x), Towers())[0]
+    online = loss_of(DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8), policy, b, Towers())[0]
+    offline = loss_of(
+        replace(DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8), source="offline"), policy, replace(b, latents=x), Towers()
+    )[0]
     torch.testing.assert_close(online, offline)
     torch.testing.assert_close(gradient(policy, online), gradient(policy, offline))
 
@@ -132,7 +134,7 @@ def test_srpo_is_the_difference_of_the_scores_under_control_words():
     words = {"positive": ("xx", "yyyy"), "negative": ("z", "zz", "zzz")}
     objective = SRPO(steps=6, source="offline", sigma_low=0.3, sigma_high=0.8, kappa_low=-0.5, kappa_high=0.7, **words)
     share, low, high = objective._level(policy, b, 0)
-    loss, logs = objective(policy, b, Towers())
+    loss, logs = loss_of(objective, policy, b, Towers())
     called = from_flow(low + (high - low) * (share * 0.9 + 0.1), "ve").double()
     recovered = from_flow(low + (high - low) * (share * 0.9 + 0.1) - (high - low) * 0.1, "ve").double()
     images = four_stages(policy, b.latents, b.rng.normal("start", (3, 1, 1)).double(), called, recovered, b.prompts)
@@ -163,7 +165,7 @@ def loop(policy, b, steps, first, eta=0.0):
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_draft_k_is_autograd_through_the_last_k_steps(k, recompute):
     policy, b = Family(), batch()
-    loss, _ = DRaFTK(steps=6, k=k, guidance_scale=1.0, recompute=recompute)(policy, b, Towers())
+    loss, _ = loss_of(DRaFTK(steps=6, k=k, guidance_scale=1.0, recompute=recompute), policy, b, Towers())
     expected = -Towers()(loop(policy, b, 6, 6 - k), b.prompts).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(policy, loss), gradient(policy, expected))
@@ -171,7 +173,7 @@ def test_draft_k_is_autograd_through_the_last_k_steps(k, recompute):
 
 def test_draft_lv_averages_over_renoised_ends():
     policy, b = Family("flow"), batch()
-    loss, logs = DRaFTLV(steps=6, guidance_scale=1.0, samples=2)(policy, b, Towers())
+    loss, logs = loss_of(DRaFTLV(steps=6, guidance_scale=1.0, samples=2), policy, b, Towers())
     end, sigma = loop(policy, b, 6, 5), policy.sigmas(6)[5].expand(4)
     scores = [Towers()(end, b.prompts)]
     for j in range(2):
@@ -194,7 +196,7 @@ def test_alignprop_is_an_ancestral_draft_with_a_random_cut():
     assert float(cuts.mean()) == pytest.approx(float(law.mean()), abs=4 * float(law.std()) / 2000**0.5)
     policy, b = Family(), batch()
     objective = AlignProp(steps=6, cut_mean=3.0, cut_std=0.0, guidance_scale=1.0)
-    loss, _ = objective(policy, b, Towers())
+    loss, _ = loss_of(objective, policy, b, Towers())
     expected = -Towers()(loop(policy, b, 6, 3, eta=1.0), b.prompts).mean()
     torch.testing.assert_close(gradient(policy, loss), gradient(policy, expected))
 
@@ -204,7 +206,7 @@ def test_drtune_holds_the_networks_input(prediction):
     """By hand, with the noise prediction taken at a detached state, and without a graph where not trained."""
     policy, b = Family(prediction), batch()
     objective = DRTune(steps=6, k=2, early_stop=3, guidance_scale=1.0)
-    loss, _ = objective(policy, b, Towers())
+    loss, _ = loss_of(objective, policy, b, Towers())
     offset = int(b.rng.integers("trained steps", 0, 2, shared=True)[0])
     last = 5 - int(b.rng.integers("early stop", 0, 2, shared=True)[0])
     trained = {offset, offset + 3} if offset <= last else {last}
@@ -235,7 +237,7 @@ def test_sqdf_without_discount_kl_and_buffer_is_the_plain_one_step_gradient(pred
     index = torch.tensor([0, 2, 4, 5])  # the last one ends in x0 itself
     sigmas = policy.sigmas(6)
     x = policy.add_noise(b.latents, b.rng.normal("start", (3, 1, 1)).double(), sigmas[index])
-    loss, logs = transition_loss(objective, policy, b, Towers(), x, index)
+    loss, logs = transition_loss(objective, RunContext(policy, Towers()), b, x, index)
     frozen = Family(prediction)
     frozen.now = STATES[estimator]
     noise = b.rng.normal("transition noise", (3, 1, 1)).double()
@@ -252,7 +254,7 @@ def test_the_discount_counts_the_steps_that_follow():
     policy, b = Family(), batch()
     index, sigmas = torch.tensor([0, 2, 4, 5]), policy.sigmas(6)
     x = policy.add_noise(b.latents, b.rng.normal("start", (3, 1, 1)).double(), sigmas[index])
-    loss, logs = transition_loss(SQDF(steps=6, gamma=0.5, alpha=0.0, guidance_scale=1.0), policy, b, Towers(), x, index)
+    loss, logs = transition_loss(SQDF(steps=6, gamma=0.5, alpha=0.0, guidance_scale=1.0), RunContext(policy, Towers()), b, x, index)
     credit = torch.tensor([0.5**5, 0.5**3, 0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(loss.detach(), -(credit * logs["reward"]).mean())
 
@@ -288,7 +290,7 @@ def test_the_kl_is_logged_in_nats_and_weighed_per_element_the_last_transition_in
     denoised = policy.denoiser(b.prompts)(x, sigmas[index])
     nats = weights * (denoised - policy.denoiser(b.prompts, adapter="base")(x, sigmas[index])).square().flatten(1).sum(1)
     (with_kl, logs), (without, _) = (
-        transition_loss(SQDF(steps=6, alpha=a, guidance_scale=1.0), policy, b, Towers(), x, index) for a in (7.0, 0.0)
+        transition_loss(SQDF(steps=6, alpha=a, guidance_scale=1.0), RunContext(policy, Towers()), b, x, index) for a in (7.0, 0.0)
     )
     torch.testing.assert_close(logs["kl"], nats.detach())
     torch.testing.assert_close(logs["kl per element"], nats.detach() / 3)
@@ -302,7 +304,7 @@ def cost(name, tmp_path):
     policy = Family()
     counted = CountingPolicy(policy)
     objective = OBJECTIVES[name](**SMALL[name])
-    loss, _ = objective.begin(RunContext(tmp_path))(counted, batch(), Towers())
+    loss, _ = loss_of(objective, counted, batch(), Towers(), folder=tmp_path)
     forwards = counted.calls
     loss.backward()
     return forwards, counted.calls - forwards
@@ -370,13 +372,13 @@ def test_impossible_settings_are_refused(name, settings, message):
 )
 def test_settings_that_this_model_reward_or_disk_cannot_serve_are_refused(name, settings, reward, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        OBJECTIVES[name](**settings).check(Family(), reward, RunContext(tmp_path / "not yet there"))
+        OBJECTIVES[name](**settings).check(RunContext(Family(), reward, folder=tmp_path / "not yet there"))
 
 
 def test_an_estimator_that_is_not_loaded_is_refused(toy_policy, tmp_path):
     toy_policy.states = frozenset({"base"})
     with pytest.raises(ValueError, match="consistency adapter"):
-        SQDF(estimator="consistency").check(toy_policy, Towers(), RunContext(tmp_path))
+        SQDF(estimator="consistency").check(RunContext(toy_policy, Towers(), folder=tmp_path))
 
 
 # -- adapter states of a real policy -----------------------------------------------------------------------------------
@@ -476,7 +478,7 @@ def test_sqdf_on_a_real_network_equals_a_second_copy_of_it(pipeline_folder, cons
         def __call__(self, images, prompts):
             return images.square().flatten(1).mean(1)
 
-    transition_loss(objective, policy, b, Mean(), x, index)[0].backward()
+    transition_loss(objective, RunContext(policy, Mean()), b, x, index)[0].backward()
     found = [p.grad.clone() for p in policy.parameters()]
     assert all(float(g.abs().max()) > 0 for g in found)
     frozen = copy.deepcopy(policy)

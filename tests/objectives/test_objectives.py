@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.losses import loss_of
 
 from trainer.objectives import ImageReFL, ReFL
 from trainer.policy import Batch
@@ -47,7 +48,7 @@ def test_refl_gradient_is_the_hand_derivative_at_the_drawn_step(toy_policy, toy_
             noise = Rng(3, 0, (row,)).normal(f"step {i}", (3, 1, 1)).double()
             state = step(state, denoised, sigmas[i : i + 1], sigmas[i + 1 : i + 2], noise)
         states.append(state)
-    loss, logs = objective(toy_policy, b, toy_reward)
+    loss, logs = loss_of(objective, toy_policy, b, toy_reward)
     expected = hand_gradient(toy_policy, torch.cat(states), sigmas[m])
     torch.testing.assert_close(gradient(toy_policy, loss), expected)
     assert logs["reward"].shape == (6,)
@@ -76,7 +77,7 @@ def two_forwards(policy, b, reward, objective):
 @pytest.mark.parametrize("starts", [(6, 6), (4, 8)])
 def test_the_shared_forward_equals_two_forwards(toy_policy, toy_reward, starts):
     objective = ImageReFL(**SMALL, start_from=starts[0], start_to=starts[1], refl_share=0.0, diffusion_weight=0.3)
-    loss, _ = objective(toy_policy, batch(10), toy_reward)
+    loss, _ = loss_of(objective, toy_policy, batch(10), toy_reward)
     expected = two_forwards(toy_policy, batch(10), toy_reward, objective)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(toy_policy, loss), gradient(toy_policy, expected))
@@ -85,7 +86,7 @@ def test_the_shared_forward_equals_two_forwards(toy_policy, toy_reward, starts):
 def test_a_gradient_step_at_the_start_costs_one_forward(toy_policy, toy_reward):
     """m = s is an empty range: no step is taken, and the one evaluation serves both losses."""
     objective = ImageReFL(steps=10, grad_from=6, grad_to=6, start_from=6, start_to=6, refl_share=0.0, diffusion_weight=0.3)
-    objective(toy_policy, batch(6), toy_reward)
+    loss_of(objective, toy_policy, batch(6), toy_reward)
     assert toy_policy.calls == 6
 
 
@@ -97,7 +98,7 @@ def test_image_branch_costs_at_most_9_3_forwards(toy_policy, toy_reward):
         b = batch(10, seed=seed)
         m = b.rng.integers("gradient step", 30, 39)
         toy_policy.calls = 0
-        objective(toy_policy, b, toy_reward)
+        loss_of(objective, toy_policy, b, toy_reward)
         with_gradient = 10 + int((m > 30).sum())
         cost += toy_policy.calls + 2 * with_gradient
         n += 10
@@ -113,11 +114,13 @@ def test_refl_share_spaces_the_noise_micro_batches_evenly(toy_policy, toy_reward
 
 def test_a_noise_micro_batch_is_refl(toy_policy, toy_reward):
     image = ImageReFL(**SMALL, start_from=6, start_to=6, refl_share=1.0)
-    torch.testing.assert_close(image(toy_policy, batch(), toy_reward)[0], ReFL(**SMALL)(toy_policy, batch(), toy_reward)[0])
+    torch.testing.assert_close(
+        loss_of(image, toy_policy, batch(), toy_reward)[0], loss_of(ReFL(**SMALL), toy_policy, batch(), toy_reward)[0]
+    )
 
 
 def test_threshold_stops_the_push_where_the_reward_is_high_enough(toy_policy, toy_reward):
-    loss, _ = ReFL(**SMALL, threshold=-1e9)(toy_policy, batch(), toy_reward)
+    loss, _ = loss_of(ReFL(**SMALL, threshold=-1e9), toy_policy, batch(), toy_reward)
     assert float(loss) == 0.0 and gradient(toy_policy, loss).abs().max() == 0
 
 
@@ -125,11 +128,11 @@ def test_kl_is_zero_at_the_base_and_pulls_towards_it(toy_policy, toy_reward):
     objective = ReFL(**SMALL, reward_weight=0.0, kl_weight=1.0)
     with torch.no_grad():
         toy_policy.weight.zero_()
-    loss, logs = objective(toy_policy, batch(), toy_reward)
+    loss, logs = loss_of(objective, toy_policy, batch(), toy_reward)
     assert float(loss.detach()) == 0.0 and logs["kl"].abs().max() == 0
     with torch.no_grad():
         toy_policy.weight.copy_(torch.tensor([0.2, 0.1]))
-    pull = gradient(toy_policy, objective(toy_policy, batch(), toy_reward)[0])
+    pull = gradient(toy_policy, loss_of(objective, toy_policy, batch(), toy_reward)[0])
     assert float(pull @ toy_policy.weight.detach()) > 0
 
 

@@ -74,7 +74,7 @@ def test_halves_of_the_gradient_differ(tmp_path):
     halves = []
     for rank in range(2):
         run.processes = Joined(rank, 2, rank)
-        loss, _ = run.loss(run.policy, run.batches(0, 0), run.reward)
+        loss, _ = run.loss(run.batches(0, 0))
         halves.append(torch.autograd.grad(loss, run.policy.weight)[0])
     assert relative(*halves) > 1e-2
 

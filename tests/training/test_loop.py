@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.losses import loss_of
 
-from trainer.objectives import ReFL
+from trainer.objectives import ReFL, RunContext
 from trainer.policy import Batch
 from trainer.rng import Rng
 from trainer.training.loop import Ema, NonFinite, train
 
 OBJECTIVE = ReFL(steps=10, grad_from=6, grad_to=9)
+
+
+def bound(policy, reward):
+    return OBJECTIVE.begin(RunContext(policy, reward))
 
 
 def batches(step, micro, size=4, accumulate=1):
@@ -20,10 +25,10 @@ def batches(step, micro, size=4, accumulate=1):
 
 def test_one_sgd_step_moves_the_adapter_by_minus_lr_times_the_gradient(toy_policy, toy_reward):
     before = toy_policy.weight.detach().clone()
-    OBJECTIVE(toy_policy, batches(0, 0), toy_reward)[0].backward()
+    loss_of(OBJECTIVE, toy_policy, batches(0, 0), toy_reward)[0].backward()
     expected = before - 0.05 * toy_policy.weight.grad
     optimizer = torch.optim.SGD(toy_policy.parameters(), lr=0.05)
-    steps = list(train(toy_policy, batches, toy_reward, OBJECTIVE, optimizer, steps=1, max_grad_norm=0))
+    steps = list(train(bound(toy_policy, toy_reward), batches, toy_policy.parameters(), optimizer, steps=1, max_grad_norm=0))
     torch.testing.assert_close(toy_policy.weight.detach(), expected)
     assert [s.number for s in steps] == [1]
 
@@ -35,10 +40,9 @@ def test_accumulated_micro_batches_average_to_the_joined_batch(toy_policy, toy_r
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         next(
             train(
-                policy,
+                bound(policy, toy_reward),
                 lambda s, m, a=accumulate, n=size: batches(s, m, n, a),
-                toy_reward,
-                OBJECTIVE,
+                policy.parameters(),
                 optimizer,
                 steps=1,
                 accumulate=accumulate,
@@ -51,7 +55,7 @@ def test_accumulated_micro_batches_average_to_the_joined_batch(toy_policy, toy_r
 def test_clipping_bounds_the_step(toy_policy, toy_reward):
     before = toy_policy.weight.detach().clone()
     optimizer = torch.optim.SGD(toy_policy.parameters(), lr=1.0)
-    next(train(toy_policy, batches, toy_reward, OBJECTIVE, optimizer, steps=1, max_grad_norm=1e-3))
+    next(train(bound(toy_policy, toy_reward), batches, toy_policy.parameters(), optimizer, steps=1, max_grad_norm=1e-3))
     assert float((toy_policy.weight - before).norm()) == pytest.approx(1e-3)
 
 
@@ -66,7 +70,7 @@ def test_a_bad_reward_names_the_sample_and_changes_nothing(toy_policy):
     before = toy_policy.weight.detach().clone()
     optimizer = torch.optim.SGD(toy_policy.parameters(), lr=1.0)
     with pytest.raises(NonFinite, match=r"step 1: reward of sample 2 \('p'\) is not finite; lower"):
-        next(train(toy_policy, batches, Broken(), OBJECTIVE, optimizer, steps=1))
+        next(train(bound(toy_policy, Broken()), batches, toy_policy.parameters(), optimizer, steps=1))
     assert torch.equal(toy_policy.weight.detach(), before)
 
 

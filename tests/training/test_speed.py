@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.losses import loss_of
 from helpers.runs import settings
 from safetensors.torch import load_file
 from torch import nn
@@ -77,7 +78,7 @@ def gradient(policy, objective=None, reward=brightness):
     objective = objective or ImageReFL(steps=5, grad_from=3, grad_to=4, start_from=1, start_to=2, refl_share=0.0, diffusion_weight=0.1)
     for p in policy.parameters():
         p.grad = None
-    objective(policy, batch(policy), reward)[0].backward()
+    loss_of(objective, policy, batch(policy), reward)[0].backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 

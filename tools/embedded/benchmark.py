@@ -26,7 +26,7 @@ from trainer.demo import files, show
 from trainer.demo.show import START, STEPS
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.unet import UNetPolicy
-from trainer.objectives import ImageReFL, ReFL
+from trainer.objectives import ImageReFL, ReFL, RunContext
 from trainer.objectives.base import roll
 from trainer.policy import Batch, Lora, Policy
 from trainer.reward import Reward, Standardised
@@ -119,7 +119,7 @@ class Stepper:
             samples = encode_images(self.policy, self.images[rows], [self.captions[int(r)] for r in rows])
         batch = dataclasses.replace(samples.batch(0, number, number, case.batch), number=0)
         optimizer.zero_grad()
-        case.objective(self.policy, batch, reward)[0].backward()
+        case.objective.begin(RunContext(self.policy, reward))(batch)[0].backward()
         optimizer.step()
         wait(self.policy.device)
         now = Time.now()
@@ -230,7 +230,7 @@ def forward_equivalents(objective: ImageReFL, batches: int = 12, size: int = 8) 
     for number in range(batches):
         batch = Batch(prompts, Rng(number, 0, tuple(range(size))), 0, latents)
         with FlopCounterMode(display=False) as counter:
-            objective(policy, batch, _brightness)[0].backward()  # type: ignore[arg-type]
+            objective.begin(RunContext(policy, _brightness))(batch)[0].backward()  # type: ignore[arg-type]
         flops += counter.get_total_flops()
     counted = (calls["plain"] + 3 * calls["gradient"]) / (batches * size)
     return {"counted": counted, "flops": flops / batches / single.get_total_flops()}

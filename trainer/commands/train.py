@@ -311,8 +311,8 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
     watcher = _watcher(config, policy, reward, samples, aside) if config.watch.every else None
-    context = RunContext(folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
-    check_settings(config, policy, samples, reward, context, watcher is not None)
+    context = RunContext(policy, reward, features, processes, folder, tuple(dict.fromkeys(samples.prompts)))
+    check_settings(config, samples, context, watcher is not None)
     if config.gradient_checkpointing_reward:
         recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
         if recompute is None:
@@ -327,7 +327,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
     with interruptible() as stopping, bar:
         for done in run.steps():
-            bar.set_postfix(loss=f"{done.loss:.3f}", reward=f"{done.logs['reward']:.3f}")
+            bar.set_postfix({"loss": f"{done.loss:.3f}", **{name: f"{value:.3f}" for name, value in done.logs.items()}})
             bar.update()
             if processes.any(stopping()) and done.number < config.steps:
                 run.save()

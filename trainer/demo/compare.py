@@ -156,7 +156,7 @@ def train_one(config: TrainConfig, samples: Samples, watched: Sequence[str]) -> 
     with interruptible() as stopping, tqdm(total=config.budget, initial=run.counted.calls, desc=name, unit="call") as bar:
         for done in run.steps():
             bar.update(run.counted.calls - bar.n)
-            bar.set_postfix(reward=f"{done.logs['reward']:.2f}")
+            bar.set_postfix({name: f"{value:.2f}" for name, value in done.logs.items()})
             if stopping():
                 run.save()
                 raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {done.number}; the same command goes on from there")

@@ -116,7 +116,7 @@ def train_one(config: TrainConfig, samples: Samples, on_step: Callable[[Run], ob
     name = config.objective["name"]
     with interruptible() as stopping, tqdm(total=config.steps, initial=run.step, desc=f"training {name}", unit="step") as bar:
         for done in run.steps():
-            bar.set_postfix(reward=f"{done.logs['reward']:.2f}")
+            bar.set_postfix({name: f"{value:.2f}" for name, value in done.logs.items()})
             bar.update()
             on_step(run)
             if stopping():

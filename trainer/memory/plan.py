@@ -261,14 +261,15 @@ def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, 
     """Mean forwards and backwards of the denoiser in a micro-batch, and the number of the most expensive one."""
     seen: list[tuple[int, int]] = []
     sketch = _Sketch(models.policy)
-    loss = config.build_objective().begin(RunContext(folder, samples.prompts, sketch))
+    run = RunContext(sketch, sketch, sketch, folder=folder, prompts=samples.prompts)  # pyright: ignore[reportArgumentType]
+    loss = config.build_objective().begin(run)
     share = processes.share(config.batch_size)
     for number in range(min(TRACED, config.steps * config.gradient_accumulation_steps)):
         sketch.forwards = sketch.backwards = 0
         batch = samples.batch(config.seed, number // config.gradient_accumulation_steps, number, config.batch_size, share)
         if batch.latents is not None:
             batch = replace(batch, latents=torch.zeros(len(share), *sketch.latent_shape))
-        value, _ = loss(sketch, batch, sketch)  # pyright: ignore[reportArgumentType]
+        value, _ = loss(batch)
         value.backward()
         seen.append((sketch.forwards, sketch.backwards))
     forwards, backwards = (sum(column) / len(seen) for column in zip(*seen))
@@ -487,7 +488,7 @@ def _step(run: Run, policy: _Watched, reward: Any, samples: Samples, number: int
     batch = samples.batch(c.seed, number // c.gradient_accumulation_steps, number, c.batch_size, run.processes.share(c.batch_size))
     tally.flops.clear()
     try:
-        loss, _ = run.loss(policy, batch, reward)
+        loss, _ = run.objective.begin(replace(run.context, policy=policy, reward=reward))(batch)
         (loss / c.gradient_accumulation_steps).backward()
         del loss
     finally:

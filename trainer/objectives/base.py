@@ -38,31 +38,44 @@ class ImageFeatures(Protocol):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run gives an objective that keeps something between steps: its folder, the prompts, features, other processes."""
+    """What a run gives its objective: the model, the reward, and for stateful objectives features, a folder and all prompts."""
 
-    folder: Path
-    prompts: tuple[str, ...] = ()
+    policy: Policy
+    reward: Reward | None = None
     features: ImageFeatures | None = None
     processes: Processes = ALONE
+    folder: Path = Path()
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def required_reward(self) -> Reward:
+        """The reward, or a ValueError where the run has none."""
+        if self.reward is None:
+            raise ValueError("this objective needs a reward: set `reward`")
+        return self.reward
+
+    def scores(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Rewards (B,) of finished latents (B,C,h,w), differentiable where the reward is."""
+        return self.required_reward(self.policy.decode(latents), prompts)
 
 
 class Loss(ABC):
     """What the training loop calls. State between steps is saved with every checkpoint and restored from it."""
 
     @abstractmethod
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
-        """Loss () and logs of (B,); `reward` is among them."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
+        """Loss () and logs of (B,) by name."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold: tensors and plain values. Most objectives keep nothing."""
+        """Tensors and plain values for the checkpoint; empty for stateless objectives."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Be as when `state` was taken."""
+        """Restore a state returned by `state()`."""
         return
 
     def saved(self) -> None:
-        """A checkpoint with the present state is on the disk: what only older ones needed may go."""
+        """Called after a checkpoint with the present state was written: files that only older ones need may be deleted."""
         return
 
 
@@ -90,8 +103,8 @@ class Objective(ABC):
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """Noise level from which the tuned model has been trained: where combined generation should switch to it."""
 
-    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
-        """Raise ValueError where these settings cannot work with this policy and reward; called before any step."""
+    def check(self, context: RunContext) -> None:
+        """Raise ValueError where these settings cannot work with this policy, reward or disk; called before any step."""
         return
 
     @abstractmethod
@@ -99,12 +112,25 @@ class Objective(ABC):
         """The loss of one run."""
 
 
-class Stateless(Objective, Loss):
-    """An objective that keeps nothing between steps: it is its own loss."""
+class Stateless(Objective):
+    """An objective that keeps nothing between steps: a function of the run and the batch."""
+
+    @abstractmethod
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
+        """Loss () and logs of (B,) by name."""
 
     def begin(self, context: RunContext) -> Loss:
-        """Itself."""
-        return self
+        """`loss` of this run."""
+        return _Bound(self, context)
+
+
+@dataclass(frozen=True)
+class _Bound(Loss):
+    objective: Stateless
+    run: RunContext
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
+        return self.objective.loss(self.run, batch)
 
 
 # -- fields that several objectives have, so that default and range are said once per meaning -----------------------------
@@ -182,6 +208,6 @@ def snr(sigma: Tensor, space: Space) -> Tensor:
     return (alpha(sigma, space) / sigma).square()
 
 
-def prefix_scores(reward: Reward) -> PrefixReward | None:
+def prefix_scores(reward: Reward | None) -> PrefixReward | None:
     """The reward as one that scores an image under several prefixed prompts, if it can: two-tower rewards do."""
     return reward if isinstance(reward, PrefixReward) and reward.takes_prefixes else None

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..policy import Batch, Policy
-from ..reward import Reward
+from ..policy import Batch
 from ..runtime.processes import ALONE, Processes
-
-
-class Objective(Protocol):
-    """A loss whose gradient trains a policy."""
-
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss () and logs of (B,)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -38,10 +28,9 @@ class NonFinite(FloatingPointError):
 
 
 def train(
-    policy: Policy,
+    loss: Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]],
     batches: Callable[[int, int], Batch],
-    reward: Reward,
-    objective: Objective,
+    parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     *,
     steps: int,
@@ -53,11 +42,11 @@ def train(
 ) -> Iterator[Step]:
     """Yield after each of the optimizer steps start+1 … steps.
 
-    batches(step, micro) gives micro-batch `micro` of `accumulate` (gradients are averaged); max_grad_norm 0 does not
-    clip; learning_rate(step) overrides the optimizer's. With several processes batches gives each its own, equal share, and
-    gradients, loss and logs are means over them. Raises NonFinite before a bad gradient is applied.
+    loss(batch) returns a loss () and logs of (B,) by name; its gradient trains `parameters`. batches(step, micro) returns
+    micro-batch `micro` of `accumulate`, over which gradients are averaged. max_grad_norm 0 does not clip; learning_rate(step)
+    overrides the optimizer's. With several processes each one gets an equal share of every batch, and gradients, loss and logs
+    are means over them. Raises NonFinite before a bad gradient is applied.
     """
-    parameters = list(policy.parameters())
     for number in range(start, steps):
         if learning_rate is not None:
             for group in optimizer.param_groups:
@@ -66,11 +55,11 @@ def train(
         total, gathered = 0.0, list[tuple[str, float]]()
         for micro in range(accumulate):
             batch = batches(number, micro)
-            loss, logs = objective(policy, batch, reward)
-            if not math.isfinite(float(loss.detach())):
+            value, logs = loss(batch)
+            if not math.isfinite(float(value.detach())):
                 raise NonFinite(_diagnosis(number, batch, logs))
-            (loss / accumulate).backward()
-            total += float(loss.detach()) / accumulate
+            (value / accumulate).backward()
+            total += float(value.detach()) / accumulate
             gathered += [(name, float(values.float().mean())) for name, values in logs.items()]
         names = dict.fromkeys(name for name, _ in gathered)
         means = {name: _mean([v for n, v in gathered if n == name]) for name in names}
@@ -98,7 +87,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _diagnosis(number: int, batch: Batch, logs: dict[str, Tensor]) -> str:
+def _diagnosis(number: int, batch: Batch, logs: Mapping[str, Tensor]) -> str:
     for name, values in logs.items():
         bad = (~values.isfinite()).nonzero()[:, 0].tolist()
         if bad:

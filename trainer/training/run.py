@@ -219,12 +219,10 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> FileLock:
     return lock
 
 
-def check_settings(
-    config: TrainConfig, policy: Trainable, samples: Samples, reward: Reward, context: RunContext, watched: bool
-) -> Objective:
+def check_settings(config: TrainConfig, samples: Samples, context: RunContext, watched: bool) -> Objective:
     """The objective of a run, or a ConfigError where it cannot work with what it is given."""
     objective = config.build_objective()
-    if objective.needs_gradient and not reward.differentiable:
+    if objective.needs_gradient and context.reward is not None and not context.reward.differentiable:
         takers = ", ".join(name for name in OBJECTIVES if not _default(name).needs_gradient)
         raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
     if samples.mean is None and objective.needs_images:
@@ -241,7 +239,7 @@ def check_settings(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
-        objective.check(policy, reward, context)
+        objective.check(context)
     except ValueError as error:
         raise ConfigError(f"{config.objective['name']}: {error}") from error
     return objective
@@ -272,9 +270,10 @@ class Run:
         self.config, self.policy, self.samples, self.reward, self.watcher = config, policy, samples, reward, watcher
         self.counted = CountingPolicy(policy)
         self.folder = Path(config.out)
-        context = RunContext(self.folder, tuple(dict.fromkeys(samples.prompts)), features, processes)
-        self.objective = check_settings(config, policy, samples, reward, context, watcher is not None)
-        self.loss = self.objective.begin(context)
+        prompts = tuple(dict.fromkeys(samples.prompts))
+        self.context = RunContext(self.counted, reward, features, processes, self.folder, prompts)
+        self.objective = check_settings(config, samples, self.context, watcher is not None)
+        self.loss = self.objective.begin(self.context)
         if config.tune == "full":
             _tune_whole(policy)
         elif policy.lora is None:
@@ -409,10 +408,9 @@ class Run:
         if self.watcher and not self.watcher.points:
             self._look()  # before training: what diversity is measured against
         loop = train(
-            self.counted,
-            self.batches,
-            self.reward,
             self.loss,
+            self.batches,
+            list(self.policy.parameters()),
             self.optimizer,
             steps=c.steps,
             start=self.step,

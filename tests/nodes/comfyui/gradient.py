@@ -46,12 +46,11 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             ),
             "sqdf": objectives.SQDF(steps=6, guidance_scale=1.0, buffer_gb=0.0),
         }.items():
-            loss = objective.begin(objectives.RunContext(Path("unused")))
             gradients = []
             for one in (headless, policy):
                 for parameter in one.parameters():
                     parameter.grad = None
-                loss(one, samples.batch(0, 0, 0, 4), reward)[0].backward()
+                objective.begin(objectives.RunContext(one, reward))(samples.batch(0, 0, 0, 4))[0].backward()
                 gradients.append({n: p.grad.clone() for n, p in one.named_parameters()})
             assert gradients[0].keys() == gradients[1].keys(), sorted(gradients[0].keys() ^ gradients[1].keys())[:4]
             ours, theirs = (torch.cat([g[n].flatten() for n in sorted(g)]) for g in gradients)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...policy import Batch, Policy
-from ...reward import Reward
+from ...policy import Batch
 from ...rng import Rng, generator, seed_of
 from ..base import ImageFeatures, Logs, Loss, RunContext
-from .sqdf import SQDF, SoftQ, reward_of, rollouts
+from .sqdf import SQDF, SoftQ, rollouts
 
 Optimism = Literal["bootstrap", "ucb"]
 _RIDGE = 1e-3  # official: λ of the covariance under the square root
@@ -52,9 +51,9 @@ class BlackBoxSQDF(SQDF):
         """The oracle is never differentiated."""
         return False
 
-    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+    def check(self, context: RunContext) -> None:
         """As SQDF; and the surrogate must have features to read."""
-        super().check(policy, reward, context)
+        super().check(context)
         if context.features is None:
             raise ValueError("a black-box reward needs `features`: a two-tower reward whose features a surrogate reads (clip-l14, say)")
         if context.processes.sharded and any(total % context.processes.count for total in self.queries):
@@ -134,7 +133,7 @@ class BlackBox(Loss):
 
     def __init__(self, objective: BlackBoxSQDF, context: RunContext) -> None:
         assert context.features is not None, "check() comes first"
-        self.objective, self.context, self.features = objective, context, context.features
+        self.objective, self.run, self.features = objective, context, context.features
         self.inner = SoftQ(objective, context)
         self.loop = -1
         self.images = torch.empty(0)  # (N,D) features of everything labelled
@@ -142,13 +141,14 @@ class BlackBox(Loss):
         self.labels = torch.empty(0)
         self.surrogate: Surrogate | None = None
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,); `reward` is the surrogate's, `oracle` the last loop's mean label."""
         loop = min(batch.number // self.objective.updates_per_loop, len(self.objective.queries) - 1)
         if loop != self.loop:
-            self._query(policy, batch.rng.seed, loop, len(batch.prompts), reward)
+            self._query(batch.rng.seed, loop, len(batch.prompts))
         assert self.surrogate is not None
-        loss, logs = self.inner(policy, batch, self.surrogate)
+        self.inner.run = replace(self.run, reward=self.surrogate)
+        loss, logs = self.inner(batch)
         oracle = self.labels[-self.objective.queries[self.loop] :].mean()
         return loss, {
             **logs,
@@ -157,19 +157,21 @@ class BlackBox(Loss):
         }
 
     @torch.no_grad()
-    def _query(self, policy: Policy, seed: int, loop: int, chunk: int, oracle: Reward) -> None:
+    def _query(self, seed: int, loop: int, chunk: int) -> None:
+        policy, oracle = self.run.policy, self.run.required_reward
         o, total = self.objective, self.objective.queries[loop]
-        order = torch.randperm(max(total, len(self.context.prompts)), generator=generator(seed, "queries", loop))[:total]
-        prompts = [self.context.prompts[int(i) % len(self.context.prompts)] for i in order]
+        order = torch.randperm(max(total, len(self.run.prompts)), generator=generator(seed, "queries", loop))[:total]
+        prompts = [self.run.prompts[int(i) % len(self.run.prompts)] for i in order]
         images, labels = list[Tensor](), list[Tensor]()
-        ours = self.context.processes.share(total)  # together, as many questions to the oracle as one process would ask
+        ours = self.run.processes.share(total)  # together, as many questions to the oracle as one process would ask
         for first in range(ours.start, ours.stop, chunk):
             part = tuple(prompts[first : min(first + chunk, ours.stop)])
             rng = Rng(seed_of(seed, "query"), loop, tuple(range(first, first + len(part))))
             _, ends = rollouts(o, policy, Batch(part, rng, 0))
-            labels.append(reward_of(policy, oracle, ends, part).float().cpu())
-            images.append(self.features.image_features(policy.decode(ends)).float().cpu())
-        told = [pair for pairs in self.context.processes.exchange(list(zip(images, labels))) for pair in pairs]
+            pictures = policy.decode(ends)
+            labels.append(oracle(pictures, part).float().cpu())
+            images.append(self.features.image_features(pictures).float().cpu())
+        told = [pair for pairs in self.run.processes.exchange(list(zip(images, labels))) for pair in pairs]
         self.images = torch.cat([self.images.reshape(-1, told[0][0].shape[1]), *(features for features, _ in told)])
         self.labels, self.prompts = torch.cat([self.labels, *(scores for _, scores in told)]), [*self.prompts, *prompts]
         self.loop = loop

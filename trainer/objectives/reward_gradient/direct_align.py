@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...denoiser import per_sample
 from ...policy import Batch, Policy
-from ...reward import Reward
 from ...rng import generator
 from ...sampling import Space, alpha
 from ..base import Logs, RunContext, Stateless, prefix_scores, roll, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
@@ -84,9 +83,9 @@ class DirectAlign(Stateless):
         """Offline, x0 is a real image."""
         return self.source == "offline"
 
-    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+    def check(self, context: RunContext) -> None:
         """Refuse a range that the model's noise levels do not reach."""
-        highest = to_flow(float(policy.sigmas(self.steps)[0]), policy.space)
+        highest = to_flow(float(context.policy.sigmas(self.steps)[0]), context.policy.space)
         if self.sigma_low >= highest:
             raise ValueError(f"sigma_low {self.sigma_low} lies above the model's highest noise level, {highest:.3f} in flow units")
 
@@ -95,8 +94,9 @@ class DirectAlign(Stateless):
         space: Space = "flow" if float(sigmas[0]) <= 1 else "ve"
         return min(float(sigmas[0]), float(from_flow(torch.tensor(self.sigma_high), space)))
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
+        policy = run.policy
         noise = batch.rng.normal("start", batch.shape(policy))
         x0 = self._clean(policy, batch, noise)
         noise = noise.to(x0)
@@ -110,16 +110,16 @@ class DirectAlign(Stateless):
                 called = low + (high - low) * (share * (1 - self.gap) + (0 if inversion else self.gap))
                 recovered = called + (high - low) * (self.gap if inversion else -self.gap)
                 estimate = self._estimate(policy, batch, x0, noise, called, recovered)
-                value, more = self.value(batch, reward, policy.decode(estimate), share, inversion)
+                value, more = self.value(run, batch, policy.decode(estimate), share, inversion)
                 losses.append(-(weight.to(value) * value).mean())
                 for name, values in more.items():
                     logs.setdefault(name, []).append(values.detach())
         total = self.reward_weight * torch.stack(losses).mean()
         return total, {name: torch.stack(values).mean(0) for name, values in logs.items()}
 
-    def value(self, batch: Batch, reward: Reward, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
+    def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
         """What is to rise, (B,), and logs. Inversion moves against the prediction, so there the reward is to fall."""
-        scores = reward(images, batch.prompts)
+        scores = run.required_reward(images, batch.prompts)
         return -scores if inversion else scores, {"reward": scores}
 
     def _clean(self, policy: Policy, batch: Batch, noise: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ class SRPO(DirectAlign):
         if not self.positive or not self.negative:
             raise ValueError("give at least one positive and one negative control word")
 
-    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+    def check(self, context: RunContext) -> None:
         """Refuse rewards that cannot score an image under several wordings."""
-        super().check(policy, reward, context)
-        if prefix_scores(reward) is None:
+        super().check(context)
+        if prefix_scores(context.reward) is None:
             raise ValueError("SRPO compares an image's scores under control words: it needs one two-tower reward (HPS, PickScore, CLIP)")
 
     def wordings(self, prompts: Sequence[str]) -> list[str]:
@@ -182,9 +182,9 @@ class SRPO(DirectAlign):
         words = ("", *(f"{word}. " for word in (*self.positive, *self.negative)))
         return [word + prompt for prompt in prompts for word in words]
 
-    def value(self, batch: Batch, reward: Reward, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
+    def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
         """(1+κ)s⁺ − s⁻; in the inversion branch the words change places, and κ its sign."""
-        towers = prefix_scores(reward)
+        towers = prefix_scores(run.reward)
         if towers is None:
             raise ValueError("SRPO needs one two-tower reward")
         words = (self.positive[batch.number % len(self.positive)], self.negative[batch.number % len(self.negative)])

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...policy import Batch, Policy
-from ...reward import Reward
 from ...rng import generator
 from ...sampling import alpha
 from ..base import (
     Logs,
+    RunContext,
     Stateless,
     one_step,
     reward_threshold,
@@ -53,8 +53,9 @@ class Chain(Stateless):
     def first(self, batch: Batch) -> int:
         """Index of the first step that is in the graph."""
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
+        policy = run.policy
         sigmas, first = policy.sigmas(self.steps), self.first(batch)
         x = policy.start(batch.rng.normal("start", batch.shape(policy)), self.steps)
         indices = torch.zeros(len(x), dtype=torch.long)
@@ -62,7 +63,7 @@ class Chain(Stateless):
         denoise = self.evaluate(policy, batch)
         for i in range(first, self.steps):
             x = one_step(policy, batch, x, denoise(x, sigmas[i].expand(len(x))), i, sigmas, self.eta)
-        scores = self.score(policy, batch, reward, x, sigmas)
+        scores = self.score(run, batch, x, sigmas)
         return self.reward_weight * shaped(scores, self.threshold).mean(), {"reward": scores.detach().reshape(-1, len(x)).mean(0)}
 
     def evaluate(self, policy: Policy, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
@@ -72,9 +73,9 @@ class Chain(Stateless):
             return denoiser
         return lambda x, sigma: checkpoint(denoiser, x, sigma, use_reentrant=False)
 
-    def score(self, policy: Policy, batch: Batch, reward: Reward, x: Tensor, sigmas: Tensor) -> Tensor:
+    def score(self, run: RunContext, batch: Batch, x: Tensor, sigmas: Tensor) -> Tensor:
         """Scores (B,), or (n·B,), of the end of the chain."""
-        return reward(policy.decode(x), batch.prompts)
+        return run.scores(x, batch.prompts)
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,14 @@ class DRaFTLV(DRaFTK):
 
     samples: int = field(default=2, metadata={"min": 1, "max": 64, "help": "extra noise draws n at the last level (paper 2)"})
 
-    def score(self, policy: Policy, batch: Batch, reward: Reward, x: Tensor, sigmas: Tensor) -> Tensor:
+    def score(self, run: RunContext, batch: Batch, x: Tensor, sigmas: Tensor) -> Tensor:
         """Scores ((n+1)·B,) of the end and of its n renoised versions."""
-        scores = [reward(policy.decode(x), batch.prompts)]
+        policy, scores = run.policy, [run.scores(x, batch.prompts)]
         sigma = sigmas[self.steps - 1].expand(len(x))
         denoise = self.evaluate(policy, batch)
         for j in range(self.samples):
             noise = batch.rng.normal(f"low variance {j}", batch.shape(policy)).to(x)
-            scores.append(reward(policy.decode(denoise(policy.add_noise(x.detach(), noise, sigma), sigma)), batch.prompts))
+            scores.append(run.scores(denoise(policy.add_noise(x.detach(), noise, sigma), sigma), batch.prompts))
         return torch.cat(scores)
 
 
@@ -195,8 +196,9 @@ class DRTune(Chain):
         """All steps are trained."""
         return float(sigmas[0])
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
+        policy = run.policy
         sigmas = policy.sigmas(self.steps)
         gap = self.steps // self.k
         offset = int(batch.rng.integers("trained steps", 0, gap - 1, shared=True)[0])
@@ -216,5 +218,5 @@ class DRTune(Chain):
             if x.requires_grad:  # with ε̂ held, D = (x − σε̂)/α moves with x; the start, where α may be 0, does not move
                 denoised = denoised + (x - x.detach()) / alpha(sigmas[i], policy.space).to(x)
             x = one_step(policy, batch, x, denoised, i, sigmas, self.eta) if i < last else denoised
-        scores = reward(policy.decode(x), batch.prompts)
+        scores = run.scores(x, batch.prompts)
         return self.reward_weight * shaped(scores, self.threshold).mean(), {"reward": scores.detach()}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...denoiser import per_sample
 from ...policy import Batch, Policy
-from ...reward import Reward
 from ...sampling import alpha
 from ..base import (
     Logs,
@@ -58,7 +57,7 @@ class ReFL(Stateless):
         if self.sigma_low > self.sigma_high:
             raise ValueError(f"sigma_low {self.sigma_low} lies above sigma_high {self.sigma_high}")
 
-    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+    def check(self, context: RunContext) -> None:
         """Refuse settings that give each process another number of evaluations where that number must be equal."""
         if self.per_sample and context.processes.sharded:
             raise ValueError(
@@ -79,22 +78,23 @@ class ReFL(Stateless):
         """Noise level from which the tuned model has been trained: where combined generation should switch to it."""
         return float(sigmas[self.index_range(sigmas)[0]])
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
+        policy = run.policy
         sigmas = policy.sigmas(self.steps)
         low, high = self.index_range(sigmas)
         m = batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
         x = policy.start(batch.rng.normal("start", batch.shape(policy)), self.steps)
         x = roll(policy, batch, x, torch.zeros_like(m), m, sigmas, self.guidance_scale, self.eta)
         denoised = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)(x, sigmas[m])
-        return self._reward_loss(policy, batch, reward, x, sigmas[m], denoised)
+        return self._reward_loss(run, batch, x, sigmas[m], denoised)
 
-    def _reward_loss(self, policy: Policy, batch: Batch, reward: Reward, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Logs]:
-        scores = reward(policy.decode(denoised), batch.prompts)
+    def _reward_loss(self, run: RunContext, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Logs]:
+        scores = run.scores(denoised, batch.prompts)
         total = self.reward_weight * shaped(scores, self.threshold).mean()
         logs: Logs = {"reward": scores.detach()}
         if self.kl_weight > 0:
-            distance = distance_to_base(policy, batch, x, sigma, denoised, self.guidance_scale)
+            distance = distance_to_base(run.policy, batch, x, sigma, denoised, self.guidance_scale)
             total = total + self.kl_weight * distance.mean()
             logs["kl"] = distance.detach()
         return total, logs
@@ -138,12 +138,13 @@ class ImageReFL(ReFL):
         """Whether micro-batch `number` is a plain ReFL one: evenly spaced, and a function of the number alone."""
         return int((number + 1) * self.refl_share) > int(number * self.refl_share)
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         if self.takes_noise(batch.number):
-            return super().__call__(policy, batch, reward)
+            return super().loss(run, batch)
         if batch.latents is None:
             raise ValueError("ImageReFL trains on real images: give a folder of images with captions, or refl_share = 1")
+        policy = run.policy
         sigmas = policy.sigmas(self.steps)
         latents = batch.latents.to(sigmas.device)
         low, high = self.index_range(sigmas)
@@ -160,7 +161,7 @@ class ImageReFL(ReFL):
             at_start = denoiser(start, sigmas[first])
 
         x, denoised = self._from_start(policy, batch, start, at_start, first, last, sigmas)
-        loss, logs = self._reward_loss(policy, batch, reward, x, sigmas[last], denoised)
+        loss, logs = self._reward_loss(run, batch, x, sigmas[last], denoised)
         if self.diffusion_weight > 0:
             here = sigmas[first]
             scale = per_sample(alpha(here, policy.space) / here, start)  # ε̂ − ε = −(x̂0 − x0)·α/σ, in either space

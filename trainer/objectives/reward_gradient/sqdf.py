@@ -6,7 +6,7 @@ of x0, by the base model or by a consistency adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...denoiser import per_sample
 from ...policy import Batch, Policy
-from ...reward import Reward
 from ...rng import generator
 from ...sampling import Space, step
 from ..base import Logs, Loss, Objective, RunContext, sampler_steps, snr, training_guidance_scale, weight_of_reward
@@ -67,8 +66,9 @@ class SQDF(Objective):
         """Trajectories that the buffer's size holds."""
         return int(self.buffer_gb * 1e9 / trajectory_bytes(self.steps, policy.latent_shape))
 
-    def check(self, policy: Policy, reward: Reward, context: RunContext) -> None:
+    def check(self, context: RunContext) -> None:
         """Refuse a buffer that the disk, or a single rollout, does not fit; and an estimator that is not loaded."""
+        policy = context.policy
         if self.estimator not in policy.states:
             raise ValueError(
                 "estimator = consistency needs a consistency adapter (an LCM-LoRA) of this model: set `consistency`, or estimator = base"
@@ -90,30 +90,31 @@ class SoftQ(Loss):
     """SQDF with its replay buffer."""
 
     def __init__(self, objective: SQDF, context: RunContext) -> None:
-        self.objective, self.folder, self.processes = objective, context.folder / "replay", context.processes
+        self.objective, self.run = objective, context
+        self.folder, self.processes = context.folder / "replay", context.processes
         self.replay: Replay | None = None  # made at the first step: its capacity depends on the policy's latents
         self._restored: dict[str, Any] | None = None
 
-    def __call__(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, Logs]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         o = self.objective
-        x, prompts, index, collected = self._states(policy, batch, reward)
+        x, prompts, index, collected = self._states(batch)
         batch = replace(batch, prompts=tuple(prompts))
-        loss, logs = transition_loss(o, policy, batch, reward, x, index)
+        loss, logs = transition_loss(o, self.run, batch, x, index)
         return loss, {**logs, "rollout reward": collected} if collected is not None else logs
 
-    def _states(self, policy: Policy, batch: Batch, reward: Reward) -> tuple[Tensor, list[str], Tensor, Tensor | None]:
+    def _states(self, batch: Batch) -> tuple[Tensor, list[str], Tensor, Tensor | None]:
         """States x (B,…), their prompts, their indices (B,), and the rewards of new rollouts if any were made."""
-        o = self.objective
+        o, policy = self.objective, self.run.policy
         if o.buffer_gb == 0:
             index = batch.rng.integers("transition", 0, o.steps - 1)
             states, ends = rollouts(o, policy, batch)
-            return states[torch.arange(len(index)), index], list(batch.prompts), index, reward_of(policy, reward, ends, batch.prompts)
+            return states[torch.arange(len(index)), index], list(batch.prompts), index, self._rewards(ends, batch.prompts)
         replay = self._open(policy)
         collected = None
         if batch.number % o.collect_every == 0 or not replay.held:
             states, ends = rollouts(o, policy, batch)
-            collected = reward_of(policy, reward, ends, batch.prompts)
+            collected = self._rewards(ends, batch.prompts)
             # each process writes its own rollouts; the list, in the order of the joined batch, is everyone's
             for rank, new in enumerate(self.processes.exchange(list(zip(batch.prompts, collected.tolist())))):
                 for row, (prompt, score) in enumerate(new):
@@ -126,6 +127,10 @@ class SoftQ(Loss):
         drawn = replay.draw(places.double(), o.replay, o.steps, o.gamma)
         x = torch.stack([replay.read(t, i) for t, i in drawn]).to(policy.sigmas(o.steps).device)
         return x, [t.prompt for t, _ in drawn], torch.tensor([i for _, i in drawn]), collected
+
+    @torch.no_grad()
+    def _rewards(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.run.scores(latents, prompts)
 
     def _open(self, policy: Policy) -> Replay:
         if self.replay is None:
@@ -174,19 +179,13 @@ def rollouts(objective: SQDF, policy: Policy, batch: Batch) -> tuple[Tensor, Ten
     return torch.stack(states, 1), x
 
 
-@torch.no_grad()
-def reward_of(policy: Policy, reward: Reward, latents: Tensor, prompts: tuple[str, ...]) -> Tensor:
-    """Rewards (B,) of finished latents."""
-    return reward(policy.decode(latents), prompts)
-
-
-def transition_loss(objective: SQDF, policy: Policy, batch: Batch, reward: Reward, x: Tensor, index: Tensor) -> tuple[Tensor, Logs]:
+def transition_loss(objective: SQDF, run: RunContext, batch: Batch, x: Tensor, index: Tensor) -> tuple[Tensor, Logs]:
     """SQDF's loss () of the transitions index (B,) from states x, and logs of (B,).
 
     The frozen estimate is another state of the same network, and two states never share a graph: its gradient
     g = ∂r/∂x_{i+1} is taken on a detached x_{i+1}, then g·x_{i+1}(θ) is what is differentiated.
     """
-    o, sigmas = objective, policy.sigmas(objective.steps)
+    o, policy, sigmas = objective, run.policy, run.policy.sigmas(objective.steps)
     here, there = sigmas[index], sigmas[index + 1]
     denoised = policy.denoiser(batch.prompts, guidance_scale=o.guidance_scale)(x, here)
     noise = batch.rng.normal("transition noise", policy.latent_shape).to(x)
@@ -198,7 +197,7 @@ def transition_loss(objective: SQDF, policy: Policy, batch: Batch, reward: Rewar
         # the last transition ends in x0 itself; its row is evaluated at the last level and left aside
         guidance_scale = o.guidance_scale if o.estimator == "base" else 1.0
         estimate = policy.denoiser(batch.prompts, guidance_scale=guidance_scale)(leaf, torch.where(ended, sigmas[-2], there))
-        scores = reward(policy.decode(torch.where(per_sample(ended, leaf).bool(), leaf, estimate)), batch.prompts)
+        scores = run.scores(torch.where(per_sample(ended, leaf).bool(), leaf, estimate), batch.prompts)
         credit = (o.gamma ** (o.steps - 1 - index).double()).to(scores)
         worth = credit * scores
         (pull,) = torch.autograd.grad(worth.sum(), leaf)
