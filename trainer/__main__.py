@@ -6,22 +6,47 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from .commands import COMMANDS
+from .config import ConfigError
+
+_DEVICE_ERRORS = ("cuda error", "hip error", "nvidia driver", "not compiled with", "not linked with", "device string", "device type")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line: raised instead of printed below the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Imports that command alone, and for `--help` none."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; returns the exit status: 2 after an error, which is one line on stderr.
+
+    Imports the module of that command alone, and none for `--help`.
+    """
     try:
-        return _run(given)
+        args = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        return import_module(f".commands.{args.command}", __package__).run(args)
     except ModuleNotFoundError as error:
-        print(f"error: the package {error.name} is missing: pip install -e '.[train]'", file=sys.stderr)
-        return 2
+        message = f"the package {error.name} is missing: pip install -e '.[train]'"
+    except (ValueError, OSError, ArithmeticError) as error:
+        message = str(error)
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        message = _of_device(error)
+        if message is None:
+            raise
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
+        return 130
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
-def _run(given: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+def _parse(given: list[str]) -> argparse.Namespace:
+    parser = _Parser(
         prog="python -m trainer",
         description="Align a diffusion model with a reward and keep its diversity: train, sample, score, evaluate.",
     )
@@ -38,25 +63,36 @@ def _run(given: list[str]) -> int:
             import_module(f".commands.{name}", __package__).configure(command)
     # settings never reach argparse, which takes one that holds a space for a file
     settings = [a for a in given if given[0] == "train" and a.startswith("--") and "=" in a]
-    args, rest = parser.parse_known_args([a for a in given if a not in settings])
-    rest += settings
-    if rest and args.command != "train":
-        parser.error(f"unknown argument {rest[0]}")
-    args.rest = rest
+    args, unknown = parser.parse_known_args([a for a in given if a not in settings])
+    if unknown and args.command == "train":
+        raise ConfigError(_with_equals_sign(given, unknown[0]))
+    if unknown:
+        raise ConfigError(f"unknown argument {unknown[0]}; see `python -m trainer {args.command} --help`")
+    args.settings = settings
+    return args
 
-    from .memory.oom import OutOfMemory
+
+def _with_equals_sign(given: Sequence[str], argument: str) -> str:
+    """How to write a setting that was given as `--key value`."""
+    if not argument.startswith("--"):
+        return f"unknown argument {argument}: settings are --key=value"
+    value = next(iter(given[given.index(argument) + 1 :]), "")
+    return f"write {argument}={'VALUE' if not value or value.startswith('--') else value}: settings take an equals sign"
+
+
+def _of_device(error: BaseException) -> str | None:
+    """The message of an error that a device, the lack of its memory or another process caused; None for other errors."""
+    from .memory.oom import OutOfMemory, is_lack
     from .runtime.processes import StoppedElsewhere
 
-    try:
-        return import_module(f".commands.{args.command}", __package__).run(args)
-    except StoppedElsewhere:
-        return 2  # the process that failed has said why
-    except (ValueError, OSError, ArithmeticError, OutOfMemory) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted{f': {interrupt}' if interrupt.args else ''}", file=sys.stderr)
-        return 130
+    if isinstance(error, StoppedElsewhere):
+        return ""  # the process that failed has printed why
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    if is_lack(error):
+        return "out of memory: use fewer images at a time (--chunk or --batch), --dtype=bfloat16, or another device"
+    first_line = next(iter(str(error).splitlines()), "")
+    return first_line if any(sign in first_line.lower() for sign in _DEVICE_ERRORS) else None
 
 
 if __name__ == "__main__":

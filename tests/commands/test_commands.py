@@ -42,29 +42,3 @@ def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
     assert main(["evaluate", "--lora", f"mine={lora}", *arguments]) == 0
     results = json.loads(judged.read_text())
     assert [(p["model"], p["k"]) for p in results["points"]] == [("mine", 0), ("mine", 12)] and "mine" in results["frontier"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sample", "--out", "x"], "no prompt"),
-        (["sample", "--prompt", "a", "-n", "0", "--out", "x"], "at least 1 image"),
-        (["sample", "--prompt", "a", "--steps", "0", "--out", "x"], "steps = 0: give at least 1"),
-        (["sample", "--prompt", "a", "--lora", "none.safetensors", "--out", "x"], "no LoRA file none.safetensors"),
-        (["score", "none"], "no image folder none"),
-        (["score", "none", "--reward", "best"], "unknown reward 'best'"),
-    ],
-)
-def test_bad_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error and message in error
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_setting_may_hold_spaces(tmp_path, capsys):
-    from trainer.__main__ import main
-
-    assert main(["train", '--objective.positive=["two words"]', "--objective.name=refl", f"--out={tmp_path / 'x'}"]) == 2
-    assert "unknown key 'objective.positive'" in capsys.readouterr().err

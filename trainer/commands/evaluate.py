@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import ConfigError, plain
 from ..data import images
-from ..generate import generate, generate_base
+from ..generate import Generation, generate, generate_base
 from ..lora.file import load_lora
 from ..metrics.dino import DINO, Dino
 from ..metrics.lpips import FILES as LPIPS
@@ -28,36 +29,39 @@ from ..rewards.two_tower import TwoTower
 from ..rewards.weights import Held
 from ..runtime.hashes import file_hash
 from ..sampling import Switch
-from .options import configure_generation, generation_of, policy_of, prompts_of
+from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evaluate`."""
     parser.add_argument(
         "--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times"
     )
     parser.add_argument(
-        "--switches", default="", help="comma-separated steps k at which the tuned models take over (default 0 and ¾ of the steps)"
+        "--switches",
+        default="",
+        metavar="K,…",
+        help="first steps of the tuned models (default 0 and ¾ of the steps); also 75%%, sigma=0.63",
     )
-    parser.add_argument("--reward", action="append", required=True, help="reward name or folder; may be given several times")
-    parser.add_argument("--real", type=Path, help="folder of real pictures for FID, KID and LogCov (default: the base model's images)")
-    parser.add_argument("--dino", type=Path, help="DINO ViT-S/16 weights (default: those that `rewards download dino` brought, if any)")
     parser.add_argument(
-        "--lpips",
-        type=Path,
-        nargs=2,
-        metavar=("ALEXNET", "HEADS"),
-        help=f"LPIPS weights (default: {' and '.join(LPIPS)} in models/rewards/lpips)",
+        "--reward", action="append", required=True, metavar="NAME", help="reward by name or folder; may be given several times"
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; what is kept on the way lies beside it, in <out>.parts")
-    parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was stopped")
-    parser.add_argument("--overwrite", action="store_true", help="replace that file")
-    configure_generation(parser)
+    parser.add_argument(
+        "--real", type=Path, metavar="FOLDER", help="real images that FID, KID and LogCov compare with (default: the base model's images)"
+    )
+    parser.add_argument("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
+    files = " and ".join(LPIPS)
+    parser.add_argument(
+        "--lpips", type=Path, nargs=2, metavar=("ALEXNET", "HEADS"), help=f"LPIPS weights (default: {files} in models/rewards/lpips)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file; unfinished work lies beside it in <out>.parts")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted evaluation")
+    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
+    add_generation(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare tuned models with their base: rewards, diversity, distances, frontier."""
-    from tqdm import tqdm
-
+    """Generate with every tuned model and switch, and compare with the base model; returns the exit status."""
     if args.out.exists() and not args.overwrite:
         raise ConfigError(f"{args.out} exists: add --overwrite to replace it")
     settings, prompts = generation_of(args), prompts_of(args)
@@ -65,30 +69,23 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
     photos = images.find(args.real) if args.real else []
     if args.real and len(photos) < 2:
-        raise ConfigError(f"{args.real} holds {len(photos)} pictures: distances need at least two")
-    loras = {item.rpartition("=")[0] or Path(item).stem: Path(item.rpartition("=")[2]) for item in args.lora}
-    judges = _judges(args)
+        raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
+    switches = [Switch.parse(text) for text in args.switches.split(",") if text]
+    device, loras = device_of(args), _loras(args.lora)
+    judges = _judges(args, device)
     base = policy_of(args)
     tuned: dict[str, DiffusersPolicy] = {}
     for name, file in loras.items():
         tuned[name] = policy_of(args)
         load_lora(tuned[name], file)
     sigmas = base.sigmas(settings.steps)
-    asked = [Switch.parse(text).index(sigmas) for text in args.switches.split(",") if text] or [0, round(0.75 * settings.steps)]
-    switches = list(dict.fromkeys(asked))
+    steps = list(dict.fromkeys([s.index(sigmas) for s in switches] or [0, round(0.75 * settings.steps)]))
     same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(f) for n, f in loras.items()}}
-    points = [(name, k) for name in tuned for k in switches]
-    study = Study(args.out.with_name(args.out.name + ".parts"), prompts, points, judges, same)
+    study = Study(args.out.with_name(args.out.name + ".parts"), prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
-    parts = list(study.parts(settings.chunk))
-    total = sum(len(part.prompts) for part in parts) * (1 + len(points))
-    with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for part in parts:
-            drawn: dict[tuple[str, int], torch.Tensor] = {BASE: generate_base(base, part.prompts, settings, bar.update, part.first)}
-            drawn |= generate(base, tuned, part.prompts, switches, settings, bar.update, part.first)
-            study.add(part, drawn)
-    real = {n: _real_features(photos, f, study.pixels, args.device) for n, f in judges.features.items()} if photos else None
-    results: dict[str, Any] = {**study.summarise(real), "config": {**plain(settings), "switches": switches, "n": len(prompts)}}
+    _draw(study, base, tuned, steps, settings)
+    real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
+    results: dict[str, Any] = {**study.summarise(real), "config": {**plain(settings), "switches": steps, "n": len(prompts)}}
     args.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     study.clear()
     shown: list[dict[str, Any]] = [{"model": "base", "k": settings.steps, **results["base"]}, *results["points"]]
@@ -97,17 +94,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _judges(args: argparse.Namespace) -> Judges:
-    """What `evaluate` judges by: the rewards; features of the demo's reader, of CLIP or the first two-tower reward, of DINO; LPIPS."""
-    held, places = Held(args.device), folders()
-    rewards = {name: load_reward(name, True, args.device) for name in args.reward}
+def _loras(given: Sequence[str]) -> dict[str, Path]:
+    """Files by name, from `NAME=FILE` or `FILE`."""
+    files: dict[str, Path] = {}
+    for text in given:
+        name, _, file = text.rpartition("=")
+        name = name or Path(file).stem
+        if name in files:
+            raise ConfigError(f"two tuned models are called {name}: give --lora NAME=FILE")
+        files[name] = Path(file)
+    return files
+
+
+def _draw(study: Study, base: DiffusersPolicy, tuned: Mapping[str, DiffusersPolicy], steps: Sequence[int], settings: Generation) -> None:
+    """Generate the parts that are not in the study yet."""
+    from tqdm import tqdm
+
+    parts = list(study.parts(settings.chunk))
+    total = sum(len(part.prompts) for part in parts) * len(study.points)
+    with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for part in parts:
+            drawn: dict[tuple[str, int], Tensor] = {BASE: generate_base(base, part.prompts, settings, bar.update, part.first)}
+            drawn |= generate(base, tuned, part.prompts, steps, settings, bar.update, part.first)
+            study.add(part, drawn)
+
+
+def _judges(args: argparse.Namespace, device: str) -> Judges:
+    """The rewards; image features of the embedded model's reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
+    held, places = Held(device), folders()
+    rewards = {name: load_reward(name, True, device) for name in args.reward}
     bare = {name: r.reward if isinstance(r, Standardised) else r for name, r in rewards.items()}
     towers = {name: r.image_features for name, r in bare.items() if isinstance(r, TwoTower)}
     features: dict[str, Features] = {}
     if args.model == "demo":
         from ..demo import files
 
-        features["reader"] = files.load_reader().to(args.device).features
+        features["reader"] = files.load_reader().to(device).features
     chosen = min(towers, key=lambda name: not name.startswith("clip"), default=None)
     if chosen is not None:
         features[chosen] = towers[chosen]
@@ -119,12 +141,12 @@ def _judges(args: argparse.Namespace) -> Judges:
         raise ConfigError("diversity needs image features: name at least one two-tower reward, or give --dino")
     found = [place / "lpips" for place in places if all((place / "lpips" / name).is_file() for name in LPIPS)]
     lpips = args.lpips or ([found[0] / name for name in LPIPS] if found else None)
-    return Judges(rewards, features, Lpips.load(lpips[0], lpips[1], held) if lpips else None, args.device)
+    return Judges(rewards, features, Lpips.load(lpips[0], lpips[1], held) if lpips else None, device)
 
 
 @torch.no_grad()
-def _real_features(photos: Sequence[Path], features: Features, size: int, device: str) -> Iterator[torch.Tensor]:
-    """Features (B,D) of real pictures, some at a time."""
+def _real_features(photos: Sequence[Path], features: Features, size: int, device: str) -> Iterator[Tensor]:
+    """Features (B,D) of real images, 64 images at a time."""
     for first in range(0, len(photos), 64):
         part = torch.stack([images.load(path, size) for path in photos[first : first + 64]])
         yield features(part.to(device)).float()

@@ -1,8 +1,9 @@
-"""Arguments that several commands share, and what they stand for."""
+"""Arguments that several commands share, and the objects that they describe."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,32 +13,53 @@ from ..generate import Generation
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.open import open_policy
+from ..runtime.processes import ALONE
 from ..sampling import METHODS
 
-DEVICE_HELP = "cpu, cuda, mps or xpu"
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps or xpu (default cpu)")
 
 
-def configure_generation(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the model, the prompts and the sampler."""
-    parser.add_argument("--model", default="demo", help="diffusers folder, .safetensors checkpoint, or demo (default)")
+def device_of(args: argparse.Namespace) -> str:
+    """The device that the arguments name; raises ValueError where this machine has none."""
+    return ALONE.device(args.device)
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN, as an argument's type."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number")
+    return value
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the model, the prompts, the sampler and the device."""
+    parser.add_argument("--model", default="demo", metavar="PATH", help="diffusers folder, .safetensors checkpoint, or demo (default)")
     for f in fields(ModelOptions):
-        parser.add_argument("--" + f.name, default=f.default, help=f"{f.metadata['help']} [{f.default or 'none'}]")
-    parser.add_argument("--image-size", type=int, default=0, help="width and height of the images in pixels; 0: as the model was trained")
-    parser.add_argument("--prompts", type=Path, help="text file, one prompt per line")
-    parser.add_argument("-n", type=int, default=4, help="images per prompt (default 4)")
+        name = {"parts": "FOLDER"}.get(f.name, "NAME")
+        parser.add_argument(f"--{f.name}", default=f.default, metavar=name, help=f"{f.metadata['help']} (default {f.default or 'none'})")
+    parser.add_argument(
+        "--image-size", type=int, default=0, metavar="N", help="width and height of the images in pixels; 0: the model's own (default)"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt per line")
+    parser.add_argument("-n", type=int, default=4, metavar="N", help="images per prompt (default 4)")
     for f in fields(Generation):
         if f.name != "method":
-            text = f"{f.metadata['help']} [{f.default}]"
-            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None, help=text)
+            text = f"{f.metadata['help']} (default {f.default})"
+            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar="X", help=text)
     parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
-    parser.add_argument("--device", default="cpu", help=DEVICE_HELP)
+    add_device(parser)
 
 
 def policy_of(args: argparse.Namespace) -> DiffusersPolicy:
     """A new policy over the model that the arguments name."""
+    device = device_of(args)
     quiet_libraries()
     options = ModelOptions(**{f.name: getattr(args, f.name) for f in fields(ModelOptions)})
-    return open_policy(args.model, args.device, options, args.image_size)
+    return open_policy(args.model, device, options, args.image_size)
 
 
 def generation_of(args: argparse.Namespace) -> Generation:
@@ -54,7 +76,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     """The prompts, each repeated for its `-n` images."""
     prompts = list(getattr(args, "prompt", None) or []) + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
-        raise ConfigError("no prompt: give --prompt TEXT or --prompts FILE")
+        raise ConfigError(f"no prompt: give {'--prompt TEXT or ' if hasattr(args, 'prompt') else ''}--prompts FILE")
     if args.n < 1:
         raise ConfigError(f"-n {args.n}: give at least 1 image per prompt")
     return [p for p in prompts for _ in range(args.n)]

@@ -6,86 +6,93 @@ import argparse
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from ..config import ConfigError, plain
 from ..data import images
 from ..generate import generate, generate_base
 from ..lora.file import load_lora, read_lora
 from ..models.load import TUNED_UNET, with_unet
 from ..sampling import Switch
-from .options import configure_generation, generation_of, policy_of, prompts_of
-
-
-def _fresh_folder(out: Path, overwrite: bool) -> None:
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ConfigError(f"{out} exists: add --overwrite to write into it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error}") from error
+from .options import add_generation, finite, generation_of, policy_of, prompts_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
-    parser.add_argument("--lora", type=Path, help="LoRA of the tuned model; without it the base draws every step")
+    """Add the arguments of `sample`."""
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the tuned model; without one the base model takes every step")
     parser.add_argument(
-        "--tuned-unet", type=Path, help="diffusers UNet folder of the tuned model, instead (default: fine_tuned_unet of the model's folder)"
+        "--tuned-unet",
+        type=Path,
+        metavar="FOLDER",
+        help="diffusers UNet of the tuned model, instead of a LoRA (default: fine_tuned_unet in the model's folder, if it is there)",
     )
     parser.add_argument(
-        "--switch", default="auto", help="where the tuned model takes over: auto (from the LoRA), 15, 75%%, sigma=0.63; 0 is tuned only"
+        "--switch",
+        default="auto",
+        metavar="WHERE",
+        help="first step of the tuned model: 15, 75%%, sigma=0.63, or auto, as the LoRA recommends (default); 0: tuned model only",
     )
-    parser.add_argument("--strength", type=float, default=1.0, help="strength of the LoRA (default 1)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that has files")
-    configure_generation(parser)
+    parser.add_argument("--strength", type=finite, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add_generation(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate images with the base model, the tuned model, or the tuned model from the switch on; returns the exit status."""
+    settings, prompts = generation_of(args), prompts_of(args)
+    unet = _tuned_unet(args)
+    switch = _switch(args, unet)
+    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
+        raise ConfigError(f"{args.out} exists: add --overwrite to write into it")
+    policy = policy_of(args)
+    k = switch.index(policy.sigmas(settings.steps)) if switch else None
+    if k is None:
+        drawn = generate_base(policy, prompts, settings)
+    else:
+        if args.lora is not None:
+            load_lora(policy, args.lora, args.strength)
+        tuned = with_unet(policy, unet) if unet else policy
+        drawn = generate(policy, {"tuned": tuned}, prompts, [k], settings)["tuned", k]
+    facts = {"model": args.model, "lora": str(args.lora or ""), "tuned_unet": str(unet or ""), "k": k}
+    _write(drawn, prompts, args, {**plain(settings), **facts})
+    print(f"wrote {len(drawn)} images to {args.out}" + (f" (base for {k} of {settings.steps} steps)" if k is not None else ""))
+    return 0
 
 
 def _tuned_unet(args: argparse.Namespace) -> Path | None:
-    """A whole UNet as the tuned model: the one that is named, or the one in the authors' layout."""
+    """The tuned model's whole UNet: the argument's, or that of a folder in the layout of the published ImageReFL models."""
     if args.tuned_unet is not None and args.lora is not None:
-        raise ConfigError("the tuned model is a LoRA or a UNet: give --lora or --tuned-unet")
+        raise ConfigError("the tuned model is a LoRA or a UNet: give --lora or --tuned-unet, not both")
     published = Path(args.model) / TUNED_UNET
     return args.tuned_unet or (published if args.lora is None and published.is_dir() else None)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Generate images: base first, tuned model from the switch on."""
-    settings, prompts = generation_of(args), prompts_of(args)
-    base = policy_of(args)
-    unet = _tuned_unet(args)
+def _switch(args: argparse.Namespace, unet: Path | None) -> Switch | None:
+    """Where the tuned model takes over; None without a tuned model."""
+    if args.lora is None and unet is None:
+        return None
+    metadata = read_lora(args.lora)[1] if args.lora is not None else {}
+    if args.switch != "auto":
+        return Switch.parse(args.switch)
     if unet is not None:
-        if args.switch == "auto":
-            raise ConfigError(f"{unet} recommends no switch: give --switch (its authors: 75% for SD1.5, 87.5% for SDXL)")
-        switched = Switch.parse(args.switch).index(base.sigmas(settings.steps))
-        drawn = generate(base, {"tuned": with_unet(base, unet)}, prompts, [switched], settings)["tuned", switched]
-    elif args.lora is None:
-        drawn, switched = generate_base(base, prompts, settings), None
-    else:
-        sigmas = base.sigmas(settings.steps)
-        _, metadata, _ = read_lora(args.lora)
-        if args.switch == "auto":
-            if "switch_sigma" not in metadata:
-                raise ConfigError(f"{args.lora} recommends no switch: give --switch")
-            switched = Switch(sigma=metadata["switch_sigma"]).index(sigmas)
-        else:
-            switched = Switch.parse(args.switch).index(sigmas)
-        load_lora(base, args.lora, args.strength)  # one set of weights: the adapter is off for the base, on for the tuned model
-        drawn = generate(base, {"tuned": base}, prompts, [switched], settings)["tuned", switched]
-    _fresh_folder(args.out, args.overwrite)
+        raise ConfigError(f"{unet} recommends no switch: give --switch (its authors: 75% for SD1.5, 87.5% for SDXL)")
+    if "switch_sigma" not in metadata:
+        raise ConfigError(f"{args.lora} recommends no switch: give --switch")
+    return Switch(sigma=metadata["switch_sigma"])
+
+
+def _write(drawn: Tensor, prompts: list[str], args: argparse.Namespace, settings: dict[str, object]) -> None:
+    """Write images (N,3,H,W), each with its prompt, and `settings.json` into the folder, and a contact sheet beside it."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {args.out}: {error}") from error
     for i, (image, prompt) in enumerate(zip(drawn, prompts)):
         path = args.out / f"{i:05d}.png"
         images.to_pil(image).save(path)
         path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
-    sheet = args.out.with_name(args.out.name + "-grid.png")  # beside the folder: inside are images with prompts alone
+    sheet = args.out.with_name(args.out.name + "-grid.png")  # outside: every image inside has a prompt
     images.to_pil(images.grid(drawn, args.n)).save(sheet)
-    (args.out / "settings.json").write_text(
-        json.dumps(
-            {**plain(settings), "model": args.model, "lora": str(args.lora or ""), "tuned_unet": str(unet or ""), "k": switched},
-            indent=1,
-        )
-        + "\n",
-        "utf-8",
-    )
-    print(
-        f"wrote {len(drawn)} images to {args.out}" + (f" (base for {switched} of {settings.steps} steps)" if switched is not None else "")
-    )
-    return 0
+    (args.out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")

@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, processes: Processes) -> int:
-    values = override(read_toml(arguments.config) if arguments.config else {}, arguments.rest)
+    values = override(read_toml(arguments.config) if arguments.config else {}, arguments.settings)
     if arguments.vram is not None:
         values["vram"] = arguments.vram
     config = build(TrainConfig, values)

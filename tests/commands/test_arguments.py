@@ -1,0 +1,158 @@
+"""Bad input gets one line with the valid form, and help costs no import of what it does not show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.__main__ import main
+from trainer.commands import COMMANDS
+
+ROOT = Path(__file__).parent.parent.parent
+SAMPLE = ["sample", "--prompt", "a", "--out", "x"]
+EVALUATE = ["evaluate", "--lora", "a=x.safetensors", "--reward", "demo-proxy", "--prompts", __file__, "--out", "x"]
+TRAIN = ["train", "--out=x"]
+
+WRONG = [
+    ([], "COMMAND"),
+    (["paint"], "invalid choice: 'paint'"),
+    (["sample", "--prompt", "a"], "--out"),
+    (["sample", "--out", "x"], "no prompt: give --prompt TEXT or --prompts FILE"),
+    ([*SAMPLE, "-n", "0"], "at least 1 image"),
+    ([*SAMPLE, "-n", "many"], "invalid int value: 'many'"),
+    ([*SAMPLE, "--steps", "0"], "steps = 0: give at least 1"),
+    ([*SAMPLE, "--guidance-scale", "nan"], "guidance_scale = nan"),
+    ([*SAMPLE, "--strength", "nan"], "--strength: nan: give a finite number"),
+    ([*SAMPLE, "--lora", "none.safetensors"], "no LoRA file none.safetensors"),
+    ([*SAMPLE, "--lora", "a", "--tuned-unet", "b"], "give --lora or --tuned-unet"),
+    ([*SAMPLE, "--colour", "red"], "unknown argument --colour; see `python -m trainer sample --help`"),
+    ([*SAMPLE, "--dtype", "float8"], "dtype = 'float8': use one of float32, bfloat16"),
+    ([*SAMPLE, "--device", "gpu"], "device = gpu: use cpu, cuda, mps or xpu"),
+    ([*SAMPLE, "--device=cuda"], "device = cuda: this machine"),
+    ([*EVALUATE, "--device", "gpu"], "device = gpu: use cpu, cuda, mps or xpu"),
+    ([*EVALUATE, "--device=cuda"], "device = cuda: this machine"),
+    ([*EVALUATE, "--lora", "a=y.safetensors"], "two tuned models are called a: give --lora NAME=FILE"),
+    ([*EVALUATE, "--switches", "half"], "switch 'half': write a step (15)"),
+    (["score", "none"], "no image folder none"),
+    (["score", "none", "--reward", "best"], "unknown reward 'best'"),
+    (["score", "none", "--device", "gpu"], "device = gpu: use cpu, cuda, mps or xpu"),
+    (["score", "none", "--device=cuda"], "device = cuda: this machine"),
+    (["rewards"], "ACTION"),
+    (["rewards", "download", "best"], "unknown reward 'best'"),
+    (["rewards", "calibrate", "clip", "none", "--device=gpu"], "device = gpu: use cpu, cuda, mps or xpu"),
+    (["compare", "refl", "--out", "x", "--budget", "0"], "give at least 1 denoiser call"),
+    (["convert", "a", "b", "--rank"], "--rank: expected one argument"),
+    (["train"], "missing key 'out'"),
+    (["train", "none.toml"], "no config file none.toml"),
+    ([*TRAIN, "--device", "cuda"], "write --device=cuda: settings take an equals sign"),
+    ([*TRAIN, "--compile"], "write --compile=VALUE: settings take an equals sign"),
+    ([*TRAIN, "--device=gpu"], "device = gpu: use cpu, cuda, mps or xpu"),
+    ([*TRAIN, "--device=cuda"], "device = cuda: this machine"),
+    ([*TRAIN, "--learning_rate=nan"], "learning_rate = nan"),
+    ([*TRAIN, "--lr=nan"], "learning_rate = nan"),
+    ([*TRAIN, "--objective=refl"], "--objective.name="),
+    ([*TRAIN, "--objective.name=best"], "'best': use one of refl, imagerefl"),
+    ([*TRAIN, "--objective.name=refl", '--objective.positive=["two words"]'], "unknown key 'objective.positive'"),
+    ([*TRAIN, "--batch_size=many"], "batch_size = 'many'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "-")
+def test_bad_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    if "--device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err, said.err
+    assert not said.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA"), "CUDA error: an illegal memory access"),
+        (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory: use fewer images at a time"),
+        (MemoryError(), "out of memory: use fewer images at a time"),
+    ],
+)
+def test_errors_of_a_device_are_one_line(error, line, monkeypatch, capsys):
+    from trainer.commands import demo
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}") and said.count("\n") == 1
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
+    from trainer.commands import demo
+
+    def fail(_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(demo, "run", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["demo"])
+
+
+def test_a_step_is_a_switch_to_watch_with():
+    from trainer.config import build, override
+    from trainer.training.run import TrainConfig
+
+    config = build(TrainConfig, override({}, ["--out=x", "--watch.switch=12"]))
+    assert config.watch.switch == "12"
+
+
+HEAVY = ("torch", "torchvision", "diffusers", "transformers", "open_clip", "peft", "timm")
+MODELS = HEAVY[1:]
+FREE_OF = [
+    (["--help"], HEAVY),
+    (["demo", "--help"], HEAVY),
+    (["compare", "--help"], HEAVY),
+    *((command, MODELS) for command in (["train", "--help"], ["sample", "--help"], ["evaluate", "--help"], ["score", "--help"])),
+    *((command, MODELS) for command in (["convert", "--help"], ["rewards", "--help"], ["rewards", "list"])),
+    (["train", "--out=x", "--learning_rate=-1"], MODELS),
+]
+REPORT = """
+import json, sys
+from trainer.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "absent"), FREE_OF, ids=lambda value: " ".join(value) if value and value[0] not in HEAVY else "")
+def test_a_command_imports_no_more_than_it_needs(arguments, absent, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", REPORT, *arguments], cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=True
+    )
+    imported = set(json.loads(ran.stderr.splitlines()[-1]))
+    assert not imported & set(absent)
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_page_describes_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    page = capsys.readouterr().out
+    assert ended.value.code == 0 and COMMANDS[command] in page
+    assert "%(" not in page and "None" not in page
