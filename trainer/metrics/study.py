@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import present_names
 from ..reward import Reward
 from .diversity import Diversity, pairwise_diversity, vendi_score
 from .streaming import FeatureStatistics, distances, jackknife
@@ -89,7 +88,6 @@ class Study:
                     f"{self.folder} is of an evaluation that was stopped: add --resume to go on, or --overwrite to start again"
                 )
             earlier = json.loads(path.read_text("utf-8"))
-            earlier["settings"] = present_names(earlier.get("settings", {}))
             other = next((key for key, value in self.settings.items() if earlier.get(key) != value), None)
             if other is not None:
                 raise ValueError(f"{self.folder} was begun with other {other}: ask for the same, or add --overwrite to start again")

@@ -59,7 +59,7 @@ class Replay:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         try:
-            save_file({"states": states.to("cpu", torch.float16).contiguous()}, partial)
+            save_file({"states": states.cpu().half().contiguous()}, partial)
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)

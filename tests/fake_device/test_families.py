@@ -1,0 +1,17 @@
+"""A step of each model family on the fake device, to the CPU's loss and weights."""
+
+from __future__ import annotations
+
+import pytest
+from fake_device.runs import on_cpu, on_fake, same_run
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev"], indirect=True)
+def test_a_step_is_that_of_the_cpu(family, reward_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    arguments = ["train", f"--model={family}", f"--reward={reward_folder}", f"--prompts={tmp_path / 'prompts.txt'}", "--image_size=64"]
+    arguments += ["--batch_size=2", "--steps=1", "--objective.name=refl", "--objective.guidance_scale=3.0"]
+    arguments += ["--objective.steps=4", "--objective.grad_from=1", "--objective.grad_to=3"]
+    on_cpu(*arguments, f"--out={tmp_path / 'cpu'}")
+    on_fake("mps", *arguments, f"--out={tmp_path / 'fake'}")
+    same_run(tmp_path / "fake", tmp_path / "cpu")

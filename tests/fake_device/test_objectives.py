@@ -1,0 +1,50 @@
+"""Every objective takes a step of the demo model on the fake device, to the CPU's loss and weights."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from fake_device.runs import on_cpu, on_fake, same_run
+
+STARTS = "--objective.grad_from=4 --objective.grad_to=7 --objective.steps=8"
+OBJECTIVES = {
+    "refl": f"{STARTS} --objective.kl_weight=0.1",
+    "imagerefl": f"{STARTS} --objective.start_from=2 --objective.start_to=5",
+    "draft-k": "--objective.steps=5 --objective.k=2",
+    "draft-lv": "--objective.steps=5",
+    "alignprop": "--objective.steps=6 --objective.cut_mean=4.0",
+    "drtune": "--objective.steps=6 --objective.early_stop=3 --objective.k=3",
+    "direct-align": "--objective.steps=4",
+    "srpo": "--objective.steps=4 --objective.branch=both",
+    "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
+    "sqdf-black-box": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.queries=[8] --objective.epochs=2 "
+    "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
+}
+
+
+def arguments(name, out):
+    return ["train", f"--out={out}", "--images=demo", "--batch_size=2", "--steps=1", f"--objective.name={name}", *OBJECTIVES[name].split()]
+
+
+@cache
+def expected(name) -> Path:
+    """The same step on the CPU."""
+    out = Path(tempfile.mkdtemp()) / "run"
+    on_cpu(*arguments(name, out))
+    return out
+
+
+def test_all_objectives_are_here():
+    from trainer.objectives import OBJECTIVES as known
+
+    assert OBJECTIVES.keys() == known.keys()
+
+
+@pytest.mark.parametrize("mode", ["cuda", "mps"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_is_that_of_the_cpu(name, mode, tmp_path):
+    on_fake(mode, *arguments(name, tmp_path / "run"))
+    same_run(tmp_path / "run", expected(name))

@@ -1,0 +1,41 @@
+"""What a run does beside its steps on the fake device: watching, averaging, saving, resuming, tuning whole, saving memory."""
+
+from __future__ import annotations
+
+import json
+
+from fake_device.runs import on_cpu, on_fake, same_numbers, same_run, same_tensors
+from safetensors.torch import load_file
+
+REFL = ["--objective.name=refl", "--objective.steps=6", "--objective.grad_from=3", "--objective.grad_to=5", "--batch_size=2"]
+
+
+def test_a_watched_run_is_resumed_to_the_same_files(image_folder, tmp_path):
+    starts = ["--objective.name=imagerefl", "--objective.steps=6", "--objective.grad_from=3", "--objective.grad_to=5"]
+    starts += ["--objective.start_from=2", "--objective.start_to=3", "--batch_size=2", "--gradient_accumulation_steps=2"]
+    watched = ["--watch.every=1", "--watch.heldout=demo-gold", "--watch.count=2", "--watch.images=2", "--watch.steps=3"]
+    arguments = ["train", f"--images={image_folder}", *starts, *watched, "--ema=0.5", "--save_every=1"]
+    whole, cut = tmp_path / "cpu", tmp_path / "fake"
+    on_cpu(*arguments, f"--out={whole}", "--steps=2")
+    on_fake("mps", *arguments, f"--out={cut}", f"--cache={tmp_path / 'cache'}", "--steps=1")
+    on_fake("mps", *arguments, f"--out={cut}", f"--cache={tmp_path / 'cache'}", "--steps=2", "--resume")
+    same_run(cut, whole)
+    points = json.loads((whole / "watch.json").read_text())
+    assert len(points) == 3 and points[0]["heldout"] != points[-1]["heldout"]
+    same_numbers(json.loads((cut / "watch.json").read_text()), points)
+    same_tensors(load_file(cut / "best.safetensors"), load_file(whole / "best.safetensors"))
+
+
+def test_every_weight_is_tuned(tmp_path):
+    arguments = ["train", "--images=demo", *REFL, "--tune=full", "--steps=1"]
+    on_cpu(*arguments, f"--out={tmp_path / 'cpu'}")
+    on_fake("mps", *arguments, f"--out={tmp_path / 'fake'}")
+    same_run(tmp_path / "fake", tmp_path / "cpu", "delta.safetensors")
+
+
+def test_settings_of_memory_change_no_value(tmp_path):
+    arguments = ["train", "--images=demo", *REFL, "--steps=1", "--vae_slicing=true"]
+    recomputed = [f"--gradient_checkpointing_{part}=true" for part in ("denoiser", "vae", "reward")]
+    on_cpu(*arguments, f"--out={tmp_path / 'cpu'}")
+    on_fake("mps", *arguments, *recomputed, "--offload_encoders=false", f"--out={tmp_path / 'fake'}")
+    same_run(tmp_path / "fake", tmp_path / "cpu")
