@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,8 +145,6 @@ def test_a_command_imports_no_more_than_it_needs(arguments, absent, tmp_path):
 
 
 def _environment():
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -156,3 +155,11 @@ def test_every_help_page_describes_every_argument(command, capsys):
     page = capsys.readouterr().out
     assert ended.value.code == 0 and COMMANDS[command] in page
     assert "%(" not in page and "None" not in page
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_it_runs_from_any_folder(arguments, tmp_path):
+    (tmp_path / "nodes.py").write_text("raise SystemExit(3)")  # a name of ours in the user's folder
+    command = [sys.executable, "-m", "trainer", *arguments]
+    ran = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage: python -m trainer") and not ran.stderr

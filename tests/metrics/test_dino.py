@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.parity.pixels import pictures
 from tests.parity.weights import randomise
 from trainer.metrics.dino import Dino
-from trainer.metrics.distances import Moments, Reservoir, frechet_distance, kernel_distance, log_covariance_distance
+from trainer.metrics.distances import Moments, Reservoir, frechet_distance, log_covariance_distance, unbiased_mmd
 from trainer.metrics.diversity import Diversity, pairwise_diversity, vendi_score, within_prompt_diversity
 from trainer.metrics.lpips import Lpips
 
@@ -132,13 +132,12 @@ def test_kernel_distance_is_the_double_loop_and_unbiased():
 
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     expected = sum(k(a[i], a[j]) + k(b[i], b[j]) for i, j in pairs) / 30 - 2 * sum(k(x, y) for x in a for y in b) / 36
-    mean, std = kernel_distance(a, b, torch.Generator().manual_seed(0), subset=6, subsets=3)
-    assert mean == pytest.approx(expected) and std == pytest.approx(0, abs=1e-9)
-    same = [kernel_distance(rows(40, 3, 2 * s) - 3, rows(40, 3, 2 * s + 1) - 3, torch.Generator(), 40, 1)[0] for s in range(200)]
+    assert unbiased_mmd(a, b) == pytest.approx(expected)
+    same = [unbiased_mmd(rows(40, 3, 2 * s) - 3, rows(40, 3, 2 * s + 1) - 3) for s in range(200)]
     error = torch.tensor(same).std() / math.sqrt(200)
     assert abs(sum(same) / 200) < 4 * error and min(same) < 0  # its mean over equal distributions is 0: no bias
     with pytest.raises(ValueError, match="of one width"):
-        kernel_distance(a, rows(6, 4), torch.Generator())
+        unbiased_mmd(a, rows(6, 4))
 
 
 def test_a_reservoir_is_a_uniform_sample_of_the_stream():

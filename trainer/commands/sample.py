@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ConfigError(f"{args.out} exists: add --overwrite to write into it")
     policy = policy_of(args)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {args.out}: {error}") from error
     k = switch.index(policy.sigmas(settings.steps)) if switch else None
     if k is None:
         drawn = generate_base(policy, prompts, settings)
@@ -85,10 +89,6 @@ def _switch(args: argparse.Namespace, unet: Path | None) -> Switch | None:
 
 def _write(drawn: Tensor, prompts: list[str], args: argparse.Namespace, settings: dict[str, object]) -> None:
     """Write images (N,3,H,W), each with its prompt, and `settings.json` into the folder, and a contact sheet beside it."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {args.out}: {error}") from error
     for i, (image, prompt) in enumerate(zip(drawn, prompts)):
         path = args.out / f"{i:05d}.png"
         images.to_pil(image).save(path)

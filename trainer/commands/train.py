@@ -149,7 +149,7 @@ def _settings(kind: Any, prefix: str, tables: set[str]) -> list[str]:
     for f in fields(kind):
         if f.name not in tables:
             default = "" if f.default is MISSING or f.default == "" else f" [{json.dumps(plain(f.default))}]"
-            lines.append(f"  {'--' + prefix + f.name + '=…':<32} {f.metadata.get('help', '')}{default}")
+            lines.append(f"  {'--' + prefix + f.name + '=…':<36} {f.metadata.get('help', '')}{default}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Distances between two sets of features: Fréchet, kernel and log-covariance; streaming where a few sums say it all."""
+"""Distances between two sets of features: Fréchet (FID), kernel (KID) and log-covariance, streaming where sufficient statistics exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Moments:
         return self
 
     def merge(self, other: Moments) -> Moments:
-        """Add all that another has seen."""
+        """Add the rows of another."""
         if other.number:
             self._add(other.number, other._mean, other._scatter)
         return self
@@ -87,20 +87,11 @@ def log_covariance_distance(a: Tensor | Moments, b: Tensor | Moments, ridge: flo
     return float((logs[0] - logs[1]).norm())
 
 
-def kernel_distance(a: Tensor, b: Tensor, rng: torch.Generator, subset: int = 1000, subsets: int = 100) -> tuple[float, float]:
-    """Unbiased MMD² with the kernel (x·y/D + 1)³ (KID, Bińkowski et al. 2018, arXiv:1801.01401, section 4): mean and standard
-    deviation over `subsets` draws of `subset` rows, or of all where there are fewer.
-    """
-    n = min(subset, len(a), len(b))
-    values: list[float] = []
-    for _ in range(subsets):
-        values.append(unbiased_mmd(*(rows[torch.randperm(len(rows), generator=rng)[:n]] for rows in (a, b))))
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.mean()), float(found.std(correction=0))
-
-
 def unbiased_mmd(a: Tensor, b: Tensor) -> float:
-    """MMD² of all rows (N,D) and (M,D) with the kernel (x·y/D + 1)³; unbiased, so that it may fall below zero."""
+    """MMD² of rows (N,D) and (M,D) with the kernel (x·y/D + 1)³ (KID, Bińkowski et al. 2018, arXiv:1801.01401, section 4).
+
+    The estimator is unbiased and can be negative.
+    """
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
         raise ValueError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}: give at least two rows (N,D) of one width")
     a, b = a.cpu().double(), b.cpu().double()
@@ -113,7 +104,7 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Reservoir:
-    """At most `size` rows, a uniform sample of all that came (Vitter 1985, algorithm R): what a kernel distance needs of a long stream."""
+    """A uniform sample of at most `size` rows of a stream (Vitter 1985, algorithm R)."""
 
     def __init__(self, size: int, rng: torch.Generator) -> None:
         self.size, self.rng, self.seen = size, rng, 0

@@ -1,13 +1,16 @@
-"""The reward–diversity frontier, its area, and how sure we are of a figure."""
+"""Confidence intervals by bootstrap and jackknife, and the area of a reward–diversity frontier."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..rng import generator
+
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 def dominated_area(points: Sequence[tuple[float, float]]) -> float:
@@ -31,3 +34,20 @@ def bootstrap(
     values = torch.stack([statistic(torch.randint(n, (n,), generator=rng)) for _ in range(resamples)])
     tail = (1 - level) / 2
     return values.quantile(tail, dim=0), values.quantile(1 - tail, dim=0)
+
+
+def jackknife(statistic: Callable[[int | None], dict[str, float]], blocks: Sequence[int]) -> dict[str, list[float]]:
+    """95 % intervals of statistics by leaving each block out once (Tukey 1958): value ± t·√((G−1)/G · Σ(θ₋g − mean)²).
+
+    A bootstrap is biased here: images that are drawn twice make a set look narrower than it is.
+    """
+    if len(blocks) < 2:
+        return {}
+    whole, left = statistic(None), [statistic(block) for block in blocks]
+    found: dict[str, list[float]] = {}
+    for name, value in whole.items():
+        values = [one[name] for one in left]
+        mean = sum(values) / len(values)
+        spread = math.sqrt((len(values) - 1) / len(values) * sum((v - mean) ** 2 for v in values))
+        found[name] = [value - _T[len(values) - 2] * spread, value + _T[len(values) - 2] * spread]
+    return found

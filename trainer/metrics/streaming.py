@@ -1,9 +1,8 @@
-"""Sets of features that come prompt by prompt, summed up so that distances between them, and how sure these are, need no second look."""
+"""Single-pass feature statistics for FID, KID and LogCov, in blocks of prompts for jackknife intervals."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from .distances import Moments, Reservoir, frechet_distance, log_covariance_dist
 
 BLOCKS = 10  # of prompts; an interval leaves each out once
 ROWS = 2000  # kept for the kernel distance
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 class FeatureStatistics:
@@ -56,20 +54,3 @@ def distances(a: FeatureStatistics, b: FeatureStatistics, block: int | None = No
     """Fréchet, kernel and log-covariance distance of two sets, without one block of `a` and, where both have the same prompts, of `b`."""
     x, y = a.without(block), b.without(block if paired else None)
     return {"fid": frechet_distance(x[0], y[0]), "kid": unbiased_mmd(x[2], y[2]), "logcov": log_covariance_distance(x[1], y[1])}
-
-
-def jackknife(statistic: Callable[[int | None], dict[str, float]], blocks: Sequence[int]) -> dict[str, list[float]]:
-    """95 % intervals of statistics by leaving each block out once (Tukey 1958): value ± t·√((G−1)/G · Σ(θ₋g − mean)²).
-
-    A bootstrap would not do: images that are drawn twice make a set look narrower than it is.
-    """
-    if len(blocks) < 2:
-        return {}
-    whole, left = statistic(None), [statistic(block) for block in blocks]
-    found: dict[str, list[float]] = {}
-    for name, value in whole.items():
-        values = [one[name] for one in left]
-        mean = sum(values) / len(values)
-        spread = math.sqrt((len(values) - 1) / len(values) * sum((v - mean) ** 2 for v in values))
-        found[name] = [value - _T[len(values) - 2] * spread, value + _T[len(values) - 2] * spread]
-    return found
