@@ -14,7 +14,7 @@ from ..trainer.metrics.diversity import within_prompt_diversity
 from .scoring import prompt_per_image, table
 from .sockets import CATEGORY, pixels, schema
 
-ClipVision = io.Custom("CLIPVISION")
+ClipVision = io.Custom("CLIP_VISION")
 VISION = ClipVision.Input(
     "clip_vision",
     optional=True,

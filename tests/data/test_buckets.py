@@ -14,6 +14,7 @@ from PIL import Image
 
 from trainer.data import images
 from trainer.data.buckets import bucket_sizes, micro_batch, nearest
+from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.models.flux import FluxPolicy
 from trainer.models.sd3 import SD3Policy
@@ -113,7 +114,8 @@ def test_every_sample_is_seen_once_a_pass_but_for_those_that_wait():
 def test_shares_of_a_micro_batch_are_the_micro_batch():
     rng = torch.Generator().manual_seed(0)
     shapes = [(4, 2, 3), (4, 3, 2), (4, 2, 3), (4, 2, 2), (4, 2, 3)]
-    samples = Samples(tuple("abcde"), [torch.randn(s, generator=rng) for s in shapes], [torch.ones(s) for s in shapes])
+    latents = LatentsInMemory([torch.randn(s, generator=rng) for s in shapes], [torch.ones(s) for s in shapes])
+    samples = Samples(tuple("abcde"), latents)
     for number in range(6):
         whole = samples.batch(3, 1, number, 4)
         halves = [samples.batch(3, 1, number, 4, share) for share in (range(2), range(2, 4))]
@@ -180,7 +182,7 @@ def toy(out, processes=ALONE, resume=False, stop=None):
     rng, shapes = torch.Generator().manual_seed(1), [(3, 1, 2), (3, 2, 1), (3, 1, 2), (3, 1, 1), (3, 1, 2)]
     mean = [0.5 * torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
     which = torch.tensor([0, 1, 2, 3, 4, 4])
-    run.samples = Samples(("a", "bb", "ccc", "dddd", "eeeee", "f"), mean, [0.1 * torch.ones_like(m) for m in mean], which)
+    run.samples = Samples(("a", "bb", "ccc", "dddd", "eeeee", "f"), LatentsInMemory(mean, [0.1 * torch.ones_like(m) for m in mean]), which)
     run.open_folder(overwrite=False, resume=resume)
     for done in run.steps():
         if done.number == stop:

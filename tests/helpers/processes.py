@@ -23,6 +23,7 @@ from helpers.losses import loss_of
 from trainer.__main__ import main
 from trainer.commands import train as commands
 from trainer.config import build, plain
+from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES
@@ -84,7 +85,7 @@ class Asked(Towers):
 def samples(n=5):
     rng = torch.Generator().manual_seed(1)
     mean = 0.5 * torch.randn(n, 3, 1, 1, generator=rng, dtype=torch.float64)
-    return Samples(tuple(["a", "bb", "ccc", "dddd", "eeeee"][:n]), mean, 0.1 * torch.ones_like(mean))
+    return Samples(tuple(["a", "bb", "ccc", "dddd", "eeeee"][:n]), LatentsInMemory(mean, 0.1 * torch.ones_like(mean)))
 
 
 def toy_run(case, out, processes=ALONE, reward=None, **settings):

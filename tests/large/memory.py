@@ -23,6 +23,7 @@ import torch
 
 from tools.embedded.benchmark import _memory as status
 from trainer.config import build
+from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import Tally, dry
@@ -100,7 +101,7 @@ def one(case):
         config = replace(planning._bounded(config), out=str(Path(folder) / "run"))
         picture = torch.randn(1, *policy.latent_shape)
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
-        samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.abs().expand(len(prompts), -1, -1, -1))
+        samples = Samples(prompts, LatentsInMemory(*(value.expand(len(prompts), -1, -1, -1) for value in (picture, picture.abs()))))
         models = planning.Models(policy, reward, features(reward))
         worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
         run = Run(config, policy, samples, reward, features=features(reward))

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.commands import train as commands
 from trainer.config import ConfigError, build, override, plain
+from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.lora.file import load_consistency
 from trainer.memory import oom as memory
@@ -108,7 +109,7 @@ def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
     policy, reward = open_policy("demo"), load_reward("demo-proxy", False)
     c = replace(planning._bounded(c), out=str(tmp_path))
     picture = torch.zeros(2, *policy.latent_shape)
-    samples = Samples(("a", "b"), picture, picture)
+    samples = Samples(("a", "b"), LatentsInMemory(picture, picture))
     run = Run(c, policy, samples, reward)
     policy.conditioning(("a", "b", ""))
     tally = Tally(torch.device("cpu"))

@@ -84,10 +84,10 @@ def test_folders_files_globs_and_manifests_are_found_in_order_and_once(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.csv", "name,prompt\na,b\n", "line 2: no picture; name one in a column path"),
+        ("m.csv", "name,prompt\na,b\n", "line 2: no image; name one in a column path"),
         ("m.jsonl", "[1]\n", "line 1: give one JSON object per line"),
-        ("m.jsonl", "{", "m.jsonl is no readable manifest"),
-        ("m.csv", b"path\n\xff\n", "m.csv is no readable manifest"),
+        ("m.jsonl", "{", "m.jsonl is not a readable manifest"),
+        ("m.csv", b"path\n\xff\n", "m.csv is not a readable manifest"),
     ],
 )
 def test_faulty_manifests_are_said_to_be(name, content, message, tmp_path):
@@ -103,7 +103,7 @@ def test_a_missing_prompt_column_is_said_with_what_there_is(tmp_path):
 
 
 def test_nothing_to_score_is_an_error(tmp_path):
-    for path, message in ((tmp_path, "holds no picture"), (tmp_path / "*.png", "no picture matches"), (tmp_path / "x", "no image folder")):
+    for path, message in ((tmp_path, "holds no image"), (tmp_path / "*.png", "no image matches"), (tmp_path / "x", "no image folder")):
         with pytest.raises(ValueError, match=message):
             find_items([str(path)])
 
@@ -222,7 +222,7 @@ def test_bad_files_are_listed_at_the_end_and_stop_nothing(folder, capsys):
     captured = capsys.readouterr()
     assert len(list(csv.DictReader((folder / "s.csv").open()))) == 8
     for name in BAD:
-        assert f"{name} is no readable picture" in captured.err
+        assert f"{name} is not a readable image" in captured.err
     assert "nameless.png has no prompt: give --prompt, a manifest, or nameless.txt beside it" in captured.err
     assert "5 of 13 pictures were not scored" in captured.err
     assert not list(folder.glob("*.partial"))
@@ -236,7 +236,7 @@ def test_a_picture_whose_reader_fails_in_a_way_of_its_own_is_a_bad_file(folder, 
         pictures.ImageOps, "exif_transpose", lambda picture: stumble(picture) if picture.filename.endswith("3.png") else picture
     )
     assert run(folder, "--out", folder / "s.csv") == 1
-    assert "3.png is no readable picture: 262" in capsys.readouterr().err
+    assert "3.png is not a readable image: 262" in capsys.readouterr().err
 
 
 def test_a_prompt_file_that_cannot_be_read_makes_a_bad_file(folder, monkeypatch, capsys):
@@ -254,14 +254,14 @@ def test_a_prompt_file_that_cannot_be_read_makes_a_bad_file(folder, monkeypatch,
 
 def test_a_float_picture_is_refused_with_the_remedy(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "f.tiff")
-    with pytest.raises(ValueError, match=r"f.tiff is no readable picture: its pixels are floating-point .* 8 or 16 bits"):
+    with pytest.raises(ValueError, match=r"f.tiff is not a readable image: its pixels are floating-point .* 8 or 16 bits"):
         pictures.load_bytes(tmp_path / "f.tiff")
 
 
 def test_a_missing_file_of_a_manifest_is_a_bad_file(tmp_path):
     (tmp_path / "m.csv").write_text("path,prompt\nnone.png,a\n")
     (row,) = score(find_items([str(tmp_path / "m.csv")]), [Part("b", Brightness())])
-    assert "none.png is no readable picture" in row.error
+    assert "none.png is not a readable image" in row.error
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------

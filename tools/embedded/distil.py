@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import encode_images
 from trainer.demo import files
 from trainer.demo.show import GUIDANCE, real_images
@@ -47,7 +48,7 @@ def distil(work: Path, steps: int, batch: int, lr: float = 1e-3, decay: float = 
     """
     policy = UNetPolicy.load(files.PIPELINE)
     samples = encode_images(policy, *real_images(4096, seed))
-    assert isinstance(samples.mean, torch.Tensor)
+    assert isinstance(samples.latents, LatentsInMemory) and isinstance(samples.latents.mean, torch.Tensor)
     policy.add_lora(LORA, seed)
     average = Ema(policy.named_parameters(), decay)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
@@ -66,7 +67,7 @@ def distil(work: Path, steps: int, batch: int, lr: float = 1e-3, decay: float = 
         prompts = [samples.prompts[r] for r in rows]
         index = torch.randint(GRID, (batch,), generator=rng)
         here, there = sigmas[index], sigmas[index + 1]
-        x = policy.add_noise(samples.mean[rows], torch.randn(batch, *policy.latent_shape, generator=rng), here)
+        x = policy.add_noise(samples.latents.mean[rows], torch.randn(batch, *policy.latent_shape, generator=rng), here)
         teacher = policy.denoiser(prompts, adapter="base", guidance_scale=GUIDANCE)(x, here)
         following = sampler_step(x, teacher, here, there, eta=0.0)
         last = (there == 0).reshape(-1, 1, 1, 1)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..config import ConfigError, build
-from ..data.samples import read_prompts
+from ..data.captions import read_prompts
 from ..generate import Generation
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions

@@ -14,8 +14,9 @@ from torch import nn
 from ..config import ConfigError, build, override, plain, present_names, read_toml
 from ..data.buckets import bucket_sizes
 from ..data.cache import TensorCache
+from ..data.captions import read_captions, read_prompts
 from ..data.hub import PREFIX
-from ..data.samples import Samples, encode_images, load_samples, read_captions, read_prompts
+from ..data.samples import Samples, encode_images, load_samples
 from ..lora.extract import weight_files
 from ..lora.file import load_consistency
 from ..memory import oom as memory

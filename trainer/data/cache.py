@@ -1,4 +1,4 @@
-"""Tensors on disk that are computed once: latents of pictures, embeddings of prompts. A key says all that they depend on."""
+"""Tensors that are computed once and kept on disk: latents of images, embeddings of prompts. A key hashes all they depend on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,18 +16,19 @@ from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import slow
 
 Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def key_of(*parts: str) -> str:
-    """A file name for what depends on these parts and on nothing else."""
+    """SHA-256 of the parts, in hexadecimal."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class TensorCache:
-    """One file per key.
+    """A folder with one file per key.
 
-    A file appears whole or not at all, so processes and runs may share the folder, and be killed; what is left of a killed
-    writer is named `.partial` and never read.
+    Files are written under a temporary name `*.partial` and renamed, so processes and runs may share the folder and be
+    killed at any time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,15 +39,23 @@ class TensorCache:
             raise OSError(f"cannot write to {folder}: {error}") from error
 
     def read(self, key: str) -> Tensors | None:
-        """The tensors of a key, on the CPU; None where they are not there, or damaged."""
+        """The tensors of a key, on the CPU; None where the file is missing or damaged."""
         try:
-            # copies: the loader's tensors are the file itself, which another may touch, and thousands of them would stay open
+            # copies: the loader's tensors map the file, which another process may change, and each keeps a file open
             return {name: value.clone() for name, value in load_file(self._path(key)).items()}
         except (OSError, SafetensorError):
             return None
 
+    def shapes(self, key: str) -> Shapes | None:
+        """Shapes of a key's tensors, from the header alone; None where the file is missing, cut short or damaged."""
+        try:
+            with safe_open(self._path(key), framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+
     def write(self, key: str, tensors: Tensors) -> None:
-        """Keep them."""
+        """Store a key's tensors; raises OSError where the folder cannot be written."""
         try:
             handle, partial = tempfile.mkstemp(suffix=".partial", dir=self.folder)
             os.close(handle)
@@ -58,33 +67,27 @@ class TensorCache:
         except (OSError, SafetensorError) as error:
             raise OSError(f"cannot write to {self.folder}: {error}") from error
 
-    def filled(
-        self, keys: Sequence[str], compute: Callable[[Sequence[int]], Sequence[Tensors]], processes: Processes = ALONE, chunk: int = 32
-    ) -> list[Tensors]:
-        """The tensors of all keys after `fill`. They lie on the disk, whoever computed them: all processes train on equal numbers."""
-        self.fill(keys, compute, processes, chunk)
-        return [self._there(key) for key in keys]
-
     def fill(
         self, keys: Sequence[str], compute: Callable[[Sequence[int]], Sequence[Tensors]], processes: Processes = ALONE, chunk: int = 32
-    ) -> None:
-        """Each process computes its share of what is missing: compute(indices) gives the tensors of keys[i], `chunk` at most in a call."""
-        gaps = processes.exchange([i for i, key in enumerate(keys) if self.read(key) is None])
-        missing = sorted(set[int]().union(*gaps))  # another run may have filled one since: all must share one list
+    ) -> list[Shapes]:
+        """Compute and store what is missing, each process its share, and return the shapes of all keys.
+
+        compute(indices) returns the tensors of keys[i]; it is called with at most `chunk` indices. All processes read the
+        same files afterwards, so they train on equal numbers.
+        """
+        found = {i: self.shapes(key) for i, key in enumerate(keys)}
+        gaps = processes.exchange([i for i, shapes in found.items() if shapes is None])
+        missing = sorted(set[int]().union(*gaps))  # another run may have filled one since: all processes need the same list
         share = processes.share(len(missing))
         for first in slow(range(share.start, share.stop, chunk), "encoding into the cache"):
             part = missing[first : min(first + chunk, share.stop)]
             for i, tensors in zip(part, compute(part)):
                 self.write(keys[i], tensors)
         processes.exchange(None)
-        for i in missing:
-            self._there(keys[i])
-
-    def _there(self, key: str) -> Tensors:
-        tensors = self.read(key)
-        if tensors is None:
+        found |= {i: self.shapes(keys[i]) for i in missing}
+        if any(shapes is None for shapes in found.values()):
             raise OSError(f"what was written to {self.folder} cannot be read: processes on several machines need a shared disk")
-        return tensors
+        return [shapes for shapes in found.values() if shapes is not None]
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -1,4 +1,4 @@
-"""Captioned pictures from Hugging Face `datasets`: a hub name or a local folder. Rows are read when they are needed."""
+"""Captioned images from Hugging Face `datasets`: a hub name or a local folder. Rows are read when they are needed."""
 
 from __future__ import annotations
 
@@ -7,61 +7,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .manifest import PICTURE_COLUMNS, PROMPT_COLUMNS
+from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS
 
 PREFIX = "hf:"
+_COLUMN = "image"
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
-    """The picture of one row; to `images` what a file is."""
+class DatasetImage:
+    """The image of one row, as an images.ImageSource."""
 
     rows: Any
     index: int
     name: str
 
     def read_bytes(self) -> bytes:
-        """The encoded picture, as it was stored."""
-        found = self.rows[self.index]["picture"]
-        if found is None:
+        """The encoded image, as it was stored."""
+        stored = self.rows[self.index][_COLUMN]
+        if stored is None:
             raise ValueError("it is empty")
-        return found["bytes"] if found["bytes"] is not None else Path(found["path"]).read_bytes()
+        return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
     def __str__(self) -> str:
         return self.name
 
 
-def read_dataset(source: str) -> list[tuple[Row, str]]:
-    """Pictures and captions of `PATH_OR_NAME[:split]` (default `train`); columns as in manifests.
+def read_dataset(source: str) -> list[tuple[DatasetImage, str]]:
+    """Images and captions of `PATH_OR_NAME[:split]` (default `train`); columns as in manifests.
 
-    PATH is a folder of `save_to_disk`, of parquet files, or of pictures with a metadata file.
+    PATH is a folder of `save_to_disk`, of parquet files, or of images with a metadata file.
     """
     name, split = source, "train"
     if ":" in source and not Path(source).exists():
         name, split = source.rsplit(":", 1)
-    where = f"{PREFIX}{name}:{split}"
+    label = f"{PREFIX}{name}:{split}"
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        raise ValueError(f"{where} needs the datasets library: pip install datasets") from error
+        raise ValueError(f"{label} needs the datasets library: pip install datasets") from error
     try:
         rows: Any = _load(datasets, name, split)
-    except Exception as error:  # of a wrong name, an unreachable hub or a damaged file the library raises what it likes
-        raise ValueError(f"{where} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    except Exception as error:  # the library raises anything for a wrong name, an unreachable hub or a damaged file
+        raise ValueError(f"{label} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     features: Any = rows.features
-    pictures = [c for c, kind in features.items() if isinstance(kind, datasets.Image)] or _named(PICTURE_COLUMNS, features)
-    captions = _named(PROMPT_COLUMNS, features)
-    for found, what, known in ((pictures, "picture", PICTURE_COLUMNS), (captions, "caption", PROMPT_COLUMNS)):
-        if not found:
-            raise ValueError(f"{where} has no {what} column ({', '.join(known)}); there are {', '.join(features)}")
+    images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)] or _known(IMAGE_COLUMNS, features)
+    captions = _known(PROMPT_COLUMNS, features)
+    for columns, what, known in ((images, "image", IMAGE_COLUMNS), (captions, "caption", PROMPT_COLUMNS)):
+        if not columns:
+            raise ValueError(f"{label} has no {what} column ({', '.join(known)}); there are {', '.join(features)}")
     texts = list(rows[captions[0]])
     try:
-        rows = rows.select_columns(pictures[:1]).rename_column(pictures[0], "picture").cast_column("picture", datasets.Image(decode=False))
+        rows = rows.select_columns(images[:1])
+        rows = rows if images[0] == _COLUMN else rows.rename_column(images[0], _COLUMN)
+        rows = rows.cast_column(_COLUMN, datasets.Image(decode=False))
     except Exception as error:
-        raise ValueError(f"{where}: column {pictures[0]} holds no pictures: {error}") from error
-    pairs = [(Row(rows, i, f"{where}, row {i}"), _caption(text, f"{where}, row {i}")) for i, text in enumerate(texts)]
+        raise ValueError(f"{label}: column {images[0]} holds no images: {error}") from error
+    pairs = [(DatasetImage(rows, i, f"{label}, row {i}"), _caption(text, f"{label}, row {i}")) for i, text in enumerate(texts)]
     if not pairs:
-        raise ValueError(f"{where} has no rows")
+        raise ValueError(f"{label} has no rows")
     return pairs
 
 
@@ -77,13 +80,13 @@ def _load(datasets: Any, name: str, split: str) -> Any:
     return saved[split]
 
 
-def _named(known: Sequence[str], columns: Any) -> list[str]:
+def _known(known: Sequence[str], columns: Any) -> list[str]:
     return [column for column in known if column in columns]
 
 
 def _caption(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"{where}: its caption is no text, but a {type(text).__name__}")
+        raise ValueError(f"{where}: expected a caption of type str, got {type(text).__name__}")
     if not text.strip():
         raise ValueError(f"{where} has an empty caption")
     return text.strip()

@@ -1,4 +1,4 @@
-"""Pictures on disk and tensors in [0,1], and nothing about what is in them."""
+"""Image files as tensors in [0,1], and back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class Picture(Protocol):
-    """Where an encoded picture lies: a Path, or a row of a data set. `str()` is what errors call it."""
+class ImageSource(Protocol):
+    """An encoded image: a Path, or a row of a data set. Errors name it by its `str()`."""
 
     def read_bytes(self) -> bytes:
-        """The whole of it."""
+        """The whole file."""
         ...
 
 
@@ -29,71 +29,72 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """A picture as 8-bit RGB, upright as its EXIF orientation says.
+def open_image(source: ImageSource) -> Image.Image:
+    """An image as 8-bit RGB, rotated as its EXIF orientation says.
 
-    Transparent parts become white; of an animation, the first frame; 16 bits are scaled to 8; CMYK is converted without a profile.
+    Transparent pixels are blended with white; of an animation, the first frame; 16 bits are scaled to 8; CMYK is converted
+    without a profile. Raises ValueError where it cannot be decoded.
     """
     try:
-        with _opened(picture) as opened:
+        with _opened(source) as opened:
             opened.load()
             upright: Any = _eight_bit(ImageOps.exif_transpose(opened))
             upright = upright.convert("RGBA") if "A" in upright.getbands() or "transparency" in upright.info else upright.convert("RGB")
-    except Exception as error:  # of a damaged file Pillow's readers raise whatever they stumble over
-        raise ValueError(f"{picture} is no readable picture: {error}") from error
+    except Exception as error:  # Pillow's readers raise many types for a damaged file
+        raise ValueError(f"{source} is not a readable image: {error}") from error
     if upright.mode == "RGBA":
         white = Image.new("RGBA", upright.size, "white")
         upright = Image.alpha_composite(white, upright).convert("RGB")
     return upright
 
 
-def size_of(picture: Picture) -> tuple[int, int]:
-    """(height, width) of a picture as `open_picture` gives it, from its header alone."""
+def size_of(source: ImageSource) -> tuple[int, int]:
+    """(height, width) of what `open_image` returns, from the file's header alone."""
     try:
-        with _opened(picture) as opened:
+        with _opened(source) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90°
     except Exception as error:
-        raise ValueError(f"{picture} is no readable picture: {error}") from error
+        raise ValueError(f"{source} is not a readable image: {error}") from error
     return (width, height) if turned else (height, width)
 
 
-def _opened(picture: Picture) -> Image.Image:
-    return Image.open(picture if isinstance(picture, Path) else BytesIO(picture.read_bytes()))
+def _opened(source: ImageSource) -> Image.Image:
+    return Image.open(source if isinstance(source, Path) else BytesIO(source.read_bytes()))
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits, which Pillow would clip at 255, as 8 bits; other kinds pass."""
-    if picture.mode == "F":
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey levels, which Pillow would clip at 255, as 8 bits; other modes are unchanged."""
+    if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of no known range: save it with 8 or 16 bits")
-    if not picture.mode.startswith("I"):
-        return picture
-    levels = np.asarray(picture).astype(np.int64)
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError(f"its grey levels run from {levels.min()} to {levels.max()}: save it with 8 or 16 bits")
     return Image.fromarray((levels / 257).round().astype(np.uint8))
 
 
-def load(picture: Picture, size: int | tuple[int, int]) -> Tensor:
-    """A picture as (3,H,W) in [0,1], H,W = `size` (one number: a square): scaled, antialiased, until it covers that, then
-    centre cropped; see `open_picture`."""
+def load(source: ImageSource, size: int | tuple[int, int]) -> Tensor:
+    """An image as (3,H,W) in [0,1], where `size` is (H,W) or the side of a square: resized with antialiasing to cover it, then
+    centre cropped; see `open_image`."""
     height, width = (size, size) if isinstance(size, int) else size
-    found = open_picture(picture)
-    if found.size != (width, height):
-        scale = max(width / found.width, height / found.height)
-        found = found.resize((max(width, round(found.width * scale)), max(height, round(found.height * scale))), Image.Resampling.BICUBIC)
-        left, top = (found.width - width) // 2, (found.height - height) // 2
-        found = found.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.asarray(found, dtype=np.float32) / 255).permute(2, 0, 1)
+    image = open_image(source)
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def load_bytes(path: Path) -> Tensor:
-    """A picture as it is, (3,H,W) uint8; see `open_picture`."""
-    return torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1)
+    """An image in its own size, (3,H,W) uint8; see `open_image`."""
+    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """(N,3,H,W) -> one picture (3,H',W') with `columns` per row, white between."""
+    """(N,3,H,W) -> one image (3,H',W') with `columns` per row and white gaps."""
     n, _, height, width = images.shape
     rows = -(-n // columns)
     sheet = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
@@ -104,5 +105,5 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
 
 
 def find(folder: Path) -> Sequence[Path]:
-    """Every picture below a folder, sorted by path."""
+    """Every image below a folder, sorted by path."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import ConfigError
-from ..data.samples import Samples, at_once
+from ..data.latents import LATENTS_KEPT, LatentsInMemory
+from ..data.samples import Samples, batch_size_for
 from ..denoiser import Denoiser
 from ..generate import Generation, together
 from ..models.diffusers_policy import EMBEDDINGS_KEPT, DiffusersPolicy
@@ -290,7 +291,9 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         policy.slices_decoder = config.vae_slicing
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
         picture = torch.empty(1, *policy.latent_shape, device=META)
-        samples = Samples(prompts, picture.expand(len(prompts), -1, -1, -1), picture.expand(len(prompts), -1, -1, -1))
+        samples = Samples(prompts, LatentsInMemory(*[picture.expand(len(prompts), -1, -1, -1)] * 2))
+        latents = 2 * picture.nbytes * models.pictures  # mean and standard deviation
+        latents = min(latents, LATENTS_KEPT) if config.cache else latents
         forwards, backwards, worst = _trace(config, models, samples, folder, processes)
         policy._embeddings.clear()  # pyright: ignore[reportPrivateUsage]
         reward = _Judged(models.reward, tally)
@@ -316,12 +319,11 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 if parked:
                     tally.hold(_weights(policy.image_encoder()), "autoencoder's encoder weights")
                 with tally.during("autoencoder's encoder"):
-                    together = min(at_once(policy.image_size), models.pictures)
+                    together = min(batch_size_for(policy.image_size), models.pictures)
                     policy.encode(torch.empty(together, 3, *policy.image_size, device=META))
                 phase("encoding pictures")
                 if config.device.startswith("cpu"):  # where they wait
-                    latents = torch.empty(2, models.pictures, *policy.latent_shape, device=META)  # mean and standard deviation
-                    tally.hold([latents], "pictures' latents")
+                    tally.hold([torch.empty(latents, dtype=torch.uint8, device=META)], "pictures' latents")
             if parked:
                 tally.clear()
                 _hold_encoders(tally, policy)
@@ -339,7 +341,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 tally.release("autoencoder's encoder weights")
             state = _state(run, asked.optimizer, tally)
             waiting = {} if config.device.startswith("cpu") else {
-                "pictures' latents": 2 * picture.nbytes * models.pictures,
+                "pictures' latents": latents,
                 "prompts' embeddings": known,
             }  # fmt: skip
             if parked:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import present_names
 from ..reward import Reward
 from .diversity import Diversity, pairwise_diversity, vendi_score
 from .intervals import jackknife
@@ -89,6 +90,7 @@ class Study:
                     f"{self.folder} holds an interrupted evaluation: add --resume to continue it, or --overwrite to start again"
                 )
             earlier = json.loads(path.read_text("utf-8"))
+            earlier["settings"] = present_names(earlier.get("settings", {}))
             other = next((key for key, value in self.settings.items() if earlier.get(key) != value), None)
             if other is not None:
                 raise ValueError(f"{self.folder} was started with different {other}: use the same, or add --overwrite to start again")

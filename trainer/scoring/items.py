@@ -1,4 +1,4 @@
-"""Which pictures are scored, and under which prompt: folders, files, globs and manifests become a list of items."""
+"""Which images are scored under which prompt: folders, files, globs and manifests as a list of items."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import images as pictures
-from ..data import manifest
-from ..data.manifest import read_manifest
+from ..data import images
+from ..data.captions import caption_beside, is_listing, list_images
 from .metadata import embedded_prompt
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture and its prompt; without a prompt, `prompt_for` looks beside and inside the picture."""
+    """One image and its prompt; `prompt_for` looks for a missing one."""
 
     path: Path
     prompt: str | None = None
 
 
 def find_items(paths: Sequence[str], prompt: str | None = None, prompt_column: str = "") -> list[Item]:
-    """The pictures that folders, files, globs and CSV or JSONL manifests name, in that order, each pair once.
+    """The images that folders, files, globs and CSV or JSONL manifests name, in that order, each pair once.
 
-    `prompt` counts for all; otherwise a manifest's `prompt_column` (default: prompt, caption or text) does.
+    `prompt` is for all; without it a manifest's `prompt_column` (default: prompt, caption or text) is used.
     """
     found = [Item(i.path, prompt if prompt is not None else i.prompt) for path in paths for i in _expand(path, prompt_column)]
     return list(dict.fromkeys(found))
@@ -32,34 +31,19 @@ def find_items(paths: Sequence[str], prompt: str | None = None, prompt_column: s
 
 def _expand(text: str, prompt_column: str) -> Iterator[Item]:
     path = Path(text)
-    if path.is_dir():
-        inside = pictures.find(path)
-        if not inside:
-            raise ValueError(f"{path} holds no picture ({', '.join(pictures.SUFFIXES)})")
-        yield from map(Item, inside)
-    elif path.is_file() and path.suffix.lower() in manifest.SUFFIXES:
-        yield from (Item(*row) for row in read_manifest(path, prompt_column))
+    if is_listing(path):
+        yield from (Item(*pair) for pair in list_images(path, prompt_column))
     elif path.is_file():
         yield Item(path)
     elif glob.has_magic(text):
-        matches = sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).suffix.lower() in pictures.SUFFIXES)
+        matches = sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).suffix.lower() in images.SUFFIXES)
         if not matches:
-            raise ValueError(f"no picture matches {text}")
+            raise ValueError(f"no image matches {text}")
         yield from map(Item, matches)
     else:
-        raise ValueError(f"no image folder {path}, and no picture or manifest of that name")
+        raise ValueError(f"no image folder {path}, and no image or manifest of that name")
 
 
 def prompt_for(item: Item) -> str | None:
-    """The item's own prompt, the `.txt` beside the picture, or what ComfyUI or A1111 wrote into it; None where there is none."""
-    if item.prompt is not None:
-        return item.prompt
-    side = item.path.with_suffix(".txt")
-    if side.is_file():
-        try:
-            text = side.read_text("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{side} is not UTF-8: {error}") from error
-        if text:
-            return text
-    return embedded_prompt(item.path)
+    """The item's own prompt, the `.txt` beside the image, or what ComfyUI or A1111 wrote into it; None where there is none."""
+    return item.prompt if item.prompt is not None else caption_beside(item.path) or embedded_prompt(item.path)

@@ -225,7 +225,7 @@ def check_settings(config: TrainConfig, samples: Samples, context: RunContext, w
     if objective.needs_gradient and context.reward is not None and not context.reward.differentiable:
         takers = ", ".join(name for name in OBJECTIVES if not _default(name).needs_gradient)
         raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
-    if samples.mean is None and objective.needs_images:
+    if samples.latents is None and objective.needs_images:
         name = config.objective["name"]
         raise ConfigError(f"{name} trains on real images as it is set: give `images`, or settings that start from noise")
     if config.watch.every and not watched:

@@ -26,7 +26,7 @@ headless.add_lora(lora, 3)
 between = headless.timestep
 headless.timestep = lambda sigma: between(sigma).round()
 mean = headless.encode(images)[0]
-samples = data.Samples(prompts, mean, torch.zeros_like(mean))
+samples = data.Samples(prompts, data.LatentsInMemory(mean, torch.zeros_like(mean)))
 with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
     policy = graph.ComfyPolicy(model, vae, lambda p: clip.encode_from_tokens_scheduled(clip.tokenize(p)), (4, 8, 8))
     policy.add_lora(lora, 3)

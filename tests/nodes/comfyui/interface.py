@@ -1,0 +1,40 @@
+"""Run inside a ComfyUI: the pack's nodes as saved graphs know them, and which workflows of a folder the server accepts.
+
+Usage: interface.py COMFYUI PACK WORKFLOWS. Prints one JSON line.
+"""
+
+import asyncio
+import json
+from pathlib import Path
+
+import embedded  # first: it puts ComfyUI on the path
+import execution
+import nodes as stock
+from workflows import WIDGETS, api_form
+
+
+def described(cls):
+    """Inputs by name, `widget` or the socket's type, in their order; types of outputs."""
+    inputs = {}
+    for group in ("required", "optional"):
+        for name, (kind, *options) in cls.INPUT_TYPES().get(group, {}).items():
+            widget = (isinstance(kind, list) or kind in WIDGETS) and not (options[0] if options else {}).get("forceInput")
+            inputs[name] = "widget" if widget else kind
+    return {"inputs": inputs, "outputs": list(cls.RETURN_TYPES)}
+
+
+async def main():
+    await stock.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
+    theirs = set(stock.NODE_CLASS_MAPPINGS)
+    await stock.load_custom_node(embedded.pack)
+    ours = {name: described(cls) for name, cls in stock.NODE_CLASS_MAPPINGS.items() if name not in theirs}
+    known = {name: {"input": cls.INPUT_TYPES()} for name, cls in stock.NODE_CLASS_MAPPINGS.items()}
+    errors = {}
+    for path in sorted(Path(embedded.arguments[0]).glob("*.json")):
+        validity = await execution.validate_prompt(path.stem, api_form(json.loads(path.read_text("utf-8")), known), None)
+        kinds = {error["type"] for node in validity[3].values() for error in node["errors"]}
+        errors[path.stem] = sorted(kinds)
+    return {"nodes": ours, "errors": errors}
+
+
+print(json.dumps(asyncio.run(main())))

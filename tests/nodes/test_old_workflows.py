@@ -1,0 +1,31 @@
+"""Graphs saved with version 0.1.0: every node is there, its widgets in their order, and the server accepts the workflows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.comfyui import PLACES, comfyui, run_inside
+
+DATA = Path(__file__).parent.parent / "data" / "v010"
+
+
+@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
+def interface(request, tmp_path_factory):
+    return run_inside(request.param, "interface.py", DATA / "workflows", cwd=tmp_path_factory.mktemp("interface"))
+
+
+@comfyui
+def test_nodes_keep_their_names_inputs_outputs_and_the_order_of_widgets(interface):
+    for name, then in json.loads((DATA / "expected" / "nodes.json").read_text("utf-8"))["nodes"].items():
+        now = interface["nodes"][name]
+        assert then["inputs"].items() <= now["inputs"].items(), name
+        widgets = [[key for key, kind in described["inputs"].items() if kind == "widget"] for described in (then, now)]
+        assert widgets[1][: len(widgets[0])] == widgets[0], name  # saved graphs know widgets by position
+        assert now["outputs"][: len(then["outputs"])] == then["outputs"], name
+
+
+@comfyui
+def test_the_server_accepts_old_workflows(interface):
+    assert interface["errors"] == json.loads((DATA / "expected" / "nodes.json").read_text("utf-8"))["errors"]

@@ -1,0 +1,142 @@
+"""Files that version 0.1.0 made (tests/data/v010) load, resume and convert, and give what they gave there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer.__main__ import main
+from trainer.config import build, override, present_names, read_toml
+from trainer.demo import files
+from trainer.lora.file import load_lora, read_adapter
+from trainer.models.unet import UNetPolicy
+from trainer.rewards.registry import Places
+from trainer.training.run import TrainConfig
+
+DATA = Path(__file__).parent / "data" / "v010"
+RESUMED = json.loads((DATA / "expected" / "resumed.json").read_text("utf-8"))
+RUNS = ("imagerefl", "sqdf", "sqdf-black-box", "srpo", "draft-lv")
+CLOSE = 1e-5  # relative to the largest entry; other processors and versions of PyTorch round otherwise
+
+
+def same_machine():
+    """Whether float32 results must be the same bits: the processor and PyTorch that made them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return RESUMED["torch"] == torch.__version__ and cpuinfo.is_file() and f": {RESUMED['cpu']}\n" in cpuinfo.read_text()
+
+
+def difference(found, expected):
+    """Largest difference, relative to the largest entry."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-8))
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the folder that is the working directory."""
+    shutil.copytree(DATA, tmp_path / "v010")
+    monkeypatch.chdir(tmp_path / "v010")
+    return tmp_path / "v010"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_goes_on_from_its_checkpoint_as_it_did(run, copy):
+    assert main(["train", f"{run}.toml", "--resume", "--steps=4"]) == 0
+    found, expected = load_file(copy / run / "lora.safetensors"), load_file(copy / "expected" / f"{run}.safetensors")
+    assert found.keys() == expected.keys()
+    if same_machine():
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    else:  # an update of Adam's hardly depends on a gradient's size, so a rounding may move a small entry by much of a step
+        assert max(difference(found[key], expected[key]) for key in expected) < 0.02
+    log = [json.loads(line) for line in (copy / run / "log.jsonl").read_text("utf-8").splitlines()]
+    for line, then in zip(log, RESUMED["log"][run], strict=True):
+        assert {name: line[name] for name in then} == pytest.approx(then, rel=1e-3, abs=1e-5)
+    if run == "imagerefl":
+        for point, then in zip(json.loads((copy / run / "watch.json").read_text("utf-8")), RESUMED["watch"], strict=True):
+            assert point == pytest.approx(then, rel=1e-3, abs=1e-5)
+
+
+X0 = load_file(DATA / "expected" / "x0.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(X0))
+def test_a_lora_loads_whole_and_predicts_what_it_did(name):
+    policy = UNetPolicy.load(files.PIPELINE)
+    if name != "base":
+        load_lora(policy, DATA / name)
+    noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = policy.denoiser(["a red star"], guidance_scale=2.0)(3 * noise, torch.tensor([3.0]))
+    assert difference(found, X0[name]) < CLOSE
+    zero = name in ("base", "imagerefl/best.safetensors")  # that run was best before its first step
+    assert zero or difference(X0["base"], X0[name]) > 20 * CLOSE  # an adapter without effect would show
+
+
+@pytest.mark.parametrize("source", ["converted-peft", "converted-diffusers.safetensors"])
+def test_converted_loras_convert_back(source, copy):
+    assert main(["convert", source, "back.safetensors", "--to", "kohya"]) == 0
+    found, expected = read_adapter(copy / "back.safetensors").updates, read_adapter(copy / "imagerefl" / "lora.safetensors").updates
+    assert found.keys() == expected.keys()
+    for module, update in expected.items():
+        scale, found_scale = update.alpha / update.rank, found[module].alpha / found[module].rank
+        assert difference(found_scale * found[module].up @ found[module].down, scale * update.up @ update.down) < 1e-6
+
+
+def test_a_full_fine_tunes_differences_give_the_same_lora(copy):
+    assert main(["convert", "delta.safetensors", "again.safetensors", "--rank", "2"]) == 0
+    found, expected = read_adapter(copy / "again.safetensors").updates, read_adapter(copy / "delta-lora.safetensors").updates
+    assert found.keys() == expected.keys()
+    for module, update in expected.items():  # the factors' signs are free, their product is not
+        assert difference(found[module].up @ found[module].down, update.up @ update.down) < 1e-4
+
+
+@pytest.mark.parametrize("preset", sorted((DATA / "presets").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_preset_means_what_it_meant(preset):
+    values = read_toml(preset)
+    config = build(TrainConfig, values)
+    config.build_objective()
+    present = Path(__file__).parent.parent / "presets" / preset.name
+    assert config == build(TrainConfig, {**read_toml(present), "objective": config.objective})
+    assert build(TrainConfig, override(values, ["--batch=4", "--lr=0.5", "--objective.guidance=3.0"])) != config
+
+
+def test_scoring_and_evaluation_give_the_same_tables(copy):
+    score = ["score", "images", "--reward", "demo-proxy", "--reward", "demo-heldout=0.5"]
+    assert main([*score, "--out", "stopped.csv", "--resume"]) == 0  # two of four images were scored by 0.1.0
+    assert main([*score, "--out", "again.jsonl"]) == 0
+    assert (copy / "stopped.csv").read_text("utf-8").splitlines()[0] == (copy / "scores.csv").read_text("utf-8").splitlines()[0]
+    for line, then in zip((copy / "again.jsonl").read_text("utf-8").splitlines(), (copy / "scores.jsonl").read_text("utf-8").splitlines()):
+        assert json.loads(line) == approximately(json.loads(then))
+    mean, std = Places().read_statistics(str(copy / "brightness.py"))
+    assert (mean, std) == pytest.approx((0.42715250328183174, 0.279243427426279))
+
+
+def test_an_interrupted_evaluation_ends_as_one_that_was_not(copy):
+    common = ["--lora", "tuned=imagerefl/lora.safetensors", "--prompts", "prompts.txt", "-n", "2", "--steps", "4", "--chunk", "4"]
+    assert main(["evaluate", *common, "--switches", "0,2", "--reward", "demo-proxy", "--out", "stopped.json", "--resume"]) == 0
+    found, expected = (json.loads((copy / name).read_text("utf-8")) for name in ("stopped.json", "evaluate.json"))
+    assert found == approximately({**expected, "config": present_names(expected["config"])})
+
+
+def approximately(value):
+    """pytest.approx, through dictionaries and lists of any depth; what was added since may be there."""
+    return _Approximately(value)
+
+
+class _Approximately:
+    def __init__(self, expected):
+        self.expected = expected
+
+    def __repr__(self):
+        return repr(self.expected)
+
+    def __eq__(self, found):
+        if isinstance(self.expected, dict):
+            return isinstance(found, dict) and all(key in found and found[key] == _Approximately(v) for key, v in self.expected.items())
+        if isinstance(self.expected, list):
+            return len(found) == len(self.expected) and all(f == _Approximately(v) for f, v in zip(found, self.expected))
+        return found == (pytest.approx(self.expected, rel=1e-3, abs=1e-4) if isinstance(self.expected, float) else self.expected)
