@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_the_cache_opens_each_file_once_before_training(folder, tmp_path, monkey
     monkeypatch.setattr(cache, "read", lambda key: read.append(key))
     load_samples(Encoder(), "", str(folder), SQUARE, cache)
     assert len(opened) == len(set(opened)) == 5 and not read
+
+
+def test_caches_of_0_1_0_are_still_valid(folder, tmp_path):
+    """Its keys: the content of the file, the size and the autoencoder."""
+    load_samples(Encoder("vae"), "", str(folder), SQUARE, TensorCache(tmp_path / "cache"))
+    contents = [hashlib.sha256((folder / f"{i}.png").read_bytes()).hexdigest() for i in range(5)]
+    keys = {hashlib.sha256(f"picture\0{content}\0(8, 8)\0vae".encode()).hexdigest() for content in contents}
+    assert {path.stem for path in (tmp_path / "cache").iterdir()} == keys
 
 
 def test_latents_that_are_gone_are_one_line(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Scoring pictures on disk: what is found, which prompt counts, what is written, and what bad files do."""
+"""Scoring of image files: which are found, which prompt is used, what is written, and what bad files do."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.processes import finish, said, start
 from PIL import Image, PngImagePlugin
 
 from trainer.__main__ import main
-from trainer.data import images as pictures
+from trainer.data import images
 from trainer.rewards.preprocess import Fit
 from trainer.rewards.weighted import Part
 from trainer.scoring.items import Item, find_items, prompt_for
 from trainer.scoring.journal import Journal
 from trainer.scoring.metadata import embedded_prompt
 from trainer.scoring.png import write_text
-from trainer.scoring.scorer import Row, score
+from trainer.scoring.scorer import ScoredImage, score
 from trainer.scoring.table import Table, folder_name
 
 BRIGHT = "def reward(images, prompts):\n    return images.mean((1, 2, 3))\n"
@@ -62,7 +63,7 @@ def run(folder, *arguments):
     return main(["score", str(folder / "in"), "--reward", str(folder / "bright.py"), *map(str, arguments)])
 
 
-# -- which pictures, which prompt ------------------------------------------------------------------------------------
+# -- which images, which prompt --------------------------------------------------------------------------------------
 
 
 def test_folders_files_globs_and_manifests_are_found_in_order_and_once(folder):
@@ -173,13 +174,13 @@ def test_a_prompt_given_beats_the_one_beside_which_beats_the_one_inside(tmp_path
     assert prompt_for(Item(path)) == "beside" and prompt_for(Item(path, "given")) == "given"
 
 
-# -- pictures of every kind ------------------------------------------------------------------------------------------
+# -- images of every kind --------------------------------------------------------------------------------------------
 
 
 def test_unusual_pictures_follow_the_written_rules(tmp_path):
     def save(picture, name, **options):
         picture.save(tmp_path / name, **options)
-        return pictures.load_bytes(tmp_path / name)
+        return images.load_bytes(tmp_path / name)
 
     ramp = np.linspace(0, 65535, 64).reshape(8, 8)
     deep = save(Image.fromarray(ramp.astype(np.uint16)), "deep.png")
@@ -224,7 +225,7 @@ def test_bad_files_are_listed_at_the_end_and_stop_nothing(folder, capsys):
     for name in BAD:
         assert f"{name} is not a readable image" in captured.err
     assert "nameless.png has no prompt: give --prompt, a manifest, or nameless.txt beside it" in captured.err
-    assert "5 of 13 pictures were not scored" in captured.err
+    assert "5 of 13 images were not scored" in captured.err
     assert not list(folder.glob("*.partial"))
 
 
@@ -233,7 +234,7 @@ def test_a_picture_whose_reader_fails_in_a_way_of_its_own_is_a_bad_file(folder, 
         raise KeyError(262)
 
     monkeypatch.setattr(
-        pictures.ImageOps, "exif_transpose", lambda picture: stumble(picture) if picture.filename.endswith("3.png") else picture
+        images.ImageOps, "exif_transpose", lambda picture: stumble(picture) if picture.filename.endswith("3.png") else picture
     )
     assert run(folder, "--out", folder / "s.csv") == 1
     assert "3.png is not a readable image: 262" in capsys.readouterr().err
@@ -249,13 +250,13 @@ def test_a_prompt_file_that_cannot_be_read_makes_a_bad_file(folder, monkeypatch,
 
     monkeypatch.setattr(Path, "read_text", refuse)
     assert run(folder, "--out", folder / "s.csv") == 1
-    assert "1 of 6 pictures were not scored" in capsys.readouterr().err
+    assert "1 of 6 images were not scored" in capsys.readouterr().err
 
 
 def test_a_float_picture_is_refused_with_the_remedy(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ValueError, match=r"f.tiff is not a readable image: its pixels are floating-point .* 8 or 16 bits"):
-        pictures.load_bytes(tmp_path / "f.tiff")
+        images.load_bytes(tmp_path / "f.tiff")
 
 
 def test_a_missing_file_of_a_manifest_is_a_bad_file(tmp_path):
@@ -277,7 +278,7 @@ def test_pictures_of_many_sizes_are_scored_as_if_alone(tmp_path, reward_folder):
         Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     part = load(str(reward_folder))
     rows = list(score(find_items([str(tmp_path)], prompt="a red star"), [part], batch=4))
-    alone = [pictures.load_bytes(tmp_path / f"{i}.png") / 255 for i in range(5)]
+    alone = [images.load_bytes(tmp_path / f"{i}.png") / 255 for i in range(5)]
     by_pillow = torch.stack([with_pillow(image, part.fit) for image in alone])  # as the original packages fit them
     expected = part.reward(by_pillow, ["a red star"] * 5)
     differentiable = torch.cat([part.reward(image[None], ["a red star"]) for image in alone])
@@ -320,9 +321,9 @@ def test_rewards_without_need_of_a_prompt_score_without_one(tmp_path, capsys):
 
 def test_raw_and_standardised_scores_and_their_weighted_sum():
     parts = [Part("a", Brightness(), 2.0, 1.0, 0.5), Part("b", Brightness(), -1.0, 0.0, 4.0)]
-    line = Table(parts).line(Row("p", "x", {"a": 2.0, "b": 8.0}))
+    line = Table(parts).line(ScoredImage("p", "x", {"a": 2.0, "b": 8.0}))
     assert line == {"path": "p", "prompt": "x", "a": 2.0, "a_z": 2.0, "b": 8.0, "b_z": 2.0, "score": 2.0}
-    assert Table(parts, raw=True).line(Row("p", "x", {"a": 2.0, "b": 8.0}))["score"] == -4.0
+    assert Table(parts, raw=True).line(ScoredImage("p", "x", {"a": 2.0, "b": 8.0}))["score"] == -4.0
     unknown = [parts[0], Part("c", Brightness())]
     assert Table(unknown).columns == ["path", "prompt", "a", "a_z", "c"]
     with pytest.raises(ValueError, match="no score to rank by: c has no statistics"):
@@ -405,7 +406,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder, capsys):
     with open(folder / "s.csv.0.partial", "a") as file:
         file.write('{"path": "torn')  # a kill in the middle of a line
     assert run(folder, "--batch", 2, "--out", folder / "s.csv") == 2
-    assert "add --resume to go on" in capsys.readouterr().err
+    assert "add --resume to continue it" in capsys.readouterr().err
     assert main(["score", str(folder / "in"), "--reward", "compressibility", "--resume", "--out", str(folder / "s.csv")]) == 2
     assert "was scored with rewards" in capsys.readouterr().err
     assert run(folder, "--batch", 2, "--resume", "--out", folder / "s.csv") == 0
@@ -416,11 +417,11 @@ def test_a_stopped_run_goes_on_where_it_was(folder, capsys):
 
 def test_a_picture_that_fails_under_one_prompt_is_listed_though_it_has_a_score_under_another(tmp_path):
     journal = Journal(tmp_path / "s.csv", 0, {})
-    good, bad = Row("0.png", "good", {"odd": 1.0}), Row("0.png", "bad", error="0.png: odd gave nan")
-    unread, mended = Row("1.png", error="cut"), Row("1.png", "from beside it", {"odd": 2.0})
+    good, bad = ScoredImage("0.png", "good", {"odd": 1.0}), ScoredImage("0.png", "bad", error="0.png: odd gave nan")
+    unread, mended = ScoredImage("1.png", error="cut"), ScoredImage("1.png", "from beside it", {"odd": 2.0})
     list(journal.append(iter([good, bad, unread, mended])))
     assert journal.finished() == [good, bad, mended]
-    again = Row("0.png", "bad", {"odd": 3.0})
+    again = ScoredImage("0.png", "bad", {"odd": 3.0})
     list(journal.append(iter([again])))
     assert journal.finished() == [good, again, mended]
 
@@ -444,6 +445,19 @@ def test_two_processes_share_the_work_and_write_one_table(folder):
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
     assert main([*arguments, "--out", str(folder / "one.csv")]) == 0
     assert (folder / "s.csv").read_text() == (folder / "one.csv").read_text() and not list(folder.glob("*.partial"))
+
+
+def score_in_process(folder):
+    return main(["score", str(folder / "in"), "--reward", str(folder / "failing.py"), "--out", str(folder / "s.csv")])
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_with_one_error_line(folder):
+    failing = "import os\ndef reward(images, prompts):\n    if os.environ['RANK'] == '1':\n        raise OSError('disk gone')\n"
+    (folder / "failing.py").write_text(failing + "    return images.mean((1, 2, 3))\n")
+    assert finish(start(2, score_in_process, folder)) == [2, 2]
+    assert [line for rank in (0, 1) for line in said(folder, rank)] == ["error: disk gone"]
+    assert not (folder / "s.csv").exists() and (folder / "s.csv.0.partial").exists()
 
 
 @pytest.mark.parametrize(

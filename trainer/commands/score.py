@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
 from ..rewards.registry import open_reward
 from ..rewards.weighted import Part, parse_weights
+from ..runtime.processes import Processes, joined
 from ..scoring.items import Item, find_items
 from ..scoring.journal import Journal
-from ..scoring.scorer import Row, score
+from ..scoring.scorer import ScoredImage, score
 from ..scoring.table import Table, collect
-from .options import add_device, device_of
+from .options import add_device
+
+TIMEOUT = timedelta(days=7)  # a process with large images may keep the others waiting longer than the default half hour
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,34 +62,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score, write, collect; 0 when every picture was scored, 1 when some could not be."""
+    """Score, write, collect; 0 when every image was scored, 1 when some could not be.
+
+    Several processes, started by `torchrun` or `accelerate launch`, share the images; the first one writes the table.
+    """
+    with joined(TIMEOUT) as processes:
+        return _run(args, processes)
+
+
+def _run(args: argparse.Namespace, processes: Processes) -> int:
     if args.batch < 1 or args.top < 0 or args.size < 0:
         raise ConfigError("--batch needs at least 1; --top and --size at least 0")
     outs: list[Path] = args.out or []
     for out in outs:
         _check_output(out, args)
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and not outs:
+    if processes.count > 1 and not outs:
         raise ConfigError("several processes write to a file: give --out")
-    device = device_of(args)
-    if processes > 1 and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    weights = parse_weights(args.reward or ["demo-proxy"])
-    opened = [(open_reward(name, device), weight) for name, weight in weights]
+    device = processes.device(args.device)
+    opened = [(open_reward(name, device), weight) for name, weight in parse_weights(args.reward or ["demo-proxy"])]
     parts = [replace(part, weight=weight, size=args.size or part.size) for part, weight in opened]
     table = Table(parts, args.raw)
     if args.top:
-        table.best([], args.top)  # whether there is a score to rank by is known before the work
+        table.best([], args.top)  # before any work: raises where images cannot be ranked
     items = find_items(args.paths, args.prompt, args.prompt_column)
 
-    journal = Journal(outs[0], process, _settings(args, parts)) if outs else None
-    rows = _score_all(items, parts, journal, args, device, process, processes)
-    if process > 0:
+    journal = Journal(outs[0], processes.rank, _settings(args, parts)) if outs else None
+    scored = _score_all(items, parts, journal, args, device, processes)
+    if not processes.main:
         return 0
-    order = {(str(i.path), i.prompt): n for n, i in enumerate(items)}
-    by_path = {path: n for (path, _), n in order.items()}
-    rows = sorted((r for r in rows if r.path in by_path), key=lambda r: order.get((r.path, r.prompt), by_path.get(r.path, 0)))
-    good, bad = [r for r in rows if not r.error], [r for r in rows if r.error]
+    good, bad = _sorted(scored, items)
     for out in outs:
         table.write(good, out)
     if not outs:
@@ -96,15 +100,15 @@ def run(args: argparse.Namespace) -> int:
         collect(table.best(good, args.top), args.top_folder, args.link)
     if journal:
         journal.clear()
-    for row in unwritten:
-        print(f"scores not written back: {row.error}", file=sys.stderr)
+    for image in unwritten:
+        print(f"scores not written back: {image.error}", file=sys.stderr)
     return max(_report(good, bad, table, outs), int(bool(unwritten)))
 
 
 def _settings(args: argparse.Namespace, parts: Sequence[Part]) -> dict[str, Any]:
-    """What must be the same when a stopped run goes on."""
-    same = {"rewards": [p.name for p in parts], "size": args.size}
-    return {**same, "prompt": args.prompt, "prompt column": args.prompt_column}
+    """The settings that must not change when an interrupted run resumes."""
+    rewards = [p.name for p in parts]
+    return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column}
 
 
 def _check_output(out: Path, args: argparse.Namespace) -> None:
@@ -116,54 +120,45 @@ def _check_output(out: Path, args: argparse.Namespace) -> None:
 
 
 def _score_all(
-    items: Sequence[Item],
-    parts: Sequence[Part],
-    journal: Journal | None,
-    args: argparse.Namespace,
-    device: str,
-    process: int,
-    processes: int,
-) -> list[Row]:
-    """Every row of every process, new and journalled; the first process alone gets them."""
+    items: Sequence[Item], parts: Sequence[Part], journal: Journal | None, args: argparse.Namespace, device: str, processes: Processes
+) -> list[ScoredImage]:
+    """The scores of all processes, new and from journals; on other processes than the first none."""
     from tqdm import tqdm
 
+    bar = partial(tqdm, unit="image", disable=not (processes.main and sys.stderr.isatty()))
     if journal is None:
-        return list(tqdm(score(items, parts, device, args.batch), total=len(items), unit="picture", disable=not sys.stderr.isatty()))
-    together: Any = None
-    if processes > 1:
-        from accelerate import PartialState
-
-        # The first process may wait for one with larger pictures longer than the half hour that torch grants.
-        together = PartialState(cpu=not device.startswith("cuda"), timeout=timedelta(days=7))
-    if args.resume:
-        left = journal.left(items)
-    else:
-        if journal.all() and not args.overwrite and process == 0:
-            raise ConfigError(f"{journal.all()[0]} is from a run that was stopped: add --resume to go on, or --overwrite to start again")
-        left = list(items)
-    if together:
-        together.wait_for_everyone()  # all have read the journals before any is changed
-    if not args.resume and process == 0:
+        return list(bar(score(items, parts, device, args.batch), total=len(items)))
+    if not args.resume and not args.overwrite and journal.all():
+        raise ConfigError(f"{journal.all()[0]} is from an interrupted run: add --resume to continue it, or --overwrite to start again")
+    left = journal.left(items) if args.resume else list(items)
+    processes.exchange(None)  # no journal is changed before all processes have read it
+    if processes.main and not args.resume:
         journal.clear()
-    if together:
-        together.wait_for_everyone()
-    mine = left[process::processes]
-    rows = journal.append(score(mine, parts, device, args.batch))
-    for _ in tqdm(rows, total=len(mine), unit="picture", disable=process > 0 or not sys.stderr.isatty()):
+    processes.exchange(None)
+    own = left[processes.rank :: processes.count]
+    for _ in bar(journal.append(score(own, parts, device, args.batch)), total=len(own)):
         pass
-    if together:
-        together.wait_for_everyone()
-    return journal.finished() if process == 0 else []
+    processes.exchange(None)
+    return journal.finished() if processes.main else []
 
 
-def _report(good: Sequence[Row], bad: Sequence[Row], table: Table, outs: Sequence[Path]) -> int:
+def _sorted(scored: Sequence[ScoredImage], items: Sequence[Item]) -> tuple[list[ScoredImage], list[ScoredImage]]:
+    """The images with a score and those with an error, in the order of the items; others, of a resumed journal, are dropped."""
+    order = {(str(i.path), i.prompt): n for n, i in enumerate(items)}
+    by_path = {path: n for (path, _), n in order.items()}
+    own = [s for s in scored if s.path in by_path]
+    own.sort(key=lambda s: order.get((s.path, s.prompt), by_path[s.path]))
+    return [s for s in own if not s.error], [s for s in own if s.error]
+
+
+def _report(good: Sequence[ScoredImage], bad: Sequence[ScoredImage], table: Table, outs: Sequence[Path]) -> int:
     if outs:
-        print(f"scored {len(good)} pictures; wrote {', '.join(map(str, outs))}")
+        print(f"scored {len(good)} images; wrote {', '.join(map(str, outs))}")
     if not table.summed and len(good) > 0:
         lacking = [p.name for p in table.parts if p.std is None]
         print(f"no weighted score: {', '.join(lacking)} without statistics (rewards calibrate), and no --raw", file=sys.stderr)
-    for row in bad:
-        print(f"not scored: {row.error}", file=sys.stderr)
+    for image in bad:
+        print(f"not scored: {image.error}", file=sys.stderr)
     if bad:
-        print(f"{len(bad)} of {len(good) + len(bad)} pictures were not scored", file=sys.stderr)
+        print(f"{len(bad)} of {len(good) + len(bad)} images were not scored", file=sys.stderr)
     return 1 if bad else 0

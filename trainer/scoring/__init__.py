@@ -1,1 +1,1 @@
-"""Scoring pictures on disk: which pictures under which prompts, their scores, and where those are written."""
+"""Scoring of image files: which images under which prompts, their scores, and the files of results."""

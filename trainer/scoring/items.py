@@ -14,7 +14,7 @@ from .metadata import embedded_prompt
 
 @dataclass(frozen=True)
 class Item:
-    """One image and its prompt; `prompt_for` looks for a missing one."""
+    """One image and its prompt, if it is known; see `prompt_for`."""
 
     path: Path
     prompt: str | None = None

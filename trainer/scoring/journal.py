@@ -1,4 +1,4 @@
-"""What has been scored so far, on disk line by line, so that a run that was stopped goes on where it was."""
+"""The journal of a scoring run, one JSON line per image, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .items import Item
-from .scorer import Row
+from .scorer import ScoredImage
 
 
 class Journal:
-    """One process's rows beside the output, `<out>.<process>.partial`; those of all processes count when a run goes on.
+    """One process's scores beside the output, in `<out>.<process>.partial`; resuming reads those of all processes.
 
-    The first line says what is being scored by; a journal of other rewards is refused.
+    The first line has the run's settings; a journal with other settings is refused.
     """
 
     def __init__(self, out: Path, process: int, settings: Mapping[str, Any]) -> None:
@@ -26,8 +26,8 @@ class Journal:
         """The journals of every process of this output."""
         return sorted(self.out.parent.glob(f"{self.out.name}.*.partial"))
 
-    def rows(self) -> Iterator[Row]:
-        """Every row that some process has finished; a line that a kill cut short is skipped."""
+    def rows(self) -> Iterator[ScoredImage]:
+        """Every line of every process; one that was cut short by a kill is skipped."""
         for path in self.all():
             for number, line in enumerate(path.read_text("utf-8").splitlines()):
                 try:
@@ -37,16 +37,16 @@ class Journal:
                 if number == 0:
                     self._check(read, path)
                 else:
-                    yield Row(**read)
+                    yield ScoredImage(**read)
 
     def left(self, items: Sequence[Item]) -> list[Item]:
-        """The items without a score; one that failed is tried again, for its file may have been mended."""
+        """The items without a score; failed items are retried."""
         done = {(r.path, r.prompt) for r in self.rows() if not r.error}
         paths = {path for path, _ in done}
         return [i for i in items if ((str(i.path), i.prompt) not in done if i.prompt is not None else str(i.path) not in paths)]
 
-    def finished(self) -> list[Row]:
-        """The latest row of each picture and prompt; an error only where no score came later."""
+    def finished(self) -> list[ScoredImage]:
+        """The latest line of each image and prompt; an error only where no score came later."""
         latest = {(r.path, r.prompt): r for r in self.rows()}
         scored = {r.path for r in latest.values() if not r.error}
         return [r for r in latest.values() if not r.error or r.prompt or r.path not in scored]
@@ -54,15 +54,15 @@ class Journal:
     def _check(self, read: Mapping[str, Any], path: Path) -> None:
         for key, value in self.settings.items():
             if read.get(key) != value:
-                raise ValueError(f"{path} was scored with {key} {read.get(key)!r}, now {value!r}: delete it, or ask for the same")
+                raise ValueError(f"{path} was scored with {key} {read.get(key)!r}, now {value!r}: delete it, or give the same")
 
     def clear(self) -> None:
         """Delete every journal of this output."""
         for path in self.all():
             path.unlink()
 
-    def append(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Write each row as it passes."""
+    def append(self, rows: Iterator[ScoredImage]) -> Iterator[ScoredImage]:
+        """Pass the rows on, each after it was written."""
         fresh = not self.path.is_file()
         torn = not fresh and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The prompt that ComfyUI or A1111 wrote into a picture."""
+"""The prompt that ComfyUI or A1111 wrote into an image file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _POSITIVE = ("positive", "conditioning", "conditioning_1", "conditioning_to", "c
 
 
 def embedded_prompt(path: Path) -> str | None:
-    """The positive prompt in a PNG's text or another picture's EXIF, or None."""
+    """The positive prompt in a PNG's text chunks or another format's EXIF, or None."""
     try:
-        with Image.open(path) as picture:
-            texts = {str(k): v for k, v in picture.info.items() if isinstance(v, str)}
-            exif = picture.getexif()
+        with Image.open(path) as image:
+            texts = {str(k): v for k, v in image.info.items() if isinstance(v, str)}
+            exif = image.getexif()
             tags = [*exif.values(), *exif.get_ifd(_EXIF_IFD).values()]
-    except Exception:  # of a damaged file Pillow's readers raise whatever they stumble over
-        return None  # whoever reads the pixels says what is wrong
+    except Exception:  # Pillow's readers raise many types for a damaged file
+        return None  # decoding the pixels reports the error
     for comment in filter(None, map(_decoded, tags)):
         label, colon, rest = comment.partition(":")
-        if colon and label.lower() in ("prompt", "workflow"):  # ComfyUI's way for WebP and JPEG
+        if colon and label.lower() in ("prompt", "workflow"):  # as ComfyUI writes WebP and JPEG
             texts.setdefault(label.lower(), rest)
         else:
             texts.setdefault("parameters", comment)
@@ -39,13 +39,13 @@ def _decoded(value: Any) -> str | None:
         return None
     if value.startswith(b"UNICODE\0"):
         body = value[8:]
-        # Written big-endian by A1111; zeros in the odd places show the other order.
+        # A1111 writes big-endian; more zeros in every second byte mean little-endian
         return body.decode("utf-16-le" if body[1::2].count(0) > body[0::2].count(0) else "utf-16-be", "replace")
     return value.removeprefix(b"ASCII\0\0\0").decode("utf-8", "replace")
 
 
 def _a1111(parameters: str | None) -> str | None:
-    """What stands before the negative prompt and the settings; only text that has settings counts."""
+    """The lines before the negative prompt and the settings; None for text without settings."""
     if parameters is None or "Steps: " not in parameters:
         return None
     lines: list[str] = []
@@ -57,10 +57,10 @@ def _a1111(parameters: str | None) -> str | None:
 
 
 def _comfyui(text: str | None) -> str | None:
-    """The text that reaches the positive input of a sampler in an API graph, followed link by link."""
+    """The text linked to the positive input of a sampler in an API graph."""
     try:
         graph: Any = json.loads(text or "")
-    except (json.JSONDecodeError, RecursionError):  # brackets nested by the thousand
+    except (json.JSONDecodeError, RecursionError):  # thousands of nested brackets
         return None
     if not isinstance(graph, dict):
         return None
@@ -74,7 +74,7 @@ def _is_node(value: Any) -> bool:
 
 
 def _follow(nodes: Mapping[str, Mapping[str, Any]], start: str) -> str | None:
-    """The first text depth first from a node, towards the inputs that carry the positive prompt; each node is read once."""
+    """The first text in depth-first order from a node, along inputs that carry the positive prompt; each node is read once."""
     waiting: list[tuple[str, str]] = [("node", start)]
     seen: set[str] = set()
     while waiting:

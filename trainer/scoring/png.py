@@ -1,4 +1,4 @@
-"""Text in PNG files, changed without touching a pixel (PNG specification, sections 5.3 and 11.3.3)."""
+"""Text chunks of PNG files, changed without decoding the pixels (PNG specification, sections 5.3 and 11.3.3)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def write_text(path: Path, key: str, text: str) -> None:
-    """Put one ASCII text under a key, replacing what that key had; every other chunk stays byte for byte.
+    """Store one ASCII text under a key, replacing the key's old one; every other chunk stays byte for byte.
 
-    The file is replaced whole: a kill leaves the old one or the new. Of a link, what it points to is changed.
+    The file is replaced by a rename, so a kill leaves the old one or the new. A link stays, and its target is changed.
+    Raises ValueError for other formats and damaged files, OSError where the file cannot be written.
     """
     path = path.resolve()
     content = path.read_bytes()
     if not content.startswith(_SIGNATURE):
-        raise ValueError(f"{path} is no PNG: scores can be written into PNG files only")
+        raise ValueError(f"{path} is not a PNG: scores can be written into PNG files only")
     prefix = key.encode("latin-1") + b"\0"
     kept = [(kind, whole) for kind, body, whole in _chunks(content, path) if not (kind == b"tEXt" and body.startswith(prefix))]
-    before = next((i for i, (kind, _) in enumerate(kept) if kind == b"IDAT"), None)  # where readers that stop at the pixels see it
+    before = next((i for i, (kind, _) in enumerate(kept) if kind == b"IDAT"), None)  # readers may stop at the pixels
     if before is None:
         raise ValueError(f"{path} is a PNG without pixels: it was not changed")
     kept.insert(before, (b"tEXt", _chunk(b"tEXt", prefix + text.encode("ascii"))))
@@ -42,7 +43,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _chunks(content: bytes, path: Path) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Kind, body and whole of every chunk, to the end."""
+    """Type, data and all bytes of every chunk."""
     at, kind = len(_SIGNATURE), b""
     while kind != b"IEND":
         if at + 12 > len(content):

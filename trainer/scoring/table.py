@@ -1,4 +1,4 @@
-"""Rows of scores as a table: raw and standardised columns, the weighted sum, CSV, JSONL, PNG text, the best of each prompt."""
+"""Scores as a table: raw and standardised columns, their weighted sum, as CSV, JSONL or PNG text; the best of each prompt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import IO, Any
 
 from ..rewards.weighted import Part
 from .png import write_text
-from .scorer import Row
+from .scorer import ScoredImage
 
 KEY = "imagerefl_scores"
 
 
 class Table:
-    """Columns: path, prompt, per reward its raw score and, where its statistics are known, `<name>_z`; then `score`.
+    """Columns: path, prompt, for each reward its raw score and, where its statistics are known, `<name>_z`; then `score`.
 
-    `score` is the weighted sum of standard deviations, or of raw scores where `raw` is set. A single reward is its own score.
-    Several of which one has no statistics cannot be added: there is no `score` then.
+    `score` is the weighted sum of standardised scores, or of raw ones where `raw` is set. A single reward without statistics
+    is summed raw; there is no `score` where one of several has none.
     """
 
     def __init__(self, parts: Sequence[Part], raw: bool = False) -> None:
@@ -35,7 +35,7 @@ class Table:
             self.columns += [part.name, part.name + "_z"] if has else [part.name]
         self.columns += ["score"] if self.summed else []
 
-    def line(self, row: Row) -> dict[str, Any]:
+    def line(self, row: ScoredImage) -> dict[str, Any]:
         """A row as values by column."""
         values: dict[str, Any] = {"path": row.path, "prompt": row.prompt}
         total = 0.0
@@ -49,7 +49,7 @@ class Table:
             total += part.weight * term
         return {**values, "score": total} if self.summed else values
 
-    def write(self, rows: Sequence[Row], path: Path) -> None:
+    def write(self, rows: Sequence[ScoredImage], path: Path) -> None:
         """All rows, as CSV or JSONL by the file's suffix."""
         partial = path.with_name(path.name + ".writing")
         try:
@@ -60,7 +60,7 @@ class Table:
             partial.unlink(missing_ok=True)
             raise OSError(f"cannot write {path}: {error}") from error
 
-    def write_to(self, rows: Sequence[Row], file: IO[str], jsonl: bool = False) -> None:
+    def write_to(self, rows: Sequence[ScoredImage], file: IO[str], jsonl: bool = False) -> None:
         """All rows, to an open file."""
         lines = [{k: round(v, 6) if isinstance(v, float) else v for k, v in self.line(row).items()} for row in rows]
         if jsonl:
@@ -70,30 +70,30 @@ class Table:
         writer.writeheader()
         writer.writerows(lines)
 
-    def write_back(self, rows: Sequence[Row]) -> list[Row]:
-        """Put each picture's scores into its PNG text, under the key `imagerefl_scores`; returns rows that could not be, with why."""
-        failed: list[Row] = []
+    def write_back(self, rows: Sequence[ScoredImage]) -> list[ScoredImage]:
+        """Write each image's scores into its PNG text, under the key `imagerefl_scores`; returns those that failed, with the error."""
+        failed: list[ScoredImage] = []
         for row in rows:
             values = {k: v for k, v in self.line(row).items() if k != "path"}
             try:
                 write_text(Path(row.path), KEY, json.dumps(values))
             except (ValueError, OSError) as error:
-                failed.append(Row(row.path, row.prompt, error=str(error)))
+                failed.append(ScoredImage(row.path, row.prompt, error=str(error)))
         return failed
 
-    def best(self, rows: Sequence[Row], number: int) -> Mapping[str, list[Row]]:
-        """The `number` highest scores of each prompt, best first; HPS and its like compare pictures of one prompt only."""
+    def best(self, rows: Sequence[ScoredImage], number: int) -> Mapping[str, list[ScoredImage]]:
+        """The `number` highest scores of each prompt, best first; preference rewards compare images of one prompt only."""
         if not self.summed:
             lacking = next(p.name for p in self.parts if p.std is None)
             raise ValueError(f"no score to rank by: {lacking} has no statistics; run `python -m trainer rewards calibrate`, or add --raw")
-        prompts: dict[str, list[Row]] = {}
+        prompts: dict[str, list[ScoredImage]] = {}
         for row in rows:
             prompts.setdefault(row.prompt, []).append(row)
         return {p: sorted(group, key=lambda r: -self.line(r)["score"])[:number] for p, group in prompts.items()}
 
 
-def collect(best: Mapping[str, Sequence[Row]], folder: Path, link: bool = False) -> None:
-    """Copy, or link, the best pictures into one folder per prompt, `01-<name>` being the best."""
+def collect(best: Mapping[str, Sequence[ScoredImage]], folder: Path, link: bool = False) -> None:
+    """Copy or link the best images into one folder per prompt; `01-<name>` is the best."""
     for prompt, rows in best.items():
         place = folder / folder_name(prompt)
         place.mkdir(parents=True, exist_ok=True)
@@ -107,6 +107,6 @@ def collect(best: Mapping[str, Sequence[Row]], folder: Path, link: bool = False)
 
 
 def folder_name(prompt: str) -> str:
-    """A prompt as a folder's name that every file system takes: its first words and, since those may repeat, a hash of the whole."""
+    """A prompt as a folder name valid on every file system: its first words, and a hash of the whole prompt."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
     return f"{words or 'prompt'}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
