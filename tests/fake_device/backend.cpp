@@ -10,6 +10,9 @@
 #include <torch/version.h>
 
 #include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
 
 #define AT_LEAST(minor) (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= (minor))
 
@@ -59,17 +62,16 @@ struct Memory final : c10::Allocator {
 };
 Memory memory;
 
+// Without `override`: which of these are virtual depends on the version.
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-#if AT_LEAST(6)
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return kDevices; }
-  c10::DeviceIndex getCurrentDevice() const override { return current; }
-  void setCurrentDevice(c10::DeviceIndex index) const override { current = index; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex index) const override { return std::exchange(current, index); }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override { return std::exchange(current, index); }
-#endif
+  bool hasPrimaryContext(c10::DeviceIndex) const { return true; }
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
+  c10::DeviceIndex deviceCount() const { return kDevices; }
+  c10::DeviceIndex getCurrentDevice() const { return current; }
+  void setCurrentDevice(c10::DeviceIndex index) const { current = index; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex index) const { return std::exchange(current, index); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const { return std::exchange(current, index); }
 };
 
 // -- tensors of one kind over the memory of the other ------------------------------------------------------------------
@@ -109,9 +111,12 @@ class Call {
       return hosts;
     }
     if (value.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> hosts;
-      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector())
-        hosts.push_back(tensor ? std::optional<at::Tensor>(host(*tensor)) : std::nullopt);
+      auto tensors = value.toOptionalTensorVector();
+      c10::List<typename decltype(tensors)::value_type> hosts;  // of c10::optional before torch 2.3
+      for (auto& tensor : tensors) {
+        if (tensor) tensor = host(*tensor);
+        hosts.push_back(tensor);
+      }
       return hosts;
     }
     return value;

@@ -6,11 +6,21 @@ import pytest
 from fake_device.runs import on_cpu, on_fake, same_run
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev"], indirect=True)
-def test_a_step_is_that_of_the_cpu(family, reward_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("sd15", "float32"), ("sdxl", "float32"), ("sd3", "float32"), ("flux-dev", "float32"), ("sd15", "bfloat16"), ("flux-dev", "bfloat16")],
+    indirect=["family"],
+)
+def test_a_step_is_that_of_the_cpu(family, dtype, reward_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
     arguments = ["train", f"--model={family}", f"--reward={reward_folder}", f"--prompts={tmp_path / 'prompts.txt'}", "--image_size=64"]
-    arguments += ["--batch_size=2", "--steps=1", "--objective.name=refl", "--objective.guidance_scale=3.0"]
+    arguments += [
+        f"--model_options.dtype={dtype}",
+        "--batch_size=2",
+        "--steps=1",
+        "--objective.name=refl",
+        "--objective.guidance_scale=3.0",
+    ]
     arguments += ["--objective.steps=4", "--objective.grad_from=1", "--objective.grad_to=3"]
     on_cpu(*arguments, f"--out={tmp_path / 'cpu'}")
     on_fake("mps", *arguments, f"--out={tmp_path / 'fake'}")
