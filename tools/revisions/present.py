@@ -59,23 +59,29 @@ def open_features(name: str) -> TwoTower | None:
     return tower
 
 
+def kohya_key(name: str) -> str:
+    """`a.to_q.lora_A.default.weight` -> `lora_unet_a_to_q.lora_down.weight`, as version 0.1.0's driver names gradients."""
+    module, half = name.split(".lora_")
+    return f"lora_unet_{module.replace('.', '_')}.lora_{'down' if half.startswith('A') else 'up'}.weight"
+
+
 def run(policy: UNetPolicy, case: Case) -> dict[str, Tensor]:
     """Loss, logs and gradient of a case, by name."""
     reward, features = open_reward(case.reward), open_features(case.features)
     with tempfile.TemporaryDirectory() as folder, Float64():
         latents, _ = policy.encode(IMAGES[:SAMPLES])
-        context = RunContext(Path(folder), tuple(PROMPTS), features)
+        context = RunContext(policy, reward, features, folder=Path(folder), prompts=tuple(PROMPTS))
         objective = build(OBJECTIVES[case.objective], case.settings)
-        objective.check(policy, reward, context)
+        objective.check(context)
         call = objective.begin(context)
         for number in case.batches:
             prompts = tuple(PROMPTS[r % len(PROMPTS)] for r in case.rows(number))
             rng = Rng(SEED, number, tuple(case.rows(number)))
-            loss, logs = call(policy, Batch(prompts, rng, number, latents), reward)
+            loss, logs = call(Batch(prompts, rng, number, latents))
         for parameter in policy.parameters():
             parameter.grad = None
         loss.backward()
-    gradient = {f"gradient {policy.file_key(name)}": p.grad.clone() for name, p in policy.named_parameters()}
+    gradient = {f"gradient {kohya_key(name)}": p.grad.clone() for name, p in policy.named_parameters()}
     return {"loss": loss.detach(), **{f"log {name}": values.detach().clone() for name, values in logs.items()}, **gradient}
 
 
