@@ -1,29 +1,15 @@
-"""Encoded images: the mean and standard deviation of the autoencoder's posterior, in memory or read from the cache."""
+"""Encoded images: the mean and standard deviation (C,h,w) of each one's posterior, float32, in memory or in a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from .cache import Shapes, TensorCache
 
 LATENTS_KEPT = 2 << 30  # bytes of cached latents that stay in memory
-
-
-class Latents(Protocol):
-    """The posterior of each distinct image."""
-
-    @property
-    def shapes(self) -> Sequence[tuple[int, ...]]:
-        """(C,h,w) of each."""
-        ...
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (C,h,w) of image i, float32."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +21,7 @@ class LatentsInMemory:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """As Latents."""
+        """(C,h,w) of each image."""
         return [tuple(mean.shape) for mean in self.mean]
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -43,9 +29,9 @@ class LatentsInMemory:
 
 
 class CachedLatents:
-    """Latents of a cache, read when they are needed; the first LATENTS_KEPT bytes of them stay in memory.
+    """The same, read from a cache when needed; the first LATENTS_KEPT bytes stay in memory.
 
-    None is evicted: an epoch needs each once in random order, where a fixed set has the most hits.
+    None is evicted: an epoch reads each once in random order, where a fixed set has the most hits.
     """
 
     def __init__(self, cache: TensorCache, keys: Sequence[str], shapes: Sequence[Shapes]) -> None:
@@ -66,3 +52,6 @@ class CachedLatents:
             self._free -= size
             self._kept[i] = pair
         return pair
+
+
+Latents = LatentsInMemory | CachedLatents

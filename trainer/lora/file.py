@@ -42,8 +42,11 @@ def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weight
         "ss_network_alpha": str(float(policy.lora.rank) if layout == "diffusers" else policy.lora.alpha),
         "imagerefl": json.dumps(metadata, sort_keys=True),
     }
-    # the network's own names need not be those of any other layout
-    check = _ignore if layout == "native" else lambda written: _check_modules(written, adapter)
+
+    def check(written: Path) -> None:
+        if layout != "native":  # the network's own names are not diffusers' names, which reading gives
+            _check_modules(written, adapter)
+
     write_tensors(tensors_of(adapter, layout), path, header, check)
 
 
@@ -74,7 +77,8 @@ def save_delta(
         change = (parameter if weights is None else weights[name]).detach() - policy.original[name]
         if bool(change.any()):
             tensors[names.delta_key(name)] = change.to("cpu", dtype)
-    write_tensors(tensors, path, {"imagerefl": json.dumps(metadata, sort_keys=True)}, lambda written: _changes_for(policy, written))
+    header = {"imagerefl": json.dumps(metadata, sort_keys=True)}
+    write_tensors(tensors, path, header, lambda written: _checked_changes(policy, read_lora(written)[0], written))
 
 
 def write_adapter(adapter: Adapter, path: Path, layout: str, header: Mapping[str, str]) -> None:
@@ -129,10 +133,6 @@ def _check_modules(written: Path, adapter: Adapter) -> None:
     different = sorted(set(read_adapter(written).updates) ^ set(adapter.updates))
     if different:
         raise OSError(f"{len(different)} modules of the written file do not match the adapter, first {different[0]}")
-
-
-def _ignore(_: Path) -> None:
-    return
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -245,10 +245,6 @@ def _check_fits(policy: Adaptable, adapter: Adapter) -> None:
         expected, found = tuple(modules[name].weight.shape), (update.up.shape[0], *update.down.shape[1:])
         if found != expected:
             raise ValueError(f"was made for another model: {name} has shape {found}, the model expects {expected}")
-
-
-def _changes_for(policy: Adaptable, path: Path) -> dict[str, Tensor]:
-    return _checked_changes(policy, read_lora(path)[0], path)
 
 
 def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
