@@ -21,9 +21,9 @@ from ..trainer.config import build, plain
 from ..trainer.data.images import grid, to_pil
 from ..trainer.data.samples import Samples, encode_images
 from ..trainer.generate import Generation, generate
+from ..trainer.guidance import Switch, combined
 from ..trainer.lora.file import lora_tensors
 from ..trainer.policy import Lora
-from ..trainer.sampling import Switch
 from ..trainer.training.loop import NonFinite
 from ..trainer.training.run import Run, TrainConfig
 from .policy import ComfyPolicy
@@ -69,7 +69,8 @@ class Watch:
     @torch.no_grad()
     def look(self, step: int) -> Any:
         """Generate and score; returns the preview as PIL."""
-        drawn = generate(self.policy, {"tuned": self.policy}, self.prompts, [self.k], self.settings)["tuned", self.k]
+        mix = combined(self.settings.base, self.settings.tuned(), self.k)
+        drawn = generate(self.policy, self.prompts, self.settings, {"": mix})[""]
         self.images = drawn
         scores = {name: float(judge(drawn.to(self.policy.device), self.prompts).mean()) for name, judge in self.judges.items()}
         self.points.append({"step": float(step), **scores})

@@ -194,15 +194,18 @@ class ComfyPolicy:
 
     def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
         """The tuned model; guidance 1 evaluates no unconditional branch."""
-        if adapter == "tuned":
-            return lambda x, sigma: self._guided(x, sigma, prompts, guidance_scale)
+
+        def tuned(x: Tensor, sigma: Tensor) -> Tensor:
+            return self._guided(x, sigma, prompts, guidance_scale)
 
         @torch.no_grad()
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        def base(x: Tensor, sigma: Tensor) -> Tensor:
             with self.adapter("base"):
-                return self._guided(x, sigma, prompts, guidance_scale)
+                return tuned(x, sigma)
 
-        return denoise
+        found: Any = tuned if adapter == "tuned" else base
+        found.rows = lambda index: self.denoiser([prompts[i] for i in index.tolist()], adapter=adapter, guidance_scale=guidance_scale)
+        return found
 
     @contextmanager
     def adapter(self, state: AdapterState) -> Generator[None]:

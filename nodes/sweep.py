@@ -17,9 +17,11 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..trainer.data.images import grid
+from ..trainer.generate import branches
+from ..trainer.guidance import Slot, combined
 from ..trainer.metrics.diversity import within_prompt_diversity
 from ..trainer.rng import Rng
-from ..trainer.sampling import METHODS, State, prefixes, rollout
+from ..trainer.sampling import METHODS
 from .combined import guider
 from .judging import VISION, features
 from .scoring import score, table
@@ -58,16 +60,16 @@ class Sweep(comfy.samplers.Sampler):
         """Latents (K·B,C,h,w)."""
         sampling = model_wrap.inner_model.model_sampling
         space: Any = "flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve"
-        start = State(sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas)))
+        start = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas))
         steps, taken = len(sigmas) - 1, 0
         total = max(self.switches) + sum(steps - k for k in self.switches)
 
-        def denoiser(tuned: bool) -> Any:
+        def denoiser(slot: Slot) -> Any:
             def denoise(x: Tensor, sigma: Tensor) -> Tensor:
                 nonlocal taken
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                self.switch.tuned = tuned
-                denoised = model_wrap(x, sigma, **extra_args)
+                self.switch.tuned = slot.adapter == "tuned"
+                denoised = model_wrap(x, sigma.to(x.device), **extra_args)
                 if callback is not None:
                     callback(taken, denoised, x, total)
                 taken += 1
@@ -75,14 +77,10 @@ class Sweep(comfy.samplers.Sampler):
 
             return denoise
 
-        shape = tuple(noise.shape[1:])
-
-        def noise_at(i: int) -> Tensor:
-            return self.rng.normal(f"step {i}", shape)
-
-        states = prefixes(start, denoiser(False), sigmas, self.switches, noise_at, self.method, space)
-        ends = [rollout(states[k], steps, denoiser(True), sigmas, noise_at, self.method, space).x for k in self.switches]
-        return torch.cat([sampling.inverse_noise_scaling(sigmas[-1], end) for end in ends])
+        mixes = {k: combined(Slot("base"), Slot("tuned"), k) for k in self.switches}
+        noise_at = self.rng.step_noise(tuple(noise.shape[1:]))
+        ends = dict(branches(mixes, denoiser, start, sigmas.cpu(), noise_at, self.method, space))
+        return torch.cat([sampling.inverse_noise_scaling(sigmas[-1], ends[k]) for k in self.switches])
 
 
 def parse_switches(text: str, steps: int) -> list[int]:

@@ -39,6 +39,7 @@ class ToyPolicy:
                 return self._denoise(x, sigma, torch.zeros(2, dtype=x.dtype)).detach()
             return self._denoise(x, sigma, self.weight)
 
+        denoise.rows = lambda index: self.denoiser([prompts[i] for i in index], adapter=adapter, guidance_scale=guidance_scale)
         return denoise
 
     def merged(self):

@@ -1,12 +1,15 @@
 """The step formula against diffusers' schedulers, switches, and the identities of combined generation."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from trainer.sampling import State, Switch, add_noise, advance, combined, leading_timesteps, rollout, step
+from trainer.generate import branches
+from trainer.guidance import Slot, Switch, combined
+from trainer.sampling import add_noise, end_of, leading_timesteps, step, trajectory
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 OFFICIAL = {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading"}
@@ -75,11 +78,10 @@ def test_multistep_sampler_equals_diffusers_dpm_solver():
     scheduler.set_timesteps(12)
     sigmas = torch.cat([table()[scheduler.timesteps], torch.zeros(1)])
     x_vp = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    state = State(x_vp * (1 + sigmas[0].square()).sqrt())
-    for i, t in enumerate(scheduler.timesteps[:-1]):  # the last step differs by diffusers' own end point
+    ours = trajectory(toy_denoiser, x_vp * (1 + sigmas[0].square()).sqrt(), sigmas, noises(0), "dpmpp_2m")
+    for i, (t, transition) in enumerate(zip(scheduler.timesteps[:-1], ours)):  # the last step differs by diffusers' own end point
         x_vp = scheduler.step(toy_epsilon(x_vp, t), t, x_vp).prev_sample
-        state = advance(state, toy_denoiser, sigmas, lambda i: torch.zeros(1), "dpmpp_2m")
-        assert (state.x / (1 + sigmas[i + 1].square()).sqrt() - x_vp).abs().max() < 1e-5
+        assert (transition.x_next / (1 + sigmas[i + 1].square()).sqrt() - x_vp).abs().max() < 1e-5
 
 
 def test_flow_euler_is_a_straight_line():
@@ -99,7 +101,7 @@ def test_a_gaussian_stays_the_gaussian_it_should_be():
         return x * (s**2 / (s**2 + sigma.square())).reshape(-1, 1, 1, 1)
 
     x = torch.randn(n, 1, 1, 1, generator=rng, dtype=torch.float64) * (s**2 + sigmas[0].square()).sqrt()
-    end = rollout(State(x), 500, denoiser, sigmas, lambda i: torch.randn(n, 1, 1, 1, generator=rng, dtype=torch.float64)).x
+    end = end_of(x, trajectory(denoiser, x, sigmas, lambda i: torch.randn(n, 1, 1, 1, generator=rng, dtype=torch.float64)))
     assert math.isclose(end.std().item(), s, rel_tol=0.03)
 
 
@@ -114,24 +116,85 @@ def noises(seed):
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m"])
 def test_switching_at_the_ends_is_one_model_alone_bit_for_bit(method):
+    calls = []
+
     def base(x, sigma):
+        calls.append("base")
         return toy_denoiser(x, sigma)
 
     def tuned(x, sigma):
         return 0.9 * toy_denoiser(x, sigma) + 0.05
 
     sigmas = grid(12)
-    start = State(torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * sigmas[0])
-    finals = combined(start, base, tuned, sigmas, [0, 5, 12], noises(0), method)
-    alone = [rollout(start, 12, d, sigmas, noises(0), method).x for d in (tuned, base)]
+    start = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * sigmas[0]
+
+    def drawn(*switches):
+        mixes = {k: combined(Slot("base"), Slot("tuned"), k) for k in switches}
+        return dict(branches(mixes, lambda slot: base if slot.adapter == "base" else tuned, start, sigmas, noises(0), method))
+
+    finals = drawn(0, 5, 12)
+    assert len(calls) == 12  # the base's steps are taken once for all switches
+    alone = [end_of(start, trajectory(d, start, sigmas, noises(0), method)) for d in (tuned, base)]
     assert torch.equal(finals[0], alone[0]) and torch.equal(finals[12], alone[1])
-    assert torch.equal(finals[5], combined(start, base, tuned, sigmas, [5], noises(0), method)[5])
+    assert torch.equal(finals[5], drawn(5)[5])
     assert not torch.equal(finals[5], finals[0]) and not torch.equal(finals[5], finals[12])
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A denoiser that moves each sample to its own target, and counts its evaluations."""
+
+    targets: torch.Tensor
+    counts: torch.Tensor
+    numbers: torch.Tensor
+
+    def __call__(self, x, sigma):
+        assert len(x) == len(sigma) == len(self.targets)
+        self.counts[self.numbers] += 1
+        return toy_denoiser(x, sigma) + self.targets.reshape(-1, 1, 1, 1)
+
+    def rows(self, index):
+        return Rows(self.targets[index], self.counts, self.numbers[index])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_samples_with_ranges_of_their_own_end_where_each_alone_ends(eta):
+    sigmas, first, last = grid(10), torch.tensor([0, 3, 4, 6]), torch.tensor([2, 7, 4, 10])
+    x = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    targets = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+
+    def noise_at(i):
+        return torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+
+    counts = torch.zeros(4, dtype=torch.long)
+    transitions = list(trajectory(Rows(targets, counts, torch.arange(4)), x, sigmas, noise_at, first=first, last=last, eta=eta))
+    assert counts.tolist() == [2, 4, 0, 4] and [t.i for t in transitions] == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    for row in range(4):
+        alone = Rows(targets[[row]], torch.zeros(1), torch.tensor([0]))
+        steps = trajectory(alone, x[[row]], sigmas, lambda i, r=row: noise_at(i)[[r]], first=int(first[row]), last=int(last[row]), eta=eta)
+        assert torch.equal(end_of(x[[row]], steps)[0], end_of(x, transitions)[row])
+    assert torch.equal(transitions[0].x_next[2], x[2]) and float(transitions[0].std[2]) == 0
+    with pytest.raises(TypeError, match="rows"):
+        next(trajectory(toy_denoiser, x, sigmas, noise_at, first=first, last=last))
+    with pytest.raises(ValueError, match="one range"):
+        next(trajectory(Rows(targets, counts, torch.arange(4)), x, sigmas, noise_at, "dpmpp_2m", first, last))
+
+
+def test_a_transition_is_a_draw_of_its_gaussian():
+    """x_next is the mean plus the standard deviation times the noise, and the log density of a step follows."""
+    sigmas, n = grid(6), 4000
+    x = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64).expand(n, -1, -1, -1)
+    drawn = torch.randn(n, 4, 3, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    for t in trajectory(toy_denoiser, x, sigmas, lambda i: drawn, last=1):
+        torch.testing.assert_close(t.x_next, t.mean + t.std.reshape(-1, 1, 1, 1) * drawn)
+        assert float((t.x_next.std(0) / t.std[0]).sub(1).abs().max()) < 0.06 and float(t.std[0]) > 0.1
+    for method in ("ddim", "dpmpp_2m"):
+        assert all(float(t.std.max()) == 0 and torch.equal(t.mean, t.x_next) for t in trajectory(toy_denoiser, x[:1], sigmas, None, method))
+
+
 def test_an_empty_range_leaves_the_state_untouched():
-    state = State(torch.randn(1, 4, 2, 2), 7)
-    assert rollout(state, 7, toy_denoiser, grid(10), noises(0)) is state
+    x = torch.randn(1, 4, 2, 2)
+    assert end_of(x, trajectory(toy_denoiser, x, grid(10), noises(0), first=7, last=7)) is x
 
 
 @pytest.mark.parametrize(("steps", "at_226", "at_101"), [(20, 15, 17), (25, 19, 22), (30, 23, 26), (40, 30, 35), (50, 38, 44)])

@@ -1,16 +1,21 @@
-"""Generation from policies: prompts to images, by the base model, a tuned one, or one after the other."""
+"""Generation: prompts to images, by mixes of a base model and tuned ones that share their common steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .denoiser import Denoise
+from .guidance import Mix, Parts, Slot, weighted_sum
 from .policy import Policy
 from .rng import Rng
-from .sampling import Method, State, prefixes, rollout
+from .sampling import Method, NoiseAt, Space, trajectory
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -28,66 +33,81 @@ class Generation:
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of start noise and step noise"})
     chunk: int = field(default=64, metadata={"min": 1, "help": "images at a time, fewer where they are large; changes no image"})
 
+    @property
+    def base(self) -> Slot:
+        """The base model with its guidance."""
+        return Slot("base", self.guidance_scale)
+
+    def tuned(self, adapter: str = "tuned", model: str = "") -> Slot:
+        """A tuned model with its guidance."""
+        return Slot(adapter, self.tuned_guidance_scale, model)
+
 
 @torch.no_grad()
 def generate(
-    base: Policy,
-    tuned: Mapping[str, Policy],
+    policy: Policy,
     prompts: Sequence[str],
-    switches: Sequence[int],
     settings: Generation,
+    mixes: Mapping[K, Mix],
+    models: Mapping[str, Policy] | None = None,
     progress: Callable[[int], object] = lambda images: None,
     first: int = 0,
-) -> dict[tuple[str, int], Tensor]:
-    """Images (N,3,H,W) by (name, k) for N prompts, every tuned policy and every switch k.
+) -> dict[K, Tensor]:
+    """Images (N,3,H,W) of N prompts by the keys of `mixes`.
 
-    Image i depends on (seed, i, prompt, models, k) alone; `first` is the number of the first, so that a long list can be drawn
-    in parts. The base prefix is computed once for all policies and k. `progress` is told how many images are new.
+    `policy` gives noise levels and decodes; `models` are other policies of its family, by the names in slots. Steps at which
+    mixes evaluate the same are computed once for all of them. Image i depends on (seed, i, prompt, mix) alone; `first` is the
+    number of the first, so that a long list can be drawn in parts. `progress` is called with the number of new images.
     """
-    finished: dict[tuple[str, int], list[Tensor]] = {(name, k): [] for name in tuned for k in switches}
-    for numbers in _chunks(first, len(prompts), together(base, settings)):
+    policies = {"": policy, **(models or {})}
+    sigmas = policy.sigmas(settings.steps)
+    finished: dict[K, list[Tensor]] = {key: [] for key in mixes}
+    for numbers in _chunks(first, len(prompts), batch_size_for(policy, settings)):
         part = [prompts[i - first] for i in numbers]
-        start, noise_at = _start(base, numbers, settings)
-        sigmas = base.sigmas(settings.steps)
-        states = prefixes(
-            start,
-            base.denoiser(part, adapter="base", guidance_scale=settings.guidance_scale),
-            sigmas,
-            switches,
-            noise_at,
-            settings.method,
-            base.space,
-        )
-        for name, policy in tuned.items():
-            denoiser = policy.denoiser(part, guidance_scale=settings.tuned_guidance_scale)
-            for k, state in states.items():
-                end = rollout(state, settings.steps, denoiser, sigmas, noise_at, settings.method, base.space)
-                finished[name, k].append(policy.decode(end.x).cpu())
-                progress(len(part))
+        rng = Rng(settings.seed, 0, tuple(numbers))
+        denoisers: dict[Slot, Denoise] = {}
+
+        def denoiser_of(slot: Slot, part: Sequence[str] = part, made: dict[Slot, Denoise] = denoisers) -> Denoise:
+            if slot not in made:
+                made[slot] = policies[slot.model].denoiser(part, adapter=slot.adapter, guidance_scale=slot.guidance_scale)
+            return made[slot]
+
+        start = policy.start(rng.start_noise(policy.latent_shape), settings.steps)
+        noise_at = rng.step_noise(policy.latent_shape)
+        for key, latents in branches(mixes, denoiser_of, start, sigmas, noise_at, settings.method, policy.space):
+            finished[key].append(policy.decode(latents).cpu())
+            progress(len(part))
     return {key: torch.cat(images) for key, images in finished.items()}
 
 
-@torch.no_grad()
-def generate_base(
-    base: Policy,
-    prompts: Sequence[str],
-    settings: Generation,
-    progress: Callable[[int], object] = lambda images: None,
-    first: int = 0,
-) -> Tensor:
-    """Images (N,3,H,W) of the base model at `settings.guidance`: what `generate` gives at k = T."""
-    images: list[Tensor] = []
-    for numbers in _chunks(first, len(prompts), together(base, settings)):
-        part = [prompts[i - first] for i in numbers]
-        start, noise_at = _start(base, numbers, settings)
-        denoiser = base.denoiser(part, adapter="base", guidance_scale=settings.guidance_scale)
-        end = rollout(start, settings.steps, denoiser, base.sigmas(settings.steps), noise_at, settings.method, base.space)
-        images.append(base.decode(end.x).cpu())
-        progress(len(part))
-    return torch.cat(images)
+def branches(
+    mixes: Mapping[K, Mix],
+    denoiser_of: Callable[[Slot], Denoise],
+    x: Tensor,
+    sigmas: Tensor,
+    noise_at: NoiseAt,
+    method: Method = "ddpm",
+    space: Space = "ve",
+) -> Iterator[tuple[K, Tensor]]:
+    """The final latents of every mix from one start x (B,C,h,w); a trajectory forks where mixes begin to differ."""
+    steps, levels = len(sigmas) - 1, list[float](sigmas.tolist())
+    waiting: list[tuple[dict[K, Mix], int, Tensor, Tensor | None]] = [(dict(mixes), 0, x, None)]
+    while waiting:
+        group, i, x, previous = waiting.pop()
+        if i == steps:
+            yield from ((key, x) for key in group)
+            continue
+        alike: dict[Parts, dict[K, Mix]] = {}
+        for key, mix in group.items():
+            alike.setdefault(mix.at(i, levels[i]), {})[key] = mix
+        for parts, members in alike.items():
+            stop = next((j for j in range(i + 1, steps) if any(mix.at(j, levels[j]) != parts for mix in members.values())), steps)
+            denoise = weighted_sum([(denoiser_of(slot), value) for slot, value in parts])
+            *_, end = trajectory(denoise, x, sigmas, noise_at, method, i, stop, space=space, previous=previous)
+            waiting.append((members, stop, end.x_next, end.denoised))
 
 
-def together(policy: Policy, settings: Generation) -> int:
+def batch_size_for(policy: Policy, settings: Generation) -> int:
     """Images that are drawn at a time: `chunk`, but no more than sixteen of 512² pixels or four of 1024²."""
     _, height, width = policy.latent_shape
     return max(1, min(settings.chunk, 2**16 // (height * width)))
@@ -96,9 +116,3 @@ def together(policy: Policy, settings: Generation) -> int:
 def _chunks(first: int, n: int, size: int) -> Iterator[range]:
     for start in range(first, first + n, size):
         yield range(start, min(start + size, first + n))
-
-
-def _start(policy: Policy, numbers: Sequence[int], settings: Generation) -> tuple[State, Callable[[int], Tensor]]:
-    rng = Rng(settings.seed, 0, tuple(numbers))
-    start = State(policy.start(rng.normal("start", policy.latent_shape), settings.steps))
-    return start, lambda i: rng.normal(f"step {i}", policy.latent_shape)

@@ -6,7 +6,7 @@ No generator state is ever stored, so resuming, splitting a batch, sweeping k an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,18 @@ class Rng:
         """Standard normal noise (B,*shape), float32 on the CPU."""
         rows = [torch.randn(tuple(shape), generator=generator(self.seed, self.step, i, purpose)) for i in self.indices]
         return torch.stack(rows)
+
+    def start_noise(self, shape: Sequence[int]) -> Tensor:
+        """The noise (B,*shape) that a rollout starts from."""
+        return self.normal("start", shape)
+
+    def step_noise(self, shape: Sequence[int]) -> Callable[[int], Tensor]:
+        """The noise (B,*shape) of sampler step i, as a function of i."""
+        return lambda i: self.normal(f"step {i}", shape)
+
+    def uniform(self, purpose: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Uniform numbers (B,) in [0,1) on the CPU, drawn in `dtype`."""
+        return torch.stack([torch.rand((), generator=generator(self.seed, self.step, i, purpose), dtype=dtype) for i in self.indices])
 
     def integers(self, purpose: str, low: int, high: int, *, shared: bool = False) -> Tensor:
         """Integers in [low, high], both ends included: (B,) int64, one draw for all samples if `shared`."""

@@ -62,7 +62,11 @@ class Family:
             output = self.network(x * scale, sigma, self.now)
             return x - level * output if self.prediction == "epsilon" else scale.square() * x - level * scale * output
 
+        def rows(index):
+            return self.denoiser([prompts[i] for i in index], adapter=adapter, guidance_scale=guidance_scale)
+
         if adapter == "tuned":
+            denoise.rows = rows
             return denoise
 
         @torch.no_grad()
@@ -70,6 +74,7 @@ class Family:
             with self.adapter(adapter):
                 return denoise(x, sigma)
 
+        other.rows = rows
         return other
 
     def merged(self):

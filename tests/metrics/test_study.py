@@ -10,7 +10,8 @@ import torch
 
 from trainer.__main__ import main
 from trainer.demo import files
-from trainer.generate import Generation, generate, generate_base
+from trainer.generate import Generation, generate
+from trainer.guidance import cfg, combined
 from trainer.metrics.distances import frechet_distance, log_covariance_distance, unbiased_mmd
 from trainer.metrics.diversity import vendi_score, within_prompt_diversity
 from trainer.metrics.intervals import jackknife
@@ -194,10 +195,11 @@ def test_intervals_of_a_distance_cover_it():
 
 def test_images_drawn_in_parts_are_those_drawn_at_once(policy):
     prompts, settings = ["a red star", "a blue ring", "a red star"], Generation(steps=2, guidance_scale=2.0, chunk=2)
-    whole, base = generate(policy, {"t": policy}, prompts, [1], settings)["t", 1], generate_base(policy, prompts, settings)
-    torch.testing.assert_close(generate(policy, {"t": policy}, prompts[1:], [1], settings, first=1)["t", 1], whole[1:], atol=1e-5, rtol=0)
-    torch.testing.assert_close(generate_base(policy, prompts[2:], settings, first=2), base[2:], atol=1e-5, rtol=0)
-    assert (generate_base(policy, prompts[2:], settings) - base[2:]).abs().max() > 1e-3
+    mixes = {"tuned": combined(settings.base, settings.tuned(), 1), "base": cfg(settings.base)}
+    whole, rest = generate(policy, prompts, settings, mixes), generate(policy, prompts[1:], settings, mixes, first=1)
+    for name in mixes:
+        torch.testing.assert_close(rest[name], whole[name][1:], atol=1e-5, rtol=0)
+    assert (generate(policy, prompts[2:], settings, mixes)["base"] - whole["base"][2:]).abs().max() > 1e-3
 
 
 @pytest.mark.slow

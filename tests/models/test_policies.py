@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 from helpers.losses import loss_of
 
-from trainer.generate import Generation, generate_base
+from trainer.generate import Generation, generate
+from trainer.guidance import cfg
 from trainer.lora.file import load_lora, save_lora
 from trainer.models.flux import FluxPolicy
 from trainer.models.sd3 import SD3Policy
@@ -41,7 +42,7 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
     """Deterministic sampling by the pipeline itself: prompts, start noise, grid, guidance, steps, decoding."""
     policy = load(family)
     settings = Generation(steps=4, guidance_scale=guidance_scale, method="ddim", seed=5)
-    ours = generate_base(policy, PROMPTS, settings)
+    ours = generate(policy, PROMPTS, settings, {"": cfg(settings.base)})[""]
     pipeline = policy.pipeline
     pipeline.set_progress_bar_config(disable=True)
     start = Rng(5, 0, (0, 1)).normal("start", policy.latent_shape)

@@ -8,10 +8,12 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from helpers.losses import loss_of
 from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
 
-from trainer.generate import Generation, generate, generate_base
+from trainer.generate import Generation, generate
+from trainer.guidance import cfg, combined
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
 from trainer.rng import Rng
+from trainer.sampling import step
 
 
 def randomise_adapter(policy, scale=0.05):
@@ -41,7 +43,7 @@ def test_denoiser_equals_diffusers_prediction_of_the_clean_latent(pipeline_folde
 def test_combined_generation_ends_where_the_diffusers_pipeline_ends(pipeline_folder, policy):
     """The whole path: prompts, start noise, guidance, ancestral steps, decoding."""
     settings = Generation(steps=6, guidance_scale=3.0, seed=5)
-    ours = generate_base(policy, PROMPTS, settings)
+    ours = generate(policy, PROMPTS, settings, {"": cfg(settings.base)})[""]
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
     rng = Rng(5, 0, (0, 1))
     noises = [rng.normal(f"step {i}", (4, 8, 8)) for i in range(5)]
@@ -117,24 +119,25 @@ def test_switch_sweep_shares_noise_and_meets_both_ends(policy, pipeline_folder):
     policy.add_lora(Lora(rank=4, alpha=4.0))
     randomise_adapter(policy)
     settings = Generation(steps=5, guidance_scale=2.0, seed=1)
-    swept = generate(policy, {"t": policy}, PROMPTS, [0, 3, 5], settings)
-    assert torch.equal(swept["t", 5], generate_base(base, PROMPTS, settings))
-    assert torch.equal(swept["t", 3], generate(policy, {"t": policy}, PROMPTS, [3], settings)["t", 3])
-    tuned_only = generate_base_with(policy, settings)
-    assert torch.equal(swept["t", 0], tuned_only)
-    assert not torch.equal(swept["t", 0], swept["t", 5])
+    mixes = {k: combined(settings.base, settings.tuned(), k) for k in (0, 3, 5)}
+    swept = generate(policy, PROMPTS, settings, mixes)
+    assert torch.equal(swept[5], generate(base, PROMPTS, settings, {"": cfg(settings.base)})[""])
+    assert torch.equal(swept[3], generate(policy, PROMPTS, settings, {3: mixes[3]})[3])
+    assert torch.equal(swept[0], tuned_only(policy, settings))
+    assert not torch.equal(swept[0], swept[5])
 
 
-def generate_base_with(policy, settings):
+def tuned_only(policy, settings):
     """Tuned-only sampling written out: the adapter on, no switch anywhere."""
-    from trainer.sampling import State, rollout
-
-    rng = Rng(settings.seed, 0, (0, 1))
+    rng, sigmas = Rng(settings.seed, 0, (0, 1)), policy.sigmas(settings.steps)
     with torch.no_grad():
-        start = State(policy.start(rng.normal("start", (4, 8, 8)), settings.steps))
+        x = policy.start(rng.normal("start", (4, 8, 8)), settings.steps)
         denoiser = policy.denoiser(PROMPTS, guidance_scale=settings.tuned_guidance_scale)
-        end = rollout(start, settings.steps, denoiser, policy.sigmas(settings.steps), lambda i: rng.normal(f"step {i}", (4, 8, 8)))
-        return policy.decode(end.x)
+        for i in range(settings.steps):
+            here, there = sigmas[i].expand(2), sigmas[i + 1].expand(2)
+            noise = rng.normal(f"step {i}", (4, 8, 8)) if i + 1 < settings.steps else None
+            x = step(x, denoiser(x, here), here, there, noise, 0.0 if noise is None else 1.0)
+        return policy.decode(x)
 
 
 def test_each_prompt_is_encoded_once(policy):

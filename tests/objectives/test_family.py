@@ -92,7 +92,7 @@ def test_direct_align_scores_the_four_stages_at_the_levels_it_draws(branch, monk
     policy, b = Family("flow"), batch()
     objective = DirectAlign(steps=6, source="offline", branch=branch, sigma_low=0.4, sigma_high=0.8, gap=0.25)
     share = torch.tensor([0.0, 0.3, 0.6, 1.0], dtype=torch.float64)
-    monkeypatch.setattr(DirectAlign, "_level", lambda *_: (share, 0.4, 0.8))
+    monkeypatch.setattr(DirectAlign, "shares", lambda *_: share)
     loss, logs = loss_of(objective, policy, b, Towers())
     here = 0.4 + 0.4 * (share * 0.75 + (0.25 if branch == "denoise" else 0))
     there = here + (-0.1 if branch == "denoise" else 0.1)
@@ -133,7 +133,7 @@ def test_srpo_is_the_difference_of_the_scores_under_control_words():
     policy, b = Family(), batch(number=4)
     words = {"positive": ("xx", "yyyy"), "negative": ("z", "zz", "zzz")}
     objective = SRPO(steps=6, source="offline", sigma_low=0.3, sigma_high=0.8, kappa_low=-0.5, kappa_high=0.7, **words)
-    share, low, high = objective._level(policy, b, 0)
+    share, low, high = objective.shares(b, 0), 0.3, 0.8
     loss, logs = loss_of(objective, policy, b, Towers())
     called = from_flow(low + (high - low) * (share * 0.9 + 0.1), "ve").double()
     recovered = from_flow(low + (high - low) * (share * 0.9 + 0.1) - (high - low) * 0.1, "ve").double()
@@ -192,8 +192,8 @@ def test_alignprop_is_an_ancestral_draft_with_a_random_cut():
     below = [
         min(c, 19.0) for c in (torch.randn(200_000, generator=torch.Generator().manual_seed(0)) * 2 + 16).round().tolist() if 0 <= c < 20
     ]
-    law = torch.tensor(below)
-    assert float(cuts.mean()) == pytest.approx(float(law.mean()), abs=4 * float(law.std()) / 2000**0.5)
+    truncated = torch.tensor(below)
+    assert float(cuts.mean()) == pytest.approx(float(truncated.mean()), abs=4 * float(truncated.std()) / 2000**0.5)
     policy, b = Family(), batch()
     objective = AlignProp(steps=6, cut_mean=3.0, cut_std=0.0, guidance_scale=1.0)
     loss, _ = loss_of(objective, policy, b, Towers())
@@ -237,7 +237,7 @@ def test_sqdf_without_discount_kl_and_buffer_is_the_plain_one_step_gradient(pred
     index = torch.tensor([0, 2, 4, 5])  # the last one ends in x0 itself
     sigmas = policy.sigmas(6)
     x = policy.add_noise(b.latents, b.rng.normal("start", (3, 1, 1)).double(), sigmas[index])
-    loss, logs = transition_loss(objective, RunContext(policy, Towers()), b, x, index)
+    loss, logs = transition_loss(objective, RunContext(policy, Towers()), b.prompts, b.rng, x, index)
     frozen = Family(prediction)
     frozen.now = STATES[estimator]
     noise = b.rng.normal("transition noise", (3, 1, 1)).double()
@@ -254,7 +254,8 @@ def test_the_discount_counts_the_steps_that_follow():
     policy, b = Family(), batch()
     index, sigmas = torch.tensor([0, 2, 4, 5]), policy.sigmas(6)
     x = policy.add_noise(b.latents, b.rng.normal("start", (3, 1, 1)).double(), sigmas[index])
-    loss, logs = transition_loss(SQDF(steps=6, gamma=0.5, alpha=0.0, guidance_scale=1.0), RunContext(policy, Towers()), b, x, index)
+    objective = SQDF(steps=6, gamma=0.5, alpha=0.0, guidance_scale=1.0)
+    loss, logs = transition_loss(objective, RunContext(policy, Towers()), b.prompts, b.rng, x, index)
     credit = torch.tensor([0.5**5, 0.5**3, 0.5, 1.0], dtype=torch.float64)
     torch.testing.assert_close(loss.detach(), -(credit * logs["reward"]).mean())
 
@@ -289,9 +290,9 @@ def test_the_kl_is_logged_in_nats_and_weighed_per_element_the_last_transition_in
     assert bool((kl_weights(sigmas, "ve") > 0).all())
     denoised = policy.denoiser(b.prompts)(x, sigmas[index])
     nats = weights * (denoised - policy.denoiser(b.prompts, adapter="base")(x, sigmas[index])).square().flatten(1).sum(1)
-    (with_kl, logs), (without, _) = (
-        transition_loss(SQDF(steps=6, alpha=a, guidance_scale=1.0), RunContext(policy, Towers()), b, x, index) for a in (7.0, 0.0)
-    )
+    run = RunContext(policy, Towers())
+    objectives = [SQDF(steps=6, alpha=a, guidance_scale=1.0) for a in (7.0, 0.0)]
+    (with_kl, logs), (without, _) = (transition_loss(o, run, b.prompts, b.rng, x, index) for o in objectives)
     torch.testing.assert_close(logs["kl"], nats.detach())
     torch.testing.assert_close(logs["kl per element"], nats.detach() / 3)
     torch.testing.assert_close(gradient(policy, with_kl) - gradient(policy, without), gradient(policy, 7.0 * nats.mean() / 3))
@@ -478,7 +479,7 @@ def test_sqdf_on_a_real_network_equals_a_second_copy_of_it(pipeline_folder, cons
         def __call__(self, images, prompts):
             return images.square().flatten(1).mean(1)
 
-    transition_loss(objective, RunContext(policy, Mean()), b, x, index)[0].backward()
+    transition_loss(objective, RunContext(policy, Mean()), b.prompts, b.rng, x, index)[0].backward()
     found = [p.grad.clone() for p in policy.parameters()]
     assert all(float(g.abs().max()) > 0 for g in found)
     frozen = copy.deepcopy(policy)

@@ -1,4 +1,4 @@
-"""The replay buffer: its law, its size, and its survival of a kill at any moment."""
+"""The replay buffer: its sampling distribution, its size, and its survival of a kill at any moment."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def filled(folder, rewards, capacity=100, steps=4):
     return replay
 
 
-@pytest.mark.parametrize("law", ["uniform", "prioritised", "newest"])
-def test_draws_follow_the_law(law, tmp_path):
+@pytest.mark.parametrize("sampling", ["uniform", "prioritised", "newest"])
+def test_draws_follow_the_sampling_distribution(sampling, tmp_path):
     rewards, gamma, steps, n = [0.5, -1.0, 2.0, 1.0], 0.7, 4, 40_000
     replay = filled(tmp_path, rewards)
     expected = torch.zeros(4, steps, dtype=torch.float64)
     for j, reward in enumerate(rewards):  # the definition, entry by entry
         for i in range(steps):
             weight = {"uniform": 1.0, "prioritised": max(reward, 0.0) * gamma ** (steps - 1 - i), "newest": float(j == 3)}
-            expected[j, i] = weight[law]
+            expected[j, i] = weight[sampling]
     expected = expected / expected.sum()
-    drawn = replay.draw(torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64), law, steps, gamma)
+    drawn = replay.draw(torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64), sampling, steps, gamma)
     counts = torch.zeros(4, steps, dtype=torch.float64)
     for trajectory, index in drawn:
         counts[trajectory.number, index] += 1
@@ -45,8 +45,8 @@ def test_without_a_positive_reward_prioritised_is_uniform_over_trajectories(tmp_
 
 def test_states_come_back_and_the_oldest_leave_with_the_next_checkpoint(tmp_path):
     replay = filled(tmp_path / "buffer", [0.0, 1.0, 2.0, 3.0], capacity=2)
-    assert [t.number for t in replay.held] == [2, 3] and replay.held[0].prompt == "prompt 2"
-    torch.testing.assert_close(replay.read(replay.held[1], 2), torch.full((2, 1, 1), 3.25))
+    assert [t.number for t in replay.trajectories] == [2, 3] and replay.trajectories[0].prompt == "prompt 2"
+    torch.testing.assert_close(replay.read(replay.trajectories[1], 2), torch.full((2, 1, 1), 3.25))
     assert len(list((tmp_path / "buffer").iterdir())) == 4  # an older checkpoint may still need them
     replay.saved()
     assert sorted(p.name for p in (tmp_path / "buffer").iterdir()) == ["000000002.safetensors", "000000003.safetensors"]
@@ -62,7 +62,7 @@ def test_a_kill_after_a_checkpoint_leads_back_to_it(tmp_path):
     again = Replay(tmp_path, 2)
     again.restore(state)
     assert again.state() == state
-    torch.testing.assert_close(again.read(again.held[0], 0), torch.full((2, 1, 1), 1.0))
+    torch.testing.assert_close(again.read(again.trajectories[0], 0), torch.full((2, 1, 1), 1.0))
     assert len(list(tmp_path.iterdir())) == 2
 
 

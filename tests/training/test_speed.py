@@ -22,7 +22,7 @@ from trainer.lora.file import save_lora
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.load import load_policy
 from trainer.objectives import SQDF, ImageReFL, ReFL
-from trainer.objectives.base import roll
+from trainer.objectives.reward_gradient.shared import rollout
 from trainer.objectives.reward_gradient.sqdf import rollouts
 from trainer.policy import Batch, Lora
 from trainer.rng import Rng
@@ -185,10 +185,11 @@ def test_rollouts_are_merged(tuned, monkeypatch):
 
     monkeypatch.setattr(type(policy), "_predict", predict)
     x = batch(policy).latents
-    roll(policy, batch(policy), x, torch.tensor([0, 1]), torch.tensor([2, 4]), policy.sigmas(4), 1.0, 0.0)
+    first, last = torch.tensor([0, 1]), torch.tensor([2, 4])
+    rollout(policy, batch(policy), policy.denoiser(PROMPTS), x, policy.sigmas(4), last, first, 0.0)
     assert seen and all(folded for _, folded in seen)
     seen.clear()
-    rollouts(SQDF(steps=3, buffer_gb=0.0), policy, batch(policy))
+    rollouts(SQDF(steps=3, buffer_gb=0.0), policy, PROMPTS, batch(policy).rng)
     assert len(seen) == 3 and all(folded for _, folded in seen)
 
 

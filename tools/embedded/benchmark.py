@@ -24,11 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.data.samples import encode_images
 from trainer.demo import files, show
 from trainer.demo.show import START, STEPS
+from trainer.denoiser import Denoiser
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext
-from trainer.objectives.base import roll
-from trainer.policy import Batch, Lora, Policy
+from trainer.objectives.reward_gradient.shared import rollout
+from trainer.policy import Batch, Lora
 from trainer.reward import Reward, Standardised
 from trainer.rewards.two_tower import TwoTower
 from trainer.rng import Rng
@@ -43,10 +44,11 @@ class SeparateForwards(ImageReFL):
     """ImageReFL with the start evaluated twice, once for each loss, as the official code does."""
 
     def _from_start(
-        self, policy: Policy, batch: Batch, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor, sigmas: Tensor
+        self, run: RunContext, batch: Batch, denoiser: Denoiser, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x = roll(policy, batch, start.detach(), first, last, sigmas, self.guidance_scale, self.eta)
-        return x, policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)(x, sigmas[last])
+        sigmas = run.policy.sigmas(self.steps)
+        x = rollout(run.policy, batch, denoiser, start, sigmas, last, first, self.eta)
+        return x, denoiser(x, sigmas[last])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from trainer.demo import files, show, world
 from trainer.demo.architecture import Reader
-from trainer.generate import Generation, generate_base
+from trainer.generate import Generation, generate
+from trainer.guidance import cfg
 from trainer.metrics.diversity import within_prompt_diversity
 from trainer.models.unet import UNetPolicy
 from trainer.rng import Rng
-from trainer.sampling import State, rollout
+from trainer.sampling import end_of, trajectory
 
 
 @torch.no_grad()
@@ -61,12 +62,11 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
         part = [texts[i] for i in rows]
         shared, own = Rng(settings.seed, 0, tuple(starts[i] for i in rows)), Rng(settings.seed, 1, tuple(rows))
         denoiser = policy.denoiser(part, guidance_scale=settings.guidance_scale)
-        state = State(policy.start(shared.normal("start", policy.latent_shape), show.STEPS))
-        done = rollout(state, show.STEPS, denoiser, sigmas, lambda i, d=shared: d.normal(f"step {i}", policy.latent_shape))
-        noised = policy.add_noise(done.x, own.normal("again", policy.latent_shape), sigmas[show.START].expand(len(part)))
-        noise_at = lambda i, d=own: d.normal(f"step {i}", policy.latent_shape)  # noqa: E731
-        end = rollout(State(noised, show.START), show.STEPS, denoiser, sigmas, noise_at)
-        images = policy.decode(end.x)
+        x = policy.start(shared.start_noise(policy.latent_shape), show.STEPS)
+        x = end_of(x, trajectory(denoiser, x, sigmas, shared.step_noise(policy.latent_shape)))
+        noised = policy.add_noise(x, own.normal("again", policy.latent_shape), sigmas[show.START].expand(len(part)))
+        steps = trajectory(denoiser, noised, sigmas, own.step_noise(policy.latent_shape), first=show.START)
+        images = policy.decode(end_of(noised, steps))
         for name, reward in rewards.items():
             scores[name].append(reward(images, part))
     shares: dict[str, float] = {}
@@ -85,11 +85,12 @@ def measure(n: int = 1000) -> dict[str, Any]:
     captions = show.captions(n, "gates")
     texts = [c.text for c in captions]
     settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=11)
-    samples = generate_base(policy, texts, settings)
+    base = {"": cfg(settings.base)}
+    samples = generate(policy, texts, settings, base)[""]
 
     few, each = captions[:40], 8
     repeated = [c.text for c in few for _ in range(each)]
-    drawn, real = generate_base(policy, repeated, settings), show.real_renders(few, each, 3)
+    drawn, real = generate(policy, repeated, settings, base)[""], show.real_renders(few, each, 3)
     groups = torch.arange(len(few)).repeat_interleave(each)
     features = [torch.cat([reader.features(p) for p in x.split(64)]) for x in (drawn, real)]
     diversity = [float(within_prompt_diversity(f, groups).mean()) for f in features]

@@ -441,12 +441,13 @@ def _fold_scale(vae: Any, factor: float) -> None:
 def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation of each tower's raw scores over base samples: what a reward's unit is."""
     from trainer.demo import files, show
-    from trainer.generate import Generation, generate_base
+    from trainer.generate import Generation, generate
+    from trainer.guidance import cfg
     from trainer.models.unet import UNetPolicy
 
     prompts = [c.text for c in show.captions(256, "statistics", seed)]
     settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=seed + 99)
-    images = generate_base(UNetPolicy.load(files.PIPELINE), prompts, settings)
+    images = generate(UNetPolicy.load(files.PIPELINE), prompts, settings, {"": cfg(settings.base)})[""]
     scores = {name: files.load_reward(name, normalise=False)(images, prompts) for name in architecture.TOWERS}
     return {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from trainer.data.samples import encode_images
 from trainer.demo import files, show
 from trainer.demo.show import GUIDANCE, START, STEPS
 from trainer.generate import Generation, generate
+from trainer.guidance import Slot, cfg, combined
 from trainer.lora.file import load_lora, save_lora
 from trainer.metrics.intervals import bootstrap
 from trainer.metrics.summary import frontier_area, intervals
@@ -75,9 +75,10 @@ def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, pe
     weaker = {f"refl x{s}": _load(folder / "refl" / "lora.safetensors", s) for s in STRENGTHS}
     weaker[f"refl at step {early}"] = _load(folder / f"refl-{early:04d}.safetensors")
     settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=SAMPLING_SEED)
-    judged |= {key: bench(images) for key, images in generate(base_policy, weaker, bench.texts, (0,), settings).items()}
-    free = generate(base_policy, tuned, bench.texts, (START,), replace(settings, guidance_scale=1.0))
-    judged |= {(f"{name}, base unguided", k): bench(images) for (name, k), images in free.items()}
+    mixes = {(name, 0): cfg(settings.tuned(model=name)) for name in weaker}
+    mixes |= {(f"{name}, base unguided", START): combined(Slot("base"), settings.tuned(model=name), START) for name in tuned}
+    drawn = generate(base_policy, bench.texts, settings, mixes, {**weaker, **tuned})
+    judged |= {key: bench(images) for key, images in drawn.items()}
     base = judged.pop(("base", STEPS))
     unguided = judged.pop(("base_unguided", STEPS))
     everything = {**judged, ("base", STEPS): base, ("base unguided", STEPS): unguided}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..config import ConfigError, plain
 from ..data import images
-from ..generate import Generation, generate, generate_base
+from ..generate import Generation, generate
+from ..guidance import Switch, cfg, combined
 from ..lora.file import load_lora
 from ..metrics.dino import DINO, Dino
 from ..metrics.lpips import FILES as LPIPS
@@ -28,7 +29,6 @@ from ..rewards.registry import load_reward
 from ..rewards.two_tower import TwoTower
 from ..rewards.weights import Held
 from ..runtime.hashes import file_hash
-from ..sampling import Switch
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 
 
@@ -110,13 +110,13 @@ def _draw(study: Study, base: DiffusersPolicy, tuned: Mapping[str, DiffusersPoli
     """Generate the parts that are not in the study yet."""
     from tqdm import tqdm
 
+    mixes = {(name, k): combined(settings.base, settings.tuned(model=name), k) for name in tuned for k in steps}
+    mixes[BASE] = cfg(settings.base)
     parts = list(study.parts(settings.chunk))
     total = sum(len(part.prompts) for part in parts) * len(study.points)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for part in parts:
-            drawn: dict[tuple[str, int], Tensor] = {BASE: generate_base(base, part.prompts, settings, bar.update, part.first)}
-            drawn |= generate(base, tuned, part.prompts, steps, settings, bar.update, part.first)
-            study.add(part, drawn)
+            study.add(part, generate(base, part.prompts, settings, mixes, tuned, bar.update, part.first))
 
 
 def _judges(args: argparse.Namespace, device: str) -> Judges:

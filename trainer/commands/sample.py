@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..config import ConfigError, plain
 from ..data import images
-from ..generate import generate, generate_base
+from ..generate import generate
+from ..guidance import Switch, cfg, combined
 from ..lora.file import load_lora, read_lora
 from ..models.load import TUNED_UNET, with_unet
-from ..sampling import Switch
 from .options import add_generation, finite, generation_of, policy_of, prompts_of
 
 
@@ -52,13 +52,11 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(f"cannot write to {args.out}: {error}") from error
     k = switch.index(policy.sigmas(settings.steps)) if switch else None
-    if k is None:
-        drawn = generate_base(policy, prompts, settings)
-    else:
-        if args.lora is not None:
-            load_lora(policy, args.lora, args.strength)
-        tuned = with_unet(policy, unet) if unet else policy
-        drawn = generate(policy, {"tuned": tuned}, prompts, [k], settings)["tuned", k]
+    if args.lora is not None:
+        load_lora(policy, args.lora, args.strength)
+    models = {"tuned": with_unet(policy, unet)} if unet else {}
+    mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k)
+    drawn = generate(policy, prompts, settings, {"": mix}, models)[""]
     facts = {"model": args.model, "lora": str(args.lora or ""), "tuned_unet": str(unet or ""), "k": k}
     _write(drawn, prompts, args, {**plain(settings), **facts})
     print(f"wrote {len(drawn)} images to {args.out}" + (f" (base for {k} of {settings.steps} steps)" if k is not None else ""))

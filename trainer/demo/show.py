@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..config import ConfigError, plain
 from ..data.samples import Samples, encode_images
-from ..generate import Generation, generate, generate_base
+from ..generate import Generation, generate
+from ..guidance import Slot, cfg, combined
 from ..lora.file import load_lora
 from ..metrics.summary import Judged, area_interval, frontier_area, intervals, judge
 from ..models.unet import UNetPolicy
@@ -141,7 +142,7 @@ class Curve:
         if run.step % self.every and run.step != 1:
             return
         settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=self.seed + 1)
-        images = generate(run.policy, {"tuned": run.policy}, self.prompts, [0], settings)["tuned", 0]
+        images = generate(run.policy, self.prompts, settings, {"": cfg(settings.tuned())})[""]
         judged = judge(images, self.prompts, self.judges, self.features, self.features(images))
         point = {"step": float(run.step), **{k: v for k, v in judged.means().items() if k not in ("fid", "logcov")}}
         earlier = [p for p in self.points() if p["step"] < run.step] if run.step > 1 else []
@@ -250,11 +251,12 @@ def draw(
 
     settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
     with tqdm(total=len(texts) * (2 + len(tuned) * len(switches)), desc="generating", unit="image") as bar:
-        images = {
-            ("base", STEPS): generate_base(base, texts, settings, bar.update),
-            ("base_unguided", STEPS): generate_base(base, texts, replace(settings, guidance_scale=1.0), bar.update),
+        mixes = {
+            ("base", STEPS): cfg(settings.base),
+            ("base_unguided", STEPS): cfg(Slot("base")),
+            **{(name, k): combined(settings.base, settings.tuned(model=name), k) for name in tuned for k in switches},
         }
-        return images | generate(base, tuned, texts, switches, settings, bar.update)
+        return generate(base, texts, settings, mixes, tuned, bar.update)
 
 
 def peak_rss_mb() -> float:

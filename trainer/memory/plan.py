@@ -23,14 +23,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..config import ConfigError
 from ..data.latents import LATENTS_KEPT, LatentsInMemory
 from ..data.samples import Samples, batch_size_for
-from ..denoiser import Denoiser
-from ..generate import Generation, together
+from ..denoiser import Denoiser, WrappedDenoiser
+from ..generate import Generation
+from ..generate import batch_size_for as images_at_a_time
+from ..guidance import Switch
 from ..models.diffusers_policy import EMBEDDINGS_KEPT, DiffusersPolicy
 from ..objectives.base import RunContext
 from ..reward import Reward
 from ..rewards.texts import apart_from_texts, readers, waits
 from ..runtime.processes import ALONE, Processes
-from ..sampling import Switch
 from ..training.evaluation import Watch
 from ..training.nfe import CountingPolicy
 from ..training.optimizers import STATE_BYTES
@@ -111,7 +112,7 @@ class _Watched(CountingPolicy):
         self._skipped: Any = WeakIdKeyDictionary()  # by the state: a forward that is computed again must be what it was
 
     def _counted(self, denoiser: Denoiser, guidance_scale: float) -> Denoiser:
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        def denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
             key = (len(x), guidance_scale, self.inner._state)  # pyright: ignore[reportPrivateUsage]
             rows = len(x) * (1 if guidance_scale == 1 else 2)
             if not torch.is_grad_enabled():
@@ -130,7 +131,7 @@ class _Watched(CountingPolicy):
             self.tally.going_back(output, "denoiser, going back")
             return output
 
-        return denoise
+        return WrappedDenoiser(denoiser, denoise)
 
     def _without_gradient(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, key: Any, rows: int) -> Tensor:
         done = (most for (n, *same), most in self._plain.items() if n >= len(x) and same == [*key[1:]])
@@ -225,7 +226,9 @@ class _Sketch:
                 output.register_hook(lambda _: setattr(self, "backwards", self.backwards + rows * len(x)))  # pyright: ignore[reportUnknownLambdaType]
             return output
 
-        return denoise if adapter == "tuned" else torch.no_grad()(denoise)
+        found: Any = denoise if adapter == "tuned" else torch.no_grad()(denoise)
+        found.rows = lambda index: found  # pyright: ignore[reportUnknownLambdaType]
+        return found
 
     def merged(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -404,7 +407,7 @@ def _look(
 ) -> None:
     """What the watch draws and judges at a time, once."""
     count = watch.count * watch.images
-    drawn = min(count, together(policy, Generation()))
+    drawn = min(count, images_at_a_time(policy, Generation()))
     prompts = [encoded[i % len(encoded)] for i in range(count)]
     noise = torch.empty(drawn, *policy.latent_shape, device=META)
     policy.denoiser(prompts[:drawn], adapter="base", guidance_scale=watch.guidance_scale)(

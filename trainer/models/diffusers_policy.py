@@ -379,8 +379,13 @@ class DiffusersPolicy:
             conditional, unconditional = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
             return classifier_free_guidance(conditional, unconditional, guidance_scale)
 
+        def rows(index: Tensor) -> Denoiser:
+            return self.denoiser([prompts[int(i)] for i in index], adapter=adapter, guidance_scale=guidance_scale)
+
+        found: Any = denoise
         if adapter == "tuned" or not self.tuned:
-            return denoise
+            found.rows = rows
+            return found
 
         # without gradient: a checkpointed forward is computed again in whatever state the adapter has by then
         @torch.no_grad()
@@ -388,7 +393,9 @@ class DiffusersPolicy:
             with self.adapter(cast(AdapterState, adapter)):
                 return denoise(x, sigma)
 
-        return other
+        found = other
+        found.rows = rows
+        return found
 
     def prepare(self, prompts: Sequence[str], cache: TensorCache | None = None, processes: Processes = ALONE) -> None:
         """Encode prompts: afterwards `conditioning` knows them without text encoders, which need not run for those in `cache`.

@@ -3,7 +3,8 @@
 from .base import Loss, Objective, RunContext
 from .reward_gradient.black_box import BlackBoxSQDF
 from .reward_gradient.direct_align import SRPO, DirectAlign
-from .reward_gradient.draft import AlignProp, DRaFTK, DRaFTLV, DRTune
+from .reward_gradient.draft import AlignProp, DRaFTK, DRaFTLV
+from .reward_gradient.drtune import DRTune
 from .reward_gradient.refl import ImageReFL, ReFL
 from .reward_gradient.sqdf import SQDF
 

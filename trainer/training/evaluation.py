@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..generate import Generation, generate
+from ..guidance import Switch, combined
 from ..memory.offload import Parking
 from ..metrics.diversity import within_prompt_diversity
 from ..policy import Policy
 from ..reward import Reward
-from ..sampling import Switch
 
 Point = dict[str, float]
 
@@ -71,7 +71,8 @@ class Watcher:
     @torch.no_grad()
     def look(self, step: int) -> Point:
         """Generate from the fixed prompts and noise, judge, and keep the point."""
-        images = generate(self.policy, {"tuned": self.policy}, self.prompts, [self.k], self.settings)["tuned", self.k]
+        mix = combined(self.settings.base, self.settings.tuned(), self.k)
+        images = generate(self.policy, self.prompts, self.settings, {"": mix})[""]
         device = self.policy.sigmas(1).device
         groups = torch.tensor([self.prompts.index(p) for p in self.prompts])
         features, scores = list[Tensor](), {name: list[Tensor]() for name in self.rewards}

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, WrappedDenoiser
 from ..policy import AdapterState, Policy
 from ..sampling import Space
 
@@ -40,7 +40,7 @@ class CountingPolicy:
         return self._counted(self.policy.denoiser(prompts, adapter=adapter, guidance_scale=guidance_scale), guidance_scale)
 
     def _counted(self, denoiser: Denoiser, guidance_scale: float) -> Denoiser:
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        def denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
             each = len(x) * (1 if guidance_scale == 1 else 2)
             self.calls += each
             output = denoiser(x, sigma)
@@ -48,7 +48,7 @@ class CountingPolicy:
                 output.register_hook(lambda gradient: self._backward(each))  # pyright: ignore[reportUnknownLambdaType]
             return output
 
-        return denoise
+        return WrappedDenoiser(denoiser, denoise)
 
     def _backward(self, each: int) -> None:
         self.calls += 2 * each

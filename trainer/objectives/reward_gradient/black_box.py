@@ -167,13 +167,13 @@ class BlackBox(Loss):
         for first in range(ours.start, ours.stop, chunk):
             part = tuple(prompts[first : min(first + chunk, ours.stop)])
             rng = Rng(seed_of(seed, "query"), loop, tuple(range(first, first + len(part))))
-            _, ends = rollouts(o, policy, Batch(part, rng, 0))
-            pictures = policy.decode(ends)
-            labels.append(oracle(pictures, part).float().cpu())
-            images.append(self.features.image_features(pictures).float().cpu())
-        told = [pair for pairs in self.run.processes.exchange(list(zip(images, labels))) for pair in pairs]
-        self.images = torch.cat([self.images.reshape(-1, told[0][0].shape[1]), *(features for features, _ in told)])
-        self.labels, self.prompts = torch.cat([self.labels, *(scores for _, scores in told)]), [*self.prompts, *prompts]
+            _, ends = rollouts(o, policy, part, rng)
+            drawn = policy.decode(ends)
+            labels.append(oracle(drawn, part).float().cpu())
+            images.append(self.features.image_features(drawn).float().cpu())
+        gathered = [pair for pairs in self.run.processes.exchange(list(zip(images, labels))) for pair in pairs]
+        self.images = torch.cat([self.images.reshape(-1, gathered[0][0].shape[1]), *(features for features, _ in gathered)])
+        self.labels, self.prompts = torch.cat([self.labels, *(scores for _, scores in gathered)]), [*self.prompts, *prompts]
         self.loop = loop
         surrogate = Surrogate(self.features, o, 3 * self.images.shape[1])
         with torch.inference_mode(False):

@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...denoiser import per_sample
-from ...policy import Batch, Policy
-from ...rng import generator
+from ...denoiser import Denoiser, per_sample
+from ...policy import Batch
+from ...reward import PrefixReward, Reward
 from ...sampling import Space, alpha
-from ..base import Logs, RunContext, Stateless, prefix_scores, roll, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
+from ..base import Logs, RunContext, Stateless
+from .shared import rollout, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
 
 Branch = Literal["denoise", "inversion", "both"]
 Source = Literal["online", "offline"]
@@ -58,7 +59,7 @@ class DirectAlign(Stateless):
         default=0.1, metadata={"min": 0.0, "max": 1.0, "help": "distance of the recovery level, as a share of the range (official 0.1)"}
     )
     shift: float = field(
-        default=1.0, metadata={"min": 0.01, "max": 100.0, "help": "law of σ in its range: 1 uniform, more favours high noise"}
+        default=1.0, metadata={"min": 0.01, "max": 100.0, "help": "distribution of σ in its range: 1 uniform, more favours high noise"}
     )
     levels: int = field(default=1, metadata={"min": 1, "max": 64, "help": "noise levels per rollout; their losses are averaged"})
     discount: float = field(
@@ -97,19 +98,23 @@ class DirectAlign(Stateless):
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         policy = run.policy
-        noise = batch.rng.normal("start", batch.shape(policy))
-        x0 = self._clean(policy, batch, noise)
+        sigmas, noise = policy.sigmas(self.steps), batch.rng.start_noise(batch.shape(policy))
+        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
+        x0 = self._clean(run, batch, denoiser, noise, sigmas)
         noise = noise.to(x0)
+        low, high = self.sigma_low, min(self.sigma_high, to_flow(float(sigmas[0]), policy.space))
         losses: list[Tensor] = []
         logs: dict[str, list[Tensor]] = {}
         for level in range(self.levels):
-            share, low, high = self._level(policy, batch, level)
+            share = self.shares(batch, level)
             weight = self.discount + (1 - self.discount) * share
             for inversion in {"denoise": (False,), "inversion": (True,), "both": (False, True)}[self.branch]:
-                # both branches recover at the same kind of place: a gap below, or above, the network's own level
+                # both branches recover the same distance away: a gap below, or above, the network's own level
                 called = low + (high - low) * (share * (1 - self.gap) + (0 if inversion else self.gap))
                 recovered = called + (high - low) * (self.gap if inversion else -self.gap)
-                estimate = self._estimate(policy, batch, x0, noise, called, recovered)
+                here, there = (from_flow(s, policy.space).to(x0.dtype) for s in (called, recovered))
+                denoised = denoiser(policy.add_noise(x0, noise, here), here)
+                estimate = x0 + per_sample(blend_weight(here, there, policy.space), x0) * (denoised - x0)
                 value, more = self.value(run, batch, policy.decode(estimate), share, inversion)
                 losses.append(-(weight.to(value) * value).mean())
                 for name, values in more.items():
@@ -117,32 +122,27 @@ class DirectAlign(Stateless):
         total = self.reward_weight * torch.stack(losses).mean()
         return total, {name: torch.stack(values).mean(0) for name, values in logs.items()}
 
-    def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
-        """What is to rise, (B,), and logs. Inversion moves against the prediction, so there the reward is to fall."""
-        scores = run.required_reward(images, batch.prompts)
-        return -scores if inversion else scores, {"reward": scores}
+    def shares(self, batch: Batch, level: int) -> Tensor:
+        """Each sample's position in the range of levels, 0 low to 1 high: (B,) float64."""
+        share = batch.rng.uniform(f"level/{level}", torch.float32).double()
+        return self.shift * share / (1 + (self.shift - 1) * share)
 
-    def _clean(self, policy: Policy, batch: Batch, noise: Tensor) -> Tensor:
+    def _clean(self, run: RunContext, batch: Batch, denoiser: Denoiser, noise: Tensor, sigmas: Tensor) -> Tensor:
         if self.source == "offline":
             if batch.latents is None:
                 raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
-            return batch.latents.to(policy.sigmas(self.steps).device)
-        indices = torch.zeros(len(batch.prompts), dtype=torch.long)
-        x = policy.start(noise, self.steps)
-        return roll(policy, batch, x, indices, indices + self.steps, policy.sigmas(self.steps), self.guidance_scale, self.eta)
+            return batch.latents.to(sigmas.device)
+        return rollout(run.policy, batch, denoiser, run.policy.start(noise, self.steps), sigmas, self.steps, eta=self.eta)
 
-    def _level(self, policy: Policy, batch: Batch, level: int) -> tuple[Tensor, float, float]:
-        """Each sample's place in the range of levels, 0 low to 1 high (B,), and the range in flow units."""
-        high = min(self.sigma_high, to_flow(float(policy.sigmas(self.steps)[0]), policy.space))
-        places = [float(torch.rand((), generator=generator(batch.rng.seed, batch.rng.step, i, "level", level))) for i in batch.rng.indices]
-        share = torch.tensor(places, dtype=torch.float64)
-        return self.shift * share / (1 + (self.shift - 1) * share), self.sigma_low, high
+    def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
+        """What is maximised, (B,), and logs. Inversion moves against the prediction, so there the reward is minimised."""
+        scores = run.required_reward(images, batch.prompts)
+        return -scores if inversion else scores, {"reward": scores}
 
-    def _estimate(self, policy: Policy, batch: Batch, x0: Tensor, noise: Tensor, called: Tensor, recovered: Tensor) -> Tensor:
-        """x̂0 (B,C,h,w) for levels in flow units (B,)."""
-        here, there = (from_flow(s, policy.space).to(x0) for s in (called, recovered))
-        denoised = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)(policy.add_noise(x0, noise, here), here)
-        return x0 + per_sample(blend_weight(here, there, policy.space), x0) * (denoised - x0)
+
+def prefix_reward(reward: Reward | None) -> PrefixReward | None:
+    """The reward as one that scores an image under several prefixed prompts, if it can: two-tower rewards do."""
+    return reward if isinstance(reward, PrefixReward) and reward.takes_prefixes else None
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class SRPO(DirectAlign):
     """Semantic relative preference optimisation (Shen et al. 2025, arXiv:2509.06942, section 3.2): Direct-Align on a difference.
 
     The reward is (1+κ)s⁺ − s⁻, one image's scores under a positive and a negative control word before its prompt: what the
-    reward says of every image, whatever the words, cancels. κ runs linearly over the noise levels and weighs the plain
+    reward gives every image, whatever the words, cancels. κ runs linearly over the noise levels and weighs the plain
     score, negative at low noise (against over-saturation) and positive at high noise. It needs a two-tower reward.
     """
 
@@ -174,7 +174,7 @@ class SRPO(DirectAlign):
     def check(self, context: RunContext) -> None:
         """Refuse rewards that cannot score an image under several wordings."""
         super().check(context)
-        if prefix_scores(context.reward) is None:
+        if prefix_reward(context.reward) is None:
             raise ValueError("SRPO compares an image's scores under control words: it needs one two-tower reward (HPS, PickScore, CLIP)")
 
     def wordings(self, prompts: Sequence[str]) -> list[str]:
@@ -184,7 +184,7 @@ class SRPO(DirectAlign):
 
     def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
         """(1+κ)s⁺ − s⁻; in the inversion branch the words change places, and κ its sign."""
-        towers = prefix_scores(run.reward)
+        towers = prefix_reward(run.reward)
         if towers is None:
             raise ValueError("SRPO needs one two-tower reward")
         words = (self.positive[batch.number % len(self.positive)], self.negative[batch.number % len(self.negative)])

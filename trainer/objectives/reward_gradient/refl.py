@@ -10,17 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...denoiser import per_sample
-from ...policy import Batch, Policy
-from ...sampling import alpha
-from ..base import (
-    Logs,
-    RunContext,
-    Stateless,
+from ...denoiser import Denoiser, per_sample
+from ...policy import Batch
+from ...sampling import alpha, end_of, trajectory
+from ..base import Logs, RunContext, Stateless
+from .shared import (
     distance_to_base,
-    one_step,
     reward_threshold,
-    roll,
+    rollout,
     rollout_noise,
     sampler_steps,
     shaped,
@@ -84,10 +81,10 @@ class ReFL(Stateless):
         sigmas = policy.sigmas(self.steps)
         low, high = self.index_range(sigmas)
         m = batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
-        x = policy.start(batch.rng.normal("start", batch.shape(policy)), self.steps)
-        x = roll(policy, batch, x, torch.zeros_like(m), m, sigmas, self.guidance_scale, self.eta)
-        denoised = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)(x, sigmas[m])
-        return self._reward_loss(run, batch, x, sigmas[m], denoised)
+        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
+        x = policy.start(batch.rng.start_noise(batch.shape(policy)), self.steps)
+        x = rollout(policy, batch, denoiser, x, sigmas, m, eta=self.eta)
+        return self._reward_loss(run, batch, x, sigmas[m], denoiser(x, sigmas[m]))
 
     def _reward_loss(self, run: RunContext, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Logs]:
         scores = run.scores(denoised, batch.prompts)
@@ -151,16 +148,12 @@ class ImageReFL(ReFL):
         first = batch.rng.integers("image start", self.start_from, self.start_to, shared=not self.per_sample)
         last = batch.rng.integers("gradient step", low, high, shared=not self.per_sample).maximum(first)
 
-        noise = batch.rng.normal("start", batch.shape(policy)).to(latents)
-        start = policy.add_noise(latents, noise, sigmas[first])
+        start = policy.add_noise(latents, batch.rng.start_noise(batch.shape(policy)).to(latents), sigmas[first])
         denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
-        if self.diffusion_weight == 0 and bool((last > first).all()):
-            with torch.no_grad():
-                at_start = denoiser(start, sigmas[first])
-        else:
+        with torch.set_grad_enabled(self.diffusion_weight > 0 or bool((last == first).any())):
             at_start = denoiser(start, sigmas[first])
 
-        x, denoised = self._from_start(policy, batch, start, at_start, first, last, sigmas)
+        x, denoised = self._from_start(run, batch, denoiser, start, at_start, first, last)
         loss, logs = self._reward_loss(run, batch, x, sigmas[last], denoised)
         if self.diffusion_weight > 0:
             here = sigmas[first]
@@ -171,17 +164,28 @@ class ImageReFL(ReFL):
         return loss, logs
 
     def _from_start(
-        self, policy: Policy, batch: Batch, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor, sigmas: Tensor
+        self, run: RunContext, batch: Batch, denoiser: Denoiser, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """State and x0-prediction at the gradient step, reusing the evaluation at the start."""
+        """State and x0-prediction at the gradient step; the prediction at the start takes the first step too."""
         onward = (last > first).nonzero()[:, 0]
         if len(onward) == 0:
             return start, at_start
-        x = start.detach().clone()
-        for i in sorted(set(first[onward].tolist())):
-            rows = onward[first[onward] == i]
-            x[rows] = one_step(policy, batch, start[rows].detach(), at_start[rows].detach(), i, sigmas, self.eta, rows)
-        x = roll(policy, batch, x, first + 1, last, sigmas, self.guidance_scale, self.eta)
-        prompts = [batch.prompts[r] for r in onward.tolist()]
-        later = policy.denoiser(prompts, guidance_scale=self.guidance_scale)(x[onward], sigmas[last[onward]])
+        sigmas, known = run.policy.sigmas(self.steps), _Known(at_start.detach())
+        noise_at, space = batch.rng.step_noise(batch.shape(run.policy)), run.policy.space
+        x = end_of(start, trajectory(known, start, sigmas, noise_at, first=first, last=last.minimum(first + 1), eta=self.eta, space=space))
+        x = rollout(run.policy, batch, denoiser, x, sigmas, last, first + 1, self.eta)
+        later = denoiser.rows(onward)(x[onward], sigmas[last[onward]])
         return x, at_start.index_copy(0, onward.to(at_start.device), later)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A denoiser whose predictions (B,C,h,w) have been made already."""
+
+    denoised: Tensor
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
+        return self.denoised
+
+    def rows(self, index: Tensor) -> _Known:
+        return _Known(self.denoised[index])

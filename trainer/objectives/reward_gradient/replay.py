@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-Law = Literal["uniform", "prioritised", "newest"]
+Sampling = Literal["uniform", "prioritised", "newest"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Replay:
         if capacity < 1:
             raise ValueError("a replay buffer must hold at least one trajectory")
         self.folder, self.capacity, self.deletes = folder, capacity, deletes
-        self.held: list[Trajectory] = []
+        self.trajectories: list[Trajectory] = []
         self.count = 0  # ever added
 
     def add(self, prompt: str, reward: float, states: Tensor | None) -> Trajectory:
@@ -52,7 +52,7 @@ class Replay:
         if states is not None:
             self._keep(self._path(new), states)
         self.count += 1
-        self.held = [*self.held, new][-self.capacity :]
+        self.trajectories = [*self.trajectories, new][-self.capacity :]
         return new
 
     def _keep(self, path: Path, states: Tensor) -> None:
@@ -70,42 +70,42 @@ class Replay:
         with safe_open(self._path(trajectory), framework="pt") as file:
             return file.get_slice("states")[index].float()
 
-    def probabilities(self, law: Law, steps: int, gamma: float) -> Tensor:
-        """Chance (n,T) float64 of each held trajectory's each state.
+    def probabilities(self, sampling: Sampling, steps: int, gamma: float) -> Tensor:
+        """Chance (n,T) float64 of every state of every trajectory.
 
         uniform: all alike. prioritised: in proportion to max(reward, 0)·γ^(T−1−i) (SQDF, arXiv:2512.04559, official code's
         rule; uniform over trajectories where no reward is positive). newest: uniform over the last trajectory alone.
         """
-        n = len(self.held)
-        if law == "uniform":
+        n = len(self.trajectories)
+        if sampling == "uniform":
             return torch.full((n, steps), 1 / (n * steps), dtype=torch.float64)
-        if law == "newest":
+        if sampling == "newest":
             chances = torch.zeros(n, steps, dtype=torch.float64)
             chances[-1] = 1 / steps
             return chances
-        worth = torch.tensor([max(t.reward, 0.0) for t in self.held], dtype=torch.float64)
+        worth = torch.tensor([max(t.reward, 0.0) for t in self.trajectories], dtype=torch.float64)
         if float(worth.sum()) == 0:
             worth = torch.ones_like(worth)
         credit = gamma ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
         joint = worth[:, None] * credit[None]
         return joint / joint.sum()
 
-    def draw(self, places: Tensor, law: Law, steps: int, gamma: float) -> list[tuple[Trajectory, int]]:
-        """A trajectory and the index of a state for each of `places`, uniform numbers in [0,1), by inverting the law."""
-        chances = self.probabilities(law, steps, gamma).flatten().cumsum(0)
-        found = torch.searchsorted(chances, places.double() * chances[-1], right=True).clamp(max=len(chances) - 1)
-        return [(self.held[int(f) // steps], int(f) % steps) for f in found]
+    def draw(self, uniform: Tensor, sampling: Sampling, steps: int, gamma: float) -> list[tuple[Trajectory, int]]:
+        """A trajectory and the index of a state for each of the `uniform` numbers in [0,1), by inverting the distribution."""
+        chances = self.probabilities(sampling, steps, gamma).flatten().cumsum(0)
+        rows = torch.searchsorted(chances, uniform.double() * chances[-1], right=True).clamp(max=len(chances) - 1)
+        return [(self.trajectories[int(row) // steps], int(row) % steps) for row in rows]
 
     # -- on disk -------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """The list, for a checkpoint."""
-        return {"count": self.count, "held": [asdict(t) for t in self.held]}
+        return {"count": self.count, "held": [asdict(t) for t in self.trajectories]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The list of a checkpoint; files of later trajectories are deleted, a missing one is an error."""
-        self.count, self.held = state["count"], [Trajectory(**t) for t in state["held"]]
-        lost = [t for t in self.held if not self._path(t).is_file()]
+        self.count, self.trajectories = state["count"], [Trajectory(**t) for t in state["held"]]
+        lost = [t for t in self.trajectories if not self._path(t).is_file()]
         if lost:
             raise FileNotFoundError(
                 f"{len(lost)} trajectories of the replay buffer are missing in {self.folder}, first {self._path(lost[0]).name}"
@@ -115,14 +115,14 @@ class Replay:
     def saved(self) -> None:
         """The list is in a checkpoint: delete the files that are not on it."""
         if self.deletes and self.folder.is_dir():
-            names = {self._path(t).name for t in self.held}
+            names = {self._path(t).name for t in self.trajectories}
             for path in self.folder.iterdir():
                 if path.name not in names:
                     path.unlink()
 
     def clear(self) -> None:
-        """Hold nothing any more; files go with the next checkpoint."""
-        self.held = []
+        """Empty the list; files are deleted with the next checkpoint."""
+        self.trajectories = []
 
     def _path(self, trajectory: Trajectory) -> Path:
         return self.folder / f"{trajectory.number:09d}.safetensors"

@@ -7,7 +7,7 @@ of x0, by the base model or by a consistency adapter.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ...denoiser import per_sample
 from ...policy import Batch, Policy
-from ...rng import generator
-from ...sampling import Space, step
-from ..base import Logs, Loss, Objective, RunContext, sampler_steps, snr, training_guidance_scale, weight_of_reward
-from .replay import Law, Replay, free_bytes, trajectory_bytes
+from ...rng import Rng
+from ...sampling import Space, step, trajectory
+from ..base import Logs, Loss, Objective, RunContext
+from .replay import Replay, Sampling, free_bytes, trajectory_bytes
+from .shared import sampler_steps, snr, training_guidance_scale, weight_of_reward
 
 Estimator = Literal["base", "consistency"]
 
@@ -40,7 +41,7 @@ class SQDF(Objective):
         metadata={"min": 0.0, "help": "weight α of the KL per latent element (official 2.0 or 0.005 without the ½: 4.0 or 0.01 here)"},
     )
     estimator: Estimator = field(default="base", metadata={"help": "x0 after the transition: the base model, or a consistency adapter"})
-    replay: Law = field(default="uniform", metadata={"help": "law of the states: uniform, prioritised (reward·γ^…) or newest"})
+    replay: Sampling = field(default="uniform", metadata={"help": "how states are sampled: uniform, prioritised (reward·γ^…) or newest"})
     buffer_gb: float = field(
         default=2.0, metadata={"min": 0.0, "help": "size of the replay buffer on disk; 0 trains on new rollouts alone"}
     )
@@ -97,10 +98,8 @@ class SoftQ(Loss):
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        o = self.objective
         x, prompts, index, collected = self._states(batch)
-        batch = replace(batch, prompts=tuple(prompts))
-        loss, logs = transition_loss(o, self.run, batch, x, index)
+        loss, logs = transition_loss(self.objective, self.run, prompts, batch.rng, x, index)
         return loss, {**logs, "rollout reward": collected} if collected is not None else logs
 
     def _states(self, batch: Batch) -> tuple[Tensor, list[str], Tensor, Tensor | None]:
@@ -108,23 +107,20 @@ class SoftQ(Loss):
         o, policy = self.objective, self.run.policy
         if o.buffer_gb == 0:
             index = batch.rng.integers("transition", 0, o.steps - 1)
-            states, ends = rollouts(o, policy, batch)
+            states, ends = rollouts(o, policy, batch.prompts, batch.rng)
             return states[torch.arange(len(index)), index], list(batch.prompts), index, self._rewards(ends, batch.prompts)
         replay = self._open(policy)
         collected = None
-        if batch.number % o.collect_every == 0 or not replay.held:
-            states, ends = rollouts(o, policy, batch)
+        if batch.number % o.collect_every == 0 or not replay.trajectories:
+            states, ends = rollouts(o, policy, batch.prompts, batch.rng)
             collected = self._rewards(ends, batch.prompts)
             # each process writes its own rollouts; the list, in the order of the joined batch, is everyone's
             for rank, new in enumerate(self.processes.exchange(list(zip(batch.prompts, collected.tolist())))):
                 for row, (prompt, score) in enumerate(new):
                     replay.add(prompt, score, states[row] if rank == self.processes.rank else None)
             self.processes.exchange(None)  # all files are there before one is read
-        rng = batch.rng
-        places = torch.tensor(
-            [float(torch.rand((), generator=generator(rng.seed, rng.step, i, "replay"), dtype=torch.float64)) for i in rng.indices]
-        )
-        drawn = replay.draw(places.double(), o.replay, o.steps, o.gamma)
+        uniform = batch.rng.uniform("replay").float()  # float32 as in 0.1.0: the same states are drawn
+        drawn = replay.draw(uniform, o.replay, o.steps, o.gamma)
         x = torch.stack([replay.read(t, i) for t, i in drawn]).to(policy.sigmas(o.steps).device)
         return x, [t.prompt for t, _ in drawn], torch.tensor([i for _, i in drawn]), collected
 
@@ -164,22 +160,17 @@ class SoftQ(Loss):
 
 
 @torch.no_grad()
-def rollouts(objective: SQDF, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+def rollouts(objective: SQDF, policy: Policy, prompts: Sequence[str], rng: Rng) -> tuple[Tensor, Tensor]:
     """The tuned model's ancestral rollouts: states (B,T,C,h,w) before each transition, and their ends (B,C,h,w)."""
-    sigmas = policy.sigmas(objective.steps)
-    x = policy.start(batch.rng.normal("start", policy.latent_shape), objective.steps)
-    denoiser = policy.denoiser(batch.prompts, guidance_scale=objective.guidance_scale)
-    states: list[Tensor] = []
+    x = policy.start(rng.start_noise(policy.latent_shape), objective.steps)
+    denoiser = policy.denoiser(prompts, guidance_scale=objective.guidance_scale)
+    noise_at = rng.step_noise(policy.latent_shape)
     with policy.merged():
-        for i in range(objective.steps):
-            states.append(x)
-            here, there = sigmas[i].expand(len(x)), sigmas[i + 1].expand(len(x))
-            noise = batch.rng.normal(f"step {i}", policy.latent_shape).to(x)
-            x = step(x, denoiser(x, here), here, there, noise, 1.0, policy.space)
-    return torch.stack(states, 1), x
+        steps = list(trajectory(denoiser, x, policy.sigmas(objective.steps), noise_at, space=policy.space))
+    return torch.stack([t.x for t in steps], 1), steps[-1].x_next
 
 
-def transition_loss(objective: SQDF, run: RunContext, batch: Batch, x: Tensor, index: Tensor) -> tuple[Tensor, Logs]:
+def transition_loss(objective: SQDF, run: RunContext, prompts: Sequence[str], rng: Rng, x: Tensor, index: Tensor) -> tuple[Tensor, Logs]:
     """SQDF's loss () of the transitions index (B,) from states x, and logs of (B,).
 
     The frozen estimate is another state of the same network, and two states never share a graph: its gradient
@@ -187,8 +178,8 @@ def transition_loss(objective: SQDF, run: RunContext, batch: Batch, x: Tensor, i
     """
     o, policy, sigmas = objective, run.policy, run.policy.sigmas(objective.steps)
     here, there = sigmas[index], sigmas[index + 1]
-    denoised = policy.denoiser(batch.prompts, guidance_scale=o.guidance_scale)(x, here)
-    noise = batch.rng.normal("transition noise", policy.latent_shape).to(x)
+    denoised = policy.denoiser(prompts, guidance_scale=o.guidance_scale)(x, here)
+    noise = rng.normal("transition noise", policy.latent_shape).to(x)
     following = step(x, denoised, here, there, noise, 1.0, policy.space)
 
     leaf = following.detach().requires_grad_()
@@ -196,8 +187,8 @@ def transition_loss(objective: SQDF, run: RunContext, batch: Batch, x: Tensor, i
     with torch.enable_grad(), policy.adapter(o.estimator):
         # the last transition ends in x0 itself; its row is evaluated at the last level and left aside
         guidance_scale = o.guidance_scale if o.estimator == "base" else 1.0
-        estimate = policy.denoiser(batch.prompts, guidance_scale=guidance_scale)(leaf, torch.where(ended, sigmas[-2], there))
-        scores = run.scores(torch.where(per_sample(ended, leaf).bool(), leaf, estimate), batch.prompts)
+        estimate = policy.denoiser(prompts, guidance_scale=guidance_scale)(leaf, torch.where(ended, sigmas[-2], there))
+        scores = run.scores(torch.where(per_sample(ended, leaf).bool(), leaf, estimate), prompts)
         credit = (o.gamma ** (o.steps - 1 - index).double()).to(scores)
         worth = credit * scores
         (pull,) = torch.autograd.grad(worth.sum(), leaf)
@@ -206,7 +197,7 @@ def transition_loss(objective: SQDF, run: RunContext, batch: Batch, x: Tensor, i
     gain = (worth.detach() + product - product.detach()).mean()  # the value of the reward term, with its gradient
     loss = -o.reward_weight * gain
     nats = kl_weights(sigmas, policy.space)[index].to(x) * (
-        denoised - policy.denoiser(batch.prompts, adapter="base", guidance_scale=o.guidance_scale)(x, here)
+        denoised - policy.denoiser(prompts, adapter="base", guidance_scale=o.guidance_scale)(x, here)
     ).square().flatten(1).sum(1)
     per_element = nats / x[0].numel()
     if o.alpha > 0:
@@ -217,7 +208,7 @@ def transition_loss(objective: SQDF, run: RunContext, batch: Batch, x: Tensor, i
 def kl_weights(sigmas: Tensor, space: Space) -> Tensor:
     """½(SNR' − SNR) of each transition (T,): times ‖D_θ − D_ref‖² it is the transition's KL in nats, exactly.
 
-    Both laws are Gaussians of one width, and the difference of their means over it is √(SNR' − SNR)·ΔD, in either space.
+    Both are Gaussians of one width, and the difference of their means over it is √(SNR' − SNR)·ΔD, in either space.
     The last transition has no width; its SNR' is taken as twice its SNR, which in ε is the weight that the official code's
     grid gives it.
     """

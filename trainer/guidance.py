@@ -1,0 +1,122 @@
+"""Guidance and combined generation: weighted sums of denoisers whose weights are a function of the sampler step.
+
+Coefficients sum to 1, so a sum of x0-predictions is the same sum of ε- or v-predictions, and models of different
+parametrisation mix. A new guider is one row of MIXES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .denoiser import Denoise
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One denoiser of a mix: a model, one of its adapters, and the scale of classifier-free guidance inside it (1: none).
+
+    `model` names one of several models of a family, "" the model that generates.
+    """
+
+    adapter: str = "tuned"
+    guidance_scale: float = 1.0
+    model: str = ""
+
+
+Parts = tuple[tuple[Slot, float], ...]
+"""The slots that are evaluated at one step, with their coefficients."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """D = Σ coefficient·D_slot. coefficients(i, σ) of step i and its noise level sum to 1; a slot with 0 is not evaluated."""
+
+    slots: tuple[Slot, ...]
+    coefficients: Callable[[int, float], tuple[float, ...]]
+
+    def at(self, i: int, sigma: float) -> Parts:
+        """What is evaluated at step i. Raises ValueError where the coefficients do not sum to 1."""
+        found = self.coefficients(i, sigma)
+        if len(found) != len(self.slots) or abs(sum(found) - 1) > 1e-6:
+            raise ValueError(f"{len(self.slots)} denoisers have coefficients {found}: give one each, with sum 1")
+        return tuple((slot, value) for slot, value in zip(self.slots, found) if value != 0)
+
+
+def weighted_sum(denoisers: Sequence[tuple[Denoise, float]]) -> Denoise:
+    """The denoiser Σ coefficient·D; a single one, whose coefficient is 1, is itself."""
+    if len(denoisers) == 1:
+        return denoisers[0][0]
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        first, *others = [value * denoiser(x, sigma) for denoiser, value in denoisers]
+        return sum(others, first)
+
+    return denoise
+
+
+def cfg(slot: Slot) -> Mix:
+    """One model at every step, with the classifier-free guidance of its slot: both branches are one batched call."""
+    return Mix((slot,), lambda i, sigma: (1.0,))
+
+
+def combined(base: Slot, tuned: Slot, k: int) -> Mix:
+    """Combined generation (ImageReFL, arXiv:2505.22569, section 4): base for steps 0…k−1, tuned from step k on.
+
+    k = 0 is the tuned model alone, k = T the base alone.
+    """
+    return Mix((base, tuned), lambda i, sigma: (1.0, 0.0) if i < k else (0.0, 1.0))
+
+
+MIXES: dict[str, Callable[..., Mix]] = {
+    "cfg": cfg,
+    "combined": combined,
+}
+"""Every guider by name."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Where combined generation hands over from the base to the tuned model; give exactly one of the three.
+
+    step: number of sampler steps that the base draws. percent: their share of all steps, in [0,1].
+    sigma: the tuned model takes every evaluation with σ ≤ sigma, which does not depend on sampler or step count.
+    """
+
+    step: int | None = None
+    percent: float | None = None
+    sigma: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.step, self.percent, self.sigma) if v is not None]
+        if len(given) != 1:
+            raise ValueError("a switch is given as one of step, percent or sigma")
+        if self.percent is not None and not 0 <= self.percent <= 1:
+            raise ValueError(f"switch percent {self.percent}: give a share of the steps between 0 and 1")
+
+    def index(self, sigmas: Tensor) -> int:
+        """The first step that the tuned model takes, for a decreasing grid sigmas (T+1,)."""
+        steps = len(sigmas) - 1
+        if self.step is not None:
+            if not 0 <= self.step <= steps:
+                raise ValueError(f"switch at step {self.step} of {steps}: give 0 (tuned only) to {steps} (base only)")
+            return self.step
+        if self.percent is not None:
+            return round(self.percent * steps)
+        assert self.sigma is not None
+        # a relative margin so that a σ read from a file still hits its own grid point
+        return int((sigmas[:-1] > self.sigma * (1 + 1e-4)).sum())
+
+    @staticmethod
+    def parse(text: str) -> Switch:
+        """`15` (step), `75%`, or `sigma=0.63`."""
+        try:
+            if text.endswith("%"):
+                return Switch(percent=float(text[:-1]) / 100)
+            if text.startswith("sigma="):
+                return Switch(sigma=float(text[6:]))
+            return Switch(step=int(text))
+        except ValueError as error:
+            raise ValueError(f"switch {text!r}: write a step (15), a percentage (75%) or a noise level (sigma=0.63)") from error
