@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,10 +23,25 @@ LORAS = [f"{run}/lora.safetensors" for run in RUNS]
 LORAS += ["imagerefl/best.safetensors", "converted-peft", "converted-diffusers.safetensors", "delta.safetensors", "delta-lora.safetensors"]
 
 
-def cpu() -> str:
-    """The processor's name: bits differ between some."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+def machine() -> dict[str, str]:
+    """What float32 results depend on to the bit: the processor and PyTorch."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    parts = [line.split(":") for line in text.split("\n\n")[0].splitlines()]
+    cpu = {key.strip(): value.strip() for key, value in parts if key.strip() in ("model name", "cpu family", "model", "stepping")}
+    return {**cpu, "kernels": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
+def lines(run: str) -> list[dict[str, Any]]:
+    """A run's log without what depends on the machine."""
+    read = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "memory_gb")} for line in read]
+
+
+def describe_full(out: Path) -> None:
+    """Order of the parameters, by which a checkpoint's optimizer state is numbered, and log of the full fine-tune."""
+    names = list(torch.load("full/checkpoint.pt", weights_only=True)["adapter"])
+    described = {"parameters": len(names), "sha256 of their names, one a line": hashlib.sha256("\n".join(names).encode()).hexdigest()}
+    (out / "full.json").write_text(json.dumps({**described, "log": lines("full")}, indent=1) + "\n")
 
 
 def resume(out: Path) -> None:
@@ -33,12 +50,9 @@ def resume(out: Path) -> None:
     for run in RUNS:
         assert main(["train", f"{run}.toml", "--resume", "--steps=4"]) == 0
         save_file(load_file(f"{run}/lora.safetensors"), out / f"{run}.safetensors")
-        logs[run] = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-        for line in logs[run]:
-            del line["seconds"], line["memory_gb"]
+        logs[run] = lines(run)
     watch = json.loads(Path("imagerefl", "watch.json").read_text())
-    made = {"torch": torch.__version__, "cpu": cpu()}
-    (out / "resumed.json").write_text(json.dumps({**made, "log": logs, "watch": watch}, indent=1) + "\n")
+    (out / "resumed.json").write_text(json.dumps({"machine": machine(), "log": logs, "watch": watch}, indent=1) + "\n")
 
 
 def denoise(out: Path) -> None:
@@ -60,6 +74,7 @@ expected = here / "expected"
 shutil.rmtree(expected, ignore_errors=True)
 expected.mkdir()
 denoise(expected)
+describe_full(expected)
 with tempfile.TemporaryDirectory() as copy:
     shutil.copytree(here, copy, dirs_exist_ok=True)
     os.chdir(copy)

@@ -57,7 +57,7 @@ small = sorted(tensors, key=lambda k: (tensors[k].numel(), k))
 wide = [k for k in small if tensors[k].ndim == 2][:4]
 save_file({k: tensors[k].contiguous() for k in [*small[:20], *wide]}, "delta.safetensors", metadata=header)
 P
-rm -r full
 trainer convert delta.safetensors delta-lora.safetensors --rank 2 --overwrite
 "$PY" expect.py
+rm -r full
 rm -f */.lock
