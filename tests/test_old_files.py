@@ -28,7 +28,7 @@ CLOSE = 1e-5  # relative to the largest entry; other processors and versions of 
 def same_machine():
     """Whether float32 results must be the same bits: the processor and PyTorch are those that made the expected ones."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    cpu = {key.strip(): value.strip() for key, value in (line.split(":") for line in text.split("\n\n")[0].splitlines())}
+    cpu = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in text.split("\n\n")[0].splitlines())}
     return {**cpu, "kernels": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}.items() >= RESUMED["machine"].items()
 
 

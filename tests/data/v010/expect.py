@@ -26,7 +26,7 @@ LORAS += ["imagerefl/best.safetensors", "converted-peft", "converted-diffusers.s
 def machine() -> dict[str, str]:
     """What float32 results depend on to the bit: the processor and PyTorch."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    parts = [line.split(":") for line in text.split("\n\n")[0].splitlines()]
+    parts = [line.split(":", 1) for line in text.split("\n\n")[0].splitlines()]
     cpu = {key.strip(): value.strip() for key, value in parts if key.strip() in ("model name", "cpu family", "model", "stepping")}
     return {**cpu, "kernels": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
