@@ -13,13 +13,11 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..trainer.demo import files
 from ..trainer.reward import PrefixReward
-from ..trainer.rewards.registry import REWARDS, Places
-from ..trainer.rewards.registry import load as load_part
+from ..trainer.rewards.registry import REWARDS, WeightFolders
+from ..trainer.rewards.registry import load as load_spec
 from .sockets import CATEGORY, Reward, schema
 
-DEMO = {"demo-proxy": "proxy", "demo-heldout": "heldout", "demo-gold": "gold"}
 _FOLDER = "rewards"
 
 
@@ -33,7 +31,7 @@ def register_folder() -> None:
 def names() -> list[str]:
     """What Load Reward Model offers: the embedded rewards, the known ones, and reward folders of one's own in models/rewards."""
     own = [p.parent.name for root in roots() for p in sorted(root.glob("*/merges.txt.gz"))]
-    return [*DEMO, *REWARDS, *(name for name in dict.fromkeys(own) if name not in REWARDS)]
+    return [*REWARDS, *(name for name in dict.fromkeys(own) if name not in REWARDS)]
 
 
 def roots() -> list[Path]:
@@ -127,27 +125,13 @@ class Combined:
 def load(name: str) -> Loaded:
     """A reward by the name that `names` lists."""
     with torch.inference_mode(False):  # its weights must be able to carry gradients to the pixels later
-        if name == "demo-gold":
-            return Loaded(name, files.load_reward("gold"))
-        folder = (
-            files.FOLDER / DEMO[name] if name in DEMO else next((r / name for r in roots() if (r / name / "merges.txt.gz").is_file()), None)
-        )
-        part = load_part(str(folder or name), places=Places(roots()))
+        folder = next((root / name for root in roots() if (root / name / "merges.txt.gz").is_file()), None)
+        spec = load_spec(str(folder or name), folders=WeightFolders(roots()))
     management = comfy.model_management
     devices = management.get_torch_device(), management.unet_offload_device()
-    patchers = tuple(comfy.model_patcher.ModelPatcher(network, *devices) for network in _networks(part.reward))
-    return Loaded(name, part.reward, part.mean, part.std, patchers)
-
-
-def _networks(reward: Any) -> list[torch.nn.Module]:
-    """The modules that a reward holds, itself or through a reward inside it."""
-    found: list[torch.nn.Module] = []
-    for value in vars(reward).values():
-        if isinstance(value, torch.nn.Module):
-            found.append(value)
-        elif hasattr(value, "differentiable"):
-            found += _networks(value)
-    return found
+    has_weights = any(True for _ in spec.reward.parameters())
+    patchers = (comfy.model_patcher.ModelPatcher(spec.reward, *devices),) if has_weights else ()
+    return Loaded(name, spec.reward, spec.mean, spec.std, patchers)
 
 
 class LoadReward(io.ComfyNode):

@@ -1,9 +1,8 @@
-"""What a reward is, and how one is put on a standard scale."""
+"""The protocols of rewards, as objectives see them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -18,17 +17,17 @@ class Reward(Protocol):
         ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images (B,3,H,W) in [0,1] and B prompts -> (B,) float32."""
+        """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""
         ...
 
 
 @runtime_checkable
 class PrefixReward(Reward, Protocol):
-    """A reward that looks at an image once and scores it under several wordings of its prompt."""
+    """A reward that encodes an image once and scores it under several prefixes of its prompt."""
 
     @property
     def takes_prefixes(self) -> bool:
-        """Whether `scores` works; wrappers are as what they wrap."""
+        """Whether `scores` is implemented."""
         ...
 
     def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
@@ -36,36 +35,7 @@ class PrefixReward(Reward, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Standardised:
-    """(r − mean)/std of a reward, with the statistics of the base model's images: one unit is one standard deviation."""
-
-    reward: Reward
-    mean: float
-    std: float
-
-    @property
-    def differentiable(self) -> bool:
-        """As the reward inside."""
-        return self.reward.differentiable
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,3,H,W), B prompts -> (B,) in standard deviations above the mean."""
-        return (self.reward(images, prompts) - self.mean) / self.std
-
-    @property
-    def takes_prefixes(self) -> bool:
-        """As the reward inside."""
-        return isinstance(self.reward, PrefixReward) and self.reward.takes_prefixes
-
-    def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
-        """(B,3,H,W), B prompts, P prefixes -> (B,P) in standard deviations above the mean."""
-        if not isinstance(self.reward, PrefixReward):
-            raise TypeError("only a two-tower reward scores an image under several prompts")
-        return (self.reward.scores(images, prompts, prefixes) - self.mean) / self.std
-
-
-def same_number(images: Tensor, prompts: Sequence[str]) -> None:
-    """Refuse a batch whose images and prompts do not pair up."""
+def check_lengths(images: Tensor, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless there is one prompt per image."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} images: give one prompt per image")

@@ -37,8 +37,8 @@ def hps(depth, device):
     def load(dtype):
         torch.manual_seed(0)
         with torch.device(device):
-            model = open_clip.CLIP(**shape).to(dtype)
-        return TwoTower(model, tokenizer(77), 224, fit=Fit(224, "pad"))
+            model = open_clip.CustomTextCLIP(**shape).to(dtype)
+        return TwoTower(model, tokenizer(77), Fit(224, "pad"))
 
     return load
 

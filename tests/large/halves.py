@@ -39,7 +39,7 @@ def main():
     policy.add_lora(Lora(rank=4, alpha=4.0))
     for parameter in policy.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    tower = files.load_tower("proxy")[0]
+    tower = files.load_tower("proxy")
     print("| objective | relative difference |\n|---|---|")
     for name, kind in OBJECTIVES.items():
         if name == "sqdf-black-box":  # whose queries are shared by processes, not by halves

@@ -27,8 +27,10 @@ from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import Tally, dry
+from trainer.memory.offload import tensors
 from trainer.models.open import DTYPES, open_policy
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
+from trainer.rewards.preprocess import Fit
 from trainer.rewards.registry import load_reward
 from trainer.rewards.two_tower import TwoTower
 from trainer.runtime.processes import ALONE
@@ -58,7 +60,7 @@ def clip_reward():
     import open_clip
 
     architecture = ARCHITECTURES["ViT-B-32"]
-    return TwoTower(open_clip.CLIP(**architecture), tokenizer(), 224)
+    return TwoTower(open_clip.CustomTextCLIP(**architecture), tokenizer(), Fit(224))
 
 
 def one(case):
@@ -105,7 +107,7 @@ def one(case):
         models = planning.Models(policy, reward, features(reward))
         worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
         run = Run(config, policy, samples, reward, features=features(reward))
-        reward.checkpoint_gradients(checkpoints)
+        reward.gradient_checkpointing(checkpoints)
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run.optimizer.step()
@@ -133,7 +135,7 @@ def one(case):
         resident = (status("VmHWM:") - resident) * 2**20
         policy._embeddings.clear()
         counter = Tally(torch.device("cpu"))
-        counter.hold(planning._weights([policy.network, policy.vae, policy.pipeline.text_encoder, reward]), "weights")
+        counter.hold(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
         counter.hold([*policy.parameters(), *state], "state")
         real = counter.live["weights"]  # without the adapter, which `hold` has just moved; its text encoder has one layer
         with counter:

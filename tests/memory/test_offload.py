@@ -1,4 +1,4 @@
-"""Weights that wait on the CPU. The meta device stands for the accelerator: what lies there has no values, so none leak through it."""
+"""CPU offloading of rewards. The meta device stands for the accelerator: tensors there have no values, so none leak through it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from trainer.commands import train as commands
 from trainer.config import build
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import Tally
-from trainer.memory.offload import Parking, inside, slots
+from trainer.memory.offload import on_device, tensors
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.rewards.registry import load_reward
-from trainer.rewards.texts import apart_from_texts, readers, waits
-from trainer.rewards.weighted import Part, WeightedSum
+from trainer.rewards.weighted import RewardSpec, WeightedSum
 from trainer.runtime.processes import ALONE
 from trainer.training.evaluation import Watch, Watcher
 from trainer.training.run import TrainConfig, claim
@@ -27,117 +26,119 @@ from trainer.training.run import TrainConfig, claim
 META = torch.device("meta")
 
 
-def devices(tensors):
-    return {t.device.type for t in tensors}
+@pytest.fixture(autouse=True)
+def moves_back(monkeypatch):
+    """PyTorch refuses to copy from meta to the CPU; here weights come back without values."""
+    to = nn.Module.to
+
+    def move(module, target=None, *more, **named):
+        back = str(target) == "cpu" and any(t.is_meta for t in tensors(module))
+        return module.to_empty(device="cpu") if back else to(module, *[t for t in (target, *more) if t is not None], **named)
+
+    monkeypatch.setattr(nn.Module, "to", move)
 
 
-def test_what_is_parked_lies_on_the_device_only_inside_and_comes_back_as_it_was():
-    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    parked = Parking(slots(module))
-    with parked.here():  # not parked yet: nothing moves
-        assert devices(parked.tensors()) == {"cpu"}
-    parked.park(META)
-    homes = [id(t) for t in parked.tensors()]
-    with parked.here(), parked.here():
-        assert devices([*module.parameters(), *module.buffers()]) == {"meta"}
-        assert all(isinstance(p, nn.Parameter) and not p.requires_grad for p in module[0]._parameters.values())
-    with pytest.raises(ZeroDivisionError), parked.here():
-        raise ZeroDivisionError
-    assert [id(t) for t in parked.tensors()] == homes  # nothing was copied
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+def devices(module):
+    return {t.device.type for t in tensors(module)}
 
 
-def test_shared_weights_stay_shared():
-    one, two = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-    two.weight = one.weight
-    parked = Parking([*slots(one), *slots(two)])
-    parked.park(META)
-    with parked.here():
-        assert one.weight is two.weight and one.weight.device == META
-    assert one.weight is two.weight
-
-
-def test_slots_are_taken_by_full_name():
-    module = nn.ModuleDict({"visual": nn.Linear(2, 2), "text": nn.Linear(2, 2, bias=False)})
-    module.register_parameter("logit_scale", nn.Parameter(torch.zeros(())))
-    module.register_buffer("mask", None)
-    assert [name for _, name in slots(module, ("visual.", "logit_"))] == ["weight"]
-    assert len(slots(module)) == 4
+def small(name, folder):
+    return parity.open_case(name, folder, parity.CASES[name].small)[0]
 
 
 @pytest.mark.parametrize("name", ["hpsv2.1", "mps"])
-def test_a_text_tower_comes_for_a_prompt_not_met_before_and_scores_stay(name, tmp_path, monkeypatch):
-    reward, _ = parity.open_case(name, tmp_path, parity.CASES[name].small)
+def test_an_unknown_prompt_brings_the_text_tower_and_known_ones_need_none(name, tmp_path, monkeypatch):
+    reward = small(name, tmp_path)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     before = reward(images, ["a fox", "a boat"])
-    (reader,) = readers(WeightedSum([Part("x", reward)], raw=True))
-    reader.words.park(META)
-    assert devices(reader.model.visual.parameters()) == {"cpu"} and reader.model.logit_scale.device.type == "cpu"
-    at = []
-    words = reader.model.token_embedding
-    monkeypatch.setattr(words, "forward", lambda ids: at.append(words.weight.device.type) or 1 / 0)
+    known = dict(reward._encoded)
+    reward.text.to(META)
     torch.testing.assert_close(reward(images, ["a fox", "a boat"]), before, rtol=0, atol=0)
-    assert not at
+
+    reward = small(name, tmp_path)
+    reward._encoded.update(known)
+    reward.visual.to(META)
+    during = []
+    monkeypatch.setattr(reward, "encode_prompt", lambda prompt: during.append((prompt, devices(reward.text))) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        reward(images, ["a fox", "a cat"])
-    assert at == ["meta"] and words.weight.device.type == "cpu"
+        reward.remember(["a fox", "a cat"])
+    assert during == [("a cat", {"meta"})] and devices(reward.text) == {"cpu"}
 
 
 def watcher_of(judge, prompts):
     policy = SimpleNamespace(sigmas=lambda steps: torch.linspace(1, 0, steps + 1))
     watch = Watch(every=1, heldout="x", count=2, images=2)
-    return Watcher(watch, policy, {"reward": judge, "heldout": judge}, lambda x: x, prompts, 4, 1.0, 0, apart_from_texts(judge))
+    return Watcher(watch, policy, {"reward": judge, "heldout": judge}, lambda x: x, prompts, 4, 1.0, 0)
 
 
-def test_only_what_a_step_needs_stays_on_the_device(tmp_path_factory):
+class Recorder(parity.RewardModel):
+    """Records where it is placed, with which prompts."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.placed = []
+
+    def place(self, device, prompts=None):
+        self.placed.append((str(device), None if prompts is None else list(prompts)))
+        super().place(device, prompts)
+
+
+def test_the_runs_prompts_are_encoded_and_the_held_out_reward_waits_between_evaluations():
     prompts = ["a fox", "a boat", "a cat"]
-    trained, judge = (
-        parity.open_case(name, tmp_path_factory.mktemp(name), parity.CASES[name].small)[0] for name in ("hpsv2.1", "pickscore")
-    )
+    trained, judge = Recorder(), Recorder()
     watcher = watcher_of(judge, prompts)
     config = build(TrainConfig, {"out": "none", "objective": {"name": "srpo", "positive": ["x"], "negative": ["y"]}})
+    watcher.on_device = lambda: on_device(judge, "meta", prompts[:2])
     commands._place_rewards(config, "meta", [trained, None], watcher, prompts)
-    for reward, image_side in ((trained, "meta"), (judge, "cpu")):
-        assert devices(reward.model.visual.parameters()) == {image_side} and devices(reward.words.tensors()) == {"cpu"}
-    assert set(trained._texts) == {word + p for p in prompts for word in ("", "x. ", "y. ")}
-    assert set(judge._texts) == set(prompts[:2])  # as many as the watch uses
-    with watcher.waiting.here():
-        assert devices(judge.model.visual.parameters()) == {"meta"} and judge.model.logit_scale.device.type == "meta"
-        assert devices(judge.words.tensors()) == {"cpu"}
+    ((device, encoded),) = trained.placed
+    assert device == "meta" and set(encoded) == {word + p for p in prompts for word in ("", "x. ", "y. ")}
+    assert judge.placed == [("meta", prompts[:2])] and devices(judge) == {"cpu"} and devices(trained) == {"meta"}
+    with watcher.on_device():
+        assert devices(judge) == {"meta"}
 
     stays = build(TrainConfig, {"out": "none", "offload_encoders": False})
     commands._place_rewards(stays, "meta", [trained, None], watcher_of(judge, prompts), prompts)
-    assert {d for r in (trained, judge) for m in inside(r, nn.Module) for d in devices(m.parameters())} == {"meta"}
+    assert trained.placed[-1] == judge.placed[-1] == ("meta", None) and devices(judge) == {"meta"}
 
 
-def test_what_lies_deep_in_a_sum_comes_too_and_what_is_never_read_waits(tmp_path):
-    reward, _ = parity.open_case("aesthetic", tmp_path, parity.CASES["aesthetic"].small)
-    total = WeightedSum([Part("aesthetic", reward, 0.5, 5.0, 1.0)])
-    commands._place_rewards(build(TrainConfig, {"out": "none"}), "meta", [total, None], None, ["a fox"])
-    assert devices([*reward.tower.model.visual.parameters(), *reward.head.parameters()]) == {"meta"}
-    assert devices(reward.tower.words.tensors()) == {"cpu"} and not reward.tower._texts
+@pytest.mark.parametrize("name", ["hpsv2.1", "mps"])
+def test_a_placed_text_tower_waits_on_the_cpu_unless_the_prompts_exceed_the_cache(name, tmp_path, monkeypatch):
+    reward = small(name, tmp_path)
+    total = WeightedSum([RewardSpec(name, reward, 0.5, 5.0, 1.0)])
+    monkeypatch.setattr(type(reward), "encode_prompt", lambda self, prompt: devices(self.text))
+    total.place(META, ["a", "b"])
+    assert devices(reward.visual) == {"meta"} and devices(reward.text) == {"cpu"} and reward._encoded == {"a": {"meta"}, "b": {"meta"}}
+    monkeypatch.setattr(type(reward), "prompts_kept", 1)
+    reward.forget()
+    total.place(META, ["a", "b"])
+    assert devices(total) == {"meta"} and not reward._encoded
 
 
-def test_a_text_tower_stays_where_there_are_more_texts_than_are_remembered(tmp_path, monkeypatch):
-    reward, _ = parity.open_case("mps", tmp_path, parity.CASES["mps"].small)
-    monkeypatch.setattr(reward, "texts_kept", 3, raising=False)
-    config = build(TrainConfig, {"out": "none"})
-    commands._place_rewards(config, "meta", [reward], None, ["a", "b", "c", "d"])
-    assert devices(reward.words.tensors()) == {"meta"} and not reward._texts
-    assert not waits(reward, 4) and waits(reward, 3)
+def test_aesthetic_has_no_text_tower_and_imagereward_moves_whole(tmp_path_factory):
+    for name in ("aesthetic", "imagereward"):
+        reward = small(name, tmp_path_factory.mktemp(name))
+        reward.place(META, ["a"])
+        assert reward.text_tower is None and devices(reward) == {"meta"}
+
+
+def test_planned_weights_leave_out_the_text_towers_that_wait(tmp_path, monkeypatch):
+    reward = small("mps", tmp_path)
+    monkeypatch.setattr(type(reward), "prompts_kept", 3)
+    monkeypatch.setattr(type(reward), "remember", lambda *_: None)
+    reward.to(META)
     counted = []
     for count in (3, 4):
-        tally = Tally(torch.device("meta"))
-        monkeypatch.setattr(reward, "remember", lambda texts: None)
+        tally = Tally(META)
         counted.append((planning._read(tally, [reward], ["a"], count, "reward weights"), tally.live["reward weights"]))
     (waiting, without), (none, whole) = counted
-    assert waiting == sum(t.nbytes for t in reward.words.tensors()) and none == 0
-    assert whole - without == sum(-(-t.nbytes // 512) * 512 for t in reward.words.tensors())
+    assert waiting == sum(t.nbytes for t in tensors(reward.text)) and none == 0
+    assert whole - without == sum(-(-t.nbytes // 512) * 512 for t in tensors(reward.text))
 
 
-def test_a_users_own_module_is_moved_by_its_own_to(tmp_path):
-    """An LSTM keeps views of its weights that only its own `to` renews."""
+@pytest.mark.parametrize("wrapper", ["Reward()", "Caller()"])
+def test_a_users_own_module_moves_with_the_reward(wrapper, tmp_path):
+    """An LSTM keeps views of its weights, which must move too; a callable object may hold the module."""
     (tmp_path / "own.py").write_text(
         "import torch\n"
         "class Reward(torch.nn.Module):\n"
@@ -146,19 +147,17 @@ def test_a_users_own_module_is_moved_by_its_own_to(tmp_path):
         "        self.inner = torch.nn.LSTM(3, 1)\n"
         "    def forward(self, images, prompts):\n"
         "        return self.inner(images.mean((2, 3)))[0][:, 0]\n"
-        "reward = Reward()\n"
+        "class Caller:\n"
+        "    def __init__(self):\n"
+        "        self.inner = Reward().inner\n"
+        "    def __call__(self, images, prompts):\n"
+        "        return self.inner(images.mean((2, 3)))[0][:, 0]\n"
+        f"reward = {wrapper}\n"
     )
     reward = load_reward(str(tmp_path / "own.py"), False)
-    config = build(TrainConfig, {"out": "none", "reward": str(tmp_path / "own.py")})
-    commands._place_rewards(config, "meta", [reward], None, ["a"])
-    assert devices(reward.function.inner._flat_weights) == {"meta"}
-
-
-def test_rewards_without_a_text_tower_wait_whole(tmp_path):
-    reward, _ = parity.open_case("imagereward", tmp_path, parity.CASES["imagereward"].small)
-    assert not readers(reward)
-    weights = {id(t) for t in (*reward.model.parameters(), *reward.model.buffers())}
-    assert {id(t) for t in apart_from_texts(reward).tensors()} == weights
+    assert reward(torch.rand(2, 3, 4, 4), ["a", "b"]).shape == (2,)
+    reward.place(META, ["a"])
+    assert devices(reward) == {"meta"} and {t.device.type for t in reward.function.inner._flat_weights} == {"meta"}
 
 
 def test_the_plan_knows_what_waits():
@@ -166,8 +165,7 @@ def test_the_plan_knows_what_waits():
     more = {"out": "none", "batch_size": 2, "device": "cuda", "reward": "demo-proxy", "watch": {"every": 5, "heldout": "demo-heldout"}}
     here, away = (planned(build(TrainConfig, {**more, "offload_encoders": value})) for value in (False, True))
     reward = load_reward("demo-proxy", False)
-    size = lambda tensors: sum(-(-t.nbytes // 512) * 512 for t in tensors)  # noqa: E731
-    text = size(reward.words.tensors())
+    text = sum(-(-t.nbytes // 512) * 512 for t in tensors(reward.text))
     assert here.parts["reward weights"] - away.parts["reward weights"] == text > 0
     assert "other rewards' weights" in here.parts and "other rewards' weights" not in away.parts
     beside = here.moments["encoding prompts"] - away.moments["encoding prompts"]  # the denoiser comes when prompts are encoded

@@ -23,10 +23,11 @@ from trainer.lora.file import load_consistency
 from trainer.memory import oom as memory
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import META, Tally, dry
-from trainer.memory.offload import Parking
+from trainer.memory.offload import tensors
 from trainer.models.open import open_policy
 from trainer.models.unet import UNetPolicy
 from trainer.rewards.registry import load_reward
+from trainer.rewards.weighted import Standardised
 from trainer.runtime.processes import ALONE
 from trainer.training.evaluation import Watcher
 from trainer.training.nfe import CountingPolicy
@@ -113,7 +114,7 @@ def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
     run = Run(c, policy, samples, reward)
     policy.conditioning(("a", "b", ""))
     tally = Tally(torch.device("cpu"))
-    tally.hold(planning._weights([policy.network, policy.vae, policy.pipeline.text_encoder, reward]), "weights")
+    tally.hold(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
     with tally:
         state = planning._state(SimpleNamespace(policy=policy, optimizer=run.optimizer), "adamw", tally)
         loss, _ = run.loss(samples.batch(0, 0, 0, 2, 0))
@@ -209,7 +210,7 @@ def test_out_of_memory_names_the_place_and_a_setting_that_a_resumed_run_takes(pi
     [
         (UNetPolicy, "_encode_prompts", "the text encoders"),
         (torch.nn.Module, "to", "bringing the model to the device"),
-        (Parking, "_put", "bringing the rewards to the device"),
+        (Standardised, "place", "bringing the rewards to the device"),
     ],
 )
 def test_out_of_memory_before_the_first_step_names_its_place(where, name, said, monkeypatch):
@@ -219,7 +220,11 @@ def test_out_of_memory_before_the_first_step_names_its_place(where, name, said, 
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(where, name, full)
-    calls = {"_encode_prompts": lambda: policy.prepare(["a"]), "to": lambda: policy.to("cpu:0"), "_put": lambda: Parking().settle("cpu")}
+    calls = {
+        "_encode_prompts": lambda: policy.prepare(["a"]),
+        "to": lambda: policy.to("cpu:0"),
+        "place": lambda: commands._place_rewards(config(), "meta", [load_reward("demo-proxy", True)], None, ["a"]),
+    }
     with pytest.raises(torch.cuda.OutOfMemoryError) as raised:
         calls[name]()
     assert memory.place(raised.value) == said

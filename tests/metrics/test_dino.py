@@ -98,7 +98,7 @@ def test_lpips_is_the_paper_over_torchvisions_alexnet(lpips):
 
 def test_lpips_heads_of_another_network_are_refused(lpips, tmp_path):
     torch.save({"lin0.model.1.weight": torch.rand(1, 9, 1, 1)}, tmp_path / "vgg.pth")
-    with pytest.raises(ValueError, match=r"vgg.pth holds no LPIPS heads of AlexNet"):
+    with pytest.raises(ValueError, match=r"vgg.pth does not hold AlexNet's LPIPS heads"):
         Lpips.load(tmp_path / "alexnet.pth", tmp_path / "vgg.pth")
 
 

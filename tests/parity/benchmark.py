@@ -26,7 +26,7 @@ from trainer.data.images import load_bytes, to_pil
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
 from trainer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Fit, normalise
 from trainer.rewards.two_tower import TwoTower
-from trainer.rewards.weighted import Part
+from trainer.rewards.weighted import RewardSpec
 from trainer.scoring.items import Item
 from trainer.scoring.scorer import score
 
@@ -82,14 +82,14 @@ def measure(model: Any, context: int, items: Sequence[Item], batch: int, rounds:
         return tokenize(texts)
 
     def scored(tower: TwoTower, some: Sequence[Item]) -> list[float]:
-        return [row.raw["clip"] for row in score(some, [Part("clip", tower)], device, batch)]
+        return [row.raw["clip"] for row in score(some, [RewardSpec("clip", tower)], device, batch)]
 
-    known = TwoTower(model, tokenize, 224)
+    known = TwoTower(model, tokenize, Fit(224))
     known.text_features([item.prompt or "" for item in items])
     ready = normalise(torch.stack([Fit(224).of_bytes(load_bytes(i.path)) for i in items]).to(device) / 255)
     ways: dict[str, Way] = {
         "original": lambda: one_by_one(model, tokenize, items, device),
-        "ours": lambda: scored(TwoTower(model, counted, 224), items),  # prompts never met before
+        "ours": lambda: scored(TwoTower(model, counted, Fit(224)), items),  # prompts never met before
         "known": lambda: scored(known, items),  # prompts met before: what is left is the image side
         "bare": lambda: bare_tower(model, ready, batch),
     }
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in parsed.model or ["ViT-B-32", "ViT-H-14:4"]:
         shape = architecture(name)
         torch.manual_seed(0)
-        model: Any = open_clip.CLIP(**shape).to(parsed.device).eval().requires_grad_(False)
+        model: Any = open_clip.CustomTextCLIP(**shape).to(parsed.device).eval().requires_grad_(False)
         for batch in parsed.batch or [1, 8, 32]:
             number = parsed.pictures or max(2 * batch, 8)
             with tempfile.TemporaryDirectory() as folder:

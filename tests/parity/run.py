@@ -20,7 +20,7 @@ from tests.parity.clip import write_aesthetic, write_clip, write_hps, write_pick
 from tests.parity.image_reward import write_image_reward
 from tests.parity.mps import write_mps
 from tests.parity.pixels import pictures, pillow_error
-from trainer.reward import Reward
+from trainer.rewards.base import RewardModel
 from trainer.rewards.clip import ARCHITECTURES
 from trainer.rewards.image_reward import ARCHITECTURE
 from trainer.rewards.preprocess import Fit
@@ -70,20 +70,20 @@ CASES: dict[str, Case] = {
 
 def open_case(
     name: str, folder: Path, architecture: Mapping[str, Any]
-) -> tuple[Reward, Callable[[Sequence[Tensor], Sequence[str]], Tensor]]:
+) -> tuple[RewardModel, Callable[[Sequence[Tensor], Sequence[str]], Tensor]]:
     """The reward, loaded from random weights in `folder`, and its independent scorer."""
     scorer = CASES[name].write(folder, architecture)
     return reopen(name, folder, architecture), scorer
 
 
-def reopen(name: str, folder: Path, architecture: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Reward:
+def reopen(name: str, folder: Path, architecture: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> RewardModel:
     """The reward whose weights `open_case` wrote."""
     own = REWARDS[name].files["weights"].name
     return load(f"{name}@{folder / own}", dtype=dtype, architecture=architecture).reward
 
 
 @torch.no_grad()
-def relative_error(reward: Reward, scorer: Callable[[Sequence[Tensor], Sequence[str]], Tensor]) -> tuple[float, Tensor]:
+def relative_error(reward: RewardModel, scorer: Callable[[Sequence[Tensor], Sequence[str]], Tensor]) -> tuple[float, Tensor]:
     """Largest |port − independent| over the largest |independent|, and the independent scores, over SIZES and PROMPTS."""
     images = pictures()
     expected = scorer(images, PROMPTS)
@@ -92,7 +92,7 @@ def relative_error(reward: Reward, scorer: Callable[[Sequence[Tensor], Sequence[
 
 
 @torch.no_grad()
-def bf16_error(reward: Reward, half: Reward) -> float:
+def bf16_error(reward: RewardModel, half: RewardModel) -> float:
     """Mean |bf16 − fp32| over the standard deviation of the fp32 scores of 64 images, each under its own prompt."""
     styles = ("oil painting of a", "photo of a", "sketch of an old", "tiny red", "huge blue", "golden", "two", "a city with a")
     things = ("fox", "castle", "ship", "tree", "car", "portrait", "lake", "robot")

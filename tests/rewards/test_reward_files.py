@@ -17,10 +17,10 @@ from tests.parity.clip import write_pickscore
 from tests.parity.pixels import pictures
 from trainer.__main__ import main
 from trainer.rewards.calibrate import measure, write
-from trainer.rewards.files import WeightFile, download, find, folders
+from trainer.rewards.files import WeightFile, download, find, weight_folders
 from trainer.rewards.image_reward import word_pieces
-from trainer.rewards.registry import REWARDS, Places, load
-from trainer.rewards.weights import Held, fill, read_state
+from trainer.rewards.registry import REWARDS, WeightFolders, load
+from trainer.rewards.weights import Placement, fill, read_state
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_file_cut_short_is_said_to_be(suffix, left, pickscore, tmp_path):
     save_file(load_file(pickscore), whole) if suffix == ".safetensors" else torch.save(load_file(pickscore), whole)
     cut = tmp_path / ("cut" + suffix)
     cut.write_bytes(whole.read_bytes()[:left])
-    with pytest.raises(ValueError, match=f"cut{suffix} is no readable weight file, perhaps cut short"):
+    with pytest.raises(ValueError, match=f"cut{suffix} cannot be read as a weight file, it may be truncated"):
         opened(cut)
 
 
@@ -105,16 +105,16 @@ def test_whatever_is_wrong_with_a_file_is_one_sentence(kind, tmp_path):
 def test_weights_of_another_model_are_refused_by_name_and_shape(pickscore, tmp_path):
     state = load_file(pickscore)
     save_file({k: v for k, v in state.items() if k != "visual_projection.weight"}, tmp_path / "less.safetensors")
-    with pytest.raises(ValueError, match=r"less.safetensors is of another model: it lacks 1 weights \(visual.proj"):
+    with pytest.raises(ValueError, match=r"less.safetensors belongs to another model: it lacks 1 weights \(visual.proj"):
         opened(tmp_path / "less.safetensors")
     save_file({**state, "extra": torch.zeros(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"has 1 unknown ones \(extra"):
+    with pytest.raises(ValueError, match=r"has 1 unknown weights \(extra"):
         opened(tmp_path / "more.safetensors")
     save_file({**state, "visual_projection.weight": torch.zeros(128, 99)}, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match=r"visual.proj is \(99, 128\), not \(160, 128\)"):
         opened(tmp_path / "odd.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds no table of tensors"):
+    with pytest.raises(ValueError, match="is not a state dict: its values must be tensors"):
         opened(tmp_path / "list.pt")
     with pytest.raises(FileNotFoundError, match="no weight file"):
         opened(tmp_path / "none.safetensors")
@@ -136,7 +136,7 @@ def test_a_temperature_keeps_its_digits_in_half_precision(pickscore):
     for name in ("pickscore", "mps"):
         assert name in REWARDS
     half = load(f"pickscore@{pickscore}", dtype=torch.bfloat16, architecture=parity.SMALL_CLIP).reward
-    assert half.scale == pytest.approx(exact, rel=1e-6) and half.model.visual.proj.dtype is torch.bfloat16
+    assert half.scale == pytest.approx(exact, rel=1e-6) and half.visual.proj.dtype is torch.bfloat16
 
 
 def test_another_vocabulary_is_refused(tmp_path):
@@ -150,11 +150,11 @@ def test_another_vocabulary_is_refused(tmp_path):
 
 
 def test_filling_never_leaves_a_weight_unset(tmp_path):
-    module = fill(lambda: torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, tmp_path, Held())
+    module = fill(lambda: torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, tmp_path, Placement())
     assert not module.training and not any(p.requires_grad or p.is_meta for p in module.parameters())
 
 
-# -- places ----------------------------------------------------------------------------------------------------------
+# -- folders ----------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_found_in_a_folder_of_the_rewards_name_or_under_an_unmistakable_one(tmp_path):
@@ -173,13 +173,13 @@ def test_weights_are_found_in_a_folder_of_the_rewards_name_or_under_an_unmistaka
 
 def test_comfyuis_folder_comes_before_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
-    places = folders([tmp_path / "mine"])
-    assert places[0] == tmp_path / "mine" and tmp_path / "models" / "rewards" in places[:-1] and ".cache" in str(places[-1])
+    found = weight_folders([tmp_path / "mine"])
+    assert found[0] == tmp_path / "mine" and tmp_path / "models" / "rewards" in found[:-1] and ".cache" in str(found[-1])
 
 
 def test_a_missing_file_is_named_with_the_command_that_fetches_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"needs HPS_v2.1_compressed.pt: run `python -m trainer rewards download hpsv2.1`"):
-        load("hpsv2.1", places=Places([tmp_path]))
+        load("hpsv2.1", folders=WeightFolders([tmp_path]))
 
 
 # -- download --------------------------------------------------------------------------------------------------------
@@ -230,12 +230,12 @@ def test_other_content_under_the_same_name_is_refused(hub, tmp_path):
 def test_a_changed_file_is_not_loaded(pickscore):
     pickscore.with_name("model.safetensors.json").write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(ValueError, match="has changed since it was downloaded"):
-        load("pickscore", places=Places([pickscore.parent.parent]), architecture=parity.SMALL_CLIP)
+        load("pickscore", folders=WeightFolders([pickscore.parent.parent]), architecture=parity.SMALL_CLIP)
 
 
 def test_loading_never_fetches(hub, tmp_path):
     with pytest.raises(FileNotFoundError):
-        load("mps", places=Places([tmp_path]))
+        load("mps", folders=WeightFolders([tmp_path]))
     assert not hub.asked
 
 
@@ -300,19 +300,19 @@ def test_statistics_of_equal_scores_are_refused(tmp_path):
     with pytest.raises(ValueError, match="3 images with equal scores"):
         measure([2.0, 2.0, 2.0])
     write(tmp_path / "pickscore" / "statistics.json", 20.0, 2.0, 9)
-    places = Places([tmp_path / "empty", tmp_path])
-    assert places.read_statistics("pickscore") == (20.0, 2.0) and places.read_statistics("mps") is None
-    assert places.statistics("mps") == tmp_path / "empty" / "mps" / "statistics.json"
-    assert places.statistics("mps@/x/y.safetensors").as_posix() == "/x/y.statistics.json"
-    with pytest.raises(ValueError, match="demo-proxy is no reward whose statistics can be kept"):
-        places.statistics("demo-proxy")
+    folders = WeightFolders([tmp_path / "empty", tmp_path])
+    assert folders.read_statistics("pickscore") == (20.0, 2.0) and folders.read_statistics("mps") is None
+    assert folders.statistics("mps") == tmp_path / "empty" / "mps" / "statistics.json"
+    assert folders.statistics("mps@/x/y.safetensors").as_posix() == "/x/y.statistics.json"
+    with pytest.raises(ValueError, match="statistics of demo-proxy cannot be stored"):
+        folders.statistics("demo-proxy")
 
 
 def test_measured_statistics_of_a_reward_folder_replace_those_it_came_with(reward_folder, tmp_path):
     import shutil
 
     folder = shutil.copytree(reward_folder, tmp_path / "tower")
-    write(Places().statistics(str(folder)), 3.0, 2.0, 9)
+    write(WeightFolders().statistics(str(folder)), 3.0, 2.0, 9)
     assert (load(str(folder)).mean, load(str(folder)).std) == (3.0, 2.0)
 
 

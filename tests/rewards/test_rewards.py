@@ -14,16 +14,13 @@ from tests.parity import clip as independent_clip
 from tests.parity import run as parity
 from tests.parity.pixels import pictures, pillow_error, pixel_batch, with_pillow
 from trainer.demo import files as demo
-from trainer.reward import Standardised
+from trainer.rewards.base import RewardModel
 from trainer.rewards.compressibility import JpegSize
-from trainer.rewards.decompose import Decomposed, common_direction
 from trainer.rewards.mps import MPS
 from trainer.rewards.preprocess import Fit, resize_and_crop, resize_and_pad
 from trainer.rewards.python_file import PythonReward
 from trainer.rewards.registry import REWARDS, load
-from trainer.rewards.relative import Relative
-from trainer.rewards.two_tower import TwoTower
-from trainer.rewards.weighted import Part, WeightedSum, parse_weights
+from trainer.rewards.weighted import RewardSpec, Standardised, WeightedSum, parse_weights
 
 NAMES = list(parity.CASES)
 
@@ -84,8 +81,8 @@ def test_scores_do_not_depend_on_batch_mates(name, opened):
 
 def test_mps_reads_only_the_words_above_its_threshold(opened):
     reward, scorer = opened["mps"]
-    strict = MPS(reward.model, reward.cross, reward.tokenize, threshold=0.7)
-    kept = torch.stack([t.keep for t in strict._read(parity.PROMPTS)])
+    strict = MPS(reward, reward.cross, reward.tokenize, reward.fit, reward.scale, threshold=0.7)
+    kept = torch.stack([p.keep for p in strict.encoded(parity.PROMPTS)])
     assert kept.any(1).all() and 0.05 < kept.float().mean() < 0.95
     images = squares(4)
     scores = strict(images, parity.PROMPTS)
@@ -98,11 +95,11 @@ def test_checkpointing_changes_neither_scores_nor_gradients(name, opened):
     reward = opened[name][0]
     results = []
     for enabled in (False, True):
-        reward.checkpoint_gradients(enabled)
+        reward.gradient_checkpointing(enabled)
         images = squares(2).requires_grad_()
         scores = reward(images, ["a", "b"])
         results.append((scores.detach(), torch.autograd.grad(scores.sum(), images)[0]))
-    reward.checkpoint_gradients(False)
+    reward.gradient_checkpointing(False)
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -119,16 +116,16 @@ def test_bf16_moves_trained_scores_by_little():
     from trainer.demo.show import real_images
 
     images, captions = real_images(64, 0)
-    tower, _ = demo.load_tower("proxy")
+    tower = demo.load_tower("proxy")
     full = tower(images, captions)
-    tower.model.bfloat16()
-    tower._texts.clear()
+    tower.bfloat16()
+    tower.forget()
     assert (tower(images, captions) - full).abs().mean() < 0.05 * full.std()
 
 
 def test_every_distinct_prompt_is_encoded_once(opened):
     tower = opened["hpsv2.1"][0]
-    tower._texts.clear()
+    tower.forget()
     read = []
     whole, tower.tokenize = tower.tokenize, lambda texts: (read.extend(texts), whole(texts))[1]
     tower(squares(3), ["a", "b", "a"])
@@ -139,7 +136,7 @@ def test_every_distinct_prompt_is_encoded_once(opened):
 
 def test_a_score_made_in_inference_mode_still_trains_afterwards(opened):
     tower = opened["clip"][0]
-    tower._texts.clear()
+    tower.forget()
     with torch.inference_mode():
         tower(squares(1), ["a prompt first seen inside"])
     images = squares(1).requires_grad_()
@@ -200,59 +197,35 @@ def test_a_crop_of_a_very_wide_image_is_the_crop_of_all_of_it():
 # -- wrappers --------------------------------------------------------------------------------------------------------
 
 
-def test_relative_reward_is_two_scores_from_one_reading_of_the_image(opened):
+def test_prefixed_scores_encode_the_image_once(opened):
     tower = opened["hpsv2.1"][0]
-    images, prompts = squares(3), ["a fox", "two cats", "a fox"]
-    relative = Relative(tower, "Realistic photo. ", "CG Render. ", kappa=0.25)
-    plus = tower(images, ["Realistic photo. " + p for p in prompts])
-    minus = tower(images, ["CG Render. " + p for p in prompts])
+    images, prompts, prefixes = squares(3), ["a fox", "two cats", "a fox"], ["", "Realistic photo. "]
+    expected = torch.stack([tower(images, [prefix + p for p in prompts]) for prefix in prefixes], 1)
     calls = []
-    hook = tower.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(relative(images, prompts), 1.25 * plus - minus)
+    hook = tower.visual.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(tower.scores(images, prompts, prefixes), expected)
     hook.remove()
     assert len(calls) == 1
-    torch.testing.assert_close(tower.scores(images, prompts, ["", "x "])[:, 0], tower(images, prompts))
+    with pytest.raises(TypeError, match="JpegSize cannot score an image under several prompts"):
+        JpegSize(1).scores(images, prompts, prefixes)
 
 
-def test_decomposition_adds_up_and_omega_zero_forgets_the_common_direction(opened):
-    tower = opened["pickscore"][0]
-    images, prompts = squares(3), ["a fox", "two cats", "snow"]
-    common = common_direction(tower, [*prompts, "a fox", "a castle"])
-    expected = torch.stack([tower.text_features([p])[0] for p in [*prompts, "a castle"]]).mean(0)
-    torch.testing.assert_close(common, expected / expected.norm())
-    relevant, irrelevant = Decomposed(tower, common).parts(images, prompts)
-    torch.testing.assert_close(relevant + irrelevant, tower(images, prompts))
-    torch.testing.assert_close(Decomposed(tower, common, omega=1.0)(images, prompts), tower(images, prompts))
-    text = tower.text_features(prompts)
-    damped = text - 0.7 * (text @ common)[:, None] * common
-    torch.testing.assert_close(
-        Decomposed(tower, common, 0.3)(images, prompts), tower.scale * (damped * tower.image_features(images)).sum(1)
-    )
-    along = Decomposed(tower, common, omega=0.0)  # t' ⟂ m̂: an image along m̂ alone scores nothing
-    tower_like = TwoTower.__new__(TwoTower)
-    tower_like.__dict__.update(tower.__dict__)
-    tower_like.image_features = lambda x: common.expand(len(x), -1)
-    assert Decomposed(tower_like, along.common, 0.0)(images, prompts).abs().max() < 1e-4
-
-
-class Brightness:
-    differentiable = True
-
-    def __call__(self, images, prompts):
+class Brightness(RewardModel):
+    def forward(self, images, prompts):
         return images.mean((1, 2, 3))
 
 
 def test_a_weighted_sum_adds_standard_deviations():
     images = squares(4, 8)
-    bright, size = Part("bright", Brightness(), 2.0, 0.5, 0.1), Part("size", JpegSize(1), -1.0, 1.0, 0.5)
+    bright, size = RewardSpec("bright", Brightness(), 2.0, 0.5, 0.1), RewardSpec("size", JpegSize(1), -1.0, 1.0, 0.5)
     total = WeightedSum([bright, size])
     assert not total.differentiable
     expected = 2 * (Brightness()(images, []) - 0.5) / 0.1 - (JpegSize(1)(images, [""] * 4) - 1) / 0.5
     torch.testing.assert_close(total(images, [""] * 4), expected)
-    raw = WeightedSum([Part("bright", Brightness(), 3.0)], raw=True)
+    raw = WeightedSum([RewardSpec("bright", Brightness(), 3.0)], raw=True)
     torch.testing.assert_close(raw(images, [""] * 4), 3 * Brightness()(images, []))
     with pytest.raises(ValueError, match="no mean and standard deviation are known for bright: measure them with"):
-        WeightedSum([Part("bright", Brightness())])
+        WeightedSum([RewardSpec("bright", Brightness())])
     assert isinstance(bright.standardised, Standardised)
 
 
@@ -290,9 +263,9 @@ OWN = "import torch\n{flag}\ndef reward(images, prompts):\n    return {body}\n"
     ("text", "message"),
     [
         ("x = 1", "has no function reward"),
-        ("raise RuntimeError('no')", "fails when it is read: RuntimeError: no"),
-        (OWN.format(flag="", body="images"), r"gave \(2, 3, 8, 8\) for 2 images"),
-        (OWN.format(flag="", body="[1, 2]"), "gave list for 2 images"),
+        ("raise RuntimeError('no')", "fails when it is imported: RuntimeError: no"),
+        (OWN.format(flag="", body="images"), r"returned \(2, 3, 8, 8\) for 2 images"),
+        (OWN.format(flag="", body="[1, 2]"), "returned list for 2 images"),
         (OWN.format(flag="", body="images.mean((1, 2, 3)) / 0"), "not finite"),
     ],
 )
@@ -348,13 +321,13 @@ def test_a_sum_recomputes_activations_in_every_part_that_can(reward_folder):
     from trainer.rewards.registry import load_reward
 
     total = load_reward(f"{reward_folder}=2, demo-proxy=1", True)
-    total.checkpoint_gradients(True)
-    assert all(p.reward.model.visual.transformer.grad_checkpointing for p in total.parts)
+    total.gradient_checkpointing(True)
+    assert all(r.reward.visual.transformer.grad_checkpointing for r in total.rewards)
 
 
 def test_a_text_has_the_same_features_in_any_company():
     """To the last bit: a resumed run meets its prompts in other batches than the run that was not stopped."""
     prompts = ["a red star", "a ring", "three blue discs on green", "a large yellow square"]
-    together, alone = (demo.load_tower("proxy")[0] for _ in range(2))
+    together, alone = (demo.load_tower("proxy") for _ in range(2))
     expected = torch.cat([alone.text_features([prompt]) for prompt in prompts])
     assert torch.equal(together.text_features(prompts), expected)

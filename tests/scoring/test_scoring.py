@@ -19,8 +19,9 @@ from PIL import Image, PngImagePlugin
 
 from trainer.__main__ import main
 from trainer.data import images
+from trainer.rewards.base import RewardModel
 from trainer.rewards.preprocess import Fit
-from trainer.rewards.weighted import Part
+from trainer.rewards.weighted import RewardSpec
 from trainer.scoring.items import Item, find_items, prompt_for
 from trainer.scoring.journal import Journal
 from trainer.scoring.metadata import embedded_prompt
@@ -31,13 +32,12 @@ from trainer.scoring.table import Table, folder_name
 BRIGHT = "def reward(images, prompts):\n    return images.mean((1, 2, 3))\n"
 
 
-class Brightness:
-    differentiable = True
-
+class Brightness(RewardModel):
     def __init__(self):
+        super().__init__()
         self.batches = []
 
-    def __call__(self, images, prompts):
+    def forward(self, images, prompts):
         self.batches.append(images.shape)
         return images.mean((1, 2, 3))
 
@@ -261,7 +261,7 @@ def test_a_float_picture_is_refused_with_the_remedy(tmp_path):
 
 def test_a_missing_file_of_a_manifest_is_a_bad_file(tmp_path):
     (tmp_path / "m.csv").write_text("path,prompt\nnone.png,a\n")
-    (row,) = score(find_items([str(tmp_path / "m.csv")]), [Part("b", Brightness())])
+    (row,) = score(find_items([str(tmp_path / "m.csv")]), [RewardSpec("b", Brightness())])
     assert "none.png is not a readable image" in row.error
 
 
@@ -294,18 +294,23 @@ def test_equal_fits_share_one_resize_and_rewards_without_one_see_pictures_as_the
     resized, fit_bytes = [], Fit.of_bytes
     monkeypatch.setattr(Fit, "of_bytes", lambda fit, image: resized.append(fit.size) or fit_bytes(fit, image))
     fitted, plain = Brightness(), Brightness()
-    parts = [Part("a", fitted, size=6), Part("b", Brightness(), size=6), Part("c", Brightness(), size=7), Part("d", plain)]
+    parts = [
+        RewardSpec("a", fitted, size=6),
+        RewardSpec("b", Brightness(), size=6),
+        RewardSpec("c", Brightness(), size=7),
+        RewardSpec("d", plain),
+    ]
     assert all(r.raw["a"] == pytest.approx(40 / 255) for r in score(find_items([str(tmp_path)]), parts, batch=4))
     assert sorted(resized) == [6] * 4 + [7] * 4 and fitted.batches == [(4, 3, 6, 6)] and plain.batches == [(2, 3, 8, 8), (2, 3, 8, 9)]
 
 
 def test_a_score_that_is_not_finite_is_a_bad_file(tmp_path):
     class Odd(Brightness):
-        def __call__(self, images, prompts):
+        def forward(self, images, prompts):
             return torch.tensor([float("nan"), 1.0])
 
     paths = [grey(tmp_path / "a.png", 0), grey(tmp_path / "b.png", 0)]
-    rows = list(score([Item(p) for p in paths], [Part("odd", Odd())]))
+    rows = list(score([Item(p) for p in paths], [RewardSpec("odd", Odd())]))
     assert "a.png: odd gave nan" in rows[0].error and rows[1].raw == {"odd": 1.0}
 
 
@@ -320,11 +325,11 @@ def test_rewards_without_need_of_a_prompt_score_without_one(tmp_path, capsys):
 
 
 def test_raw_and_standardised_scores_and_their_weighted_sum():
-    parts = [Part("a", Brightness(), 2.0, 1.0, 0.5), Part("b", Brightness(), -1.0, 0.0, 4.0)]
+    parts = [RewardSpec("a", Brightness(), 2.0, 1.0, 0.5), RewardSpec("b", Brightness(), -1.0, 0.0, 4.0)]
     line = Table(parts).line(ScoredImage("p", "x", {"a": 2.0, "b": 8.0}))
     assert line == {"path": "p", "prompt": "x", "a": 2.0, "a_z": 2.0, "b": 8.0, "b_z": 2.0, "score": 2.0}
     assert Table(parts, raw=True).line(ScoredImage("p", "x", {"a": 2.0, "b": 8.0}))["score"] == -4.0
-    unknown = [parts[0], Part("c", Brightness())]
+    unknown = [parts[0], RewardSpec("c", Brightness())]
     assert Table(unknown).columns == ["path", "prompt", "a", "a_z", "c"]
     with pytest.raises(ValueError, match="no score to rank by: c has no statistics"):
         Table(unknown).best([], 1)

@@ -30,8 +30,9 @@ from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext
 from trainer.objectives.reward_gradient.shared import rollout
 from trainer.policy import Batch, Lora
-from trainer.reward import Reward, Standardised
+from trainer.rewards.base import RewardModel
 from trainer.rewards.two_tower import TwoTower
+from trainer.rewards.weighted import Standardised
 from trainer.rng import Rng
 from trainer.training.optimizers import Name as OptimizerName
 from trainer.training.optimizers import build_optimizer
@@ -78,7 +79,7 @@ class Stepper:
     policy: DiffusersPolicy
     images: Tensor  # (N,3,H,W)
     captions: Sequence[str]
-    rewards: Callable[[torch.dtype], Reward]
+    rewards: Callable[[torch.dtype], RewardModel]
 
     def __post_init__(self) -> None:
         self.samples = encode_images(self.policy, self.images, self.captions)
@@ -104,10 +105,10 @@ class Stepper:
             setattr(module, "_compiled_call_impl", call if case.compiled else None)  # noqa: B010
         tower = _bare(self.reward(case.reward_dtype))
         if isinstance(tower, TwoTower):
-            tower.checkpoint_gradients(case.reward)
+            tower.gradient_checkpointing(case.reward)
             if not case.cache_texts:
                 policy._embeddings.clear()  # pyright: ignore[reportPrivateUsage]
-                tower._texts.clear()  # pyright: ignore[reportPrivateUsage]
+                tower.forget()
 
     def __call__(self, case: Case, number: int = 0) -> Time:
         """The time of one optimizer step; `number` decides its draws, and with them how long the rollouts are."""
@@ -167,16 +168,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _bare(reward: Reward) -> Reward:
+def _bare(reward: RewardModel) -> RewardModel:
     return reward.reward if isinstance(reward, Standardised) else reward
 
 
 def embedded() -> Stepper:
     """The embedded model, its renders, and the reward it is trained with."""
 
-    def reward(dtype: torch.dtype) -> Reward:
-        tower, config = TwoTower.load(files.FOLDER / "proxy", dtype=dtype)
-        return Standardised(tower, config["mean"], config["std"])
+    def reward(dtype: torch.dtype) -> RewardModel:
+        tower = files.load_tower("proxy", dtype=dtype)
+        return Standardised(tower, *tower.statistics) if tower.statistics else tower
 
     return Stepper(UNetPolicy.load(files.PIPELINE), *show.real_images(64, 0), reward)
 
@@ -278,7 +279,7 @@ class Rounded:
     cosine: float
 
 
-def rounded(reward: Callable[[torch.dtype], Reward], images: Tensor, prompts: Sequence[str], std: float | None = None) -> Rounded:
+def rounded(reward: Callable[[torch.dtype], RewardModel], images: Tensor, prompts: Sequence[str], std: float | None = None) -> Rounded:
     """Compare a reward in both types on images (B,3,H,W). Without `std` the unit is that of these images' scores."""
     scores, pulls = list[Tensor](), list[Tensor]()
     for dtype in (torch.float32, torch.bfloat16):
@@ -312,10 +313,10 @@ def measure(say: Callable[[str], object]) -> None:
     say("| reward, 32 renders | typical change of a score, std | largest | cosine of pixel gradients |\n|---|---|---|---|")
     for name in ("proxy", "heldout"):
         r = rounded(
-            lambda dtype, name=name: TwoTower.load(files.FOLDER / name, dtype=dtype)[0],
+            lambda dtype, name=name: files.load_tower(name, dtype=dtype),
             stepper.images[:32],
             stepper.captions[:32],
-            TwoTower.load(files.FOLDER / name)[1]["std"],
+            (files.load_tower(name).statistics or (0.0, 1.0))[1],
         )
         say(f"| demo-{name} | {r.typical:.4f} | {r.worst:.4f} | {r.cosine:.4f} |")
     say("\n## ReFL beside ImageReFL, and growth with the batch\n")

@@ -448,7 +448,7 @@ def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
     prompts = [c.text for c in show.captions(256, "statistics", seed)]
     settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=seed + 99)
     images = generate(UNetPolicy.load(files.PIPELINE), prompts, settings, {"": cfg(settings.base)})[""]
-    scores = {name: files.load_reward(name, normalise=False)(images, prompts) for name in architecture.TOWERS}
+    scores = {name: files.load_reward(name, standardise=False)(images, prompts) for name in architecture.TOWERS}
     return {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
 
 

@@ -17,7 +17,7 @@ from trainer.lora.file import load_consistency, load_lora
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES, RunContext
 from trainer.policy import Batch
-from trainer.reward import Reward, Standardised
+from trainer.reward import Reward
 from trainer.rewards.two_tower import TwoTower
 from trainer.rng import Rng
 
@@ -46,16 +46,16 @@ def open_policy(lora: Path) -> UNetPolicy:
 def open_reward(name: str) -> Reward:
     """`proxy`, standardised, or `gold`."""
     reward = files.load_reward(name)
-    (reward.reward.model if isinstance(reward, Standardised) else reward.reader).double()
+    reward.double()
     return reward
 
 
 @cache
 def open_features(name: str) -> TwoTower | None:
     """A two-tower model, or none."""
-    tower = files.load_tower(name)[0] if name else None
+    tower = files.load_tower(name) if name else None
     if tower:
-        tower.model.double()
+        tower.double()
     return tower
 
 

@@ -23,11 +23,10 @@ from ..metrics.lpips import Lpips
 from ..metrics.study import BASE, Judges, Study
 from ..metrics.summary import Features
 from ..models.diffusers_policy import DiffusersPolicy
-from ..reward import Standardised
-from ..rewards.files import find, folders, verify
+from ..rewards.files import find, verify, weight_folders
 from ..rewards.registry import load_reward
 from ..rewards.two_tower import TwoTower
-from ..rewards.weights import Held
+from ..rewards.weights import Placement
 from ..runtime.hashes import file_hash
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 
@@ -121,10 +120,9 @@ def _draw(study: Study, base: DiffusersPolicy, tuned: Mapping[str, DiffusersPoli
 
 def _judges(args: argparse.Namespace, device: str) -> Judges:
     """The rewards; image features of the embedded model's reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
-    held, places = Held(device), folders()
+    placement, folders = Placement(device), weight_folders()
     rewards = {name: load_reward(name, True, device) for name in args.reward}
-    bare = {name: r.reward if isinstance(r, Standardised) else r for name, r in rewards.items()}
-    towers = {name: r.image_features for name, r in bare.items() if isinstance(r, TwoTower)}
+    towers = {name: r.raw.image_features for name, r in rewards.items() if isinstance(r.raw, TwoTower)}
     features: dict[str, Features] = {}
     if args.model == "demo":
         from ..demo import files
@@ -133,15 +131,15 @@ def _judges(args: argparse.Namespace, device: str) -> Judges:
     chosen = min(towers, key=lambda name: not name.startswith("clip"), default=None)
     if chosen is not None:
         features[chosen] = towers[chosen]
-    dino = args.dino or find("dino", DINO, places)
+    dino = args.dino or find("dino", DINO, folders)
     if dino is not None:
-        features["dino"] = Dino.load(verify(dino), "imagenet", held)
-        features["dino_clip_normalised"] = Dino.load(dino, "clip", held)
+        features["dino"] = Dino.load(verify(dino), "imagenet", placement)
+        features["dino_clip_normalised"] = Dino.load(dino, "clip", placement)
     if not features:
         raise ConfigError("diversity needs image features: name at least one two-tower reward, or give --dino")
-    found = [place / "lpips" for place in places if all((place / "lpips" / name).is_file() for name in LPIPS)]
+    found = [folder / "lpips" for folder in folders if all((folder / "lpips" / name).is_file() for name in LPIPS)]
     lpips = args.lpips or ([found[0] / name for name in LPIPS] if found else None)
-    return Judges(rewards, features, Lpips.load(lpips[0], lpips[1], held) if lpips else None, device)
+    return Judges(rewards, features, Lpips.load(lpips[0], lpips[1], placement) if lpips else None, device)
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from pathlib import Path
 from ..config import ConfigError
 from ..metrics.dino import DINO
 from ..rewards.calibrate import measure, write
-from ..rewards.files import download, find, folders
-from ..rewards.registry import REWARDS, Places, open_reward
+from ..rewards.files import download, find, weight_folders
+from ..rewards.registry import REWARDS, WeightFolders, load
 from .options import add_device, device_of
 
 
@@ -42,16 +42,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list() -> None:
-    places = folders()
+    folders = weight_folders()
     width = max(map(len, REWARDS))
     for name, entry in REWARDS.items():
-        found = all(find(name, file, places) for file in entry.files.values())
+        found = all(find(name, file, folders) for file in entry.files.values())
         print(f"{name:<{width}}  {'here' if found else 'missing':<7}  {entry.licence:<29}  {entry.source}")
-    print(f"{'dino':<{width}}  {'here' if find('dino', DINO, places) else 'missing':<7}  {'Apache-2.0 (card)':<29}  for `evaluate`")
+    print(f"{'dino':<{width}}  {'here' if find('dino', DINO, folders) else 'missing':<7}  {'Apache-2.0 (card)':<29}  for `evaluate`")
     print("\nfiles, and the source of their names; a file without a revision is not pinned:")
     for file in dict.fromkeys([*(f for entry in REWARDS.values() for f in entry.files.values()), DINO]):
         print(f"  {file.repository} {file.path} at {file.revision[:12]}: {file.read_at}")
-    print(f"weights are looked for in {', '.join(map(str, places))}")
+    print(f"weights are looked for in {', '.join(map(str, folders))}")
 
 
 def _download(name: str, folder: Path | None) -> None:
@@ -62,7 +62,7 @@ def _download(name: str, folder: Path | None) -> None:
         raise ConfigError(f"{name} needs no weights")
     for file in files:
         print(f"{file.path} of {file.repository}", flush=True)
-        print(f"  {download(name, file, folder or folders()[0])}")
+        print(f"  {download(name, file, folder or weight_folders()[0])}")
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -70,14 +70,14 @@ def _calibrate(args: argparse.Namespace) -> None:
     from ..scoring.scorer import score
 
     device = device_of(args)
-    path = Places().statistics(args.name)
+    path = WeightFolders().statistics(args.name)
     items = find_items(args.paths, args.prompt, args.prompt_column)
-    part = open_reward(args.name, device)
+    spec = load(args.name, device)
     scores: list[float] = []
-    for row in score(items, [part], device):
+    for row in score(items, [spec], device):
         if row.error:
             raise ValueError(row.error)
-        scores.append(row.raw[part.name])
+        scores.append(row.raw[spec.name])
     mean, std, number = measure(scores)
     write(path, mean, std, number)
     print(f"{args.name}: mean {mean:.5g}, standard deviation {std:.5g} over {number} images; wrote {path}")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..rewards.registry import open_reward
-from ..rewards.weighted import Part, parse_weights
+from ..rewards.registry import load
+from ..rewards.weighted import RewardSpec, parse_weights
 from ..runtime.processes import Processes, joined
 from ..scoring.items import Item, find_items
 from ..scoring.journal import Journal
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     if processes.count > 1 and not outs:
         raise ConfigError("several processes write to a file: give --out")
     device = processes.device(args.device)
-    opened = [(open_reward(name, device), weight) for name, weight in parse_weights(args.reward or ["demo-proxy"])]
+    opened = [(load(name, device), weight) for name, weight in parse_weights(args.reward or ["demo-proxy"])]
     parts = [replace(part, weight=weight, size=args.size or part.size) for part, weight in opened]
     table = Table(parts, args.raw)
     if args.top:
@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     return max(_report(good, bad, table, outs), int(bool(unwritten)))
 
 
-def _settings(args: argparse.Namespace, parts: Sequence[Part]) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, parts: Sequence[RewardSpec]) -> dict[str, Any]:
     """The settings that must not change when an interrupted run resumes."""
     rewards = [p.name for p in parts]
     return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column}
@@ -120,7 +120,7 @@ def _check_output(out: Path, args: argparse.Namespace) -> None:
 
 
 def _score_all(
-    items: Sequence[Item], parts: Sequence[Part], journal: Journal | None, args: argparse.Namespace, device: str, processes: Processes
+    items: Sequence[Item], parts: Sequence[RewardSpec], journal: Journal | None, args: argparse.Namespace, device: str, processes: Processes
 ) -> list[ScoredImage]:
     """The scores of all processes, new and from journals; on other processes than the first none."""
     from tqdm import tqdm

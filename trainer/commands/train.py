@@ -6,10 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from ..config import ConfigError, build, override, plain, present_names, read_toml
 from ..data.buckets import bucket_sizes
@@ -22,16 +21,15 @@ from ..lora.file import load_consistency
 from ..memory import oom as memory
 from ..memory import plan as planning
 from ..memory.dry_run import Tally, dry
-from ..memory.offload import inside
+from ..memory.offload import on_device
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import BASE_UNET, ModelOptions
 from ..models.open import DTYPES, model_path, open_policy
 from ..objectives.base import RunContext
-from ..reward import Reward, Standardised
-from ..rewards.registry import load_reward, open_reward
-from ..rewards.texts import apart_from_texts, readers, waits
+from ..rewards.base import RewardModel
+from ..rewards.registry import load, load_reward
 from ..rewards.two_tower import TwoTower
-from ..rewards.weighted import Part, WeightedSum, parse_weights
+from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
 from ..runtime.hashes import file_hash
 from ..runtime.processes import Processes, joined
 from ..training import checkpoint
@@ -68,52 +66,51 @@ def _load_consistency(policy: DiffusersPolicy, config: TrainConfig) -> None:
 
 
 def _features(name: str, device: str) -> TwoTower:
-    tower = open_reward(name, device).reward
+    tower = load(name, device).reward
     if not isinstance(tower, TwoTower):
         raise ConfigError(f"features = {name}: only a two-tower reward has features of images and texts")
     return tower
 
 
-def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: Reward, samples: Samples, device: str) -> Watcher:
+def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, aside: str, device: str) -> Watcher:
     """The held-out judge of a run; diversity is measured in its own features where it has some, else in the reward's."""
     if not config.watch.heldout:
         raise ConfigError("watch.every is set: name the reward that judges in watch.heldout")
-    heldout = load_reward(config.watch.heldout, config.standardise, device)
-    towers = [t for t in (r.reward if isinstance(r, Standardised) else r for r in (heldout, reward)) if isinstance(t, TwoTower)]
+    heldout = load_reward(config.watch.heldout, config.standardise, aside)
+    towers = [r.raw for r in (heldout, reward) if isinstance(r.raw, TwoTower)]
     if not towers:
         raise ConfigError("watching measures diversity in image features: a two-tower reward must be trained on, or judge")
     prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
     objective = config.build_objective()
     judges, features = {"reward": reward, "heldout": heldout}, towers[0].image_features
-    waiting = apart_from_texts(heldout)
-    return Watcher(config.watch, policy, judges, features, prompts, objective.steps, objective.guidance_scale, config.seed + 1, waiting)
+    watcher = Watcher(config.watch, policy, judges, features, prompts, objective.steps, objective.guidance_scale, config.seed + 1)
+    if _offloads(config, device):
+        watcher.on_device = partial(on_device, heldout, device, list(dict.fromkeys(watcher.prompts)))
+    return watcher
 
 
-def _place_rewards(config: TrainConfig, device: str, trained: Sequence[Any], watcher: Watcher | None, prompts: Sequence[str]) -> None:
-    """Rewards to the device. What a step does not need waits on the CPU: text towers, once they have read the run's prompts,
-    and the reward that only judges, between looks."""
-    judge = watcher.rewards["heldout"] if watcher else None
-    if device.startswith("cpu") or not config.offload_encoders:
-        for module in inside([*trained, judge], nn.Module):
-            module.to(device)
+def _offloads(config: TrainConfig, device: str) -> bool:
+    return config.offload_encoders and not device.startswith("cpu")
+
+
+def _place_rewards(
+    config: TrainConfig, device: str, trained: Sequence[RewardModel | None], watcher: Watcher | None, prompts: Sequence[str]
+) -> None:
+    """Move rewards to the device. What a step does not need waits on the CPU: text towers, once the run's prompts are encoded, and
+    the held-out reward between evaluations."""
+    if not _offloads(config, device):
+        for reward in (*trained, watcher.rewards["heldout"] if watcher else None):
+            if isinstance(reward, RewardModel):
+                reward.place(device)
         return
-    apart_from_texts(trained).settle(device)
-    shown = watcher.prompts if watcher else []
-    _place_texts(trained, list(dict.fromkeys([*shown, *config.build_objective().wordings(prompts)])), device)
-    if watcher is not None:
-        watcher.waiting.park(device)
-        with watcher.waiting.here():
-            _place_texts(judge, list(dict.fromkeys(shown)), device)
-
-
-def _place_texts(rewards: Any, texts: Sequence[str], device: str) -> None:
-    for reader in readers(rewards):
-        if not waits(reader, len(texts)):
-            reader.words.settle(device)
-            continue
-        reader.words.park(device)
-        if reader.reads_prompts:
-            reader.remember(texts)
+    evaluated = watcher.prompts if watcher else []
+    texts = list(dict.fromkeys([*evaluated, *config.build_objective().wordings(prompts)]))
+    for reward in trained:
+        if reward is not None:
+            reward.place(device, texts)
+    if watcher:
+        with watcher.on_device():  # encodes the prompts of the evaluations
+            pass
 
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
@@ -220,9 +217,9 @@ class Planner:
         return self._models[key]
 
 
-def _outlined(spec: str, dtype: str = "float32") -> Reward:
+def _outlined(spec: str, dtype: str = "float32") -> RewardModel:
     """A reward's shapes; a Python file's are not known, and a reward that takes no memory stands for it."""
-    parts = [Part(n, planning.Unknown()) if n.endswith(".py") else open_reward(n, "meta", dtype) for n, _ in parse_weights(spec)]
+    parts = [RewardSpec(n, planning.Unknown()) if n.endswith(".py") else load(n, "meta", DTYPES[dtype]) for n, _ in parse_weights(spec)]
     return parts[0].reward if len(parts) == 1 else WeightedSum(parts, raw=True)
 
 
@@ -303,7 +300,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     if processes.main or arguments.resume:  # before anything takes time; the others might see what the first one writes
         check_folder(folder, overwrite=arguments.overwrite, resume=arguments.resume)
     aside = "cpu" if config.offload_encoders else device  # where rewards wait, so that encoding has the room
-    reward = load_reward(config.reward, config.standardise, aside, config.reward_dtype)
+    reward = load_reward(config.reward, config.standardise, aside, DTYPES[config.reward_dtype])
     policy = open_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
     _set_speed(policy, config)
     if config.consistency:
@@ -311,14 +308,13 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     features = _features(config.features, aside) if config.features else None
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
-    watcher = _watcher(config, policy, reward, samples, aside) if config.watch.every else None
+    watcher = _watcher(config, policy, reward, samples, aside, device) if config.watch.every else None
     context = RunContext(policy, reward, features, processes, folder, tuple(dict.fromkeys(samples.prompts)))
     check_settings(config, samples, context, watcher is not None)
     if config.gradient_checkpointing_reward:
-        recompute = getattr(reward.reward if isinstance(reward, Standardised) else reward, "checkpoint_gradients", None)
-        if recompute is None:
+        if not reward.supports_gradient_checkpointing:
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
-        recompute(True)
+        reward.gradient_checkpointing(True)
     lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
     policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
     policy.to(device)  # only now: encoders have had the room

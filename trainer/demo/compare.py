@@ -113,8 +113,9 @@ class Relative:
 
 def judges() -> dict[str, Reward]:
     """Proxy, held-out, gold, and the relative score of the proxy."""
-    tower, config = files.load_tower("proxy")
-    return {**show.judges(), "relative": Relative(tower, config["std"])}
+    tower = files.load_tower("proxy")
+    assert tower.statistics is not None
+    return {**show.judges(), "relative": Relative(tower, tower.statistics[1])}
 
 
 def train_config(name: str, out: Path, size: Size, seed: int, lr: float | None = None) -> TrainConfig:

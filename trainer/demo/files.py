@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..reward import Reward, Standardised
+from ..rewards.base import RewardModel
 from ..rewards.two_tower import TwoTower
+from ..rewards.weighted import Standardised
 from ..runtime.hashes import file_hash
 from .architecture import TOWERS, Reader, vocabulary_size
 from .rater import Gold
@@ -33,22 +34,20 @@ def load_reader() -> Reader:
     return reader.requires_grad_(False).eval()
 
 
-def load_tower(name: str) -> tuple[TwoTower, dict[str, Any]]:
-    """`proxy` or `heldout`, and its config."""
-    return TwoTower.load(FOLDER / name)
+def load_tower(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TwoTower:
+    """`proxy` or `heldout`."""
+    return TwoTower.load(FOLDER / name, device, dtype)
 
 
-def load_gold(device: str = "cpu") -> Gold:
-    """The simulated rater's own utility, with its reader on `device`."""
-    return Gold(load_reader().to(device))
+def load_raw_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RewardModel:
+    """`proxy`, `heldout` or `gold`, with raw scores; gold is float32 whatever `dtype`."""
+    return Gold(load_reader()).to(device) if name == "gold" else load_tower(name, device, dtype)
 
 
-def load_reward(name: str, normalise: bool = True) -> Reward:
-    """`proxy`, `heldout` or `gold`; normalised to standard deviations of the base model's images where asked."""
-    if name == "gold":
-        return load_gold()
-    tower, config = load_tower(name)
-    return Standardised(tower, config["mean"], config["std"]) if normalise else tower
+def load_reward(name: str, standardise: bool = True) -> RewardModel:
+    """`proxy`, `heldout` or `gold`; `standardise` gives standard deviations of the base model's images, gold's unit is fixed."""
+    reward = load_raw_reward(name)
+    return Standardised(reward, *reward.statistics) if standardise and name != "gold" and reward.statistics else reward
 
 
 def write_tower(folder: Path, tower: nn.Module, name: str, mean: float, std: float, words: Path) -> None:

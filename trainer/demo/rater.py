@@ -8,12 +8,13 @@ level of the best renders, so that exaggerating it earns nothing and is soon an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..rewards.base import RewardModel
+from ..rewards.preprocess import Fit
 from . import world
 from .architecture import Reader
 
@@ -79,16 +80,20 @@ def _off_palette(rgb: Tensor) -> Tensor:
     return torch.cdist(rgb, shades).amin(1)
 
 
-@dataclass(frozen=True)
-class Gold:
+class Gold(RewardModel):
     """The rater's own utility as a reward. Never trained on; it has no useful gradient."""
 
-    reader: Reader
     differentiable = False
+    fit = Fit(world.SIZE)
+    statistics = (0.0, 1.0)  # its scale is the embedded world's own
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,3,64,64) in [0,1], B prompts -> (B,)."""
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,64,64) in [0,1], B prompts -> (B,) float32."""
         return taste(images) + WEIGHTS["match"] * match(self.read(images), prompts)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ _PLACES = (  # file and function of a traceback's frames, and what is happening 
     ("rewards/registry.py", "load", "loading a reward"),
     ("trainer/rewards", "", "the reward"),
     ("trainer/reward.py", "", "the reward"),
-    ("memory/offload.py", "settle", "bringing the rewards to the device"),
+    ("commands/train.py", "_place_rewards", "bringing the rewards to the device"),
     ("torch/optim", "", "the optimizer"),
     ("training/evaluation.py", "", "a look of the watch"),
     ("torch/autograd", "backward", "the backward pass"),

@@ -29,8 +29,7 @@ from ..generate import batch_size_for as images_at_a_time
 from ..guidance import Switch
 from ..models.diffusers_policy import EMBEDDINGS_KEPT, DiffusersPolicy
 from ..objectives.base import RunContext
-from ..reward import Reward
-from ..rewards.texts import apart_from_texts, readers, waits
+from ..rewards.base import RewardModel
 from ..runtime.processes import ALONE, Processes
 from ..training.evaluation import Watch
 from ..training.nfe import CountingPolicy
@@ -38,7 +37,7 @@ from ..training.optimizers import STATE_BYTES
 from ..training.optimizers import Name as OptimizerName
 from ..training.run import Run, TrainConfig
 from .dry_run import META, Tally, dry
-from .offload import inside
+from .offload import tensors, waiting_text_towers
 
 GB = 1e9
 TRACED = 32  # micro-batches that are looked at for the most expensive one, and for the mean number of calls
@@ -53,9 +52,9 @@ class Models:
     """What a run is made of, on the meta device; `others` are rewards that watch, or whose features are read."""
 
     policy: DiffusersPolicy
-    reward: Reward
+    reward: RewardModel
     features: Any = None
-    others: Sequence[Any] = ()
+    others: Sequence[RewardModel] = ()
     pictures: int = 0  # that are encoded, and whose latents are kept
     prompts: int = 0  # distinct ones, whose embeddings are kept
 
@@ -169,8 +168,7 @@ class _Judged:
 
     def __init__(self, reward: Any, tally: Tally) -> None:
         self.reward, self.tally = reward, tally
-        self.differentiable = getattr(reward, "differentiable", True)
-        self.takes_prefixes = getattr(reward, "takes_prefixes", False)
+        self.differentiable, self.takes_prefixes = reward.differentiable, reward.takes_prefixes
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._during(lambda: self.reward(images, prompts))
@@ -191,12 +189,12 @@ class _Judged:
         return result
 
 
-class Unknown:
+class Unknown(RewardModel):
     """A reward whose memory nobody knows: it takes none."""
 
-    differentiable = True
+    supports_gradient_checkpointing = True
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,3,H,W), B prompts -> (B,)."""
         return images.flatten(1).mean(1)
 
@@ -280,10 +278,6 @@ def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, 
     return forwards, backwards, max(range(len(seen)), key=lambda i: (seen[i][1], seen[i][0]))
 
 
-def _weights(things: Any) -> list[Tensor]:
-    return [tensor for module in inside(things, nn.Module) for tensor in (*module.parameters(), *module.buffers())]
-
-
 def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes = ALONE) -> Plan:
     """What the run will take. `tally` is running, and remembers operations from one plan to the next."""
     policy, asked = models.policy, config
@@ -303,7 +297,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         features = _Judged(models.features, tally) if models.features is not None else None
         with dry(tally):
             run = Run(config, policy, samples, reward, features=features, processes=processes)
-            _recompute(models.reward, config.gradient_checkpointing_reward)
+            models.reward.gradient_checkpointing(config.gradient_checkpointing_reward)
             watched = _Watched(policy, tally)
             if parked:
                 tally.clear()
@@ -320,7 +314,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             tally.forget_peak()
             if models.pictures and config.images:
                 if parked:
-                    tally.hold(_weights(policy.image_encoder()), "autoencoder's encoder weights")
+                    tally.hold(tensors(*policy.image_encoder()), "autoencoder's encoder weights")
                 with tally.during("autoencoder's encoder"):
                     together = min(batch_size_for(policy.image_size), models.pictures)
                     policy.encode(torch.empty(together, 3, *policy.image_size, device=META))
@@ -348,12 +342,12 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 "prompts' embeddings": known,
             }  # fmt: skip
             if parked:
-                waiting |= {"encoders": sum(t.nbytes for t in _weights(policy.encoders())), "rewards": 0}
+                waiting |= {"encoders": sum(t.nbytes for t in tensors(*policy.encoders())), "rewards": 0}
                 tally.forget_peak()
                 wordings, shown = run.objective.wordings, asked.watch.count * (asked.watch.every > 0)
                 waiting["rewards"] += _read(
                     tally,
-                    [models.reward, models.features],
+                    [r for r in (models.reward, models.features) if r is not None],
                     wordings(prompts),
                     models.prompts * len(wordings([""])) + shown,
                     "reward weights",
@@ -367,7 +361,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             phase("a training step")
             if asked.watch.every:
                 judges = [reward, *(_Judged(r, tally) for r in models.others)]
-                comes = apart_from_texts(models.others).tensors() if parked else []
+                comes = _apart(models.others, asked.watch.count) if parked else []
                 _look(asked.watch, run, watched, prompts, judges, lambda: tally.hold(comes, "other rewards' weights"))
                 phase("a look of the watch")
             del state
@@ -420,51 +414,47 @@ def _look(
         reward(images, prompts[: len(images)])
 
 
-def _recompute(reward: Any, wanted: bool) -> None:
-    again = getattr(reward, "checkpoint_gradients", None)
-    if again is not None:
-        again(wanted)
-
-
 def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
     """Nothing is live but what a run holds from its first step to its last."""
     tally.clear()
     policy = models.policy
-    tally.hold(_weights(policy.network), "denoiser weights")
+    tally.hold(tensors(policy.network), "denoiser weights")
     tally.hold(policy.parameters(), "adapter")
     tally.hold(policy.original.values(), "original weights")
-    tally.hold(_weights(policy.vae), "autoencoder weights")
-    tally.hold(_weights(policy.image_encoder()), "autoencoder's encoder weights")
+    tally.hold(tensors(policy.vae), "autoencoder weights")
+    tally.hold(tensors(*policy.image_encoder()), "autoencoder's encoder weights")
     if run.ema:
         tally.hold(run.ema.values.values(), "moving average")
 
 
 def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
-    tally.hold(_weights(policy.text_encoders()), "text encoder weights")
+    tally.hold(tensors(*policy.text_encoders()), "text encoder weights")
 
 
-def _read(tally: Tally, rewards: Any, texts: Sequence[str], count: int, part: str) -> int:
+def _apart(rewards: Sequence[RewardModel], count: int) -> list[Tensor]:
+    """Weights of rewards without the text towers that wait on the CPU in a run of `count` prompts."""
+    waits = {id(t) for reward in rewards for r in waiting_text_towers(reward, count) for t in tensors(r.text)}
+    return [t for t in tensors(*rewards) if id(t) not in waits]
+
+
+def _read(tally: Tally, rewards: Sequence[RewardModel], texts: Sequence[str], count: int, part: str) -> int:
     """Rewards come to the device and read the run's texts, `count` in all; returns the bytes of the text towers that wait afterwards."""
-    tally.hold(apart_from_texts(rewards).tensors(), part)
+    tally.hold(_apart(rewards, count), part)
     waiting = 0
-    for reader in readers(rewards):
-        words = reader.words.tensors()
-        if not waits(reader, count):
-            tally.hold(words, part)
-            continue
+    for reader in (r for reward in rewards for r in waiting_text_towers(reward, count)):
+        words = tensors(reader.text)
         waiting += sum(t.nbytes for t in words)
-        if reader.reads_prompts:
-            tally.hold(words, "rewards' text towers")
-            reader._texts.clear()  # pyright: ignore[reportPrivateUsage]
-            with tally.during("reward"):
-                reader.remember(texts)
-            tally.release("rewards' text towers")
+        tally.hold(words, "rewards' text towers")
+        reader.forget()
+        with tally.during("reward"):
+            reader.remember(texts)
+        tally.release("rewards' text towers")
     return waiting
 
 
 def _hold_rewards(tally: Tally, models: Models) -> None:
-    tally.hold(_weights([models.reward, models.features]), "reward weights")
-    tally.hold(_weights(models.others), "other rewards' weights")
+    tally.hold(tensors(models.reward, models.features), "reward weights")
+    tally.hold(tensors(*models.others), "other rewards' weights")
 
 
 def _state(run: Run, name: OptimizerName, tally: Tally) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What metrics see of images: DINO's class token, under its own normalisation or under the one of ImageReFL's code."""
+"""DINO features of images for metrics, with DINO's own pixel normalisation or that of ImageReFL's code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rewards.files import WeightFile
 from ..rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Fit, normalise
-from ..rewards.vit import ViT
-from ..rewards.weights import FLOAT_ON_CPU, Held, fill, read_state
+from ..rewards.vit import vision_transformer, vit_tokens
+from ..rewards.weights import CPU_FLOAT32, Placement, fill, read_state
 
 DINO = WeightFile(
     "facebook/dino-vits16",
@@ -38,7 +38,7 @@ _FROM_TRANSFORMERS = {
 
 
 def _to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT state in timm's names, as DINO's authors publish it; one in transformers' names is renamed, its q, k and v stacked."""
+    """A ViT state dict with timm's keys, which DINO's authors use; one with transformers' keys is renamed, q, k and v are stacked."""
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = key
@@ -53,13 +53,13 @@ def _to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Dino:
-    """DINO ViT-S/16 (Caron et al. 2021, arXiv:2104.14294) as a feature extractor: images -> (B,384).
+    """Class token of DINO ViT-S/16 (Caron et al. 2021, arXiv:2104.14294): images -> (B,384).
 
-    `normalisation` "imagenet" is DINO's own and gives the metric to report; "clip" is what ImageReFL's code feeds it, and
-    gives figures comparable to its DinoDiversity. The two are different metrics: `name` keeps them apart.
+    `normalisation` "imagenet" is DINO's own and gives the metric to report; "clip" is that of ImageReFL's code and gives figures
+    comparable to its DinoDiversity. These are different metrics with different values of `name`.
     """
 
-    def __init__(self, model: ViT, size: int = 224, normalisation: Literal["imagenet", "clip"] = "imagenet") -> None:
+    def __init__(self, model: nn.Module, size: int = 224, normalisation: Literal["imagenet", "clip"] = "imagenet") -> None:
         self.model = model
         self.fit = Fit(size)
         self.name = "dino" if normalisation == "imagenet" else "dino_clip_normalised"
@@ -69,12 +69,13 @@ class Dino:
     def load(
         path: Path,
         normalisation: Literal["imagenet", "clip"] = "imagenet",
-        held: Held = FLOAT_ON_CPU,
+        placement: Placement = CPU_FLOAT32,
         architecture: Mapping[str, Any] = VITS16,
     ) -> Dino:
         """From `model.safetensors` or `pytorch_model.bin` of facebook/dino-vits16, or the authors' `dino_deitsmall16_pretrain.pth`."""
-        return Dino(fill(lambda: ViT(**architecture), _to_timm(read_state(path)), path, held), architecture["size"], normalisation)
+        model = fill(lambda: vision_transformer(**architecture), _to_timm(read_state(path)), path, placement)
+        return Dino(model, architecture["size"], normalisation)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B,3,H,W) in [0,1] -> (B,D) float32, differentiable; not normalised."""
-        return self.model(normalise(self.fit(images), self._mean, self._std))[:, 0].float()
+        return vit_tokens(self.model, normalise(self.fit(images), self._mean, self._std))[:, 0].float()

@@ -1,39 +1,44 @@
-"""LAION's aesthetic predictor v2: a linear head on CLIP ViT-L/14's image features; the prompt plays no part."""
+"""LAION's aesthetic predictor v2: a linear head on CLIP ViT-L/14's image features; the prompt is ignored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from .base import RewardModel
+from .clip import load_clip
 from .linear_head import LinearHead
-from .two_tower import TwoTower
-from .weights import Held, fill
+from .preprocess import Fit
+from .two_tower import encode_images
+from .weights import CPU_FLOAT32, Placement, fill
 
 
-class Aesthetic:
-    """How much people liked pictures like it, about 1 to 10 (Schuhmann 2022, `sac+logos+ava1-l14-linearMSE`)."""
+class Aesthetic(RewardModel):
+    """How much people like images like it, about 1 to 10 (Schuhmann 2022, `sac+logos+ava1-l14-linearMSE`)."""
 
-    differentiable = True
     needs_prompt = False
+    supports_gradient_checkpointing = True
 
-    def __init__(self, tower: TwoTower, head: nn.Module) -> None:
-        self.tower, self.head = tower, head
-        tower.reads_prompts = False
-        self.fit = tower.fit
+    def __init__(self, visual: nn.Module, head: nn.Module, fit: Fit) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.head, self.fit = head, fit
 
     @staticmethod
-    def load(tower: TwoTower, path: Path) -> Aesthetic:
-        """The head from its released file, on the device of the tower and in float32."""
-        width = tower.model.visual.proj.shape[1]
-        held = Held(tower.model.logit_scale.device)
-        return Aesthetic(tower, fill(lambda: LinearHead(width), held.read(path), path, held))
+    def load(clip: Path, path: Path, architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32) -> Aesthetic:
+        """From CLIP's file, whose text tower is dropped, and the head's released file, kept in float32."""
+        visual = load_clip(clip, architecture, placement).visual
+        head = Placement(placement.device)
+        size, width = architecture["vision_cfg"]["image_size"], architecture["embed_dim"]
+        return Aesthetic(visual, fill(lambda: LinearHead(width), head.read(path), path, head), Fit(size))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,3,H,W) in [0,1], any prompts -> (B,)."""
-        return self.head(self.tower.image_features(images))
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], any prompts -> (B,) float32."""
+        return self.head(encode_images(self.visual, self.fitted(images)))
 
-    def checkpoint_gradients(self, enabled: bool) -> None:
+    def gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the image tower's activations in the backward pass."""
-        self.tower.checkpoint_gradients(enabled)
+        self.visual.set_grad_checkpointing(enabled)

@@ -49,7 +49,7 @@ class _Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """A post-norm layer: words see words, then image tokens, then an MLP."""
+    """A post-norm layer: self-attention, cross-attention to image tokens, MLP."""
 
     def __init__(self, width: int, heads: int, wide: int, context: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Layer(nn.Module):
         self.output = _Output(wide, width)
 
     def forward(self, x: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        """x (B,L,width), mask (B,1,1,L) True where words are, image (B,N,context) -> (B,L,width)."""
+        """x (B,L,width), mask (B,1,1,L) True at tokens to attend to, image (B,N,context) -> (B,L,width)."""
         x = self.attention(x, x, mask)
         x = self.crossattention(x, image, None)
         return self.output(F.gelu(self.intermediate.dense(x)), x)
@@ -83,7 +83,7 @@ class _Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """Words read in the light of an image; no token types, as in BLIP."""
+    """A BERT encoder that cross-attends to image tokens; without token types, as in BLIP."""
 
     def __init__(self, vocabulary: int, width: int, depth: int, heads: int, wide: int, context: int, positions: int = 512) -> None:
         super().__init__()

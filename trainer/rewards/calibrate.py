@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def measure(scores: Iterable[float]) -> tuple[float, float, int]:
-    """Mean, standard deviation and number of scores (Welford 1962); at least two different ones."""
+    """Scores -> mean, standard deviation, number (Welford 1962). Raises ValueError unless at least two scores differ."""
     number, mean, squares = 0, 0.0, 0.0
     for score in scores:
         number += 1
@@ -17,11 +17,11 @@ def measure(scores: Iterable[float]) -> tuple[float, float, int]:
         mean += change / number
         squares += change * (score - mean)
     if number < 2 or squares == 0:
-        raise ValueError(f"{number} images with {'equal scores' if number > 1 else 'a score'}: a standard deviation needs two that differ")
+        raise ValueError(f"{number} images with {'equal scores' if number > 1 else 'a score'}: give at least two whose scores differ")
     return mean, math.sqrt(squares / (number - 1)), number
 
 
 def write(path: Path, mean: float, std: float, number: int) -> None:
-    """The file that `registry.Places.read_statistics` reads."""
+    """Write the file that `registry.WeightFolders.read_statistics` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"mean": mean, "std": std, "images": number}, indent=1) + "\n", "utf-8")

@@ -1,18 +1,18 @@
-"""CLIP models: three sizes, two layouts of their files, and one open_clip module that holds either."""
+"""CLIP models: three sizes, and loading from open_clip's or transformers' files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .weights import FLOAT_ON_CPU, Held, fill, strip
+from .weights import CPU_FLOAT32, Placement, fill, strip
 
-# open_clip's configurations of the same names; heads are 64 wide in the image tower where head_width is not given.
+# open_clip's configurations of the same names; without head_width an image tower's heads have 64 channels.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ViT-B-32": {
         "embed_dim": 512,
@@ -56,7 +56,7 @@ _INSIDE_A_BLOCK = (
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP state in open_clip's names; one in transformers' names is renamed, its q, k and v stacked, its projections transposed."""
+    """A CLIP state dict in open_clip's layout; from transformers' layout keys are renamed, q, k, v stacked, projections transposed."""
     if not any(k.startswith("vision_model.") for k in state):
         return dict(state)
     renamed: dict[str, Tensor] = {}
@@ -69,10 +69,8 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name == "text_projection.weight":
             renamed["text_projection"] = tensor.T.contiguous()
         elif ".self_attn.q_proj." in name:
-            rows = [
-                state[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv" if key.replace(".q_proj.", f".{part}_proj.") in state
-            ]
-            renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat(rows)
+            names = (key.replace(".q_proj.", f".{part}_proj.") for part in "qkv")
+            renamed[name.replace("self_attn.q_proj.", "attn.in_proj_")] = torch.cat([state[n] for n in names if n in state])
         elif not re.search(r"self_attn\.[kv]_proj\.", name):
             for theirs, ours in _INSIDE_A_BLOCK:
                 name = name.replace("." + theirs, "." + ours)
@@ -80,23 +78,36 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def load_clip(path: Path, architecture: Mapping[str, Any], held: Held = FLOAT_ON_CPU) -> Any:
-    """An open_clip model, frozen, from a file in open_clip's or transformers' layout."""
-    return build_clip(strip(held.read(path), "model.", "module."), architecture, path, held)
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 
 
-def build_clip(state: Mapping[str, Tensor], architecture: Mapping[str, Any], source: Path, held: Held = FLOAT_ON_CPU) -> Any:
-    """An open_clip model, frozen, holding `state`, which `source` had."""
+def split_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of open_clip's CLIP -> those of its CustomTextCLIP, whose text tower is a submodule of its own."""
+    return {"text." + k if k.startswith(_TEXT) else k: v for k, v in state.items()}
+
+
+def load_clip(path: Path, architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32) -> Any:
+    """A frozen open_clip.CustomTextCLIP from a file in open_clip's or transformers' layout."""
+    return build_clip(strip(placement.read(path), "model.", "module."), architecture, path, placement)
+
+
+def build_clip(state: Mapping[str, Tensor], architecture: Mapping[str, Any], source: Path, placement: Placement = CPU_FLOAT32) -> Any:
+    """A frozen open_clip.CustomTextCLIP with the weights `state`, which came from `source`."""
     import open_clip
 
-    model: Any = fill(lambda: open_clip.CLIP(**architecture), to_open_clip(state), source, held)
-    context = architecture["text_cfg"]["context_length"]  # the mask is no weight, so no file has it
-    model.attn_mask = torch.full((context, context), float("-inf"), device=held.device).triu(1)
-    return model
+    clip: Any = fill(lambda: open_clip.CustomTextCLIP(**architecture), split_towers(to_open_clip(state)), source, placement)
+    context = architecture["text_cfg"]["context_length"]  # files do not hold the mask, which is a buffer
+    clip.text.attn_mask = torch.full((context, context), float("-inf"), device=placement.device).triu(1)
+    return clip
 
 
-def tokenizer(context_length: int = 77) -> Any:
-    """CLIP's tokenizer: lower case, longer prompts cut to `context_length` tokens with the end token kept; texts -> (N,L) int64."""
+def temperature(clip: Any) -> float:
+    """exp(logit_scale) of an open_clip model; 1 on the meta device."""
+    return 1.0 if clip.logit_scale.is_meta else float(clip.logit_scale.exp())
+
+
+def tokenizer(context_length: int = 77) -> Callable[[Sequence[str]], Tensor]:
+    """CLIP's lower-casing tokenizer: texts -> (N,L) int64; longer prompts are cut to `context_length` tokens, the end token kept."""
     from open_clip.tokenizer import SimpleTokenizer
 
     encode = SimpleTokenizer(context_length=context_length)

@@ -1,4 +1,4 @@
-"""Where reward weights lie, how they are fetched, and how a file is known to be the one that was fetched."""
+"""Reward weights on disk: search folders, downloads from the hub, and verification by hash."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 from ..runtime.hashes import file_hash
 
-# Names that many repositories use say nothing outside a folder of the reward's own.
+# File names that many repositories use: only looked for in a folder of the reward's name.
 _GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a reward: where the hub has it, and other names under which people keep the same weights.
+    """One file of a reward: its repository on the hub, and other file names of the same weights.
 
-    `read_at` is the page or program in which the file's name was read. Only a revision read there is written here; where it is
-    `main`, the commit that a download finds is recorded beside the file.
+    `read_at` is the page or program that names the file. A revision other than `main` was read there too; for `main` the commit
+    found by a download is recorded beside the file.
     """
 
     repository: str
     path: str
     revision: str = "main"
     also: tuple[str, ...] = ()
-    folder: str = ""  # another reward's, whose file this is too
+    folder: str = ""  # of another reward that shares the file
     read_at: str = ""
 
     @property
@@ -36,8 +36,8 @@ class WeightFile:
         return self.path.rsplit("/", 1)[-1]
 
 
-def folders(extra: Sequence[Path] = ()) -> list[Path]:
-    """Where weights are looked for, best first: `extra`, ComfyUI's models/rewards, the user's cache.
+def weight_folders(extra: Sequence[Path] = ()) -> list[Path]:
+    """Search path of weights: `extra`, ComfyUI's models/rewards, the user's cache.
 
     ComfyUI is the one this pack is installed in, or the one that COMFYUI_PATH names.
     """
@@ -50,12 +50,12 @@ def folders(extra: Sequence[Path] = ()) -> list[Path]:
     return [*found, Path.home() / ".cache" / "imagerefl" / "rewards"]
 
 
-def find(reward: str, file: WeightFile, places: Sequence[Path]) -> Path | None:
-    """`<place>/<reward>/<file>`, or a file of an unmistakable name in the place itself; safetensors before pickles."""
+def find(reward: str, file: WeightFile, folders: Sequence[Path]) -> Path | None:
+    """`<folder>/<reward>/<file>`, or `<folder>/<file>` unless the name is generic; safetensors before pickles."""
     own = file.folder or reward
-    for place in places:
+    for folder in folders:
         names = (file.name, *file.also)
-        candidates = [*(place / own / name for name in names), *(place / name for name in names if name not in _GENERIC)]
+        candidates = [*(folder / own / name for name in names), *(folder / name for name in names if name not in _GENERIC)]
         for path in sorted(candidates, key=lambda p: p.suffix != ".safetensors"):
             if path.is_file():
                 return path
@@ -67,7 +67,7 @@ def _record(path: Path) -> Path:
 
 
 def verify(path: Path) -> Path:
-    """The path, once its content has the hash recorded when it was downloaded; a file without a record was put there by its user."""
+    """Return the path if its hash is the one recorded by `download`; a file without a record is the user's own and passes."""
     record = _record(path)
     if record.is_file():
         expected = json.loads(record.read_text("utf-8"))["sha256"]
@@ -79,21 +79,21 @@ def verify(path: Path) -> Path:
     return path
 
 
-def download(reward: str, file: WeightFile, place: Path) -> Path:
-    """Fetch one file from the hub into `<place>/<reward>/` and record its revision and hash; a recorded file is verified instead.
+def download(reward: str, file: WeightFile, root: Path) -> Path:
+    """Download one file into `<root>/<reward>/` and record its revision and hash; a recorded file is verified instead.
 
-    A file that once had another hash is refused: weights that change under the same name are not the same reward.
+    Raises ValueError if the file had another hash before: changed weights under the same name are another reward.
     """
     import huggingface_hub as hub
 
-    folder = place / (file.folder or reward)
+    folder = root / (file.folder or reward)
     target = folder / file.name
     if target.is_file() and _record(target).is_file():
         return verify(target)
     try:
         commit: Any = hub.get_hf_file_metadata(hub.hf_hub_url(file.repository, file.path, revision=file.revision)).commit_hash
         fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=folder))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
+    except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
         raise ValueError(
             f"cannot download {file.path} of {file.repository}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error

@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads the prompt in the light of the image, and a linear head scores it (Xu et al. 2023, arXiv:2304.05977)."""
+"""ImageReward: BLIP's BERT encoder cross-attends to image tokens, a linear head scores it (Xu et al. 2023, arXiv:2304.05977)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reward import same_number
+from ..reward import check_lengths
+from .base import RewardModel
 from .bert import Bert
 from .linear_head import LinearHead
 from .preprocess import Fit, normalise
-from .vit import ViT
-from .weights import FLOAT_ON_CPU, Held, fill, strip
+from .vit import vision_transformer, vit_tokens
+from .weights import CPU_FLOAT32, Placement, fill, strip
 
 TOKENS = 35  # the length that the reward was trained with; longer prompts are cut
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the released weights, from its own code: its scores are about N(0,1) after it
 
 ARCHITECTURE: dict[str, dict[str, int]] = {
     "image": {"size": 224, "patch": 16, "width": 1024, "depth": 24, "heads": 16},
     "text": {"vocabulary": 30524, "width": 768, "depth": 12, "heads": 12, "wide": 3072},
 }
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # BLIP's contrastive heads, in the file and not in the score
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # BLIP's contrastive heads
 
 
 class _Blip(nn.Module):
     def __init__(self, image: Mapping[str, int], text: Mapping[str, int]) -> None:
         super().__init__()
-        self.visual_encoder = ViT(**image)
+        self.visual_encoder = vision_transformer(**image)
         self.text_encoder = Bert(**text, context=image["width"])
 
 
@@ -40,42 +40,42 @@ class _Model(nn.Module):
         self.mlp = LinearHead(text["width"])
 
 
-class ImageReward:
-    """ImageReward as a trainer.reward.Reward; raw scores, mean 0.167 and standard deviation 1.033 on its authors' data.
+class ImageReward(RewardModel):
+    """Raw scores, mean 0.167 and standard deviation 1.033 on the authors' data.
 
-    `tokenize` gives ids (N,L) and a mask (N,L), True where words are. The image is read once per call; the text side depends on it.
+    `tokenize` gives ids (N,L) and a mask (N,L), True at tokens to attend to. The text encoder depends on the image.
     """
 
-    differentiable = True
+    supports_gradient_checkpointing = True
+    statistics = (0.16717362830052426, 1.0333394966054072)  # in the authors' code
 
-    def __init__(self, model: nn.Module, tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]], size: int = 224) -> None:
+    def __init__(self, model: nn.Module, tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]], fit: Fit) -> None:
+        super().__init__()
         self.model: Any = model
-        self.tokenize = tokenize
-        self.fit = Fit(size)
+        self.tokenize, self.fit = tokenize, fit
 
     @staticmethod
     def load(
-        path: Path, vocabulary: Path, architecture: Mapping[str, Mapping[str, int]] = ARCHITECTURE, held: Held = FLOAT_ON_CPU
+        path: Path, vocabulary: Path, architecture: Mapping[str, Mapping[str, int]] = ARCHITECTURE, placement: Placement = CPU_FLOAT32
     ) -> ImageReward:
         """From the released file, or a safetensors copy, and bert-base-uncased's `vocab.txt`."""
-        state = {k: v for k, v in strip(held.read(path), "model.").items() if not k.startswith(_UNUSED)}
-        model = fill(lambda: _Model(architecture["image"], architecture["text"]), state, path, held)
-        return ImageReward(model, word_pieces(vocabulary) if held.valued else _no_words, architecture["image"]["size"])
+        state = {k: v for k, v in strip(placement.read(path), "model.").items() if not k.startswith(_UNUSED)}
+        model = fill(lambda: _Model(architecture["image"], architecture["text"]), state, path, placement)
+        return ImageReward(model, _stub_tokens if placement.is_meta else word_pieces(vocabulary), Fit(architecture["image"]["size"]))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,3,H,W) in [0,1], B prompts -> (B,) raw scores."""
-        same_number(images, prompts)
-        tokens = self.model.blip.visual_encoder(normalise(self.fit(images)))
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""
+        check_lengths(images, prompts)
+        tokens = vit_tokens(self.model.blip.visual_encoder, normalise(self.fitted(images)))
         ids, mask = (t.to(tokens.device) for t in self.tokenize(prompts))
-        words = self.model.blip.text_encoder(ids, mask, tokens)
-        return self.model.mlp(words[:, 0])
+        return self.model.mlp(self.model.blip.text_encoder(ids, mask, tokens)[:, 0])
 
-    def checkpoint_gradients(self, enabled: bool) -> None:
+    def gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the image tower's activations in the backward pass."""
-        self.model.blip.visual_encoder.recompute = enabled
+        self.model.blip.visual_encoder.set_grad_checkpointing(enabled)
 
 
-def _no_words(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _stub_tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(texts), TOKENS, dtype=torch.long), torch.ones(len(texts), TOKENS, dtype=torch.bool)
 
 
@@ -87,13 +87,13 @@ def word_pieces(vocabulary: Path) -> Callable[[Sequence[str]], tuple[Tensor, Ten
         raise FileNotFoundError(f"no vocabulary {vocabulary}: ImageReward needs bert-base-uncased's vocab.txt")
     listed = vocabulary.read_text("utf-8", errors="replace").splitlines()
     if listed[:1] != ["[PAD]"] or not {"[UNK]", "[CLS]", "[SEP]"} <= set(listed):
-        raise ValueError(f"{vocabulary} is not bert-base-uncased's vocabulary: [PAD] is not its first word, or a mark is missing")
-    words: Any = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
-    words.enable_truncation(TOKENS)
-    words.enable_padding(length=TOKENS)
+        raise ValueError(f"{vocabulary} is not bert-base-uncased's vocabulary: it must start with [PAD] and hold [UNK], [CLS] and [SEP]")
+    tokenizer: Any = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
+    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_padding(length=TOKENS)
 
     def tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encoded = words.encode_batch(list(texts))
+        encoded = tokenizer.encode_batch(list(texts))
         return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool)
 
     return tokenize

@@ -6,10 +6,7 @@ from torch import Tensor, nn
 
 
 class LinearHead(nn.Module):
-    """Five linear layers with nothing between them but dropout, which is off here: one linear map in five factors.
-
-    The numbers of the layers are those of the released files, where dropout takes the places between.
-    """
+    """Five linear layers without activations. Their indices are those of the released files, which have dropout layers between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

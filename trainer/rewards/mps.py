@@ -1,4 +1,4 @@
-"""MPS: image tokens attend to the prompt's words that a list of qualities selects (Zhang et al. 2024, arXiv:2405.14705)."""
+"""MPS: image tokens attend to the prompt's tokens that a condition selects (Zhang et al. 2024, arXiv:2405.14705)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..memory.offload import Parking, slots
-from ..reward import same_number
-from ..runtime.progress import slow
-from .clip import ARCHITECTURES, build_clip
+from ..reward import check_lengths
+from .clip import ARCHITECTURES, build_clip, temperature
 from .preprocess import Fit, normalise
-from .weights import FLOAT_ON_CPU, Held, fill, strip
+from .prompt_cache import PromptCachedReward
+from .weights import CPU_FLOAT32, Placement, fill, strip
 
 # The condition of the released "overall" head, from its evaluation code.
 CONDITION = (
@@ -25,13 +24,12 @@ CONDITION = (
     "quantity, attributes, position, number, location, word, things."
 )
 SAFE = "model.safetensors of RE-N-Y/mpsv1"
-TEXTS_KEPT = 512  # words and mask of so many prompts stay in memory: 160 MB at 77 × 1024 numbers each
 DEPTH = 4  # layers of the cross model
-_HEAD = 64  # numbers per attention head, fixed in the original
+_HEAD = 64  # channels per attention head, fixed in the original
 
 
 class _Cross(nn.Module):
-    """Image tokens ask, words answer: many heads of queries, one of keys and values, and an MLP beside them."""
+    """Multi-query cross-attention, image tokens attend to text tokens, and a parallel MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,30 +40,30 @@ class _Cross(nn.Module):
         self.ff_in = nn.Linear(width, 8 * width, bias=False)
         self.ff_out = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor, words: Tensor, keep: Tensor) -> Tensor:
-        """x (B,N,width), words (B,L,width), keep (B,L) bool -> (B,N,width)."""
+    def forward(self, x: Tensor, text: Tensor, keep: Tensor) -> Tensor:
+        """x (B,N,width), text (B,L,width), keep (B,L) bool -> (B,N,width)."""
         normed = self.norm(x)
-        k, v = self.to_kv(words)[:, None].chunk(2, -1)  # (B,1,L,64), the same for every head
-        seen = _attend(_heads(self.to_q(normed)), k, v, keep[:, None, None, :])
-        return x + self.to_out(seen) + self.ff_out(_swiglu(self.ff_in(normed)))
+        k, v = self.to_kv(text)[:, None].chunk(2, -1)  # (B,1,L,64), shared by all heads
+        attended = _attend(_heads(self.to_q(normed)), k, v, keep[:, None, None, :])
+        return x + self.to_out(attended) + self.ff_out(_swiglu(self.ff_in(normed)))
 
 
 class _Parallel(nn.Module):
-    """Self-attention with rotary positions and one head of keys and values, an MLP beside it, one projection for all."""
+    """Multi-query self-attention with rotary positions and a parallel MLP, from one fused projection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.parts = (width, _HEAD, _HEAD, 8 * width)
-        self.fused = nn.Linear(width, sum(self.parts), bias=False)
+        self.split = (width, _HEAD, _HEAD, 8 * width)
+        self.fused = nn.Linear(width, sum(self.split), bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.ff_out = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,N,width) -> the same."""
-        q, k, v, ff = self.fused(self.norm(x)).split(self.parts, -1)
-        seen = _attend(_rotate(_heads(q)), _rotate(k[:, None]), v[:, None], None)
-        return x + self.attn_out(seen) + self.ff_out(_swiglu(ff))
+        """(B,N,width) -> (B,N,width)."""
+        q, k, v, ff = self.fused(self.norm(x)).split(self.split, -1)
+        attended = _attend(_rotate(_heads(q)), _rotate(k[:, None]), v[:, None], None)
+        return x + self.attn_out(attended) + self.ff_out(_swiglu(ff))
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -98,8 +96,8 @@ class _Layer(nn.Module):
         self.cross = _Cross(width)
         self.parallel = _Parallel(width)
 
-    def forward(self, x: Tensor, words: Tensor, keep: Tensor) -> Tensor:
-        return self.parallel(self.cross(x, words, keep))
+    def forward(self, x: Tensor, text: Tensor, keep: Tensor) -> Tensor:
+        return self.parallel(self.cross(x, text, keep))
 
 
 class _CrossModel(nn.Module):
@@ -121,7 +119,7 @@ _NAMES = {
 def _cross_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        if key.startswith("cross_model.") and not key.endswith("inv_freq"):  # the rates of the rotation are computed
+        if key.startswith("cross_model.") and not key.endswith("inv_freq"):  # rotary frequencies are computed
             name = key.removeprefix("cross_model.")
             for theirs, ours in _NAMES.items():
                 name = name.replace(theirs, ours)
@@ -130,34 +128,31 @@ def _cross_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Text:
-    """One prompt: words (L,D), its summary (D,), and which words the condition selects (L,)."""
+class _Prompt:
+    """Text tokens (L,D), the pooled token (D,), and which tokens the condition selects (L,)."""
 
-    words: Tensor
-    summary: Tensor
+    tokens: Tensor
+    pooled: Tensor
     keep: Tensor
 
 
-class MPS:
-    """The overall preference score exp(logit_scale)·cos(e, x_CLS) as a trainer.reward.Reward.
+class MPS(PromptCachedReward[_Prompt]):
+    """The overall preference score exp(logit_scale)·cos(e, x_CLS).
 
-    `threshold` selects the words: 0.3 in the authors' evaluation scripts, 0.01 in their model class and in ImageReFL's code.
-    The mask is each prompt's own; in the original the largest similarity of the whole batch decides, so that scores
-    depend on batch mates.
+    `threshold` selects the tokens: 0.3 in the authors' evaluation scripts, 0.01 in their model class and in ImageReFL's code.
+    The mask is each prompt's own. The original takes the largest similarity of the whole batch, so that its scores depend on
+    the other images of the batch.
     """
 
-    differentiable = True
-    reads_prompts = True
-    texts_kept = TEXTS_KEPT
+    prompts_kept = 512  # 160 MB at 77 × 1024 numbers each
 
     def __init__(
-        self, model: Any, cross: Any, tokenize: Callable[[Sequence[str]], Tensor], size: int = 224, threshold: float = 0.3
+        self, clip: nn.Module, cross: nn.Module, tokenize: Callable[[Sequence[str]], Tensor], fit: Fit, scale: float, threshold: float = 0.3
     ) -> None:
-        self.model, self.cross, self.tokenize, self.threshold = model, cross, tokenize, threshold
-        self.fit = Fit(size)
-        self.recompute = False
-        self.words = Parking(slots(self.model, without=("visual.", "logit_")))
-        self._texts: dict[str, _Text] = {}
+        super().__init__(clip, tokenize, fit)
+        self.cross: Any = cross
+        self.scale, self.threshold = scale, threshold
+        self._recompute = False
         self._condition: Tensor | None = None
 
     @staticmethod
@@ -165,56 +160,44 @@ class MPS:
         path: Path,
         tokenize: Callable[[Sequence[str]], Tensor],
         architecture: Mapping[str, Any] = ARCHITECTURES["ViT-H-14"],
-        held: Held = FLOAT_ON_CPU,
+        placement: Placement = CPU_FLOAT32,
     ) -> MPS:
         """From a safetensors copy of the released weights; the released file itself is a pickled program and is refused."""
-        state = strip(held.read(path, SAFE), "mps.")
+        state = strip(placement.read(path, SAFE), "mps.")
         towers = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        model = build_clip(towers, architecture, path, held)
-        cross = fill(lambda: _CrossModel(architecture["embed_dim"], DEPTH), _cross_state(state), path, held)
-        return MPS(model, cross, tokenize, architecture["vision_cfg"]["image_size"])
+        clip = build_clip(towers, architecture, path, placement)
+        cross = fill(lambda: _CrossModel(architecture["embed_dim"], DEPTH), _cross_state(state), path, placement)
+        return MPS(clip, cross, tokenize, Fit(architecture["vision_cfg"]["image_size"]), temperature(clip))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,3,H,W) in [0,1], B prompts -> (B,)."""
-        same_number(images, prompts)
-        texts = self._read(prompts)
-        words, summary, keep = (torch.stack([getattr(t, name) for t in texts]) for name in ("words", "summary", "keep"))
-        x = image_tokens(self.model.visual, normalise(self.fit(images)))
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""
+        check_lengths(images, prompts)
+        encoded = self.encoded(prompts)
+        tokens, pooled, keep = (torch.stack([getattr(p, name) for p in encoded]) for name in ("tokens", "pooled", "keep"))
+        x = image_tokens(self.visual, normalise(self.fitted(images)))
         for layer in self.cross.layers:
-            x = checkpoint(layer, x, words, keep, use_reentrant=False) if self.recompute else layer(x, words, keep)
-        return self.model.logit_scale.float().exp() * F.cosine_similarity(summary.float(), x[:, 0].float(), dim=-1)
+            x = checkpoint(layer, x, tokens, keep, use_reentrant=False) if self._recompute else layer(x, tokens, keep)
+        return self.scale * F.cosine_similarity(pooled.float(), x[:, 0].float(), dim=-1)
 
-    def checkpoint_gradients(self, enabled: bool) -> None:
+    def gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the image tower and the cross-attention in the backward pass."""
-        self.recompute = enabled
-        self.model.visual.set_grad_checkpointing(enabled)
+        super().gradient_checkpointing(enabled)
+        self._recompute = enabled
 
-    def _read(self, prompts: Sequence[str]) -> list[_Text]:
-        self.remember(prompts)
-        read = [self._texts[p] for p in prompts]
-        while len(self._texts) > TEXTS_KEPT:
-            del self._texts[next(iter(self._texts))]
-        return read
+    def encode_prompt(self, prompt: str) -> _Prompt:
+        """Tokens of a prompt, and the similarity of each to the condition's tokens."""
+        if self._condition is None:
+            self._condition = self._tokens(CONDITION)[0]
+        tokens, pooled = self._tokens(prompt)
+        affinity = (tokens.float() @ self._condition.float().T).amax(-1)  # (L,): largest similarity to a token of the condition
+        return _Prompt(tokens, pooled, affinity / affinity.amax() > self.threshold)
 
-    def remember(self, prompts: Sequence[str]) -> None:
-        """Encode prompts that were not met before: afterwards they need no text tower."""
-        missing = list(dict.fromkeys(p for p in prompts if p not in self._texts))
-        if not missing:
-            return
-        with torch.inference_mode(False), torch.no_grad(), self.words.here():
-            if self._condition is None:
-                self._condition = self._words([CONDITION])[0][0]
-            for prompt in slow(missing, "prompts of a reward"):  # alone, as in TwoTower: so its rounding does not depend on others
-                words, summaries = self._words([prompt])
-                affinity = (words.float() @ self._condition.float().T).amax(-1)  # (1,L): how much each word is about a quality
-                keep = affinity / affinity.amax(-1, keepdim=True) > self.threshold
-                self._texts[prompt] = _Text(words[0], summaries[0], keep[0])
-
-    def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids = self.tokenize(texts).to(self.model.logit_scale.device)
-        end = self.model.vocab_size - 1
+    def _tokens(self, text: str) -> tuple[Tensor, Tensor]:
+        ids = self.tokenize([text]).to(self.device)
+        end = self.text.vocab_size - 1
         ids = ids.masked_fill((ids == end).cumsum(1) > 0, end)  # padded with end tokens, as in training: every position counts here
-        return text_tokens(self.model, ids)
+        tokens, pooled = text_tokens(self.text, ids)
+        return tokens[0], pooled[0]
 
 
 def image_tokens(visual: Any, pixels: Tensor) -> Tensor:
@@ -224,10 +207,10 @@ def image_tokens(visual: Any, pixels: Tensor) -> Tensor:
     return _blocks(visual.transformer, visual.ln_pre(x), None) @ visual.proj
 
 
-def text_tokens(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+def text_tokens(text: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Every token of an open_clip text tower, projected (B,L,D), and the one at the first end token (B,D)."""
-    x = model.token_embedding(ids) + model.positional_embedding
-    x = model.ln_final(_blocks(model.transformer, x, model.attn_mask)) @ model.text_projection
+    x = text.token_embedding(ids) + text.positional_embedding
+    x = text.ln_final(_blocks(text.transformer, x, text.attn_mask)) @ text.text_projection
     return x, x[torch.arange(len(x), device=x.device), ids.argmax(-1)]
 
 

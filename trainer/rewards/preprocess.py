@@ -1,6 +1,6 @@
-"""From pixels to what a reward's image tower expects: differentiable, batched, on whatever device the pixels are.
+"""From images to the input of a reward's image tower: differentiable, batched, on the images' device.
 
-Pictures that are read from files to be scored, and never need a gradient, are fitted as bytes instead, as Pillow would.
+Images read from files for scoring need no gradient: they are resized as bytes, with Pillow's result.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# A crop shows the middle square alone; what lies further out than this many sides is cut before resizing, which bounds memory.
+# Longest side in units of the shorter one that is resized: the crop keeps only the central square. Bounds memory.
 WIDEST = 8
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Shorter side to `size` (bicubic, antialiased: without it a reward can be hacked by frequencies it never shows), centre crop.
+    """Shorter side to `size` (bicubic, antialiased: else frequencies above the tower's resolution could hack the reward), centre crop.
 
-    The longer side is truncated and half a pixel of the crop rounds to even, as in torchvision, which the models were trained with.
+    The longer side is truncated and half pixels of the crop round to even, as in torchvision, with which the models were trained.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
@@ -49,11 +49,11 @@ def resize_and_pad(images: Tensor, size: int) -> Tensor:
 def _resize(images: Tensor, target: tuple[int, int]) -> Tensor:
     """Width, then height, clipped after each as Pillow does: overshoot at edges would otherwise differ by several grey levels.
 
-    Bytes stay bytes: torch's own kernel for them goes the same way and rounds after each axis.
+    uint8 stays uint8: torch's own kernel resizes in the same order and rounds after each axis.
     """
     if images.dtype == torch.uint8:
-        same = images.shape[-2:] == target
-        return images if same else F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
+        unchanged = images.shape[-2:] == target
+        return images if unchanged else F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
     for size in ((images.shape[-2], target[1]), target):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -67,7 +67,7 @@ def _centre(images: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """How images of any size become a reward's square input; two equal Fits give equal pixels, so one result serves both."""
+    """How images of any size become a reward's square input; rewards with equal Fits can share the result."""
 
     size: int
     rule: Literal["crop", "pad"] = "crop"
@@ -77,9 +77,9 @@ class Fit:
         return self._square(images.float())
 
     def of_bytes(self, image: Tensor) -> Tensor:
-        """(3,H,W) uint8 on the CPU -> (3,size,size) uint8, equal to Pillow's but for one grey level in less than a hundredth of the pixels.
+        """(3,H,W) uint8 on the CPU -> (3,size,size) uint8: Pillow's result, but for one grey level in less than 1 % of the pixels.
 
-        An eighth of the time of the differentiable way.
+        Takes an eighth of the differentiable path's time.
         """
         return self._square(image[None])[0].contiguous()
 

@@ -1,67 +1,74 @@
-"""The rewards by name: how each is loaded, under which licence, from where; and `load`, which every caller uses."""
+"""The rewards by name: how each is loaded, its licence and source; and `load`, the one way to open a reward."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..config import ConfigError
-from ..models.open import DTYPES
-from ..reward import Reward
 from .aesthetic import Aesthetic
-from .clip import ARCHITECTURES, load_clip, tokenizer
+from .base import RewardModel
+from .clip import ARCHITECTURES, load_clip, temperature, tokenizer
 from .compressibility import JpegSize
-from .files import WeightFile, find, folders, verify
-from .image_reward import ARCHITECTURE, MEAN, STD, ImageReward
+from .files import WeightFile, find, verify, weight_folders
+from .image_reward import ARCHITECTURE, ImageReward
 from .mps import MPS, SAFE
 from .preprocess import Fit
 from .python_file import PythonReward
 from .two_tower import TwoTower
-from .weighted import Part, WeightedSum, parse_weights
-from .weights import Held
+from .weighted import RewardSpec, WeightedSum, parse_weights
+from .weights import Placement
 
 Paths = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One reward: `make(paths, architecture, held)` loads it; `files` are what it needs, the first being its own."""
+    """One reward: `make(paths, architecture, placement)` loads it from `files`, by role; the role `weights` is its own."""
 
-    make: Callable[[Paths, Mapping[str, Any], Held], Reward]
+    make: Callable[[Paths, Mapping[str, Any], Placement], RewardModel]
     architecture: Mapping[str, Any]
     files: Mapping[str, WeightFile]
     licence: str
     source: str
-    mean: float | None = None
-    std: float | None = None
+    embedded: bool = False
+    """Whether weights and statistics are part of this package."""
 
 
-def _tower(
-    paths: Paths, architecture: Mapping[str, Any], held: Held, rule: Literal["crop", "pad"] = "crop", scaled: bool = False
+def _two_tower(
+    paths: Paths, architecture: Mapping[str, Any], placement: Placement, rule: Literal["crop", "pad"] = "crop", scaled: bool = False
 ) -> TwoTower:
-    model = load_clip(paths["weights"], architecture, held)
-    size = architecture["vision_cfg"]["image_size"]
-    scale = float(model.logit_scale.exp()) if scaled else 1.0
-    return TwoTower(model, tokenizer(architecture["text_cfg"]["context_length"]), size, scale, Fit(size, rule))
+    clip = load_clip(paths["weights"], architecture, placement)
+    fit = Fit(architecture["vision_cfg"]["image_size"], rule)
+    return TwoTower(clip, tokenizer(architecture["text_cfg"]["context_length"]), fit, temperature(clip) if scaled else 1.0)
 
 
-def _image_reward(paths: Paths, architecture: Mapping[str, Any], held: Held) -> ImageReward:
-    return ImageReward.load(paths["weights"], paths["vocabulary"], architecture, held)
+def _image_reward(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> ImageReward:
+    return ImageReward.load(paths["weights"], paths["vocabulary"], architecture, placement)
 
 
-def _mps(paths: Paths, architecture: Mapping[str, Any], held: Held) -> MPS:
-    return MPS.load(paths["weights"], tokenizer(architecture["text_cfg"]["context_length"]), architecture, held)
+def _mps(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> MPS:
+    return MPS.load(paths["weights"], tokenizer(architecture["text_cfg"]["context_length"]), architecture, placement)
 
 
-def _aesthetic(paths: Paths, architecture: Mapping[str, Any], held: Held) -> Aesthetic:
-    return Aesthetic.load(_tower({"weights": paths["clip"]}, architecture, held), paths["weights"])
+def _aesthetic(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> Aesthetic:
+    return Aesthetic.load(paths["clip"], paths["weights"], architecture, placement)
+
+
+def _demo(name: str) -> Entry:
+    """A reward of the demo, which is imported when it is loaded: rewards/ must not depend on demo/."""
+
+    def make(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> RewardModel:
+        files = importlib.import_module("..demo.files", __package__)
+        return files.load_raw_reward(name, placement.device, placement.dtype)
+
+    return Entry(make, {}, {}, "Apache-2.0 (this package)", "the demo's 64×64 images", embedded=True)
 
 
 _OTHER_NAMES = ("model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
@@ -69,14 +76,14 @@ _TABLE = "open_clip 3.3: pretrained.py, constants.py"
 
 
 def _clip(name: str, file: WeightFile, licence: str, paper: str) -> Entry:
-    return Entry(_tower, ARCHITECTURES[name], {"weights": file}, licence, paper)
+    return Entry(_two_tower, ARCHITECTURES[name], {"weights": file}, licence, paper)
 
 
 def _hps_entry(file: str) -> Entry:
     safe = file.removesuffix(".pt") + ".safetensors"
     weights = WeightFile("xswu/HPSv2", file, also=(safe, "model.safetensors"), read_at="github.com/tgxs002/HPSv2: hpsv2/utils.py")
     return Entry(
-        partial(_tower, rule="pad"),
+        partial(_two_tower, rule="pad"),
         ARCHITECTURES["ViT-H-14"],
         {"weights": weights},
         "Apache-2.0 (card, code)",
@@ -99,10 +106,13 @@ _OPENAI = "arXiv:2103.00020, github.com/openai/CLIP"
 
 # "card": the repository that holds the weights says so; "code": the authors' program does.
 REWARDS: dict[str, Entry] = {
+    "demo-proxy": _demo("proxy"),
+    "demo-heldout": _demo("heldout"),
+    "demo-gold": _demo("gold"),
     "hpsv2.1": _hps_entry("HPS_v2.1_compressed.pt"),
     "hpsv2": _hps_entry("HPS_v2_compressed.pt"),
     "pickscore": Entry(
-        partial(_tower, scaled=True),
+        partial(_two_tower, scaled=True),
         ARCHITECTURES["ViT-H-14"],
         {
             "weights": WeightFile(
@@ -140,8 +150,6 @@ REWARDS: dict[str, Entry] = {
         },
         "Apache-2.0 (card, code)",
         "arXiv:2304.05977, huggingface.co/THUDM/ImageReward",
-        MEAN,
-        STD,
     ),
     "mps": Entry(
         _mps,
@@ -179,25 +187,28 @@ REWARDS: dict[str, Entry] = {
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where weights and statistics are looked for, best first."""
+class WeightFolders:
+    """Folders that hold weights and measured statistics; the first one that has a file wins."""
 
-    folders: Sequence[Path] = field(default_factory=folders)
+    folders: Sequence[Path] = field(default_factory=weight_folders)
 
     def statistics(self, name_or_path: str) -> Path:
-        """Where the measured mean and standard deviation of a reward lie: in its folder, or beside a user's own file."""
+        """The file with a reward's measured mean and standard deviation: in its folder, or beside a user's own file."""
         name, at, file = name_or_path.partition("@")
         if Path(name_or_path).is_dir():
             return Path(name_or_path) / "statistics.json"
         if at or name.endswith(".py"):
             return Path(file or name).with_suffix(".statistics.json")
-        if name not in REWARDS:
-            raise ValueError(f"{name} is no reward whose statistics can be kept: use {', '.join(REWARDS)}, a file or a folder")
-        kept = [folder / name / "statistics.json" for folder in self.folders]
-        return next((path for path in kept if path.is_file()), kept[0])
+        if name not in REWARDS or REWARDS[name].embedded:
+            known = ", ".join(n for n, entry in REWARDS.items() if not entry.embedded)
+            raise ValueError(f"statistics of {name} cannot be stored: use {known}, a file or a folder")
+        stored = [folder / name / "statistics.json" for folder in self.folders]
+        return next((path for path in stored if path.is_file()), stored[0])
 
     def read_statistics(self, name_or_path: str) -> tuple[float, float] | None:
-        """Mean and standard deviation of a reward on its user's images, where they were measured."""
+        """The measured mean and standard deviation of a reward; None where there are none."""
+        if name_or_path in REWARDS and REWARDS[name_or_path].embedded:
+            return None
         path = self.statistics(name_or_path)
         if not path.is_file():
             return None
@@ -209,74 +220,60 @@ def load(
     name_or_path: str,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    places: Places | None = None,
+    folders: WeightFolders | None = None,
     architecture: Mapping[str, Any] | None = None,
-) -> Part:
+) -> RewardSpec:
     """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, or a Python file.
 
-    Nothing is fetched. `architecture` replaces the entry's, for models of another size in the same layout. On the meta device
+    Nothing is downloaded. `architecture` replaces the entry's, for models of another size in the same layout. On the meta device
     a named reward needs no file.
     """
-    places = places or Places()
+    folders = folders or WeightFolders()
+    reward = _open(name_or_path, Placement(device, dtype), folders, architecture)
+    return RewardSpec(name_or_path, reward, 1.0, *(folders.read_statistics(name_or_path) or reward.statistics or (None, None)))
+
+
+def load_reward(spec: str, standardise: bool, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RewardModel:
+    """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
+    specs = [replace(load(name, device, dtype), weight=weight) for name, weight in parse_weights(spec)]
+    if len(specs) == 1 and specs[0].weight == 1:
+        return specs[0].standardised if standardise else specs[0].reward
+    return WeightedSum(specs, raw=not standardise)
+
+
+def _open(name_or_path: str, placement: Placement, folders: WeightFolders, architecture: Mapping[str, Any] | None) -> RewardModel:
     name, at, file = name_or_path.partition("@")
     if name in REWARDS and (at or not Path(name).is_dir()):
         entry = REWARDS[name]
-        held = Held(device, dtype)
-        paths = locate(name, places, Path(file) if at else None) if held.valued else {role: Path(f.name) for role, f in entry.files.items()}
-        with torch.inference_mode(False):  # weights made inside a ComfyUI prompt would be inference tensors, which no graph may save
-            reward = entry.make(paths, architecture or entry.architecture, held)
-        return Part(name_or_path, reward, 1.0, *(places.read_statistics(name_or_path) or (entry.mean, entry.std)))
+        if placement.is_meta:
+            paths = {role: Path(f.name) for role, f in entry.files.items()}
+        else:
+            paths = locate(name, folders, Path(file) if at else None)
+        with torch.inference_mode(False):  # in a ComfyUI prompt weights would be inference tensors, which autograd cannot save
+            return entry.make(paths, architecture or entry.architecture, placement)
     if name_or_path.endswith(".py"):
-        return Part(name_or_path, PythonReward.load(Path(name_or_path)), 1.0, *(places.read_statistics(name_or_path) or (None, None)))
+        return PythonReward.load(Path(name_or_path))
     if Path(name_or_path).is_dir():
-        tower, config = TwoTower.load(Path(name_or_path), device, dtype)
-        return Part(name_or_path, tower, 1.0, *(places.read_statistics(name_or_path) or (config["mean"], config["std"])))
+        return TwoTower.load(Path(name_or_path), placement.device, placement.dtype)
     raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, NAME@FILE, a reward folder, or a Python file")
 
 
-def locate(name: str, places: Places, weights: Path | None = None) -> dict[str, Path]:
-    """Where each file of a reward is, verified; `weights` stands for the first. A missing one is an error that says how to get it."""
+def locate(name: str, folders: WeightFolders, weights: Path | None = None) -> dict[str, Path]:
+    """Role -> verified path of each file of a reward; `weights` replaces the file of that role.
+
+    Raises FileNotFoundError with the command that downloads a missing file.
+    """
     found: dict[str, Path] = {}
-    beside = [weights.parent] if weights else []
     for role, file in REWARDS[name].files.items():
         if weights is not None and role == "weights":
             found[role] = verify(weights)
             continue
-        path = next((p for p in (b / n for b in beside for n in (file.name, *file.also)) if p.is_file()), None)
-        path = path or find(name, file, places.folders)
+        beside = [weights.parent / n for n in (file.name, *file.also)] if weights else []
+        path = next((p for p in beside if p.is_file()), None) or find(name, file, folders.folders)
         if path is None:
             raise FileNotFoundError(
                 f"{name} needs {file.name}: run `python -m trainer rewards download {name}`, "
-                f"or put it into {places.folders[0] / name} ({file.path} of {file.repository})"
+                f"or put it into {folders.folders[0] / name} ({file.path} of {file.repository})"
             )
         found[role] = verify(path)
     return found
-
-
-EMBEDDED = Path(__file__).parents[1] / "demo" / "weights"
-DEMO_REWARDS = ("demo-proxy", "demo-heldout", "demo-gold")
-
-
-def open_reward(name: str, device: str = "cpu", dtype: str = "float32") -> Part:
-    """As `load`, by the name of a dtype; also the embedded model's rewards, DEMO_REWARDS."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"reward_dtype = {dtype!r}: use one of {', '.join(DTYPES)}")
-    if name == "demo-gold":
-        gold = import_module("trainer.demo.files").load_gold(device)  # by name: rewards know nothing of the demo's code
-        return Part(name, gold, mean=0.0, std=1.0, size=64)  # the gold reward defines its own scale
-    if name in DEMO_REWARDS:
-        tower, config = TwoTower.load(EMBEDDED / name.removeprefix("demo-"), device, DTYPES[dtype])
-        return Part(name, tower, 1.0, config["mean"], config["std"])
-    try:
-        return load(name, device, DTYPES[dtype])
-    except ValueError as error:
-        hint = f" (the embedded model's are {', '.join(DEMO_REWARDS)})" if str(error).startswith("unknown reward") else ""
-        raise ConfigError(f"{error}{hint}") from error
-
-
-def load_reward(spec: str, standardise: bool, device: str = "cpu", dtype: str = "float32") -> Reward:
-    """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
-    parts = [replace(open_reward(name, device, dtype), weight=weight) for name, weight in parse_weights(spec)]
-    if len(parts) == 1 and parts[0].weight == 1:
-        return parts[0].standardised if standardise else parts[0].reward
-    return WeightedSum(parts, raw=not standardise)

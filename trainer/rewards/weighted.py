@@ -1,4 +1,4 @@
-"""Several rewards as one: a weighted sum of standardised scores, every part reported raw and standardised."""
+"""Standardised rewards and their weighted sums."""
 
 from __future__ import annotations
 
@@ -6,31 +6,68 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..reward import Reward, Standardised
+from .base import RewardModel
 from .preprocess import Fit
 
 
+class Standardised(RewardModel):
+    """(r − mean)/std of a reward: one unit is one standard deviation over images of the base model."""
+
+    def __init__(self, reward: RewardModel, mean: float, std: float) -> None:
+        super().__init__()
+        self.reward, self.mean, self.std = reward, mean, std
+        self.differentiable, self.needs_prompt = reward.differentiable, reward.needs_prompt
+        self.takes_prefixes, self.fit = reward.takes_prefixes, reward.fit
+        self.supports_gradient_checkpointing = reward.supports_gradient_checkpointing
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean."""
+        return (self.reward(images, prompts) - self.mean) / self.std
+
+    def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
+        """images (B,3,H,W), B prompts, P prefixes -> (B,P) in standard deviations above the mean."""
+        return (self.reward.scores(images, prompts, prefixes) - self.mean) / self.std
+
+    @property
+    def raw(self) -> RewardModel:
+        """The reward inside."""
+        return self.reward
+
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """As the reward inside."""
+        self.reward.gradient_checkpointing(enabled)
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """As the reward inside."""
+        self.reward.remember(prompts)
+
+    def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
+        """As the reward inside."""
+        self.reward.place(device, prompts)
+
+
 @dataclass(frozen=True)
-class Part:
-    """One reward of a sum, its weight, and its statistics where they are known."""
+class RewardSpec:
+    """A reward by name, its weight in a sum, and its statistics where they are known."""
 
     name: str
-    reward: Reward
+    reward: RewardModel
     weight: float = 1.0
     mean: float | None = None
     std: float | None = None
-    size: int = 0  # pixels of the square that a reward without a rule of its own is shown; 0 shows the image as it is
+    size: int = 0
+    """Pixels of the square that images are cropped to for a reward without a `fit`; 0: not cropped."""
 
     @property
     def fit(self) -> Fit | None:
-        """How images of any size become this reward's input; None where it takes them as they are."""
-        return getattr(self.reward, "fit", None) or (Fit(self.size) if self.size else None)
+        """How images of any size become this reward's input; None: they are taken as they are."""
+        return self.reward.fit or (Fit(self.size) if self.size else None)
 
     @property
-    def standardised(self) -> Reward:
-        """The reward in standard deviations above its mean."""
+    def standardised(self) -> Standardised:
+        """The reward in standard deviations above its mean. Raises ValueError where the statistics are not known."""
         if self.mean is None or self.std is None:
             raise ValueError(
                 f"no mean and standard deviation are known for {self.name}: measure them with "
@@ -38,35 +75,46 @@ class Part:
             )
         return Standardised(self.reward, self.mean, self.std)
 
-    def z(self, raw: Tensor) -> Tensor | None:
-        """Raw scores in standard deviations, or None where the statistics are not known."""
-        return None if self.mean is None or self.std is None else (raw - self.mean) / self.std
 
+class WeightedSum(RewardModel):
+    """Σ wᵢ·zᵢ over rewards, zᵢ standardised scores or, with `raw`, raw ones."""
 
-class WeightedSum:
-    """Σ wᵢ·zᵢ as a trainer.reward.Reward; `raw` sums the scores as they come."""
+    supports_gradient_checkpointing = True
 
-    def __init__(self, parts: Sequence[Part], raw: bool = False) -> None:
-        if not parts:
+    def __init__(self, specs: Sequence[RewardSpec], raw: bool = False) -> None:
+        if not specs:
             raise ValueError("a weighted sum needs at least one reward")
-        self.parts = tuple(parts)
-        self._rewards = [p.reward if raw else p.standardised for p in parts]
-        self.differentiable = all(p.reward.differentiable for p in parts)
+        super().__init__()
+        self.weights = [spec.weight for spec in specs]
+        self.rewards = nn.ModuleList(spec.reward if raw else spec.standardised for spec in specs)
+        self.differentiable = all(spec.reward.differentiable for spec in specs)
+        self.needs_prompt = any(spec.reward.needs_prompt for spec in specs)
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,3,H,W) in [0,1], B prompts -> (B,)."""
-        return torch.stack([p.weight * reward(images, prompts) for p, reward in zip(self.parts, self._rewards)]).sum(0)
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,)."""
+        return torch.stack([weight * reward(images, prompts) for weight, reward in zip(self.weights, self.rewards)]).sum(0)
 
-    def checkpoint_gradients(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass, in every part that can."""
-        for part in self.parts:
-            recompute = getattr(part.reward, "checkpoint_gradients", None)
-            if recompute is not None:
-                recompute(enabled)
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, in every reward that can."""
+        for reward in self._rewards():
+            reward.gradient_checkpointing(enabled)
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """As each reward."""
+        for reward in self._rewards():
+            reward.remember(prompts)
+
+    def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
+        """As each reward, one after the other."""
+        for reward in self._rewards():
+            reward.place(device, prompts)
+
+    def _rewards(self) -> list[RewardModel]:
+        return [reward for reward in self.rewards if isinstance(reward, RewardModel)]
 
 
 def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
-    """`"hpsv2.1=1, pickscore=0.5"`, or a list of such items, as names and weights; a weight left out is 1."""
+    """`"hpsv2.1=1, pickscore=0.5"`, or a list of such items -> (name, weight) pairs; a weight left out is 1."""
     items = spec.split(",") if isinstance(spec, str) else [item for text in spec for item in text.split(",")]
     parsed: list[tuple[str, float]] = []
     for item in (i.strip() for i in items):
@@ -76,8 +124,9 @@ def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
         except ValueError:
             parsed.append((item, 1.0))  # the = belongs to a path
         if not parsed[-1][0]:
-            raise ValueError(f"{item!r} names no reward: write NAME or NAME=WEIGHT")
-    twice = {n for n, _ in parsed if [m for m, _ in parsed].count(n) > 1}
-    if twice:
-        raise ValueError(f"reward {sorted(twice)[0]} is given twice")
+            raise ValueError(f"{item!r} has no reward name: write NAME or NAME=WEIGHT")
+    names = [name for name, _ in parsed]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"reward {sorted(repeated)[0]} is given twice")
     return parsed

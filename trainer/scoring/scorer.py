@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.images import load_bytes
 from ..rewards.preprocess import Fit
-from ..rewards.weighted import Part
+from ..rewards.weighted import RewardSpec
 from .items import Item, prompt_for
 
 PIXELS_PER_BATCH = 1 << 25  # of images scored in their own size: 400 MB as float32
@@ -37,9 +37,11 @@ class _Decoded:
     fitted: dict[Fit, Tensor]  # (3,size,size) uint8 by resizing rule
 
 
-def score(items: Sequence[Item], parts: Sequence[Part], device: str = "cpu", batch: int = 32, threads: int = 8) -> Iterator[ScoredImage]:
+def score(
+    items: Sequence[Item], parts: Sequence[RewardSpec], device: str = "cpu", batch: int = 32, threads: int = 8
+) -> Iterator[ScoredImage]:
     """Scores of each item, in order. An image that cannot be read or has no prompt gets an error instead."""
-    needs_prompt = any(getattr(p.reward, "needs_prompt", True) for p in parts)
+    needs_prompt = any(p.reward.needs_prompt for p in parts)
     fits = list(dict.fromkeys(p.fit for p in parts))
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[_Decoded | ScoredImage]] = deque()
@@ -72,7 +74,7 @@ def _decode(item: Item, needs_prompt: bool, fits: Sequence[Fit | None]) -> _Deco
 
 
 @torch.no_grad()
-def _score_batch(decoded: Sequence[_Decoded], parts: Sequence[Part], device: str) -> list[ScoredImage]:
+def _score_batch(decoded: Sequence[_Decoded], parts: Sequence[RewardSpec], device: str) -> list[ScoredImage]:
     prompts = [d.prompt for d in decoded]
     fitted: dict[Fit, Tensor] = {}
     columns: dict[str, list[float]] = {}
@@ -92,7 +94,7 @@ def _score_batch(decoded: Sequence[_Decoded], parts: Sequence[Part], device: str
     return rows
 
 
-def _unfitted(part: Part, decoded: Sequence[_Decoded], device: str) -> list[float]:
+def _unfitted(part: RewardSpec, decoded: Sequence[_Decoded], device: str) -> list[float]:
     """Scores of a reward that accepts any size: images of one size in a batch."""
     values = [0.0] * len(decoded)
     images = [d.image for d in decoded if d.image is not None]

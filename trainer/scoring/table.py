@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..rewards.weighted import Part
+from ..rewards.weighted import RewardSpec
 from .png import write_text
 from .scorer import ScoredImage
 
@@ -26,7 +26,7 @@ class Table:
     is summed raw; there is no `score` where one of several has none.
     """
 
-    def __init__(self, parts: Sequence[Part], raw: bool = False) -> None:
+    def __init__(self, parts: Sequence[RewardSpec], raw: bool = False) -> None:
         self.parts, self.raw = tuple(parts), raw
         known = [p.std is not None for p in parts]
         self.summed = raw or all(known) or len(parts) == 1

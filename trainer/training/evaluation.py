@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..generate import Generation, generate
 from ..guidance import Switch, combined
-from ..memory.offload import Parking
 from ..metrics.diversity import within_prompt_diversity
 from ..policy import Policy
 from ..reward import Reward
@@ -42,7 +43,8 @@ class Watch:
 
 
 class Watcher:
-    """The points of one run. `rewards` has at least `reward`, which is trained on, and `heldout`; `waiting` comes to judge."""
+    """The points of one run. `rewards` has at least `reward`, which is trained on, and `heldout`; inside `on_device` they are on the
+    policy's device."""
 
     def __init__(
         self,
@@ -54,13 +56,13 @@ class Watcher:
         steps: int,
         tuned_guidance_scale: float,
         seed: int,
-        waiting: Parking | None = None,
+        on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         missing = {"reward", "heldout"} - set(rewards)
         if missing:
             raise ValueError(f"watching needs a {missing.pop()} reward")
         self.watch, self.policy, self.rewards, self.features = watch, policy, rewards, features
-        self.waiting = waiting or Parking()
+        self.on_device = on_device
         self.prompts = [p for p in list(dict.fromkeys(prompts))[: watch.count] for _ in range(watch.images)]
         self.settings = Generation(
             watch.steps or steps, guidance_scale=watch.guidance_scale, tuned_guidance_scale=tuned_guidance_scale, seed=seed
@@ -76,7 +78,7 @@ class Watcher:
         device = self.policy.sigmas(1).device
         groups = torch.tensor([self.prompts.index(p) for p in self.prompts])
         features, scores = list[Tensor](), {name: list[Tensor]() for name in self.rewards}
-        with self.waiting.here():
+        with self.on_device():
             for first in range(0, len(images), 32):
                 part, prompts = images[first : first + 32].to(device), self.prompts[first : first + 32]
                 features.append(self.features(part).cpu())

@@ -1,0 +1,59 @@
+"""The base class of rewards: a frozen module that scores images under prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .preprocess import Fit
+
+
+class RewardModel(nn.Module):
+    """Scores images under prompts; higher is better. A subclass implements `forward` and overrides what else it can do."""
+
+    differentiable: bool = True
+    """Whether gradients reach the pixels."""
+    needs_prompt: bool = True
+    """Whether the score depends on the prompt."""
+    takes_prefixes: bool = False
+    """Whether `scores` is implemented: two-tower rewards encode an image once for several prompts."""
+    supports_gradient_checkpointing: bool = False
+    """Whether `gradient_checkpointing` has an effect."""
+    fit: Fit | None = None
+    """How images of any size become the square input; None: the reward takes them as they are."""
+    statistics: tuple[float, float] | None = None
+    """Mean and standard deviation that come with the weights."""
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""
+        raise NotImplementedError
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """images (B,3,H,W) in [0,1] -> the square input of `fit`."""
+        return images if self.fit is None else self.fit(images)
+
+    def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
+        """images (B,3,H,W), B prompts, P prefixes -> (B,P): column p is the score under prefixes[p] + prompt."""
+        raise TypeError(f"{type(self).__name__} cannot score an image under several prompts: use a two-tower reward")
+
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass: less memory, more time."""
+
+    @property
+    def raw(self) -> RewardModel:
+        """The reward without standardisation."""
+        return self
+
+    @property
+    def text_tower(self) -> nn.Module | None:
+        """The submodule that only encodes prompts, where there is one."""
+        return None
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts now, so that scoring them later needs no text tower."""
+
+    def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
+        """Move to `device`; with `prompts`, encode them there and leave the text tower on the CPU."""
+        self.to(device)
