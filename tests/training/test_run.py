@@ -64,7 +64,7 @@ def broken(tmp_path_factory, image_folder):
     [
         ({"lrr": 1}, "unknown key 'lrr'; valid keys are"),
         ({"objective.stepz": 1}, "unknown key 'objective.stepz'"),
-        ({"reward": "hpsv9"}, "unknown reward 'hpsv9': use hpsv2.1"),
+        ({"reward": "hpsv9"}, "unknown reward 'hpsv9': use demo-proxy"),
         ({"reward": "demo-gold"}, "has no gradient"),
         ({"steps": "many"}, "steps = 'many': expected int, got str"),
         ({"batch_size": 0}, "batch_size = 0: give at least 1"),
