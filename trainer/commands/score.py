@@ -25,7 +25,7 @@ TIMEOUT = timedelta(days=7)  # a process with large images may keep the others w
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the args of `score`."""
+    """Add the arguments of `score`."""
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="image folders, images, quoted globs, CSV or JSONL manifests (columns path and prompt)"
     )
