@@ -15,21 +15,21 @@ AVOID = {
     r"\bTally\b|\bgoing_back\b|\bduring\(": "MemoryTracker, on_backward, phase",
     r"\bParking\b|\b[Pp]arked\b|\bparking\b|\bpark\b|\bunpark": "CPU offloading: to_cpu, on_device",
     r"\boutline\(|\boutline\.py|\b_?outlined\b": "meta_policy",
-    r"\bCounted\b": "CountingPolicy",
+    r"\bCounted\(": "CountingPolicy",
     r"\bCloud\b|\bcloud\.py": "FeatureStatistics, streaming.py",
-    r"\bSurroundings\b|\baround\b(?! an?\b)": "RunContext, context",
+    r"\bSurroundings\b|\baround(\.|:)\w": "RunContext, context",
     r"\bStandardised\.raw\b|\bPart\b": "RewardSpec; a chunk of prompts is a PromptChunk",
     r"\bLaw\b|\blaws?\b": "sampling distribution, Gaussian",
     r"\broll\(|\bdef roll\b": "a prefix rollout: trajectory",
     r"\bTwoTower\.words\b|\.words\.": "text_tower",
     r"\bOwn\b(?=[\(\[,)])": "PythonReward",
     r"\b_(Watched|Stand|Sketch)\b|\bUnknown\(": "_TrackedPolicy, _SkippedCall, _StubPolicy, UntrackedReward",
-    r"\b[Ww]atch(er)?\.look\b|\b[Aa] look\b|\blooks\b": "an evaluation",
+    r"\b[Ww]atch(er)?\.look\b|\b[Aa] look\b|\b(its|between|the|of) looks\b|'s looks\b": "an evaluation",
     r"\bis_lack\b|\bmemory\.place\b": "is_out_of_memory, failing_stage",
     r"\bVersions\b|\.show\(tuned": "WeightSwap.activate",
     r"\btogether\(|\bat_once\b": "batch_size_for",
     r"\bkind: type\b": "cls",
-    r"\b(told|odd)\b": "the thing's name",
+    r"\b(told(?! apart)|odd)\b": "the thing's name",
     r"\bslice_decoder\b|\bslices_decoder\b|\bcheckpoint_(denoiser|decoder|reward|gradients)\b": "vae_slicing, gradient_checkpointing_*",
     r"\bguidance\b\s*(=|:\s*float)": "guidance_scale",
     r"\bpictures?\b": "image",
@@ -37,10 +37,13 @@ AVOID = {
     r"\bis no [a-z]": "is not a …",
     r"\b(reward|model|network|objective|weights?) \w+ is told\b|\bis told of\b": "conditioning",
 }
+OLD_KEYS = {"slice_decoder", "checkpoint_denoiser", "checkpoint_decoder", "checkpoint_reward"}  # of 0.1.0; they stay valid
 # file: what of the above stands in it for a reason
 ALLOWED = {
     "trainer/data/samples.py": {"picture"},  # in the keys of caches that 0.1.0 filled
-    "trainer/config.py": {"slice_decoder", "checkpoint_denoiser", "checkpoint_decoder", "checkpoint_reward"},  # keys of 0.1.0
+    "trainer/config.py": OLD_KEYS,
+    "docs/upgrade.md": {*OLD_KEYS, "Draws"},
+    "docs/nodes.md": {"checkpoint_denoiser"},  # an input of a node keeps its id
 }
 FILES = [
     path

@@ -348,7 +348,7 @@ def _cell(run: Mapping[str, Any], axis: str, a: str, b: str) -> str:
 def main() -> None:
     """The grid, or the tables."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description="The grid and the tables of docs/methods.md")
+    parser = argparse.ArgumentParser(description="The grid and the tables of docs/results.md")
     commands = parser.add_subparsers(dest="command", required=True)
     rates = commands.add_parser("grid")
     rates.add_argument("folder", type=Path)
