@@ -62,6 +62,13 @@ def test_a_run_goes_on_from_its_checkpoint_as_it_did(run, copy):
             assert point == pytest.approx(then, rel=1e-3, abs=1e-5)
 
 
+def test_encoded_images_in_a_cache_are_found(copy):
+    before = {path: path.stat().st_mtime_ns for path in (copy / "cache").iterdir()}
+    assert main(["train", "imagerefl.toml", "--cache=cache", "--out=cached", "--steps=1", "--watch.every=0"]) == 0
+    images = {path: path.stat().st_mtime_ns for path in (copy / "cache").iterdir() if "mean" in load_file(path)}
+    assert len(before) == 4 and images == before  # none was encoded again, under this or another name
+
+
 def test_a_full_fine_tune_takes_the_steps_that_it_took(copy):
     assert main(["train", "full.toml"]) == 0
     expected, then = load_file(copy / "delta.safetensors"), json.loads((copy / "expected" / "full.json").read_text("utf-8"))
