@@ -160,7 +160,7 @@ def _scattered(part: Transition, x: Tensor, rows: Tensor) -> Transition:
     def whole(values: Tensor) -> Tensor:
         return x.index_copy(0, rows.to(x.device), values)
 
-    std = part.std.new_zeros(len(x)).index_copy(0, rows, part.std)
+    std = part.std.new_zeros(len(x)).index_copy(0, rows.to(part.std.device), part.std)
     return Transition(part.i, x, whole(part.denoised), whole(part.mean), std, whole(part.x_next))
 
 
