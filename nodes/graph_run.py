@@ -18,6 +18,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.config import build, plain
+from ..trainer.data.batches import Prompts
 from ..trainer.data.images import grid, to_pil
 from ..trainer.data.samples import Samples, encode_images
 from ..trainer.generate import Generation, generate
@@ -143,7 +144,7 @@ def _check(texts: Sequence[str], objective: Any, reward: Any, features: Any, ima
         raise ValueError(
             f"reward {reward.name} has no gradient: training needs one that has (a two-tower one, say), or the black-box objective"
         )
-    if images is None and objective.needs_images:
+    if images is None and objective.data is not Prompts:
         raise ValueError(
             f"{type(objective).__name__} trains on real images as it is set: connect some, or choose settings that start from noise"
         )

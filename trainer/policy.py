@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Denoiser
-from .rng import Rng, generator
+from .rng import generator
 from .sampling import Space
 
 LoraLayout = Literal["kohya", "diffusers", "native"]
@@ -152,17 +152,3 @@ class Adaptable(Trainable, Protocol):
 def initial_down(name: str, shape: Sequence[int], rank: int, seed: int) -> Tensor:
     """An adapter's random half, as the official code draws it: Gaussian with standard deviation 1/rank."""
     return torch.randn(tuple(shape), generator=generator(seed, "lora", name)) / rank
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What an objective trains on: B prompts, the random draws that belong to them, and latents of real images."""
-
-    prompts: tuple[str, ...]
-    rng: Rng
-    number: int  # counts micro-batches over the whole run
-    latents: Tensor | None = None  # (B,C,h,w), one posterior sample of each image; wherever they were kept, often on the CPU
-
-    def shape(self, policy: Policy) -> tuple[int, ...]:
-        """(C,h,w) of this batch's samples: that of its images, the policy's where it has none."""
-        return policy.latent_shape if self.latents is None else tuple(self.latents.shape[1:])

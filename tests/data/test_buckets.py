@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.family import Family
+from helpers.losses import batch_of
 from helpers.processes import finish, log_of, said, start, toy_run
 from PIL import Image
 
@@ -21,7 +22,6 @@ from trainer.models.sd3 import SD3Policy
 from trainer.models.sdxl import SDXLPolicy
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES, RunContext
-from trainer.policy import Batch
 from trainer.rng import Rng, generator
 from trainer.runtime.processes import ALONE, joined
 
@@ -166,7 +166,7 @@ def test_objectives_draw_at_the_size_of_the_batch(name, tmp_path):
     loss = OBJECTIVES[name](**METHODS[name]).begin(RunContext(Family(), Brightness(), folder=tmp_path))
     for number in range(2):
         latents = torch.randn(2, 3, 2, 5, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-        batch = Batch(("a", "bb"), Rng(0, number, (2 * number, 2 * number + 1)), number, latents)
+        batch = batch_of(("a", "bb"), Rng(0, number, (2 * number, 2 * number + 1)), number, latents)
         value, logs = loss(batch)
         value.backward()
         assert torch.isfinite(value) and logs["reward"].shape == (2,)

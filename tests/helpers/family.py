@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 
 import torch
+from helpers.losses import batch_of
 
-from trainer.policy import Batch
 from trainer.rng import Rng
 from trainer.sampling import add_noise
 
@@ -121,7 +121,7 @@ class Towers:
 
 def batch(n=4, number=0, seed=3, latents=True):
     z = 0.5 * torch.randn(n, 3, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if latents else None
-    return Batch(tuple("abcdefgh"[:n]), Rng(seed, 0, tuple(range(n))), number, z)
+    return batch_of(tuple("abcdefgh"[:n]), Rng(seed, 0, tuple(range(n))), number, z)
 
 
 def gradient(policy, loss):

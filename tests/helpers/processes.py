@@ -18,7 +18,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from helpers.family import SMALL, Family, Towers
-from helpers.losses import loss_of
+from helpers.losses import batch_of, loss_of
 
 from trainer.__main__ import main
 from trainer.commands import train as commands
@@ -27,7 +27,7 @@ from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.runtime.processes import ALONE, joined
 from trainer.training.evaluation import Watch, Watcher
@@ -224,7 +224,7 @@ def every_sharded_case(folder, pipeline):
         parts.shard(processes.weights_mesh(parts.device))
         found = {"held": [held(whole), held(parts)]}
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(processes.rank))
-        batch = Batch(("a red star",), Rng(0, 1, (processes.rank,)), 3, latents)
+        batch = batch_of(("a red star",), Rng(0, 1, (processes.rank,)), 3, latents)
         for number, (name, settings) in enumerate(SHARDED.items()):
             for policy in (whole, parts):
                 policy.checkpoint_gradients(denoiser=number % 2 == 0, decoder=False)

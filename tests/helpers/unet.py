@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from helpers.losses import batch_of
 
 from trainer.objectives import ImageReFL
-from trainer.policy import Batch
 from trainer.rng import Rng
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -13,7 +13,7 @@ PROMPTS = ["a red star", "a blue ring, blurred"]
 
 def image_batch(policy, n=4):
     latents = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    return Batch(tuple(f"a red star {i}" for i in range(n)), Rng(0, 0, tuple(range(n))), 0, latents)
+    return batch_of(tuple(f"a red star {i}" for i in range(n)), Rng(0, 0, tuple(range(n))), 0, latents)
 
 
 def brightness(images, prompts):

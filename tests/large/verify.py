@@ -29,13 +29,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.data.batches import Images
 from trainer.denoiser import per_sample
 from trainer.lora.file import save_lora
 from trainer.lora.names import HALVES, root_of, stem
 from trainer.models.configs import FAMILIES
 from trainer.models.load import POLICIES, clip_tokenizer
 from trainer.objectives import OBJECTIVES, RunContext
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.training.loop import train
 
@@ -220,7 +221,7 @@ def verify(name, folder, log):
             policy.checkpoint_gradients(denoiser=True, decoder=True)
             before = {n: p.detach().clone() for n, p in policy.named_parameters()}
             optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02)  # so large that one step is visible
-            batch = Batch(PROMPTS[:1], Rng(0, 0, (0,)), 0, latents)
+            batch = Images(PROMPTS[:1], Rng(0, 0, (0,)), 0, latents)
             loss = reduced(kind).begin(RunContext(policy, Brightness(), Brightness(), folder=folder / objective_name, prompts=PROMPTS))
             step = next(iter(train(loss, lambda *_, batch=batch: batch, list(policy.parameters()), optimizer, steps=1)))
             moved = sum(not torch.equal(p, before[n]) for n, p in policy.named_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers.losses import loss_of
+from helpers.losses import batch_of, loss_of
 
 from trainer.generate import Generation, generate
 from trainer.guidance import cfg
@@ -15,7 +15,7 @@ from trainer.models.sd3 import SD3Policy
 from trainer.models.sdxl import SDXLPolicy
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rng import Rng
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -149,7 +149,7 @@ def test_one_step_of_imagerefl_reaches_every_adapter_parameter(load, family, dty
                 p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     objective = ImageReFL(steps=4, grad_from=2, grad_to=3, start_from=2, start_to=2, refl_share=0.0, diffusion_weight=0.1, kl_weight=0.1)
     latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    loss, logs = loss_of(objective, policy, Batch(tuple(PROMPTS), Rng(0, 0, (0, 1)), 0, latents), brightness)
+    loss, logs = loss_of(objective, policy, batch_of(tuple(PROMPTS), Rng(0, 0, (0, 1)), 0, latents), brightness)
     loss.backward()
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and float(logs["kl"].mean()) > 0
     for name, p in policy.named_parameters():

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.family import SMALL, STATES, Family, Towers, as4, batch, gradient
-from helpers.losses import loss_of
+from helpers.losses import batch_of, loss_of
 
 from trainer.objectives import OBJECTIVES, SQDF, SRPO, AlignProp, DirectAlign, DRaFTK, DRaFTLV, DRTune, ReFL, RunContext
 from trainer.objectives.reward_gradient.direct_align import blend_weight, from_flow
 from trainer.objectives.reward_gradient.sqdf import kl_weights, transition_loss
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.sampling import alpha, step
 from trainer.training.nfe import CountingPolicy
@@ -123,7 +123,7 @@ def test_online_direct_align_starts_from_its_own_rollout_with_the_noise_that_beg
             x = step(x, policy.denoiser(b.prompts)(x, here), here, there, eta=0.0)
     online = loss_of(DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8), policy, b, Towers())[0]
     offline = loss_of(
-        replace(DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8), source="offline"), policy, replace(b, latents=x), Towers()
+        replace(DirectAlign(steps=6, sigma_low=0.3, sigma_high=0.8), source="offline"), policy, batch_of(b.prompts, b.rng, 0, x), Towers()
     )[0]
     torch.testing.assert_close(online, offline)
     torch.testing.assert_close(gradient(policy, online), gradient(policy, offline))
@@ -467,7 +467,7 @@ def test_sqdf_on_a_real_network_equals_a_second_copy_of_it(pipeline_folder, cons
     policy = loaded(pipeline_folder, consistency_file)
     policy.checkpoint_gradients(denoiser=recomputed, decoder=recomputed)
     objective = SQDF(steps=10, gamma=1.0, alpha=0.0, guidance_scale=1.0, estimator=estimator)
-    b = Batch(("a red star", "a ring"), Rng(0, 0, (0, 1)), 0)
+    b = batch_of(("a red star", "a ring"), Rng(0, 0, (0, 1)), 0)
     index, sigmas = torch.tensor([4, 8]), policy.sigmas(10)
     x = policy.add_noise(
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)), b.rng.normal("start", (4, 8, 8)), sigmas[index]

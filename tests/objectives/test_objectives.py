@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.losses import loss_of
+from helpers.losses import batch_of, loss_of
 
 from trainer.objectives import ImageReFL, ReFL
-from trainer.policy import Batch
 from trainer.rng import Rng
 from trainer.sampling import step
 
@@ -17,7 +16,7 @@ SMALL = {"steps": 10, "grad_from": 6, "grad_to": 9}
 def batch(n=6, number=0, latents=True, seed=3):
     rng = Rng(seed, 0, tuple(range(n)))
     z = torch.randn(n, 3, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if latents else None
-    return Batch(tuple("abcdefghij"[:n]), rng, number, z)
+    return batch_of(tuple("abcdefghij"[:n]), rng, number, z)
 
 
 def gradient(policy, loss):

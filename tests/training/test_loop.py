@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.losses import loss_of
 
+from trainer.data.batches import Prompts
 from trainer.objectives import ReFL, RunContext
-from trainer.policy import Batch
 from trainer.rng import Rng
 from trainer.training.loop import Ema, NonFinite, train
 
@@ -20,7 +20,7 @@ def bound(policy, reward):
 
 def batches(step, micro, size=4, accumulate=1):
     first = (step * accumulate + micro) * size
-    return Batch(("p",) * size, Rng(0, step, tuple(range(first, first + size))), step)
+    return Prompts(("p",) * size, Rng(0, step, tuple(range(first, first + size))), step)
 
 
 def test_one_sgd_step_moves_the_adapter_by_minus_lr_times_the_gradient(toy_policy, toy_reward):

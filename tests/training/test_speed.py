@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.losses import loss_of
+from helpers.losses import batch_of, loss_of
 from helpers.runs import settings
 from safetensors.torch import load_file
 from torch import nn
@@ -24,7 +24,7 @@ from trainer.models.load import load_policy
 from trainer.objectives import SQDF, ImageReFL, ReFL
 from trainer.objectives.reward_gradient.shared import rollout
 from trainer.objectives.reward_gradient.sqdf import rollouts
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.training import checkpoint
 from trainer.training.optimizers import STATE_BYTES, build_optimizer
@@ -63,7 +63,7 @@ def weights(policy):
 
 def batch(policy, seed=0):
     latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
-    return Batch(PROMPTS, Rng(seed, 0, (0, 1)), 0, latents)
+    return batch_of(PROMPTS, Rng(seed, 0, (0, 1)), 0, latents)
 
 
 def brightness(images, prompts):

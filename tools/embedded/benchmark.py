@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.data.batches import Batch, Images
 from trainer.data.samples import encode_images
 from trainer.demo import files, show
 from trainer.demo.show import START, STEPS
@@ -29,7 +30,7 @@ from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext
 from trainer.objectives.reward_gradient.shared import rollout
-from trainer.policy import Batch, Lora
+from trainer.policy import Lora
 from trainer.rewards.base import RewardModel
 from trainer.rewards.two_tower import TwoTower
 from trainer.rewards.weighted import Standardised
@@ -231,7 +232,7 @@ def forward_equivalents(objective: ImageReFL, batches: int = 12, size: int = 8) 
     flops = 0
     _brightness.differentiable = True  # type: ignore[attr-defined]
     for number in range(batches):
-        batch = Batch(prompts, Rng(number, 0, tuple(range(size))), 0, latents)
+        batch = Images(prompts, Rng(number, 0, tuple(range(size))), 0, latents)
         with FlopCounterMode(display=False) as counter:
             objective.begin(RunContext(policy, _brightness))(batch)[0].backward()  # type: ignore[arg-type]
         flops += counter.get_total_flops()

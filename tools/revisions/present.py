@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from trainer.config import build
+from trainer.data.batches import Images
 from trainer.demo import files
 from trainer.demo.show import real_images
 from trainer.lora.file import load_consistency, load_lora
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES, RunContext
-from trainer.policy import Batch
 from trainer.reward import Reward
 from trainer.rewards.two_tower import TwoTower
 from trainer.rng import Rng
@@ -77,7 +77,7 @@ def run(policy: UNetPolicy, case: Case) -> dict[str, Tensor]:
         for number in case.batches:
             prompts = tuple(PROMPTS[r % len(PROMPTS)] for r in case.rows(number))
             rng = Rng(SEED, number, tuple(case.rows(number)))
-            loss, logs = call(Batch(prompts, rng, number, latents))
+            loss, logs = call(Images(prompts, rng, number, latents))
         for parameter in policy.parameters():
             parameter.grad = None
         loss.backward()

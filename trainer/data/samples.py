@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..policy import Batch, Policy
+from ..policy import Policy
 from ..rng import Rng
 from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import slow
+from .batches import Images, Prompts
 from .buckets import Size, micro_batch, nearest
 from .cache import TensorCache, Tensors, key_of
 from .captions import read_captions, read_prompts
@@ -37,6 +38,11 @@ class Samples:
     latents: Latents | None = None
     image: Tensor | None = None
 
+    @property
+    def data(self) -> type[Prompts]:
+        """The class of the batches."""
+        return Prompts if self.latents is None else Images
+
     @cached_property
     def bucket(self) -> Tensor:
         """Each sample's bucket (N,), numbered from 0."""
@@ -47,17 +53,17 @@ class Samples:
         bucket = torch.tensor([numbers[shape] for shape in shapes])
         return bucket if self.image is None else bucket[self.image]
 
-    def batch(self, seed: int, step: int, number: int, size: int, share: range | None = None) -> Batch:
+    def batch(self, seed: int, step: int, number: int, size: int, share: range | None = None) -> Prompts | Images:
         """The samples `share` (default: all) of micro-batch `number`, which has `size`; `buckets.micro_batch` chooses them."""
         share = share or range(size)
         rows = micro_batch(self.bucket, size, seed, number)[share.start : share.stop]
         rng = Rng(seed, step, tuple(number * size + i for i in share))
-        latents = None
-        if self.latents is not None:
-            pairs = [self.latents[row] for row in (rows if self.image is None else self.image[rows].tolist())]
-            mean, std = (torch.stack(values) for values in zip(*pairs))
-            latents = mean + std * rng.normal("posterior", mean.shape[1:]).to(mean)
-        return Batch(tuple(self.prompts[r] for r in rows), rng, number, latents)
+        prompts = tuple(self.prompts[r] for r in rows)
+        if self.latents is None:
+            return Prompts(prompts, rng, number)
+        pairs = [self.latents[row] for row in (rows if self.image is None else self.image[rows].tolist())]
+        mean, std = (torch.stack(values) for values in zip(*pairs))
+        return Images(prompts, rng, number, mean + std * rng.normal("posterior", mean.shape[1:]).to(mean))
 
 
 def encode_images(policy: Policy, images: Tensor, captions: Sequence[str], chunk: int = 32) -> Samples:

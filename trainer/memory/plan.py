@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import ConfigError
+from ..data.batches import Images
 from ..data.latents import LATENTS_KEPT, LatentsInMemory
 from ..data.samples import Samples, batch_size_for
 from ..denoiser import Denoiser, WrappedDenoiser
@@ -269,7 +270,7 @@ def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, 
     for number in range(min(TRACED, config.steps * config.gradient_accumulation_steps)):
         sketch.forwards = sketch.backwards = 0
         batch = samples.batch(config.seed, number // config.gradient_accumulation_steps, number, config.batch_size, share)
-        if batch.latents is not None:
+        if isinstance(batch, Images):
             batch = replace(batch, latents=torch.zeros(len(share), *sketch.latent_shape))
         value, _ = loss(batch)
         value.backward()

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..policy import Batch, Policy
+from ..data.batches import Batch, Prompts
+from ..policy import Policy
 from ..reward import Reward
 from ..runtime.processes import ALONE, Processes
 
@@ -79,9 +80,9 @@ class Objective(ABC):
     guidance_scale: float
 
     @property
-    def needs_images(self) -> bool:
-        """Whether it trains on real images."""
-        return False
+    def data(self) -> type[Prompts]:
+        """The batches it trains on: Prompts, Images, Pairs or Labels."""
+        return Prompts
 
     @property
     def needs_gradient(self) -> bool:

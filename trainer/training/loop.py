@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..policy import Batch
+from ..data.batches import Batch
 from ..runtime.processes import ALONE, Processes
 
 

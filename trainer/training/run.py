@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..config import ConfigError, build, plain, present_names
+from ..data.batches import Batch
 from ..data.samples import Samples
 from ..lora.file import save_delta, save_lora
 from ..memory import oom as memory
@@ -23,7 +24,7 @@ from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective, RunContext
 from ..objectives.base import ImageFeatures
-from ..policy import Batch, Lora, Trainable
+from ..policy import Lora, Trainable
 from ..reward import Reward
 from ..runtime.hashes import file_hash as file_hash
 from ..runtime.processes import ALONE, Processes
@@ -225,9 +226,10 @@ def check_settings(config: TrainConfig, samples: Samples, context: RunContext, w
     if objective.needs_gradient and context.reward is not None and not context.reward.differentiable:
         takers = ", ".join(name for name in OBJECTIVES if not _default(name).needs_gradient)
         raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
-    if samples.latents is None and objective.needs_images:
+    if not issubclass(samples.data, objective.data):
         name = config.objective["name"]
-        raise ConfigError(f"{name} trains on real images as it is set: give `images`, or settings that start from noise")
+        wanted, given = objective.data.__name__.lower(), samples.data.__name__.lower()
+        raise ConfigError(f"{name} trains on {wanted} as it is set, and the data are {given}: give `images`, or other settings")
     if config.watch.every and not watched:
         raise ConfigError("watch.every is set, but nothing watches: give watch.heldout")
     if config.batch_size % context.processes.count:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...policy import Batch
+from ...data.batches import Batch
 from ...rng import Rng, generator, seed_of
 from ..base import ImageFeatures, Logs, Loss, RunContext
 from .sqdf import SQDF, SoftQ, rollouts

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...data.batches import Batch, Images, Prompts
 from ...denoiser import Denoiser, per_sample
-from ...policy import Batch
 from ...reward import PrefixReward, Reward
 from ...sampling import Space, alpha
 from ..base import Logs, RunContext, Stateless
@@ -80,9 +80,9 @@ class DirectAlign(Stateless):
             raise ValueError("gap = 0 recovers where the network is called (σ' = σ): the model's prediction would not enter at all")
 
     @property
-    def needs_images(self) -> bool:
+    def data(self) -> type[Prompts]:
         """Offline, x0 is a real image."""
-        return self.source == "offline"
+        return Images if self.source == "offline" else Prompts
 
     def check(self, context: RunContext) -> None:
         """Refuse a range that the model's noise levels do not reach."""
@@ -129,7 +129,7 @@ class DirectAlign(Stateless):
 
     def _clean(self, run: RunContext, batch: Batch, denoiser: Denoiser, noise: Tensor, sigmas: Tensor) -> Tensor:
         if self.source == "offline":
-            if batch.latents is None:
+            if not isinstance(batch, Images):
                 raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
             return batch.latents.to(sigmas.device)
         return rollout(run.policy, batch, denoiser, run.policy.start(noise, self.steps), sigmas, self.steps, eta=self.eta)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ...data.batches import Batch
 from ...denoiser import Denoise
-from ...policy import Batch
 from ...rng import generator
 from ...sampling import end_of, trajectory
 from ..base import Logs, RunContext, Stateless

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...data.batches import Batch
 from ...denoiser import Denoise, per_sample
-from ...policy import Batch
 from ...sampling import Space, alpha, trajectory
 from ..base import Logs, RunContext, Stateless
 from .draft import recomputation, recomputed

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...data.batches import Batch, Images, Prompts
 from ...denoiser import Denoiser, per_sample
-from ...policy import Batch
 from ...sampling import alpha, end_of, trajectory
 from ..base import Logs, RunContext, Stateless
 from .shared import (
@@ -123,9 +123,9 @@ class ImageReFL(ReFL):
             raise ValueError(f"images start as late as index {self.start_to}, after the last gradient step {self.grad_to}")
 
     @property
-    def needs_images(self) -> bool:
-        """Unless every micro-batch is plain ReFL."""
-        return self.refl_share < 1
+    def data(self) -> type[Prompts]:
+        """Images, unless every micro-batch is plain ReFL."""
+        return Images if self.refl_share < 1 else Prompts
 
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """The earliest noise level that training on images has seen."""
@@ -139,7 +139,7 @@ class ImageReFL(ReFL):
         """Loss () and logs of (B,)."""
         if self.takes_noise(batch.number):
             return super().loss(run, batch)
-        if batch.latents is None:
+        if not isinstance(batch, Images):
             raise ValueError("ImageReFL trains on real images: give a folder of images with captions, or refl_share = 1")
         policy = run.policy
         sigmas = policy.sigmas(self.steps)

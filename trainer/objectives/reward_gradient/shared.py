@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.batches import Batch
 from ...denoiser import Denoise, per_sample
-from ...policy import Batch, Policy
+from ...policy import Policy
 from ...sampling import Space, alpha, end_of, trajectory
 
 # -- fields, so that default and range are said once per meaning ----------------------------------------------------------

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...data.batches import Batch
 from ...denoiser import per_sample
-from ...policy import Batch, Policy
+from ...policy import Policy
 from ...rng import Rng
 from ...sampling import Space, step, trajectory
 from ..base import Logs, Loss, Objective, RunContext
