@@ -255,11 +255,27 @@ def test_what_is_no_plain_lora_of_this_model_is_refused_with_one_line(family_fol
 
 def test_the_nearest_matrix_of_a_rank_holds_its_singular_values():
     change = torch.randn(12, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    update = low_rank(change, 4)
+    update = low_rank(change, 4, exact=True)
     values = torch.linalg.svdvals(change.flatten(1))
     assert update.down.shape == (4, 3, 3, 3) and update.up.shape == (12, 4, 1, 1)
     rest = change.flatten(1) - update.up.flatten(1).double() @ update.down.flatten(1).double()
     torch.testing.assert_close(rest.square().sum(), values[4:].square().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_a_randomised_decomposition_is_near_the_best(decay):
+    """Error ‖ΔW − BA‖ against that of the singular values left out, for spectra that fall as i^-decay."""
+    rng = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 300, generator=rng, dtype=torch.float64))[0] for n in (300, 500))
+    values = torch.arange(1, 301, dtype=torch.float64) ** -decay
+    change, found = (u * values) @ v.T, []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(low_rank(change, 32))
+    best = values[32:].norm()
+    error = (change - found[0].up.double() @ found[0].down.double()).norm()
+    assert 1 - 1e-6 < error / best < 1.002 and found[0].rank == 32
+    assert torch.equal(found[0].up, found[1].up) and torch.equal(found[0].down, found[1].down)
 
 
 def test_a_low_rank_fine_tune_is_recovered_from_its_weights(family_folder, tmp_path, capsys):

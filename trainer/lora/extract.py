@@ -13,12 +13,15 @@ from ..config import ConfigError
 from . import names
 from .layouts import Adapter, Update
 
+OVERSAMPLING = 16  # random directions beyond the rank
 
-def extract(base: Path, tuned: Path, rank: int) -> tuple[Adapter, dict[str, float]]:
+
+def extract(base: Path, tuned: Path, rank: int, exact: bool = False, device: str = "cpu") -> tuple[Adapter, dict[str, float]]:
     """The nearest LoRA of that rank for every matrix of the denoiser (Eckart & Young 1936), and how much of the change it keeps.
 
     `retained`: share of ‖ΔW‖² over all weights; `vectors`: share that lies in biases and norms. Unchanged modules get
-    no LoRA. Models are single files or diffusers folders; both must have the same names and shapes.
+    no LoRA. Models are single files or diffusers folders; both must have the same names and shapes. `exact`, `device`: see
+    `low_rank`.
     """
     before, after = _Weights(base), _Weights(tuned)
     different = sorted(set(before.files) ^ set(after.files))
@@ -32,16 +35,18 @@ def extract(base: Path, tuned: Path, rank: int) -> tuple[Adapter, dict[str, floa
                 raise ConfigError(f"{name} has shape {tuple(old.shape)} in {base}, {tuple(new.shape)} in {tuned}")
             yield name, new.double() - old.double()
 
-    return _low_rank_adapter(changes(), len(before.files), rank)
+    return _low_rank_adapter(changes(), len(before.files), rank, exact, device)
 
 
-def extract_delta(tensors: Mapping[str, Tensor], rank: int) -> tuple[Adapter, dict[str, float]]:
+def extract_delta(tensors: Mapping[str, Tensor], rank: int, exact: bool = False, device: str = "cpu") -> tuple[Adapter, dict[str, float]]:
     """As `extract`, from the tensors of a delta file."""
     changes = ((names.of_delta(key), change.double()) for key, change in sorted(tensors.items()))
-    return _low_rank_adapter(changes, len(tensors), rank)
+    return _low_rank_adapter(changes, len(tensors), rank, exact, device)
 
 
-def _low_rank_adapter(changes: Iterator[tuple[str, Tensor]], count: int, rank: int) -> tuple[Adapter, dict[str, float]]:
+def _low_rank_adapter(
+    changes: Iterator[tuple[str, Tensor]], count: int, rank: int, exact: bool, device: str
+) -> tuple[Adapter, dict[str, float]]:
     from tqdm import tqdm
 
     if rank < 1:
@@ -56,7 +61,7 @@ def _low_rank_adapter(changes: Iterator[tuple[str, Tensor]], count: int, rank: i
         if change.ndim < 2 or not name.endswith(".weight"):
             vectors += energy
             continue
-        update = low_rank(change, rank)
+        update = low_rank(change, rank, exact, device)
         lost += max(energy - float(torch.linalg.matrix_norm(update.up.flatten(1).double() @ update.down.flatten(1).double()) ** 2), 0.0)
         module = names.plain(name.removesuffix(".weight"))
         for part, rows in names.canonical(module, len(update.up), update.down.shape[1]).items():
@@ -66,11 +71,21 @@ def _low_rank_adapter(changes: Iterator[tuple[str, Tensor]], count: int, rank: i
     return Adapter(updates), {"retained": 1 - (lost + vectors) / total, "vectors": vectors / total}
 
 
-def low_rank(change: Tensor, rank: int) -> Update:
-    """The nearest update of that rank, √S on either side; a kernel (out,in,kh,kw) keeps its size in `down`."""
-    u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+def low_rank(change: Tensor, rank: int, exact: bool = False, device: str = "cpu") -> Update:
+    """The nearest update of that rank, √S on either side; a kernel (out,in,kh,kw) keeps its size in `down`.
+
+    A randomised decomposition in float32 on `device` (Halko et al. 2011, arXiv:0909.4061), which draws from torch's global
+    generator. Its error ‖ΔW − BA‖ was at most 1.001 times the minimum on changes that training made. `exact` decomposes
+    the whole matrix in float64 on the CPU.
+    """
+    matrix, size = change.flatten(1), rank + OVERSAMPLING
+    if exact or size >= min(matrix.shape):
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    else:
+        u, s, v = (part.cpu() for part in torch.svd_lowrank(matrix.float().to(device), q=size, niter=4))
+        vh = v.T
     keep = min(rank, int((s > s[0] * 1e-6).sum()))
-    up, down = u[:, :keep] * s[:keep].sqrt(), s[:keep, None].sqrt() * v[:keep]
+    up, down = u[:, :keep] * s[:keep].sqrt(), s[:keep, None].sqrt() * vh[:keep]
     if change.ndim == 4:
         up, down = up[:, :, None, None], down.reshape(keep, *change.shape[1:])
     return Update(down.float().contiguous(), up.float().contiguous(), float(keep))
