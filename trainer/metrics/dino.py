@@ -19,7 +19,6 @@ DINO = WeightFile(
     "pytorch_model.bin",
     "8a9ba137d5d073e1a47675ec1cb730e24e4f169d",
     also=("model.safetensors", "dino_deitsmall16_pretrain.pth"),
-    read_at="huggingface.co/facebook/dino-vits16/tree/8a9ba137d5d073e1a47675ec1cb730e24e4f169d",
 )
 VITS16: dict[str, int] = {"size": 224, "patch": 16, "width": 384, "depth": 12, "heads": 6}  # facebook/dino-vits16
 

@@ -28,9 +28,9 @@ class Aesthetic(RewardModel):
         self.head, self.fit = head, fit
 
     @staticmethod
-    def load(clip: Path, path: Path, architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32) -> Aesthetic:
-        """From CLIP's file, whose text tower is dropped, and the head's released file, kept in float32."""
-        visual = load_clip(clip, architecture, placement).visual
+    def load(paths: Mapping[str, Path], architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32) -> Aesthetic:
+        """From `clip`, CLIP's file, whose text tower is dropped, and `weights`, the released head, kept in float32."""
+        visual, path = load_clip(paths["clip"], architecture, placement).visual, paths["weights"]
         head = Placement(placement.device)
         size, width = architecture["vision_cfg"]["image_size"], architecture["embed_dim"]
         return Aesthetic(visual, fill(lambda: LinearHead(width), head.read(path), path, head), Fit(size))

@@ -13,18 +13,12 @@ from .preprocess import Fit
 class RewardModel(nn.Module):
     """Scores images under prompts; higher is better. A subclass implements `forward` and overrides what else it can do."""
 
-    differentiable: bool = True
-    """Whether gradients reach the pixels."""
-    needs_prompt: bool = True
-    """Whether the score depends on the prompt."""
-    takes_prefixes: bool = False
-    """Whether `scores` is implemented: two-tower rewards encode an image once for several prompts."""
+    differentiable: bool = True  # gradients reach the pixels
+    needs_prompt: bool = True  # the score depends on the prompt
+    takes_prefixes: bool = False  # `scores` is implemented: one encoding of an image serves several prompts
     supports_gradient_checkpointing: bool = False
-    """Whether `gradient_checkpointing` has an effect."""
-    fit: Fit | None = None
-    """How images of any size become the square input; None: the reward takes them as they are."""
-    statistics: tuple[float, float] | None = None
-    """Mean and standard deviation that come with the weights."""
+    fit: Fit | None = None  # how images of any size become the square input; None: they are taken as they are
+    statistics: tuple[float, float] | None = None  # mean and standard deviation that come with the weights
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""
@@ -38,9 +32,6 @@ class RewardModel(nn.Module):
         """images (B,3,H,W), B prompts, P prefixes -> (B,P): column p is the score under prefixes[p] + prompt."""
         raise TypeError(f"{type(self).__name__} cannot score an image under several prompts: use a two-tower reward")
 
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass: less memory, more time."""
-
     @property
     def raw(self) -> RewardModel:
         """The reward without standardisation."""
@@ -51,9 +42,23 @@ class RewardModel(nn.Module):
         """The submodule that only encodes prompts, where there is one."""
         return None
 
+    def inner(self) -> list[RewardModel]:
+        """The rewards that this one is made of."""
+        return [module for module in self.modules() if isinstance(module, RewardModel) and module is not self]
+
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass: less memory, more time."""
+        for reward in self.inner():
+            reward.gradient_checkpointing(enabled)
+
     def remember(self, prompts: Sequence[str]) -> None:
         """Encode these prompts now, so that scoring them later needs no text tower."""
+        for reward in self.inner():
+            reward.remember(prompts)
 
     def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
-        """Move to `device`; with `prompts`, encode them there and leave the text tower on the CPU."""
-        self.to(device)
+        """Move to `device`; with `prompts`, encode them there and leave text towers on the CPU."""
+        if not self.inner():
+            self.to(device)
+        for reward in self.inner():
+            reward.place(device, prompts)

@@ -19,8 +19,8 @@ _GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetenso
 class WeightFile:
     """One file of a reward: its repository on the hub, and other file names of the same weights.
 
-    `read_at` is the page or program that names the file. A revision other than `main` was read there too; for `main` the commit
-    found by a download is recorded beside the file.
+    `named_in` is the program or page that names the file, by default its page on the hub. A revision other than `main` was read
+    there too; for `main` the commit found by a download is recorded beside the file.
     """
 
     repository: str
@@ -28,7 +28,12 @@ class WeightFile:
     revision: str = "main"
     also: tuple[str, ...] = ()
     folder: str = ""  # of another reward that shares the file
-    read_at: str = ""
+    named_in: str = ""
+
+    @property
+    def read_at(self) -> str:
+        """Where the file's name was read."""
+        return self.named_in or f"huggingface.co/{self.repository}/tree/{self.revision}"
 
     @property
     def name(self) -> str:

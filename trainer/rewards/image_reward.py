@@ -55,13 +55,13 @@ class ImageReward(RewardModel):
         self.tokenize, self.fit = tokenize, fit
 
     @staticmethod
-    def load(
-        path: Path, vocabulary: Path, architecture: Mapping[str, Mapping[str, int]] = ARCHITECTURE, placement: Placement = CPU_FLOAT32
-    ) -> ImageReward:
-        """From the released file, or a safetensors copy, and bert-base-uncased's `vocab.txt`."""
+    def load(paths: Mapping[str, Path], architecture: Mapping[str, Any] = ARCHITECTURE, placement: Placement = CPU_FLOAT32) -> ImageReward:
+        """From `weights`, the released file or a safetensors copy, and `vocabulary`, bert-base-uncased's `vocab.txt`."""
+        path = paths["weights"]
         state = {k: v for k, v in strip(placement.read(path), "model.").items() if not k.startswith(_UNUSED)}
         model = fill(lambda: _Model(architecture["image"], architecture["text"]), state, path, placement)
-        return ImageReward(model, _stub_tokens if placement.is_meta else word_pieces(vocabulary), Fit(architecture["image"]["size"]))
+        tokenize = _stub_tokens if placement.is_meta else word_pieces(paths["vocabulary"])
+        return ImageReward(model, tokenize, Fit(architecture["image"]["size"]))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..reward import check_lengths
-from .clip import ARCHITECTURES, build_clip, temperature
+from .clip import build_clip, temperature, tokenizer
 from .preprocess import Fit, normalise
 from .prompt_cache import PromptCachedReward
 from .weights import CPU_FLOAT32, Placement, fill, strip
@@ -156,17 +156,14 @@ class MPS(PromptCachedReward[_Prompt]):
         self._condition: Tensor | None = None
 
     @staticmethod
-    def load(
-        path: Path,
-        tokenize: Callable[[Sequence[str]], Tensor],
-        architecture: Mapping[str, Any] = ARCHITECTURES["ViT-H-14"],
-        placement: Placement = CPU_FLOAT32,
-    ) -> MPS:
-        """From a safetensors copy of the released weights; the released file itself is a pickled program and is refused."""
+    def load(paths: Mapping[str, Path], architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32) -> MPS:
+        """From `weights`, a safetensors copy of the released weights; the released file is a pickled program and is refused."""
+        path = paths["weights"]
         state = strip(placement.read(path, SAFE), "mps.")
         towers = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         clip = build_clip(towers, architecture, path, placement)
         cross = fill(lambda: _CrossModel(architecture["embed_dim"], DEPTH), _cross_state(state), path, placement)
+        tokenize = tokenizer(architecture["text_cfg"]["context_length"])
         return MPS(clip, cross, tokenize, Fit(architecture["vision_cfg"]["image_size"]), temperature(clip))
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

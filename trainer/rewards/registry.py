@@ -30,13 +30,13 @@ Paths = Mapping[str, Path]
 
 @dataclass(frozen=True)
 class Entry:
-    """One reward: `make(paths, architecture, placement)` loads it from `files`, by role; the role `weights` is its own."""
+    """One reward: `make(paths, architecture, placement)` loads it from `files`, both by role; the role `weights` is its own file."""
 
     make: Callable[[Paths, Mapping[str, Any], Placement], RewardModel]
-    architecture: Mapping[str, Any]
-    files: Mapping[str, WeightFile]
     licence: str
     source: str
+    files: Mapping[str, WeightFile] = field(default_factory=dict[str, WeightFile])
+    architecture: Mapping[str, Any] = field(default_factory=dict[str, Any])
     embedded: bool = False
     """Whether weights and statistics are part of this package."""
 
@@ -49,140 +49,88 @@ def _two_tower(
     return TwoTower(clip, tokenizer(architecture["text_cfg"]["context_length"]), fit, temperature(clip) if scaled else 1.0)
 
 
-def _image_reward(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> ImageReward:
-    return ImageReward.load(paths["weights"], paths["vocabulary"], architecture, placement)
+def _clip(name: str, file: WeightFile, licence: str, source: str, **options: Any) -> Entry:
+    return Entry(partial(_two_tower, **options), licence, source, {"weights": file}, ARCHITECTURES[name])
 
 
-def _mps(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> MPS:
-    return MPS.load(paths["weights"], tokenizer(architecture["text_cfg"]["context_length"]), architecture, placement)
-
-
-def _aesthetic(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> Aesthetic:
-    return Aesthetic.load(paths["clip"], paths["weights"], architecture, placement)
+def _hps(file: str) -> Entry:
+    names = (file.removesuffix(".pt") + ".safetensors", "model.safetensors")
+    weights = WeightFile("xswu/HPSv2", file, also=names, named_in="github.com/tgxs002/HPSv2: hpsv2/utils.py")
+    return _clip("ViT-H-14", weights, "Apache-2.0 (card, code)", "arXiv:2306.09341, huggingface.co/xswu/HPSv2", rule="pad")
 
 
 def _demo(name: str) -> Entry:
-    """A reward of the demo, which is imported when it is loaded: rewards/ must not depend on demo/."""
-
     def make(paths: Paths, architecture: Mapping[str, Any], placement: Placement) -> RewardModel:
-        files = importlib.import_module("..demo.files", __package__)
+        files = importlib.import_module("..demo.files", __package__)  # rewards/ must not depend on demo/
         return files.load_raw_reward(name, placement.device, placement.dtype)
 
-    return Entry(make, {}, {}, "Apache-2.0 (this package)", "the demo's 64×64 images", embedded=True)
+    return Entry(make, "Apache-2.0 (this package)", "the demo's 64×64 images", embedded=True)
 
 
-_OTHER_NAMES = ("model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
-_TABLE = "open_clip 3.3: pretrained.py, constants.py"
-
-
-def _clip(name: str, file: WeightFile, licence: str, paper: str) -> Entry:
-    return Entry(_two_tower, ARCHITECTURES[name], {"weights": file}, licence, paper)
-
-
-def _hps_entry(file: str) -> Entry:
-    safe = file.removesuffix(".pt") + ".safetensors"
-    weights = WeightFile("xswu/HPSv2", file, also=(safe, "model.safetensors"), read_at="github.com/tgxs002/HPSv2: hpsv2/utils.py")
-    return Entry(
-        partial(_two_tower, rule="pad"),
-        ARCHITECTURES["ViT-H-14"],
-        {"weights": weights},
-        "Apache-2.0 (card, code)",
-        "arXiv:2306.09341, huggingface.co/xswu/HPSv2",
-    )
-
-
-_B32 = WeightFile(
-    "timm/vit_base_patch32_clip_224.openai",
-    "open_clip_model.safetensors",
-    "ab5b8ef490e86faa07d3523926b842c765de1de5",
-    _OTHER_NAMES,
-    read_at="huggingface.co/timm/vit_base_patch32_clip_224.openai/tree/ab5b8ef490e86faa07d3523926b842c765de1de5",
+_FILE, _NAMES = "open_clip_model.safetensors", ("model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
+_OPEN_CLIP = "open_clip 3.3: pretrained.py, constants.py"
+_B32 = WeightFile("timm/vit_base_patch32_clip_224.openai", _FILE, "ab5b8ef490e86faa07d3523926b842c765de1de5", _NAMES)
+_L14 = WeightFile("timm/vit_large_patch14_clip_224.openai", _FILE, also=_NAMES, folder="clip-l14", named_in=_OPEN_CLIP)
+_H14 = WeightFile("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", _FILE, also=_NAMES, named_in=_OPEN_CLIP)
+_PICKSCORE = WeightFile(
+    "yuvalkirstain/PickScore_v1",
+    "model.safetensors",
+    "a4e4367c6dfa7288a00c550414478f865b875800",
+    ("PickScore_v1.safetensors", "pytorch_model.bin"),
 )
-_L14 = WeightFile(
-    "timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", also=_OTHER_NAMES, folder="clip-l14", read_at=_TABLE
+_IMAGE_REWARD = WeightFile(
+    "THUDM/ImageReward",
+    "ImageReward.pt",
+    "c63dec8373b5c3728b1d250865c402c9546be210",
+    ("ImageReward.safetensors", "model.safetensors"),
 )
-_H14 = WeightFile("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_model.safetensors", also=_OTHER_NAMES, read_at=_TABLE)
-_OPENAI = "arXiv:2103.00020, github.com/openai/CLIP"
+_VOCABULARY = WeightFile(
+    "google-bert/bert-base-uncased", "vocab.txt", "1a30f9711976fc1bd9879517ef1075cd161924fa", ("bert-base-uncased-vocab.txt",)
+)
+_MPS = WeightFile("RE-N-Y/mpsv1", "model.safetensors", also=("MPS_overall_checkpoint_diffsynth.safetensors", "MPS_overall_checkpoint.pth"))
+_AESTHETIC = WeightFile(
+    "trl-lib/ddpo-aesthetic-predictor",
+    "aesthetic-model.pth",
+    "7f639699bec8126062148a47ecb1a4312d8e6688",
+    ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth"),
+)
 
-# "card": the repository that holds the weights says so; "code": the authors' program does.
+# Licences: "card" is what the repository of the weights says, "code" what the authors' code says.
 REWARDS: dict[str, Entry] = {
     "demo-proxy": _demo("proxy"),
     "demo-heldout": _demo("heldout"),
     "demo-gold": _demo("gold"),
-    "hpsv2.1": _hps_entry("HPS_v2.1_compressed.pt"),
-    "hpsv2": _hps_entry("HPS_v2_compressed.pt"),
-    "pickscore": Entry(
-        partial(_two_tower, scaled=True),
-        ARCHITECTURES["ViT-H-14"],
-        {
-            "weights": WeightFile(
-                "yuvalkirstain/PickScore_v1",
-                "model.safetensors",
-                "a4e4367c6dfa7288a00c550414478f865b875800",
-                ("PickScore_v1.safetensors", "pytorch_model.bin"),
-                read_at="huggingface.co/yuvalkirstain/PickScore_v1/tree/a4e4367c6dfa7288a00c550414478f865b875800",
-            )
-        },
-        "MIT (code; card: none)",
-        "arXiv:2305.01569, huggingface.co/yuvalkirstain/PickScore_v1",
+    "hpsv2.1": _hps("HPS_v2.1_compressed.pt"),
+    "hpsv2": _hps("HPS_v2_compressed.pt"),
+    "pickscore": _clip(
+        "ViT-H-14", _PICKSCORE, "MIT (code; card: none)", "arXiv:2305.01569, huggingface.co/yuvalkirstain/PickScore_v1", scaled=True
     ),
-    "clip": _clip("ViT-B-32", _B32, "Apache-2.0 (card)", _OPENAI),
-    "clip-l14": _clip("ViT-L-14", _L14, "Apache-2.0 (card)", _OPENAI),
+    "clip": _clip("ViT-B-32", _B32, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
+    "clip-l14": _clip("ViT-L-14", _L14, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
     "clip-h14": _clip("ViT-H-14", _H14, "MIT (code)", "arXiv:2212.07143, github.com/mlfoundations/open_clip"),
     "imagereward": Entry(
-        _image_reward,
-        ARCHITECTURE,
-        {
-            "weights": WeightFile(
-                "THUDM/ImageReward",
-                "ImageReward.pt",
-                "c63dec8373b5c3728b1d250865c402c9546be210",
-                ("ImageReward.safetensors", "model.safetensors"),
-                read_at="huggingface.co/THUDM/ImageReward/tree/c63dec8373b5c3728b1d250865c402c9546be210",
-            ),
-            "vocabulary": WeightFile(
-                "google-bert/bert-base-uncased",
-                "vocab.txt",
-                "1a30f9711976fc1bd9879517ef1075cd161924fa",
-                ("bert-base-uncased-vocab.txt",),
-                read_at="huggingface.co/google-bert/bert-base-uncased/tree/1a30f9711976fc1bd9879517ef1075cd161924fa",
-            ),
-        },
+        ImageReward.load,
         "Apache-2.0 (card, code)",
         "arXiv:2304.05977, huggingface.co/THUDM/ImageReward",
+        {"weights": _IMAGE_REWARD, "vocabulary": _VOCABULARY},
+        ARCHITECTURE,
     ),
     "mps": Entry(
-        _mps,
-        ARCHITECTURES["ViT-H-14"],
-        {
-            "weights": WeightFile(
-                "RE-N-Y/mpsv1",
-                "model.safetensors",
-                also=("MPS_overall_checkpoint_diffsynth.safetensors", "MPS_overall_checkpoint.pth"),
-                read_at="huggingface.co/RE-N-Y/mpsv1/tree/main",
-            )
-        },
+        MPS.load,
         "MIT (code; card: none)",
         f"arXiv:2405.14705, github.com/Kwai-Kolors/MPS; {SAFE}",
+        {"weights": _MPS},
+        ARCHITECTURES["ViT-H-14"],
     ),
     "aesthetic": Entry(
-        _aesthetic,
-        ARCHITECTURES["ViT-L-14"],
-        {
-            "weights": WeightFile(
-                "trl-lib/ddpo-aesthetic-predictor",
-                "aesthetic-model.pth",
-                "7f639699bec8126062148a47ecb1a4312d8e6688",
-                ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth"),
-                read_at="huggingface.co/trl-lib/ddpo-aesthetic-predictor/tree/7f639699bec8126062148a47ecb1a4312d8e6688",
-            ),
-            "clip": _L14,
-        },
+        Aesthetic.load,
         "Apache-2.0 (code; card: none)",
         "github.com/christophschuhmann/improved-aesthetic-predictor",
+        {"weights": _AESTHETIC, "clip": _L14},
+        ARCHITECTURES["ViT-L-14"],
     ),
-    "compressibility": Entry(lambda *_: JpegSize(-1), {}, {}, "none needed", "arXiv:2305.13301"),
-    "incompressibility": Entry(lambda *_: JpegSize(1), {}, {}, "none needed", "arXiv:2305.13301"),
+    "compressibility": Entry(lambda *_: JpegSize(-1), "none needed", "arXiv:2305.13301"),
+    "incompressibility": Entry(lambda *_: JpegSize(1), "none needed", "arXiv:2305.13301"),
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +13,13 @@ def vision_transformer(size: int, patch: int, width: int, depth: int, heads: int
     """timm's VisionTransformer without a head: `size` pixels per side, `patch` pixels per token, `width` channels."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, num_classes=0, global_pool="")
+    sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    build = partial(VisionTransformer, **sizes, num_classes=0, global_pool="")
+    try:
+        return build()
+    except RuntimeError:  # older timm calls Tensor.item(), which the meta device refuses
+        with torch.device("cpu"):
+            return build()
 
 
 def vit_tokens(vit: Any, pixels: Tensor) -> Tensor:

@@ -35,18 +35,6 @@ class Standardised(RewardModel):
         """The reward inside."""
         return self.reward
 
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        """As the reward inside."""
-        self.reward.gradient_checkpointing(enabled)
-
-    def remember(self, prompts: Sequence[str]) -> None:
-        """As the reward inside."""
-        self.reward.remember(prompts)
-
-    def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
-        """As the reward inside."""
-        self.reward.place(device, prompts)
-
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -93,24 +81,6 @@ class WeightedSum(RewardModel):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,)."""
         return torch.stack([weight * reward(images, prompts) for weight, reward in zip(self.weights, self.rewards)]).sum(0)
-
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass, in every reward that can."""
-        for reward in self._rewards():
-            reward.gradient_checkpointing(enabled)
-
-    def remember(self, prompts: Sequence[str]) -> None:
-        """As each reward."""
-        for reward in self._rewards():
-            reward.remember(prompts)
-
-    def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
-        """As each reward, one after the other."""
-        for reward in self._rewards():
-            reward.place(device, prompts)
-
-    def _rewards(self) -> list[RewardModel]:
-        return [reward for reward in self.rewards if isinstance(reward, RewardModel)]
 
 
 def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
