@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from trainer.lora import names
 from trainer.lora.file import load_lora, read_lora, save_lora
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
@@ -104,3 +105,11 @@ def test_wrong_shapes_truncated_and_missing_files_are_refused(policy, pipeline_f
         read_lora(path)
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         read_lora(tmp_path / "none.safetensors")
+
+
+def test_a_file_whose_keys_do_not_read_back_as_the_modules_is_not_kept(policy, tmp_path, monkeypatch):
+    tuned(policy)
+    monkeypatch.setattr(names, "stem", lambda module, layout, root: "lora_unet_" + module.replace(".", "_").replace("to_q", "to_z"))
+    with pytest.raises(OSError, match=r"cannot write .*a\.safetensors: \d+ modules of the written file do not match the adapter, first "):
+        save_lora(policy, tmp_path / "a.safetensors", {})
+    assert not list(tmp_path.iterdir())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -108,11 +109,11 @@ def load_samples(
     if cache is not None:
         model = policy.latents_depend_on()
         keys = {source: key_of("picture", _content_hash(source), str(size), model) for source, size in sized.items()}
-    distinct = {key: source for source, key in keys.items()}  # with a cache equal files are one image
-    ordered = sorted(distinct, key=lambda key: sizes.index(sized[distinct[key]]))  # by size: images of one size are encoded together
+    distinct = {key: (source, sized[source]) for source, key in keys.items()}  # with a cache equal files are one image
+    ordered = sorted(distinct, key=lambda key: sizes.index(distinct[key][1]))  # images of one size are encoded together
 
     def encode(part: Sequence[int]) -> list[Tensors]:
-        return _encode(policy, [distinct[ordered[i]] for i in part], sized)
+        return _encode(policy, [distinct[ordered[i]] for i in part])
 
     if cache is None:
         found = encode(range(len(ordered)))
@@ -136,15 +137,12 @@ def batch_size_for(size: Size) -> int:
     return max(1, min(32, PIXELS_PER_BATCH // (size[0] * size[1])))
 
 
-def _encode(policy: Encoder, sources: Sequence[ImageSource], sized: Mapping[ImageSource, Size]) -> list[Tensors]:
-    """Means and standard deviations (C,h,w) of images, on the CPU; one small batch of one size is decoded at a time."""
-    found: list[Tensors] = [{} for _ in sources]
-    for size in dict.fromkeys(sized[source] for source in sources):
-        rows = [i for i, source in enumerate(sources) if sized[source] == size]
-        batch = batch_size_for(size)
-        for first in slow(range(0, len(rows), batch), f"encoding images of {size[1]}×{size[0]}"):
-            part = rows[first : first + batch]
-            mean, std = policy.encode(torch.stack([load(sources[i], size) for i in part]))
-            for i, one_mean, one_std in zip(part, mean.cpu(), std.cpu()):
-                found[i] = {"mean": one_mean, "std": one_std}
+def _encode(policy: Encoder, sized: Sequence[tuple[ImageSource, Size]]) -> list[Tensors]:
+    """Means and standard deviations (C,h,w) of images sorted by size, on the CPU; a small batch of one size is decoded at a time."""
+    found: list[Tensors] = []
+    for size, group in groupby(sized, key=lambda pair: pair[1]):
+        sources, batch = [source for source, _ in group], batch_size_for(size)
+        for first in slow(range(0, len(sources), batch), f"encoding images of {size[1]}×{size[0]}"):
+            mean, std = policy.encode(torch.stack([load(source, size) for source in sources[first : first + batch]]))
+            found += [{"mean": m, "std": s} for m, s in zip(mean.cpu(), std.cpu())]
     return found
