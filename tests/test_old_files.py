@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from trainer.config import build, override, present_names, read_toml
 from trainer.demo import files
 from trainer.lora.file import load_lora, read_adapter
 from trainer.models.unet import UNetPolicy
-from trainer.rewards.registry import Places
 from trainer.training.run import TrainConfig
 
 DATA = Path(__file__).parent / "data" / "v010"
@@ -136,8 +137,14 @@ def test_scoring_and_evaluation_give_the_same_tables(copy):
     assert (copy / "stopped.csv").read_text("utf-8").splitlines()[0] == (copy / "scores.csv").read_text("utf-8").splitlines()[0]
     for line, then in zip((copy / "again.jsonl").read_text("utf-8").splitlines(), (copy / "scores.jsonl").read_text("utf-8").splitlines()):
         assert json.loads(line) == approximately(json.loads(then))
-    mean, std = Places().read_statistics(str(copy / "brightness.py"))
-    assert (mean, std) == pytest.approx((0.42715250328183174, 0.279243427426279))
+
+
+def test_a_measured_scale_of_a_reward_is_used(copy):
+    assert main(["score", "images", "--reward", "brightness.py", "--prompt", "none", "--out", "brightness.csv"]) == 0
+    rows = list(csv.DictReader((copy / "brightness.csv").read_text("utf-8").splitlines()))
+    raw, scaled = ([float(row[f"brightness.py{end}"]) for row in rows] for end in ("", "_z"))
+    assert scaled == pytest.approx([(value - 0.42715250328183174) / 0.279243427426279 for value in raw], abs=1e-4)
+    assert (statistics.mean(scaled), statistics.stdev(scaled)) == pytest.approx((0, 1), abs=1e-4)  # it was measured on these images
 
 
 def test_an_interrupted_evaluation_ends_as_one_that_was_not(copy):
