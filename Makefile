@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One worker per core of a small machine; a file stays with its worker, whose fixtures it shares
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo demo-quick test check setup benchmark bench-gpu verify-large
+.PHONY: demo demo-quick test test-all check setup benchmark bench-gpu gpu-report verify-large
 
 demo: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite
@@ -17,6 +17,11 @@ demo-quick: .venv/train
 test: .venv/test $(if $(COMFY),.venv/comfy)
 	@echo "ComfyUI: $(if $(COMFY),found in $(COMFY),not found; its tests are skipped)"
 	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS)
+
+# Products, ladders and whole sizes too: about an hour on two cores
+test-all: .venv/test $(if $(COMFY),.venv/comfy)
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS) -m ""
+	$(MAKE) verify-large
 
 check: .venv/test
 	.venv/bin/ruff format --check .
@@ -30,6 +35,10 @@ benchmark: .venv/train
 # SD1.5 at 512 and SDXL at 1024 pixels with HPSv2.1's architecture, random weights; says so where there is no CUDA device
 bench-gpu: .venv/test
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(PY) tests/large/bench.py $(BENCH)
+
+# Everything that the project wants to know of a card, in one file to paste: gpu-report.md
+gpu-report: .venv/test
+	PYTHONPATH=. HF_HUB_OFFLINE=1 COMFYUI_PATH="$(COMFY)" $(PY) tests/large/gpu_report.py $(REPORT)
 
 # True configurations of the published models on random weights; outside the suite: minutes a model, 7 GB and more
 verify-large: .venv/test $(if $(COMFY),.venv/comfy)
