@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import torch
 from fake_device.runs import on_cpu, on_fake, same_numbers, same_run, same_tensors
 from safetensors.torch import load_file
 
@@ -26,11 +27,24 @@ def test_a_watched_run_is_resumed_to_the_same_files(image_folder, tmp_path):
     same_tensors(load_file(cut / "best.safetensors"), load_file(whole / "best.safetensors"))
 
 
+def products(lora):
+    """All of a LoRA's updates, end to end."""
+    ups = {name: value.float() for name, value in lora.items() if name.endswith("lora_up.weight")}
+    downs = (lora[name.replace("lora_up", "lora_down")].float().flatten(1) for name in ups)
+    return torch.cat([(up.flatten(1) @ down).flatten() for up, down in zip(ups.values(), downs)])
+
+
 def test_every_weight_is_tuned(tmp_path):
     arguments = ["train", "--images=demo", *REFL, "--tune=full", "--steps=1"]
     on_cpu(*arguments, f"--out={tmp_path / 'cpu'}")
     on_fake("mps", *arguments, f"--out={tmp_path / 'fake'}")
     same_run(tmp_path / "fake", tmp_path / "cpu", "delta.safetensors")
+
+    on_cpu("convert", tmp_path / "cpu" / "delta.safetensors", tmp_path / "exact.safetensors", "--rank=4", "--exact")
+    on_fake("mps", "convert", tmp_path / "cpu" / "delta.safetensors", tmp_path / "random.safetensors", "--rank=4")
+    exact, random = (products(load_file(tmp_path / f"{name}.safetensors")) for name in ("exact", "random"))
+    error = float((random - exact).norm() / exact.norm())
+    assert error < 0.1, f"a LoRA extracted on the device is {error:.1%} off the exact one"
 
 
 def test_settings_of_memory_change_no_value(tmp_path):
