@@ -68,7 +68,7 @@ def training_steps(family, device, folder):
     plan = trainer("train", *given, "--plan")
     trainer("train", *given)
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text("utf-8").splitlines()]
-    planned = next(line.split()[-1] for line in plan.splitlines() if line.startswith("total"))
+    planned = next(line.split()[-1] for line in plan.splitlines() if line.split()[:1] == ["total"])
     seconds = log[-1]["seconds"] - log[-2]["seconds"]
     return f"| {family} | {SIZES[family]}² | {planned} | {max(line['memory_gb'] for line in log):.2f} | {seconds:.2f} |"
 
