@@ -24,7 +24,7 @@ class Step:
 
 
 class NonFinite(FloatingPointError):
-    """A loss or gradient that is not a number; nothing has been applied."""
+    """A loss or gradient is not finite; no step was taken."""
 
 
 def train(
@@ -52,19 +52,19 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(number)
         optimizer.zero_grad(set_to_none=True)
-        total, gathered = 0.0, list[tuple[str, float]]()
+        total, figures = 0.0, dict[str, list[float]]()
         for micro in range(accumulate):
             batch = batches(number, micro)
             value, logs = loss(batch)
-            if not math.isfinite(float(value.detach())):
+            amount = float(value.detach())
+            if not math.isfinite(amount):
                 raise NonFinite(_diagnosis(number, batch, logs))
             (value / accumulate).backward()
-            total += float(value.detach()) / accumulate
-            gathered += [(name, float(values.float().mean())) for name, values in logs.items()]
-        names = dict.fromkeys(name for name, _ in gathered)
-        means = {name: _mean([v for n, v in gathered if n == name]) for name in names}
-        told = processes.exchange((total, means))
-        total, means = _mean([t for t, _ in told]), {name: _mean([m[name] for _, m in told]) for name in means}
+            total += amount / accumulate
+            for name, values in logs.items():
+                figures.setdefault(name, []).append(float(values.float().mean()))
+        everyone = processes.exchange((total, {name: _mean(values) for name, values in figures.items()}))
+        total, means = _mean([t for t, _ in everyone]), {name: _mean([m[name] for _, m in everyone]) for name in figures}
         processes.average_gradients(parameters)
         norm = gradient_norm(parameters)
         if not math.isfinite(norm):
@@ -94,9 +94,9 @@ def _diagnosis(number: int, batch: Batch, logs: Mapping[str, Tensor]) -> str:
             sample, prompt = batch.rng.indices[bad[0]], batch.prompts[bad[0]]
             return (
                 f"step {number + 1}: {name} of sample {sample} ({prompt!r}) is not finite; "
-                "lower the learning rate or max_grad_norm, or look at that image; nothing was applied"
+                "lower the learning rate or max_grad_norm, or check that image; no step was taken"
             )
-    return f"step {number + 1}: the loss is not finite; lower the learning rate; nothing was applied"
+    return f"step {number + 1}: the loss is not finite; lower the learning rate; no step was taken"
 
 
 class Ema:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -36,7 +36,8 @@ class BlackBoxSQDF(SQDF):
         default=4, metadata={"min": 1, "max": 64, "help": "surrogates, each fitted to its own bootstrap sample (official 4)"}
     )
     optimism: Optimism = field(
-        default="bootstrap", metadata={"help": "bootstrap: the highest head; ucb: their mean plus a bonus for the unseen"}
+        default="bootstrap",
+        metadata={"help": "bootstrap: the highest head; ucb: their mean plus a bonus far from the labelled images"},
     )
     ucb_weight: float = field(default=0.01, metadata={"min": 0.0, "help": "weight of that bonus (official 0.01)"})
     epochs: int = field(default=100, metadata={"min": 1, "max": 10000, "help": "passes over the labels when fitting (official 300)"})
@@ -52,7 +53,7 @@ class BlackBoxSQDF(SQDF):
         return False
 
     def check(self, context: RunContext) -> None:
-        """As SQDF; and the surrogate must have features to read."""
+        """As SQDF; and refuse a run without features for the surrogate."""
         super().check(context)
         if context.features is None:
             raise ValueError("a black-box reward needs `features`: a two-tower reward whose features a surrogate reads (clip-l14, say)")
@@ -64,21 +65,23 @@ class BlackBoxSQDF(SQDF):
         return BlackBox(self, context)
 
 
-class Surrogate:
+class Surrogate(nn.Module):
     """An ensemble of small networks on frozen features, as a differentiable reward in standard deviations of the first labels."""
 
     differentiable = True
 
     def __init__(self, features: ImageFeatures, objective: BlackBoxSQDF, width: int) -> None:
-        self.features, self.objective = features, objective
+        super().__init__()
+        self.objective = objective
+        self.image_features, self.text_features = features.image_features, features.text_features  # no submodule: `to` leaves it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # every loop begins with the same networks; their data tell them apart
             self.heads = nn.ModuleList([_head(width) for _ in range(objective.heads)])
-        self.covariances: list[Tensor] = []
+        self.register_buffer("covariances", torch.zeros(objective.heads, 16, 16), persistent=False)
 
-    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,3,H,W) in [0,1], B prompts -> (B,)."""
-        x = joined(self.features.image_features(images), self.features.text_features(prompts))
+        x = joined(self.image_features(images), self.text_features(prompts))
         inner = [_inner(head, x) for head in self.heads]
         outputs = torch.stack([_outer(head, h) for head, h in zip(self.heads, inner)])
         if self.objective.optimism == "bootstrap":
@@ -89,7 +92,7 @@ class Surrogate:
         return outputs.mean(0) + self.objective.ucb_weight * torch.stack(bonuses).mean(0)
 
     def fit(self, x: Tensor, labels: Tensor, seed: int) -> None:
-        """Fit each head to a bootstrap sample of (N,D) features and (N,) standardised labels."""
+        """Fit each head to a bootstrap sample of (N,3D) inputs and (N,) standardised labels."""
         with torch.enable_grad():
             for number, head in enumerate(self.heads):
                 rng = generator(seed, "surrogate", number)
@@ -100,14 +103,14 @@ class Surrogate:
                         optimizer.zero_grad(set_to_none=True)
                         F.mse_loss(_outer(head, _inner(head, x[part])), labels[part]).backward()
                         optimizer.step()
-                head.requires_grad_(False)
         self.measure(x)
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Covariances of the heads' inner features over all labelled images, for the bonus."""
+        """Freeze the heads and compute the covariances of their inner features over all labelled images, for the bonus."""
+        self.heads.requires_grad_(False)
         inner = [_inner(head, x) for head in self.heads]
-        self.covariances = [h.T @ h + _RIDGE * torch.eye(h.shape[1], device=h.device) for h in inner]
+        self.covariances = torch.stack([h.T @ h + _RIDGE * torch.eye(16) for h in inner])
 
 
 def _head(width: int) -> nn.Module:
@@ -124,7 +127,7 @@ def _outer(head: Any, inner: Tensor) -> Tensor:
 
 
 def joined(images: Tensor, texts: Tensor) -> Tensor:
-    """What a surrogate sees (B,3D): image, text, and their product, whose sum is the two towers' own score."""
+    """A surrogate's inputs (B,3D): image, text, and their product, whose sum is the two towers' own score."""
     return torch.cat([images, texts, images * texts * images.shape[1] ** 0.5], 1)
 
 
@@ -136,7 +139,7 @@ class BlackBox(Loss):
         self.objective, self.run, self.features = objective, context, context.features
         self.inner = SoftQ(objective, context)
         self.loop = -1
-        self.images = torch.empty(0)  # (N,D) features of everything labelled
+        self.images = torch.empty(0)  # (N,D) features of all labelled images
         self.prompts: list[str] = []
         self.labels = torch.empty(0)
         self.surrogate: Surrogate | None = None
@@ -146,53 +149,42 @@ class BlackBox(Loss):
         loop = min(batch.number // self.objective.updates_per_loop, len(self.objective.queries) - 1)
         if loop != self.loop:
             self._query(batch.rng.seed, loop, len(batch.prompts))
-        assert self.surrogate is not None
         self.inner.run = replace(self.run, reward=self.surrogate)
         loss, logs = self.inner(batch)
-        oracle = self.labels[-self.objective.queries[self.loop] :].mean()
-        return loss, {
-            **logs,
-            "oracle": oracle.expand(len(batch.prompts)),
-            "queries": torch.tensor(float(len(self.labels))).expand(len(batch.prompts)),
-        }
+        oracle, queries = self.labels[-self.objective.queries[self.loop] :].mean(), torch.tensor(float(len(self.labels)))
+        return loss, {**logs, "oracle": oracle.expand(len(batch.prompts)), "queries": queries.expand(len(batch.prompts))}
 
     @torch.no_grad()
     def _query(self, seed: int, loop: int, chunk: int) -> None:
-        policy, oracle = self.run.policy, self.run.required_reward
-        o, total = self.objective, self.objective.queries[loop]
-        order = torch.randperm(max(total, len(self.run.prompts)), generator=generator(seed, "queries", loop))[:total]
-        prompts = [self.run.prompts[int(i) % len(self.run.prompts)] for i in order]
+        """Label samples of the present model, `chunk` at a time, and fit a new surrogate to all labels."""
+        run, o, total = self.run, self.objective, self.objective.queries[loop]
+        order = torch.randperm(max(total, len(run.prompts)), generator=generator(seed, "queries", loop))[:total]
+        prompts = [run.prompts[int(i) % len(run.prompts)] for i in order]
         images, labels = list[Tensor](), list[Tensor]()
-        ours = self.run.processes.share(total)  # together, as many questions to the oracle as one process would ask
-        for first in range(ours.start, ours.stop, chunk):
-            part = tuple(prompts[first : min(first + chunk, ours.stop)])
+        share = run.processes.share(total)  # all processes together make as many oracle calls as one would
+        for first in range(share.start, share.stop, chunk):
+            part = prompts[first : min(first + chunk, share.stop)]
             rng = Rng(seed_of(seed, "query"), loop, tuple(range(first, first + len(part))))
-            _, ends = rollouts(o, policy, part, rng)
-            drawn = policy.decode(ends)
-            labels.append(oracle(drawn, part).float().cpu())
+            drawn = run.policy.decode(rollouts(o, run.policy, part, rng)[1])
+            labels.append(run.required_reward(drawn, part).float().cpu())
             images.append(self.features.image_features(drawn).float().cpu())
-        gathered = [pair for pairs in self.run.processes.exchange(list(zip(images, labels))) for pair in pairs]
+        gathered = [pair for pairs in run.processes.exchange(list(zip(images, labels))) for pair in pairs]
         self.images = torch.cat([self.images.reshape(-1, gathered[0][0].shape[1]), *(features for features, _ in gathered)])
         self.labels, self.prompts = torch.cat([self.labels, *(scores for _, scores in gathered)]), [*self.prompts, *prompts]
         self.loop = loop
-        surrogate = Surrogate(self.features, o, 3 * self.images.shape[1])
+        first_labels = self.labels[: o.queries[0]]
+        standardised = (self.labels - first_labels.mean()) / first_labels.std().clamp(min=1e-6)
         with torch.inference_mode(False):
-            surrogate.fit(joined(self.images, self._texts()), self._standardised(), seed_of(seed, "fit", loop))
-        self.surrogate = self._placed(surrogate)
-        self.inner.clear()
+            self._renew(lambda surrogate, x: surrogate.fit(x, standardised, seed_of(seed, "fit", loop)))
+        if self.inner.replay:
+            self.inner.replay.clear()
 
-    def _texts(self) -> Tensor:
-        return self.features.text_features(self.prompts).float().cpu()
-
-    def _standardised(self) -> Tensor:
-        first = self.labels[: self.objective.queries[0]]
-        return (self.labels - first.mean()) / first.std().clamp(min=1e-6)
-
-    def _placed(self, surrogate: Surrogate) -> Surrogate:
-        device = self.features.text_features(self.prompts[:1]).device
-        surrogate.heads.to(device)
-        surrogate.covariances = [c.to(device) for c in surrogate.covariances]
-        return surrogate
+    def _renew(self, prepare: Callable[[Surrogate, Tensor], None]) -> None:
+        """A new surrogate, prepared on the inputs (N,3D) of all labelled images, on the device of the features."""
+        surrogate = Surrogate(self.features, self.objective, 3 * self.images.shape[1])
+        texts = self.features.text_features(self.prompts)
+        prepare(surrogate, joined(self.images, texts.float().cpu()))
+        self.surrogate = surrogate.to(texts.device)
 
     def state(self) -> dict[str, Any]:
         """Labels, the surrogate's weights, and the buffer's list."""
@@ -201,15 +193,16 @@ class BlackBox(Loss):
         return {**kept, "heads": heads, "inner": self.inner.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Everything as when `state` was taken; nothing is asked of the oracle again."""
+        """Restore a state returned by `state()`, without oracle calls."""
         self.loop, self.images, self.prompts, self.labels = state["loop"], state["images"], state["prompts"], state["labels"]
         self.inner.restore(state["inner"])
-        if state["heads"]:
-            surrogate = Surrogate(self.features, self.objective, 3 * self.images.shape[1])
+
+        def load(surrogate: Surrogate, x: Tensor) -> None:
             surrogate.heads.load_state_dict(state["heads"])
-            surrogate.heads.requires_grad_(False)
-            surrogate.measure(joined(self.images, self._texts()))
-            self.surrogate = self._placed(surrogate)
+            surrogate.measure(x)
+
+        if state["heads"]:
+            self._renew(load)
 
     def saved(self) -> None:
         """As the buffer."""

@@ -60,7 +60,7 @@ class SQDF(Objective):
             raise ValueError("collect_every above 1 reuses old rollouts: it needs a replay buffer (buffer_gb)")
 
     def recommended_sigma(self, sigmas: Tensor) -> float:
-        """All steps are trained; most weight lies on the last ones: the level where the discount is still a tenth."""
+        """All steps are trained, most of all the last ones: the first level whose discount is a tenth or more."""
         weights = [self.gamma ** (self.steps - 1 - i) for i in range(self.steps)]
         return float(sigmas[next(i for i, w in enumerate(weights) if w >= 0.1)])
 
@@ -69,7 +69,7 @@ class SQDF(Objective):
         return int(self.buffer_gb * 1e9 / trajectory_bytes(self.steps, policy.latent_shape))
 
     def check(self, context: RunContext) -> None:
-        """Refuse a buffer that the disk, or a single rollout, does not fit; and an estimator that is not loaded."""
+        """Refuse a buffer that no rollout fits into, or that the disk cannot take, and an estimator that is not loaded."""
         policy = context.policy
         if self.estimator not in policy.states:
             raise ValueError(
@@ -93,9 +93,9 @@ class SoftQ(Loss):
 
     def __init__(self, objective: SQDF, context: RunContext) -> None:
         self.objective, self.run = objective, context
-        self.folder, self.processes = context.folder / "replay", context.processes
-        self.replay: Replay | None = None  # made at the first step: its capacity depends on the policy's latents
-        self._restored: dict[str, Any] | None = None
+        capacity, main = objective.capacity(context.policy), context.processes.main
+        self.replay = Replay(context.folder / "replay", capacity, deletes=main) if objective.buffer_gb > 0 else None
+        self._opened = False
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
@@ -103,60 +103,47 @@ class SoftQ(Loss):
         loss, logs = transition_loss(self.objective, self.run, prompts, batch.rng, x, index)
         return loss, {**logs, "rollout reward": collected} if collected is not None else logs
 
-    def _states(self, batch: Batch) -> tuple[Tensor, list[str], Tensor, Tensor | None]:
-        """States x (B,…), their prompts, their indices (B,), and the rewards of new rollouts if any were made."""
-        o, policy = self.objective, self.run.policy
-        if o.buffer_gb == 0:
+    def _states(self, batch: Batch) -> tuple[Tensor, Sequence[str], Tensor, Tensor | None]:
+        """States x (B,C,h,w), their prompts, their indices (B,), and the rewards (B,) of new rollouts if any were made."""
+        o, policy, exchange = self.objective, self.run.policy, self.run.processes.exchange
+        if self.replay is None:
             index = batch.rng.integers("transition", 0, o.steps - 1)
             states, ends = rollouts(o, policy, batch.prompts, batch.rng)
-            return states[torch.arange(len(index)), index], list(batch.prompts), index, self._rewards(ends, batch.prompts)
-        replay = self._open(policy)
+            return states[torch.arange(len(index)), index], batch.prompts, index, self._rewards(ends, batch.prompts)
+        if not self._opened:
+            self.replay.saved()  # deletes the files of an earlier run in this folder
+            exchange(None)  # before any process adds its own
+            self._opened = True
         collected = None
-        if batch.number % o.collect_every == 0 or not replay.trajectories:
+        if batch.number % o.collect_every == 0 or not self.replay.trajectories:
             states, ends = rollouts(o, policy, batch.prompts, batch.rng)
             collected = self._rewards(ends, batch.prompts)
-            # each process writes its own rollouts; the list, in the order of the joined batch, is everyone's
-            for rank, new in enumerate(self.processes.exchange(list(zip(batch.prompts, collected.tolist())))):
+            # each process writes its own rollouts; all have the same list, in the order of the joined batch
+            for rank, new in enumerate(exchange(list(zip(batch.prompts, collected.tolist())))):
                 for row, (prompt, score) in enumerate(new):
-                    replay.add(prompt, score, states[row] if rank == self.processes.rank else None)
-            self.processes.exchange(None)  # all files are there before one is read
-        uniform = batch.rng.uniform("replay").float()  # float32 as in 0.1.0: the same states are drawn
-        drawn = replay.draw(uniform, o.replay, o.steps, o.gamma)
-        x = torch.stack([replay.read(t, i) for t, i in drawn]).to(policy.sigmas(o.steps).device)
+                    self.replay.add(prompt, score, states[row] if rank == self.run.processes.rank else None)
+            exchange(None)  # all files are written before one is read
+        uniform = batch.rng.uniform("replay").float()  # float32 as in 0.1.0, so that the same states are drawn
+        drawn = self.replay.draw(uniform, o.replay, o.steps, o.gamma)
+        x = torch.stack([self.replay.read(t, i) for t, i in drawn]).to(policy.sigmas(o.steps).device)
         return x, [t.prompt for t, _ in drawn], torch.tensor([i for _, i in drawn]), collected
 
     @torch.no_grad()
     def _rewards(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.run.scores(latents, prompts)
 
-    def _open(self, policy: Policy) -> Replay:
-        if self.replay is None:
-            self.replay = Replay(self.folder, self.objective.capacity(policy), deletes=self.processes.main)
-            if self._restored is not None:
-                self.replay.restore(self._restored)
-            else:
-                self.replay.saved()  # files of an earlier run in this folder
-            self.processes.exchange(None)  # nothing is added while another process deletes
-        return self.replay
-
-    def clear(self) -> None:
-        """Go on with an empty buffer."""
-        if self.replay is not None:
-            self.replay.clear()
-
     def state(self) -> dict[str, Any]:
         """The buffer's list."""
-        if self.replay is None:
-            return {"replay": self._restored} if self._restored is not None else {}
-        return {"replay": self.replay.state()}
+        return {"replay": self.replay.state()} if self.replay else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The buffer as when `state` was taken."""
-        self.replay, self._restored = None, state.get("replay")
+        """Restore a state returned by `state()`."""
+        if self.replay and state.get("replay"):
+            self.replay.restore(state["replay"])
 
     def saved(self) -> None:
         """Delete what left the buffer."""
-        if self.replay is not None:
+        if self.replay:
             self.replay.saved()
 
 
@@ -166,16 +153,19 @@ def rollouts(objective: SQDF, policy: Policy, prompts: Sequence[str], rng: Rng) 
     x = policy.start(rng.start_noise(policy.latent_shape), objective.steps)
     denoiser = policy.denoiser(prompts, guidance_scale=objective.guidance_scale)
     noise_at = rng.step_noise(policy.latent_shape)
+    states: list[Tensor] = []
     with policy.merged():
-        steps = list(trajectory(denoiser, x, policy.sigmas(objective.steps), noise_at, space=policy.space))
-    return torch.stack([t.x for t in steps], 1), steps[-1].x_next
+        for transition in trajectory(denoiser, x, policy.sigmas(objective.steps), noise_at, space=policy.space):
+            states.append(transition.x)
+            x = transition.x_next
+    return torch.stack(states, 1), x
 
 
 def transition_loss(objective: SQDF, run: RunContext, prompts: Sequence[str], rng: Rng, x: Tensor, index: Tensor) -> tuple[Tensor, Logs]:
     """SQDF's loss () of the transitions index (B,) from states x, and logs of (B,).
 
-    The frozen estimate is another state of the same network, and two states never share a graph: its gradient
-    g = ∂r/∂x_{i+1} is taken on a detached x_{i+1}, then g·x_{i+1}(θ) is what is differentiated.
+    The frozen estimate is the same network with another adapter, and its graph is kept apart: its gradient g = ∂r/∂x_{i+1} is
+    taken at a detached x_{i+1}, then g·x_{i+1}(θ) is differentiated.
     """
     o, policy, sigmas = objective, run.policy, run.policy.sigmas(objective.steps)
     here, there = sigmas[index], sigmas[index + 1]
@@ -186,21 +176,20 @@ def transition_loss(objective: SQDF, run: RunContext, prompts: Sequence[str], rn
     leaf = following.detach().requires_grad_()
     ended = there == 0
     with torch.enable_grad(), policy.adapter(o.estimator):
-        # the last transition ends in x0 itself; its row is evaluated at the last level and left aside
+        # the last transition ends in x0 itself: its row is evaluated at the last level and not used
         guidance_scale = o.guidance_scale if o.estimator == "base" else 1.0
         estimate = policy.denoiser(prompts, guidance_scale=guidance_scale)(leaf, torch.where(ended, sigmas[-2], there))
         scores = run.scores(torch.where(per_sample(ended, leaf).bool(), leaf, estimate), prompts)
-        credit = (o.gamma ** (o.steps - 1 - index).double()).to(scores)
-        worth = credit * scores
-        (pull,) = torch.autograd.grad(worth.sum(), leaf)
+        discounted = (o.gamma ** (o.steps - 1 - index).double()).to(scores) * scores
+        (gradient,) = torch.autograd.grad(discounted.sum(), leaf)
 
-    product = (pull * following).flatten(1).sum(1)
-    gain = (worth.detach() + product - product.detach()).mean()  # the value of the reward term, with its gradient
-    loss = -o.reward_weight * gain
-    nats = kl_weights(sigmas, policy.space)[index].to(x) * (
-        denoised - policy.denoiser(prompts, adapter="base", guidance_scale=o.guidance_scale)(x, here)
-    ).square().flatten(1).sum(1)
+    product = (gradient * following).flatten(1).sum(1)
+    gain = (discounted.detach() + product - product.detach()).mean()  # the value of the reward term, with its gradient
+    with torch.no_grad():
+        base = policy.denoiser(prompts, adapter="base", guidance_scale=o.guidance_scale)(x, here)
+    nats = kl_weights(sigmas, policy.space)[index].to(x) * (denoised - base).square().flatten(1).sum(1)
     per_element = nats / x[0].numel()
+    loss = -o.reward_weight * gain
     if o.alpha > 0:
         loss = loss + o.alpha * per_element.mean()
     return loss, {"reward": scores.detach(), "kl": nats.detach(), "kl per element": per_element.detach()}
@@ -210,8 +199,7 @@ def kl_weights(sigmas: Tensor, space: Space) -> Tensor:
     """½(SNR' − SNR) of each transition (T,): times ‖D_θ − D_ref‖² it is the transition's KL in nats, exactly.
 
     Both are Gaussians of one width, and the difference of their means over it is √(SNR' − SNR)·ΔD, in either space.
-    The last transition has no width; its SNR' is taken as twice its SNR, which in ε is the weight that the official code's
-    grid gives it.
+    The last transition has width 0; its SNR' is taken as twice its SNR, the weight in ε that the official code's grid gives it.
     """
     before = snr(sigmas[:-1].cpu().double(), space)  # two steps: MPS, which has no float64, would convert before it copies
     after = torch.cat([before[1:], 2 * before[-1:]])
