@@ -6,33 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from helpers.samplers import BETAS, grid, noises, toy_denoiser, toy_epsilon
 
-from trainer.generate import branches
-from trainer.guidance import Slot, Switch, combined
 from trainer.sampling import add_noise, end_of, leading_timesteps, step, trajectory
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 OFFICIAL = {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading"}
-
-
-def table():
-    cumulative = DDPMScheduler(**BETAS).alphas_cumprod.double()
-    return ((1 - cumulative) / cumulative).sqrt()
-
-
-def grid(steps):
-    return torch.cat([table()[torch.tensor(leading_timesteps(steps))], torch.zeros(1)])
-
-
-def toy_epsilon(x_vp, t):
-    """A smooth stand-in for a network: depends on the state and the timestep."""
-    return torch.tanh(x_vp * 0.7 + 0.001 * t) * 0.8 + 0.1
-
-
-def toy_denoiser(x, sigma):
-    t = (table()[:, None] - sigma.double()[None]).abs().argmin(0)
-    scale = (1 + sigma.square()).rsqrt().reshape(-1, 1, 1, 1)
-    return x - sigma.reshape(-1, 1, 1, 1) * toy_epsilon(scale * x, t.reshape(-1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("steps", [5, 20, 40])
@@ -110,36 +88,6 @@ def test_step_to_zero_returns_the_prediction():
     torch.testing.assert_close(step(x, denoised, torch.tensor([0.3]), torch.tensor([0.0]), eta=0.0), denoised)
 
 
-def noises(seed):
-    return lambda i: torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(100 * seed + i), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m"])
-def test_switching_at_the_ends_is_one_model_alone_bit_for_bit(method):
-    calls = []
-
-    def base(x, sigma):
-        calls.append("base")
-        return toy_denoiser(x, sigma)
-
-    def tuned(x, sigma):
-        return 0.9 * toy_denoiser(x, sigma) + 0.05
-
-    sigmas = grid(12)
-    start = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * sigmas[0]
-
-    def drawn(*switches):
-        mixes = {k: combined(Slot("base"), Slot("tuned"), k) for k in switches}
-        return dict(branches(mixes, lambda slot: base if slot.adapter == "base" else tuned, start, sigmas, noises(0), method))
-
-    finals = drawn(0, 5, 12)
-    assert len(calls) == 12  # the base's steps are taken once for all switches
-    alone = [end_of(start, trajectory(d, start, sigmas, noises(0), method)) for d in (tuned, base)]
-    assert torch.equal(finals[0], alone[0]) and torch.equal(finals[12], alone[1])
-    assert torch.equal(finals[5], drawn(5)[5])
-    assert not torch.equal(finals[5], finals[0]) and not torch.equal(finals[5], finals[12])
-
-
 @dataclass(frozen=True)
 class Rows:
     """A denoiser that moves each sample to its own target, and counts its evaluations."""
@@ -195,22 +143,3 @@ def test_a_transition_is_a_draw_of_its_gaussian():
 def test_an_empty_range_leaves_the_state_untouched():
     x = torch.randn(1, 4, 2, 2)
     assert end_of(x, trajectory(toy_denoiser, x, grid(10), noises(0), first=7, last=7)) is x
-
-
-@pytest.mark.parametrize(("steps", "at_226", "at_101"), [(20, 15, 17), (25, 19, 22), (30, 23, 26), (40, 30, 35), (50, 38, 44)])
-def test_a_noise_level_switch_finds_the_same_place_on_every_grid(steps, at_226, at_101):
-    sigmas = grid(steps).float()
-    assert Switch(sigma=float(table()[226])).index(sigmas) == at_226
-    assert Switch(sigma=float(table()[101])).index(sigmas) == at_101
-
-
-def test_switches_say_what_is_wrong():
-    sigmas = grid(10)
-    assert Switch.parse("3").index(sigmas) == 3 and Switch.parse("50%").index(sigmas) == 5
-    assert Switch.parse("sigma=1000").index(sigmas) == 0
-    with pytest.raises(ValueError, match="0 .tuned only. to 10"):
-        Switch(step=11).index(sigmas)
-    with pytest.raises(ValueError, match="write a step"):
-        Switch.parse("late")
-    with pytest.raises(ValueError, match="one of step, percent or sigma"):
-        Switch(step=1, sigma=0.5)

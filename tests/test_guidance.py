@@ -1,0 +1,104 @@
+"""Mixes of denoisers: coefficients, combined generation, switches, and what generation computes once."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers.samplers import grid, noises, table, toy_denoiser
+
+from trainer.denoiser import classifier_free_guidance
+from trainer.generate import Generation, branches, generate
+from trainer.guidance import MIXES, Mix, Slot, Switch, cfg, combined, weighted_sum
+from trainer.sampling import end_of, trajectory
+
+BASE, TUNED = Slot("base"), Slot("tuned")
+EXAMPLES = {"cfg": cfg(TUNED), "combined": combined(BASE, TUNED, 5)}
+
+
+def test_coefficients_of_every_mix_sum_to_one():
+    assert EXAMPLES.keys() == MIXES.keys()
+    sums = {name: [sum(mix.coefficients(i, sigma)) for i, sigma in enumerate(grid(12)[:-1].tolist())] for name, mix in EXAMPLES.items()}
+    assert all(values == [1.0] * 12 for values in sums.values()), sums
+    assert [mix.at(4, 1.0) for mix in EXAMPLES.values()] == [((TUNED, 1.0),), ((BASE, 1.0),)]  # a coefficient of 0 costs no call
+
+
+@pytest.mark.parametrize("wrong", [(0.5, 0.6), (1.0,), (0.5, 0.25, 0.25)])
+def test_other_coefficients_are_refused(wrong):
+    with pytest.raises(ValueError, match="with sum 1"):
+        Mix((BASE, TUNED), lambda i, sigma: wrong).at(0, 1.0)
+
+
+def test_a_weighted_sum_of_two_branches_is_classifier_free_guidance():
+    """cond with coefficient s and uncond with 1 − s, on x0-predictions."""
+    x, sigma = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.tensor([2.0, 0.5], dtype=torch.float64)
+
+    def uncond(x, sigma):
+        return 0.7 * toy_denoiser(x, sigma) - 0.1
+
+    found = weighted_sum([(toy_denoiser, 7.5), (uncond, -6.5)])(x, sigma)
+    torch.testing.assert_close(found, classifier_free_guidance(toy_denoiser(x, sigma), uncond(x, sigma), 7.5), rtol=1e-12, atol=1e-12)
+    assert weighted_sum([(toy_denoiser, 1.0)]) is toy_denoiser
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m"])
+def test_switching_at_the_ends_is_one_model_alone_bit_for_bit(method):
+    calls = []
+
+    def base(x, sigma):
+        calls.append("base")
+        return toy_denoiser(x, sigma)
+
+    def tuned(x, sigma):
+        return 0.9 * toy_denoiser(x, sigma) + 0.05
+
+    sigmas = grid(12)
+    start = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * sigmas[0]
+
+    def drawn(*switches):
+        mixes = {k: combined(BASE, TUNED, k) for k in switches}
+        return dict(branches(mixes, lambda slot: base if slot.adapter == "base" else tuned, start, sigmas, noises(0), method))
+
+    finals = drawn(0, 5, 12)
+    assert len(calls) == 12  # the base's steps are taken once for all switches
+    alone = [end_of(start, trajectory(d, start, sigmas, noises(0), method)) for d in (tuned, base)]
+    assert torch.equal(finals[0], alone[0]) and torch.equal(finals[12], alone[1])
+    assert torch.equal(finals[5], drawn(5)[5])
+    assert not torch.equal(finals[5], finals[0]) and not torch.equal(finals[5], finals[12])
+
+
+def test_generation_computes_common_steps_once(toy_policy):
+    """Two tuned models, three switches, the base alone and a mix that changes at every step: N calls a step of each kind."""
+    settings, n, other = Generation(steps=10, guidance_scale=1.0, chunk=4), 6, type(toy_policy)()
+    with torch.no_grad():
+        other.weight.add_(0.3)
+    rising = Mix((BASE, TUNED), lambda i, sigma: (1 - i / 10, i / 10))
+    switched = {(name, k): combined(settings.base, settings.tuned(model=name), k) for name in ("", "other") for k in (2, 5, 10)}
+    images = generate(toy_policy, ["p"] * n, settings, {**switched, "base": cfg(settings.base), "rising": rising}, {"other": other})
+    # the base's ten steps, its first of which is the rising mix's too; the tuned model's 8 + 5; nine steps of two calls
+    assert (toy_policy.calls, other.calls) == (n * (10 + 8 + 5 + 9 * 2), n * (8 + 5))
+    assert torch.equal(images["", 10], images["base"]) and torch.equal(images["other", 10], images["base"])
+    distinct = [images["base"], images["", 2], images["", 5], images["other", 2], images["other", 5], images["rising"]]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(distinct, 2))
+    alone = {key: generate(toy_policy, ["p"] * n, settings, {key: mix}, {"other": other})[key] for key, mix in switched.items()}
+    assert all(torch.equal(alone[key], images[key]) for key in alone)
+
+
+@pytest.mark.parametrize(("steps", "at_226", "at_101"), [(20, 15, 17), (25, 19, 22), (30, 23, 26), (40, 30, 35), (50, 38, 44)])
+def test_a_noise_level_switch_finds_the_same_place_on_every_grid(steps, at_226, at_101):
+    sigmas = grid(steps).float()
+    assert Switch(sigma=float(table()[226])).index(sigmas) == at_226
+    assert Switch(sigma=float(table()[101])).index(sigmas) == at_101
+
+
+def test_switches_say_what_is_wrong():
+    sigmas = grid(10)
+    assert Switch.parse("3").index(sigmas) == 3 and Switch.parse("50%").index(sigmas) == 5
+    assert Switch.parse("sigma=1000").index(sigmas) == 0
+    with pytest.raises(ValueError, match="0 .tuned only. to 10"):
+        Switch(step=11).index(sigmas)
+    with pytest.raises(ValueError, match="write a step"):
+        Switch.parse("late")
+    with pytest.raises(ValueError, match="one of step, percent or sigma"):
+        Switch(step=1, sigma=0.5)
