@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from helpers.samplers import BETAS, grid, noises, toy_denoiser, toy_epsilon
+from helpers.samplers import BETAS, grid, noises, table, toy_denoiser, toy_epsilon
 
 from trainer.sampling import add_noise, end_of, leading_timesteps, step, trajectory
 
