@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..trainer.denoiser import Denoiser, classifier_free_guidance
-from ..trainer.policy import AdapterState, Lora, LoraLayout, initial_down
+from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
@@ -106,7 +107,7 @@ class ComfyPolicy:
         self.lora: Lora | None = None
         self._adapters: dict[str, tuple[str, Adapter]] = {}  # by the name in files: name inside the model, adapter
         self._tuned = True
-        self.states: frozenset[AdapterState] = frozenset({"base"})
+        self.adapters = frozenset({"base", "tuned"})
         self._checkpointed = (False, True)
 
     # -- the adapter ---------------------------------------------------------------------------------------------
@@ -115,9 +116,10 @@ class ComfyPolicy:
         """Attach an adapter that starts as the identity; its random half depends on `seed` alone."""
         if self.lora is not None:
             raise ValueError("this policy has an adapter already")
+        targets = ATTENTION if lora.targets is None else lora.targets
         modules = dict(self.model.model.diffusion_model.named_modules())
         for inside, (name, aliases) in sorted(lora_targets(self.model.model).items(), key=lambda item: item[1][0]):
-            wanted = any(alias == target or alias.endswith("." + target) for alias in aliases for target in lora.targets)
+            wanted = any(alias == target or alias.endswith("." + target) for alias in aliases for target in targets)
             if wanted and isinstance(modules.get(inside), nn.Linear | nn.Conv2d):
                 adapter = Adapter(modules[inside], lora.rank, self.device)
                 first = initial_down(f"{name}.lora_A.default.weight", adapter.down.shape, lora.rank, seed)
@@ -125,7 +127,7 @@ class ComfyPolicy:
                     adapter.down.copy_(first)
                 self._adapters[name] = (inside, adapter)
         if not self._adapters:
-            raise ValueError(f"no module of this model is called {', '.join(lora.targets)}: nothing to train")
+            raise ValueError(f"no module of this model is called {', '.join(targets)}: nothing to train")
         self.lora = lora
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -142,7 +144,15 @@ class ComfyPolicy:
         """kohya names for UNets, ComfyUI's generic ones for the others."""
         return "kohya" if "num_res_blocks" in self.model.model.model_config.unet_config else "native"
 
-    def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
+    def tune_weights(self) -> None:
+        """Refused: ComfyUI's weights may be quantised."""
+        raise ValueError("tune = full: in a graph an adapter is trained; `python -m trainer train` trains every weight")
+
+    def shard(self, mesh: Any) -> None:
+        """Refused: a graph is one process."""
+        raise ValueError("a graph trains in one process: launch `python -m trainer train` for several")
+
+    def gradient_checkpointing(self, *, denoiser: bool, vae: bool) -> None:
         """Recompute activations block by block; the decoder, which is the peak of memory, always does."""
         self._checkpointed = (denoiser, True)
 
@@ -171,7 +181,7 @@ class ComfyPolicy:
                     _replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
                 )
             if self._checkpointed[0]:
-                stack.enter_context(_recomputed(network, _DENOISER_BLOCKS))
+                stack.enter_context(_recomputed(network, _DENOISER_BLOCKS, self._with_present_adapter))
             stack.enter_context(_recomputed(self.gradient_vae.first_stage_model, _DECODER_BLOCKS))
             try:
                 yield
@@ -193,45 +203,36 @@ class ComfyPolicy:
     # -- denoisers -----------------------------------------------------------------------------------------------
 
     def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
-        """The tuned model; guidance 1 evaluates no unconditional branch."""
-
-        def tuned(x: Tensor, sigma: Tensor) -> Tensor:
-            return self._guided(x, sigma, prompts, guidance_scale)
-
-        @torch.no_grad()
-        def base(x: Tensor, sigma: Tensor) -> Tensor:
-            with self.adapter("base"):
-                return tuned(x, sigma)
-
-        found: Any = tuned if adapter == "tuned" else base
-        found.rows = lambda index: self.denoiser([prompts[i] for i in index.tolist()], adapter=adapter, guidance_scale=guidance_scale)
-        return found
+        """The model with the adapter `tuned` or `base`; a guidance scale of 1 evaluates no unconditional branch."""
+        if adapter not in self.adapters:
+            raise ValueError(f"no adapter {adapter!r} in a graph: use one of {', '.join(sorted(self.adapters))}")
+        return ComfyDenoiser(self, adapter == "tuned", tuple(prompts), guidance_scale)
 
     @contextmanager
-    def adapter(self, state: AdapterState) -> Generator[None]:
-        """Another state inside the block: the base model, the adapter's bypass closed."""
-        if state not in self.states:
-            raise ValueError("in a graph x0 is estimated by the base model: choose estimator = base")
-        self._tuned = False
+    def bypassing(self, tuned: bool) -> Generator[None]:
+        """Inside, the adapter's bypass is open or closed; afterwards it is as before."""
+        before, self._tuned = self._tuned, tuned
         try:
             yield
         finally:
-            self._tuned = True
+            self._tuned = before
+
+    def _with_present_adapter(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward that, computed again, runs with the adapter of now, whichever is active by then."""
+        tuned = self._tuned
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.bypassing(tuned):
+                return forward(*args, **kwargs)
+
+        return run
 
     def merged(self) -> nullcontext[None]:
-        """Nothing: ComfyUI's weights may be quantised, and are never touched."""
+        """Does nothing: ComfyUI's weights may be quantised, and are never changed."""
         return nullcontext()
 
-    def _guided(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], guidance_scale: float) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        x, sigma = x.to(self.device), sigma.to(self.device)
-        if guidance_scale == 1:
-            return self._predict(x, sigma, prompts)
-        both = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), [*prompts, *[""] * len(prompts)])
-        conditional, unconditional = both.chunk(2)
-        return classifier_free_guidance(conditional, unconditional, guidance_scale)
-
-    def _predict(self, x: Tensor, sigma: Tensor, prompts: Sequence[str]) -> Tensor:
+    def predict(self, x: Tensor, sigma: Tensor, prompts: Sequence[str]) -> Tensor:
+        """x0-prediction of the network with the adapter as it is."""
         options = dict(self.model.model_options.get("transformer_options", {}))
         # the default splits attention by the memory that is free, which recomputation would find changed
         options["optimized_attention_override"] = lambda _, *a, **k: comfy.ldm.modules.attention.attention_pytorch(*a, **k)
@@ -266,9 +267,9 @@ class ComfyPolicy:
     def sigmas(self, steps: int) -> Tensor:
         """The official `leading` grid on models with a table of levels, ComfyUI's `simple` schedule on flow models."""
         if self.space == "ve" and isinstance(getattr(self._sampling, "sigmas", None), Tensor):
-            levels = self._sampling.sigmas[torch.tensor(leading_timesteps(steps, len(self._sampling.sigmas)))]
-            return torch.cat([levels, levels.new_zeros(1)]).float().to(self.device)
-        return comfy.samplers.calculate_sigmas(self._sampling, "simple", steps).float().to(self.device)
+            levels = self._sampling.sigmas.cpu()[torch.tensor(leading_timesteps(steps, len(self._sampling.sigmas)))]
+            return torch.cat([levels, levels.new_zeros(1)]).float()
+        return comfy.samplers.calculate_sigmas(self._sampling, "simple", steps).float().cpu()
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
         """N(0,1) at the first level: noise·√(1+σ₀²) in variance-exploding coordinates, the noise itself in flow."""
@@ -291,6 +292,32 @@ class ComfyPolicy:
         unscaled = self.model.model.process_latent_out(latents)
         pixels = vae.first_stage_model.decode(unscaled.to(vae.vae_dtype).to(vae.device))
         return (pixels.float().to(self.device) / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ComfyDenoiser:
+    """A ComfyPolicy's Denoiser."""
+
+    policy: ComfyPolicy
+    tuned: bool
+    prompts: tuple[str, ...]
+    guidance_scale: float
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x (B,C,h,w) and sigma (B,) -> x0-prediction (B,C,h,w) in float32."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        policy = self.policy
+        graph = torch.is_grad_enabled() and (self.tuned or x.requires_grad)
+        x, sigma = x.to(policy.device), sigma.to(policy.device)
+        with policy.bypassing(self.tuned), torch.set_grad_enabled(graph):
+            if self.guidance_scale == 1:
+                return policy.predict(x, sigma, self.prompts)
+            both = policy.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), [*self.prompts, *[""] * len(self.prompts)])
+            return classifier_free_guidance(*both.chunk(2), self.guidance_scale)
+
+    def rows(self, index: Tensor) -> ComfyDenoiser:
+        """The denoiser of the prompts `index` (B',)."""
+        return replace(self, prompts=tuple(self.prompts[i] for i in index.tolist()))
 
 
 def make_trainable_through(module: nn.Module) -> None:
@@ -325,17 +352,21 @@ def _replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Generato
 
 
 @contextmanager
-def _recomputed(network: nn.Module, kinds: set[str]) -> Generator[None]:
-    """Inside, blocks of these classes keep no activations for the backward pass."""
+def _recomputed(
+    network: nn.Module, blocks: set[str], prepared: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward
+) -> Generator[None]:
+    """Inside, blocks of these classes keep no activations for the backward pass; `prepared(forward)` is what runs, both times."""
 
     def make(forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(prepared(forward), *args, use_reentrant=False, **kwargs)
 
         return run
 
     with ExitStack() as stack:
         for module in network.modules():
-            if type(module).__name__ in kinds:
+            if type(module).__name__ in blocks:
                 stack.enter_context(_replaced_forward(module, make))
         yield

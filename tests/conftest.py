@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from helpers.toys import ToyDenoiser
 from torch import nn
 
 from trainer.models.unet import UNetPolicy
@@ -23,6 +24,8 @@ class ToyPolicy:
 
     space = "ve"
     latent_shape = (3, 1, 1)
+    device = torch.device("cpu")
+    adapters = frozenset({"base", "tuned"})
 
     def __init__(self, dtype=torch.float64):
         self.weight = nn.Parameter(torch.tensor([0.1, -0.2], dtype=dtype))
@@ -33,14 +36,8 @@ class ToyPolicy:
         return (x * (1 + weight[0]) + weight[1]) / (1 + sigma.to(x).square()).reshape(-1, 1, 1, 1)
 
     def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0):
-        def denoise(x, sigma):
-            assert len(prompts) == len(x) == len(sigma)
-            if adapter == "base":
-                return self._denoise(x, sigma, torch.zeros(2, dtype=x.dtype)).detach()
-            return self._denoise(x, sigma, self.weight)
-
-        denoise.rows = lambda index: self.denoiser([prompts[i] for i in index], adapter=adapter, guidance_scale=guidance_scale)
-        return denoise
+        weight = self.weight if adapter == "tuned" else torch.zeros_like(self.weight)
+        return ToyDenoiser(prompts, lambda x, sigma: self._denoise(x, sigma, weight))
 
     def merged(self):
         return contextlib.nullcontext()

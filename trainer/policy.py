@@ -1,11 +1,11 @@
-"""What is aligned, as objectives see it: a denoiser with an adapter that can be switched off, and an image decoder."""
+"""What is aligned, as objectives see it: a denoiser with adapters, and an image autoencoder."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from .sampling import Space
 LoraLayout = Literal["kohya", "diffusers", "native"]
 """Layouts of LoRA files that a policy may be saved in, see lora/names.py."""
 
-AdapterState = Literal["base", "consistency"]
-"""What the network can be besides the tuned model: the base, or the base with the frozen consistency adapter."""
-
 
 class Policy(Protocol):
     """A diffusion model under training. Latents are in the sampler's space and scaled to about unit variance."""
@@ -30,38 +27,37 @@ class Policy(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where denoisers evaluate and latents are decoded."""
+        ...
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C,h,w) of one sample."""
         ...
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
-        """The model with one adapter: `tuned` is the trained one, `base` is none and carries no gradient.
-
-        A guidance scale of 1 evaluates no unconditional branch.
-        """
-        ...
-
-    def adapter(self, state: AdapterState) -> AbstractContextManager[None]:
-        """Inside, `denoiser` evaluates another state of the network; gradients reach its input, never the adapter.
-
-        A graph built inside must be differentiated inside: a recomputed forward runs in whatever state is on by then.
-        """
-        ...
-
     @property
-    def states(self) -> frozenset[AdapterState]:
-        """The states that `adapter` knows."""
+    def adapters(self) -> Container[str]:
+        """Names that `denoiser` takes: `base`, `tuned`, and those of other adapters that are loaded."""
+        ...
+
+    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
+        """The model with one adapter: `tuned` is the trained one, `base` is none.
+
+        Gradients reach x with any adapter, and parameters with `tuned` alone. A guidance scale of 1 evaluates no unconditional
+        branch. Raises ValueError for an adapter that is not loaded.
+        """
         ...
 
     def merged(self) -> AbstractContextManager[None]:
-        """Around evaluations without gradient: where the policy can, they cost what the base model's do.
+        """Around evaluations without gradient: merges the adapter into the weights where the policy can, so that it costs nothing.
 
-        Nothing but rounding changes, and nothing at all afterwards. The adapter's values must stay as they are inside.
+        Results change by rounding only. The adapter must not be trained inside.
         """
         ...
 
     def sigmas(self, steps: int) -> Tensor:
-        """Decreasing noise levels (steps+1,), the last one 0."""
+        """Decreasing noise levels (steps+1,) in float32 on the CPU, the last one 0."""
         ...
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
@@ -85,14 +81,18 @@ class Policy(Protocol):
         ...
 
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Names of the attention projections in UNets."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """The adapter that is trained (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: int = field(default=8, metadata={"min": 1, "max": 1024, "help": "rank of the update"})
     alpha: float = field(default=8.0, metadata={"min": 1e-3, "max": 4096.0, "help": "the update is scaled by alpha/rank"})
-    targets: tuple[str, ...] = field(
-        default=("to_q", "to_k", "to_v", "to_out.0"), metadata={"help": "module names that get an adapter (official: attention)"}
+    targets: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "names of the modules that are adapted, or their last parts; none: the attention projections"}
     )
 
 
@@ -117,35 +117,50 @@ class Trainable(Policy, Protocol):
         """The layout in which the adapter is saved."""
         ...
 
-    def checkpoint_gradients(self, *, denoiser: bool, decoder: bool) -> None:
+    def tune_weights(self) -> None:
+        """Train every weight of the network instead of a LoRA. Raises ValueError where that is not possible."""
+        ...
+
+    def shard(self, mesh: Any) -> None:
+        """Divide the frozen weights among the processes of a device mesh."""
+        ...
+
+    def gradient_checkpointing(self, *, denoiser: bool, vae: bool) -> None:
         """Trade time for memory: recompute activations in the backward pass."""
         ...
 
 
-class Adaptable(Trainable, Protocol):
-    """A policy that LoRA files, and the weight differences of full fine-tuning, can be loaded into."""
+class AdapterSet(Container[str], Protocol):
+    """The adapters of one network, by name."""
 
-    device: torch.device
-
-    @property
-    def original(self) -> Mapping[str, nn.Parameter]:
-        """The base model's version of what `named_parameters` names; empty where an adapter is trained."""
+    def attach(self, name: str, lora: Lora) -> Mapping[str, nn.Parameter]:
+        """Add a LoRA, at first the identity; returns its parameters by peft's names. Every adapter but `tuned` is frozen."""
         ...
 
     def adaptable(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
         """The network's own linear and convolutional modules by name, adapted or not."""
         ...
 
-    def whole_parameters(self) -> Sequence[tuple[str, nn.Parameter]]:
-        """All parameters of the network, without adapters."""
+    def network_weights(self) -> Mapping[str, nn.Parameter]:
+        """The network's own parameters by name."""
         ...
 
-    def add_version(self, names: Collection[str] | None = None) -> Mapping[str, nn.Parameter]:
-        """A tuned version of the network's parameters `names` (default: all), by name; equal to the originals."""
+    def tune_weights(self, names: Collection[str] | None = None) -> Mapping[str, nn.Parameter]:
+        """Make copies of the parameters `names` (default: all) the adapter `tuned`; returns them by name."""
         ...
 
-    def add_consistency(self, lora: Lora) -> Mapping[str, nn.Parameter]:
-        """Attach the frozen adapter `consistency`; its parameters by peft's names, to be filled."""
+    @property
+    def original(self) -> Mapping[str, nn.Parameter]:
+        """The base version of the tuned parameters; empty with a LoRA."""
+        ...
+
+
+class Adaptable(Trainable, Protocol):
+    """A policy that LoRA files, and the weight differences of full fine-tuning, can be loaded into."""
+
+    @property
+    def adapters(self) -> AdapterSet:
+        """The adapters of its network."""
         ...
 
 

@@ -15,8 +15,11 @@ from trainer.lora import names as lora_names
 from trainer.lora.extract import low_rank
 from trainer.lora.file import load_lora, read_adapter, save_lora
 from trainer.lora.layouts import parse
-from trainer.models.configs import FLUX_DEV, SD15_UNET, SD21_UNET, SD35_LARGE, SD35_MEDIUM, SDXL_UNET
+from trainer.models.flux import FLUX_DEV
 from trainer.models.load import load_policy
+from trainer.models.sd3 import SD35_LARGE, SD35_MEDIUM
+from trainer.models.sdxl import SDXL_UNET
+from trainer.models.unet import SD15_UNET, SD21_UNET
 from trainer.policy import Lora
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -80,7 +83,7 @@ def test_peft_itself_loads_a_peft_folder(family_folder, tmp_path):
 def test_ranks_and_alphas_may_differ_from_module_to_module(family_folder, tmp_path):
     """Against the weights themselves with (alpha/rank)·up·down added by hand, a 3×3 convolution included."""
     policy, merged = load_policy(family_folder("sd15")), load_policy(family_folder("sd15"))
-    modules = policy.adaptable()
+    modules = policy.adapters.adaptable()
     names = [n for n in modules if n.endswith(("to_q", "conv1"))]
     tensors, rng = {}, torch.Generator().manual_seed(1)
     for i, name in enumerate(names):
@@ -90,7 +93,7 @@ def test_ranks_and_alphas_may_differ_from_module_to_module(family_folder, tmp_pa
         stem = "lora_unet_" + name.replace(".", "_")
         tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(alpha)}
         with torch.no_grad():
-            merged.adaptable()[name].weight += (alpha / rank) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            merged.adapters.adaptable()[name].weight += (alpha / rank) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     save_file(tensors, tmp_path / "mixed.safetensors")
     base = outputs(policy)
     load_lora(policy, tmp_path / "mixed.safetensors")
@@ -282,7 +285,7 @@ def test_a_low_rank_fine_tune_is_recovered_from_its_weights(family_folder, tmp_p
     base, tuned = load_policy(family_folder("sd15")), load_policy(family_folder("sd15"))
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, module in tuned.adaptable().items():
+        for name, module in tuned.adapters.adaptable().items():
             if name.endswith(("to_k", "conv2")):
                 weight = module.weight
                 factors = torch.randn(len(weight), 2, generator=rng), torch.randn(2, weight[0].numel(), generator=rng)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from helpers.losses import batch_of
+from helpers.toys import ToyDenoiser
 
 from trainer.rng import Rng
 from trainer.sampling import add_noise
@@ -24,12 +25,12 @@ class Family:
     """
 
     latent_shape = (3, 1, 1)
-    states = frozenset(STATES)
+    adapters = frozenset({"tuned", *STATES})
+    device = torch.device("cpu")
 
     def __init__(self, prediction="epsilon"):
         self.prediction, self.space = prediction, "flow" if prediction == "flow" else "ve"
         self.weight = torch.nn.Parameter(torch.tensor([0.1, -0.2, 0.4, 0.1], dtype=torch.float64))
-        self.now = self.weight
         self.calls = 0
 
     @staticmethod
@@ -52,41 +53,20 @@ class Family:
         return epsilon if self.prediction == "epsilon" else a * epsilon - a * sigma * clean
 
     def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0):
-        def denoise(x, sigma):
-            assert len(prompts) == len(x) == len(sigma)
-            self.calls += len(x)
-            level = as4(sigma, x)
-            if self.prediction == "flow":
-                return x - level * self.network(x, sigma, self.now)
-            scale = (1 + level.square()).rsqrt()
-            output = self.network(x * scale, sigma, self.now)
-            return x - level * output if self.prediction == "epsilon" else scale.square() * x - level * scale * output
+        weight = self.weight if adapter == "tuned" else STATES[adapter]
+        return ToyDenoiser(prompts, lambda x, sigma: self.denoise(x, sigma, weight))
 
-        def rows(index):
-            return self.denoiser([prompts[i] for i in index], adapter=adapter, guidance_scale=guidance_scale)
-
-        if adapter == "tuned":
-            denoise.rows = rows
-            return denoise
-
-        @torch.no_grad()
-        def other(x, sigma):
-            with self.adapter(adapter):
-                return denoise(x, sigma)
-
-        other.rows = rows
-        return other
+    def denoise(self, x, sigma, w):
+        self.calls += len(x)
+        level = as4(sigma, x)
+        if self.prediction == "flow":
+            return x - level * self.network(x, sigma, w)
+        scale = (1 + level.square()).rsqrt()
+        output = self.network(x * scale, sigma, w)
+        return x - level * output if self.prediction == "epsilon" else scale.square() * x - level * scale * output
 
     def merged(self):
         return nullcontext()
-
-    @contextmanager
-    def adapter(self, state):
-        self.now = STATES[state]
-        try:
-            yield
-        finally:
-            self.now = self.weight
 
     def sigmas(self, steps):
         ve = torch.cat([torch.linspace(9.0, 0.1, steps, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])

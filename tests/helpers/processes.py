@@ -56,7 +56,7 @@ class Trained(Family):
     def named_parameters(self):
         return [(self.name, self.weight), (self.name.replace("_A.", "_B."), torch.nn.Parameter(torch.zeros(4), requires_grad=False))]
 
-    def checkpoint_gradients(self, **_):
+    def gradient_checkpointing(self, **_):
         pass
 
 
@@ -190,7 +190,7 @@ SHARDED = {
 def adapted(pipeline):
     """The random pipeline with a random LoRA and a random consistency adapter."""
     policy, rng = UNetPolicy.load(pipeline), torch.Generator().manual_seed(0)
-    consistency = policy.add_consistency(Lora(rank=2))
+    consistency = policy.adapters.attach("consistency", Lora(rank=2))
     policy.add_lora(Lora(rank=4))
     with torch.no_grad():
         for parameter in (*consistency.values(), *policy.parameters()):
@@ -227,7 +227,7 @@ def every_sharded_case(folder, pipeline):
         batch = batch_of(("a red star",), Rng(0, 1, (processes.rank,)), 3, latents)
         for number, (name, settings) in enumerate(SHARDED.items()):
             for policy in (whole, parts):
-                policy.checkpoint_gradients(denoiser=number % 2 == 0, decoder=False)
+                policy.gradient_checkpointing(denoiser=number % 2 == 0, vae=False)
                 for parameter in policy.parameters():
                     parameter.grad = None
                 loss_of(OBJECTIVES[name](**settings), policy, batch, Towers(), folder=Path(folder))[0].backward()

@@ -18,7 +18,7 @@ from verify import build
 
 from tests.parity.benchmark import architecture
 from tools.embedded.benchmark import Case, SeparateForwards, Stepper, embedded, pair, savings, wait
-from trainer.models.configs import FAMILIES
+from trainer.models.load import MODELS
 from trainer.objectives import ImageReFL, ReFL
 from trainer.rewards.clip import tokenizer
 from trainer.rewards.preprocess import Fit
@@ -59,7 +59,7 @@ def parked_gb(name):
     import transformers
 
     total = 0
-    for part, ((library, kind), config) in FAMILIES[name].parts.items():
+    for part, ((library, kind), config) in MODELS[name][1].parts.items():
         with torch.device("meta"):
             if part == "vae":
                 vae = getattr(diffusers, kind)(**config)
@@ -97,7 +97,7 @@ def bench(name, step, arguments, say):
     base = Case(image, arguments.batch, denoiser=arguments.checkpoint, decoder=arguments.checkpoint, reward=arguments.checkpoint)
     height, width = step.policy.image_size
     say(f"\n## {name}, {width}×{height}, {arguments.dtype}, batch {arguments.batch}, {steps} sampler steps, {arguments.where}\n")
-    if name in FAMILIES:
+    if name in MODELS:
         say(f"`offload_encoders` takes {parked_gb(name):.2f} GB in bfloat16 off the device.\n")
     say("| saving | off, s/step | on, s/step | images/s, on | on/off, clock | on/off, processor | off, GB | on, GB |")
     say("|---|---|---|---|---|---|---|---|")

@@ -133,7 +133,7 @@ def one(case):
         resident = status("VmRSS:")
         step()
         resident = (status("VmHWM:") - resident) * 2**20
-        policy._embeddings.clear()
+        policy.prompts.clear()
         counter = Tally(torch.device("cpu"))
         counter.hold(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
         counter.hold([*policy.parameters(), *state], "state")

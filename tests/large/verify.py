@@ -33,8 +33,9 @@ from trainer.data.batches import Images
 from trainer.denoiser import per_sample
 from trainer.lora.file import save_lora
 from trainer.lora.names import HALVES, root_of, stem
-from trainer.models.configs import FAMILIES
-from trainer.models.load import POLICIES, clip_tokenizer
+from trainer.models.adapters import Adapters
+from trainer.models.load import MODELS as PUBLISHED
+from trainer.models.single_file import clip_tokenizer
 from trainer.objectives import OBJECTIVES, RunContext
 from trainer.policy import Lora
 from trainer.rng import Rng
@@ -125,18 +126,17 @@ def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
     import diffusers
 
     torch.manual_seed(0)  # text encoders
-    family = FAMILIES[name]
+    family, model = PUBLISHED[name]
     parts = {}
-    for part, ((library, kind), config) in family.parts.items():
+    for part, ((library, kind), config) in model.parts.items():
         config = {**config, **MODELS[name]} if part in ("unet", "transformer") else config
         parts[part] = random_network(kind, config) if library == "diffusers" else tiny_text(kind, config)
-    for i, part in enumerate(p for p in family.parts if p.startswith("text_encoder")):
-        t5 = family.parts[part][0][1].startswith("T5")
+    for i, part in enumerate(p for p in model.parts if p.startswith("text_encoder")):
+        t5 = part == model.t5
         parts[part.replace("text_encoder", "tokenizer")] = letters() if t5 else clip_tokenizer(folder / f"words{i}")
-    scheduler = getattr(diffusers, family.scheduler[0])(**family.scheduler[1])
-    kind = POLICIES[family.pipeline]
-    pipeline = kind.pipeline_class()(**{**kind.load_arguments(), **parts, "scheduler": scheduler})
-    return kind(pipeline, device, dtype, size)
+    scheduler = getattr(diffusers, model.scheduler[0])(**model.scheduler[1])
+    pipeline = family.pipeline_class()(**{**family.arguments, **parts, "scheduler": scheduler})
+    return family(pipeline, device, dtype, size)
 
 
 def reduced(kind):
@@ -204,12 +204,12 @@ def verify(name, folder, log):
     log(f"{name}: {parameters / 1e6:.0f} M parameters built in {time.monotonic() - begin:.0f} s, peak {peak_gb():.1f} GB")
     policy.network.eval()
     rng = torch.Generator().manual_seed(1)
-    sigma = torch.tensor([0.8, 0.3]) if policy.space == "flow" else policy._table[torch.tensor([701, 226])].float()
+    sigma = torch.tensor([0.8, 0.3]) if policy.space == "flow" else policy.levels[torch.tensor([701, 226])].float()
     x = torch.randn(2, *policy.latent_shape, generator=rng) * per_sample(
         1 + sigma if policy.space == "ve" else sigma.new_ones(2), torch.zeros(2, 1, 1, 1)
     )
     latents = torch.randn(1, *policy.latent_shape, generator=rng)
-    cond = policy.conditioning(PROMPTS)
+    cond = policy.prompts.conditioning(PROMPTS)
     with torch.no_grad(), exact(policy):
         base = policy.denoiser(PROMPTS)(x, sigma)
     rows, outputs = [], {"x": x, "sigma": sigma, "base": base, **{f"cond.{k}": v.float() for k, v in cond.items()}}
@@ -218,7 +218,7 @@ def verify(name, folder, log):
         begin = time.monotonic()
         try:
             policy.add_lora(Lora(rank=4, alpha=8.0))
-            policy.checkpoint_gradients(denoiser=True, decoder=True)
+            policy.gradient_checkpointing(denoiser=True, vae=True)
             before = {n: p.detach().clone() for n, p in policy.named_parameters()}
             optimizer = torch.optim.AdamW(policy.parameters(), lr=0.02)  # so large that one step is visible
             batch = Images(PROMPTS[:1], Rng(0, 0, (0,)), 0, latents)
@@ -227,13 +227,13 @@ def verify(name, folder, log):
             moved = sum(not torch.equal(p, before[n]) for n, p in policy.named_parameters())
             row |= {"loss": step.loss, "grad_norm": step.grad_norm, "moved": f"{moved} of {len(before)}"}
             row["step_s"] = round(time.monotonic() - begin, 1)
-            policy.checkpoint_gradients(denoiser=False, decoder=False)
+            policy.gradient_checkpointing(denoiser=False, vae=False)
             file = folder / f"{name}-{objective_name}.safetensors"
             save_lora(policy, file, {})
             with torch.no_grad(), exact(policy):
                 outputs[objective_name] = tuned = policy.denoiser(PROMPTS)(x, sigma)
             row["effect"] = rms(tuned - base) / rms(base)
-            adapted = set(policy._modules_called(policy.lora.targets))
+            adapted = set(policy.adapters.matching(policy.targets))
             factors = {n: p.detach().clone() for n, p in policy.named_parameters()}
             policy.network.delete_adapters("default")
             row |= in_diffusers(policy, file, adapted, factors, x, sigma, tuned, base)
@@ -243,7 +243,7 @@ def verify(name, folder, log):
         finally:
             for adapter in list(getattr(policy.network, "peft_config", {})):
                 policy.network.delete_adapters(adapter)
-            policy.lora = None
+            policy.lora, policy.adapters = None, Adapters(policy.network, policy.targets)
         row["peak_gb"] = round(peak_gb(), 1)
         log(json.dumps(row))
         rows.append(row)
@@ -331,16 +331,13 @@ def verify_names(name, folder, log):
     """Every LoRA key of the whole published model, on the meta device: diffusers' modules, ComfyUI's key map."""
     import diffusers
 
-    family = FAMILIES[name]
-    (_, kind), config = next(v for k, v in family.parts.items() if k in ("unet", "transformer"))
-    policy_class = POLICIES[family.pipeline]
+    family, model = PUBLISHED[name]
+    (_, kind), config = model.parts[family.network_name]
     with torch.device("meta"):
         network = getattr(diffusers, kind)(**config)
-    policy = object.__new__(policy_class)
-    policy.network = network
-    modules = policy._modules_called(policy.targets)
-    root, suffix = root_of(modules), HALVES[policy.lora_layout][0]
-    keys = [stem(m, policy.lora_layout, root) + suffix for m in modules]
+    modules = Adapters(network, family.targets).matching(family.targets)
+    root, suffix = root_of(modules), HALVES[family.lora_layout][0]
+    keys = [stem(m, family.lora_layout, root) + suffix for m in modules]
     row = {"names": name, "lora_modules": len(modules)}
     comfyui = find_comfyui()
     if comfyui is not None:

@@ -17,6 +17,7 @@ from trainer.memory import plan as planning
 from trainer.memory.dry_run import Tally
 from trainer.memory.offload import on_device, tensors
 from trainer.models.diffusers_policy import DiffusersPolicy
+from trainer.models.prompts import Prompts
 from trainer.rewards.registry import load_reward
 from trainer.rewards.weighted import RewardSpec, WeightedSum
 from trainer.runtime.processes import ALONE
@@ -182,9 +183,9 @@ def test_a_run_encodes_before_the_network_comes_and_refuses_a_used_folder_before
     order = []
     placed = commands._place_rewards  # a resumed black box puts its surrogate where its features are: before the folder is read
     monkeypatch.setattr(commands, "_place_rewards", lambda *a: order.append("rewards") or placed(*a))
-    for name in ("encode", "prepare", "to", "add_lora"):
-        whole = getattr(DiffusersPolicy, name)
-        monkeypatch.setattr(DiffusersPolicy, name, lambda self, *a, n=name, w=whole, **k: order.append(n) or w(self, *a, **k))
+    for cls, name in ((DiffusersPolicy, "encode"), (Prompts, "prepare"), (DiffusersPolicy, "to"), (DiffusersPolicy, "add_lora")):
+        whole = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda self, *a, n=name, w=whole, **k: order.append(n) or w(self, *a, **k))
     given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", steps=1, gradient_accumulation_steps=1)
     assert main(["train", *given]) == 0
     assert list(dict.fromkeys(order)) == ["encode", "prepare", "to", "rewards", "add_lora"]

@@ -78,7 +78,7 @@ def test_weights_and_state_are_the_real_ones_and_memory_grows_with_the_batch(pla
     policy = open_policy("demo")
     two, four = planned(config(ema=0.9)), planned(config(ema=0.9, batch_size=4))
     size = lambda module: sum(-(-t.nbytes // 512) * 512 for t in (*module.parameters(), *module.buffers()))  # noqa: E731
-    assert two.parts["denoiser weights"] == size(policy.unet) and two.parts["text encoder weights"] == size(policy.pipeline.text_encoder)
+    assert two.parts["denoiser weights"] == size(policy.network) and two.parts["text encoder weights"] == size(policy.pipeline.text_encoder)
     policy.add_lora(config().lora)
     adapter = sum(-(-p.nbytes // 512) * 512 for p in policy.parameters())
     assert two.parts["adapter"] == two.parts["moving average"] == adapter
@@ -100,7 +100,7 @@ def consistency_parameters():
 
     policy = open_policy("demo")
     load_consistency(policy, files.CONSISTENCY)
-    return policy.adapter_parameters("consistency").values()
+    return policy.adapters.parameters("consistency").values()
 
 
 @pytest.mark.parametrize("name", [{}, {"name": "draft-k", "steps": 3, "k": 2}, {"name": "sqdf", "steps": 3}])
@@ -112,7 +112,7 @@ def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
     picture = torch.zeros(2, *policy.latent_shape)
     samples = Samples(("a", "b"), LatentsInMemory(picture, picture))
     run = Run(c, policy, samples, reward)
-    policy.conditioning(("a", "b", ""))
+    policy.prompts.conditioning(("a", "b", ""))
     tally = Tally(torch.device("cpu"))
     tally.hold(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
     with tally:
@@ -208,7 +208,7 @@ def test_out_of_memory_names_the_place_and_a_setting_that_a_resumed_run_takes(pi
 @pytest.mark.parametrize(
     ("where", "name", "said"),
     [
-        (UNetPolicy, "_encode_prompts", "the text encoders"),
+        (UNetPolicy, "encode_prompts", "the text encoders"),
         (torch.nn.Module, "to", "bringing the model to the device"),
         (Standardised, "place", "bringing the rewards to the device"),
     ],
@@ -221,7 +221,7 @@ def test_out_of_memory_before_the_first_step_names_its_place(where, name, said, 
 
     monkeypatch.setattr(where, name, full)
     calls = {
-        "_encode_prompts": lambda: policy.prepare(["a"]),
+        "encode_prompts": lambda: policy.prompts.prepare(["a"]),
         "to": lambda: policy.to("cpu:0"),
         "place": lambda: commands._place_rewards(config(), "meta", [load_reward("demo-proxy", True)], None, ["a"]),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.losses import loss_of
 from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
 from safetensors.torch import load_file
 
@@ -34,7 +35,7 @@ def outputs(denoiser):
 
 @pytest.fixture
 def whole(policy):
-    policy.tune_whole()
+    policy.tune_weights()
     return policy
 
 
@@ -47,7 +48,7 @@ def test_all_weights_are_trained_and_the_base_is_what_was_loaded(whole, pipeline
     moved(whole)
     assert not torch.allclose(outputs(whole.denoiser(PROMPTS)), before)
     assert torch.equal(outputs(whole.denoiser(PROMPTS, adapter="base")), before)
-    with pytest.raises(RuntimeError, match="an error inside"), whole.adapter("base"):
+    with pytest.raises(RuntimeError, match="an error inside"), whole.adapters.using("base"):
         raise RuntimeError("an error inside")
     assert all(p is whole.network.get_parameter(name) for name, p in whole.named_parameters())
 
@@ -57,17 +58,16 @@ def test_inside_the_base_gradients_reach_the_input_and_no_weight(whole, pipeline
     pulls = []
     for policy in (moved(whole), fresh):
         leaf = x.clone().requires_grad_()
-        with policy.adapter("base"):
-            policy.denoiser(PROMPTS)(leaf, sigma).square().sum().backward()
+        policy.denoiser(PROMPTS, adapter="base")(leaf, sigma).square().sum().backward()
         pulls.append(leaf.grad)
     assert torch.equal(*pulls) and all(p.grad is None for p in whole.parameters())
 
 
 def gradients(policy, on):
-    policy.checkpoint_gradients(denoiser=on, decoder=False)
+    policy.gradient_checkpointing(denoiser=on, vae=False)
     for p in policy.parameters():
         p.grad = None
-    OBJECTIVE(policy, image_batch(policy, 2), brightness)[0].backward()
+    loss_of(OBJECTIVE, policy, image_batch(policy, 2), brightness)[0].backward()
     return {name: p.grad for name, p in policy.named_parameters()}
 
 
@@ -91,22 +91,21 @@ def test_a_consistency_adapter_stays_on_the_base(policy, pipeline_folder):
     for p in (policy, fresh):
         rng = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            for parameter in p.add_consistency(Lora(rank=2)).values():
+            for parameter in p.adapters.attach("consistency", Lora(rank=2)).values():
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
-    policy.tune_whole()
+    policy.tune_weights()
     moved(policy)
-    with policy.adapter("consistency"), fresh.adapter("consistency"):
-        assert torch.equal(outputs(policy.denoiser(PROMPTS)), outputs(fresh.denoiser(PROMPTS)))
-        adapted = outputs(fresh.denoiser(PROMPTS))
+    adapted = outputs(fresh.denoiser(PROMPTS, adapter="consistency"))
+    assert torch.equal(outputs(policy.denoiser(PROMPTS, adapter="consistency")), adapted)
     base = outputs(fresh.denoiser(PROMPTS))
     assert not torch.allclose(adapted, base) and torch.equal(outputs(policy.denoiser(PROMPTS, adapter="base")), base)
-    with pytest.raises(ValueError, match="attached before"):
-        UNetPolicy.add_consistency(tuned_whole(pipeline_folder), Lora())
+    with pytest.raises(ValueError, match="before full tuning"):
+        tuned_whole(pipeline_folder).adapters.attach("consistency", Lora())
 
 
 def tuned_whole(folder):
     policy = UNetPolicy.load(folder)
-    policy.tune_whole()
+    policy.tune_weights()
     return policy
 
 
@@ -114,10 +113,10 @@ def test_what_cannot_be_tuned_whole_is_refused(pipeline_folder, family_folder):
     from trainer.models.load import load_policy
 
     with pytest.raises(ValueError, match="needs float32 weights"):
-        load_policy(pipeline_folder, dtype=torch.bfloat16).tune_whole()
+        load_policy(pipeline_folder, dtype=torch.bfloat16).tune_weights()
     with pytest.raises(ValueError, match="is for UNets"):
-        load_policy(family_folder("sd3")).tune_whole()
-    with pytest.raises(ValueError, match="has an adapter already"):
+        load_policy(family_folder("sd3")).tune_weights()
+    with pytest.raises(ValueError, match="already has the adapter 'tuned'"):
         tuned_whole(pipeline_folder).add_lora(Lora())
 
 
@@ -126,11 +125,11 @@ def test_the_file_holds_what_changed_and_loads_as_the_tuned_model(family, dtype,
     from trainer.models.load import load_policy
 
     policy, other = load_policy(family_folder(family)), load_policy(family_folder(family))
-    policy.tune_whole()
+    policy.tune_weights()
     moved(policy)
     frozen = "conv_in.bias"
     with torch.no_grad():
-        dict(policy.named_parameters())[frozen].copy_(policy.original[frozen])
+        dict(policy.named_parameters())[frozen].copy_(policy.adapters.original[frozen])
     path = tmp_path / "delta.safetensors"
     save_delta(policy, path, {"switch_sigma": 1.5}, None, dtype)
     tensors, metadata, _ = read_lora(path)
@@ -138,13 +137,13 @@ def test_the_file_holds_what_changed_and_loads_as_the_tuned_model(family, dtype,
     assert tensors["lora_unet_conv_in.diff"].dtype == dtype and metadata == {"switch_sigma": 1.5}
     load_lora(other, path)
     for name, value in other.named_parameters():
-        change = policy.original[name] - dict(policy.named_parameters())[name]
+        change = policy.adapters.original[name] - dict(policy.named_parameters())[name]
         off = (value - dict(policy.named_parameters())[name]).abs()
         assert bool((off <= error * change.abs() + 2**-22 * value.abs()).all()), name
     half = load_policy(family_folder(family))
     load_lora(half, path, 0.5)
     for name, value in half.named_parameters():
-        torch.testing.assert_close(value, (policy.original[name] + dict(other.named_parameters())[name]) / 2, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, (policy.adapters.original[name] + dict(other.named_parameters())[name]) / 2, rtol=1e-5, atol=1e-6)
     assert torch.equal(outputs(other.denoiser(PROMPTS, adapter="base")), outputs(load_policy(family_folder(family)).denoiser(PROMPTS)))
 
 
@@ -155,7 +154,7 @@ def test_a_file_of_another_model_is_refused_before_anything_is_touched(whole, fa
     other = load_policy(family_folder("sdxl"))
     with pytest.raises(ValueError, match="was made for another model"):
         load_lora(other, tmp_path / "d.safetensors")
-    assert not other.tuned
+    assert not other.adapters.tuned
 
 
 class Brightness:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.lora.layouts import canonical
-from trainer.models.configs import CLIP_L, FAMILIES, SD15_UNET, SDXL_UNET, VAE
-from trainer.models.load import POLICIES, clip_tokenizer, detect, load_policy, single_file_pipeline, with_unet
+from trainer.lora.names import canonical
+from trainer.models.configs import CLIP_L, VAE
+from trainer.models.load import MODELS, detect, folder_family, load_policy, with_unet
+from trainer.models.sdxl import SDXL_UNET
+from trainer.models.single_file import clip_tokenizer, single_file_pipeline, tensor_shapes
+from trainer.models.unet import SD15_UNET, UNetPolicy
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
 
@@ -28,7 +31,7 @@ def outputs(policy):
 def test_a_folder_says_its_own_family(family_folder, family):
     policy = load_policy(family_folder(family), image_size=64)
     name = json.loads((family_folder(family) / "model_index.json").read_text())["_class_name"]
-    assert type(policy) is POLICIES[name]
+    assert type(policy) is folder_family(family_folder(family)) and policy.pipeline_name == name
 
 
 def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_path):
@@ -47,13 +50,13 @@ def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_pa
         load_policy(file)
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_policy(file)
     save_file({"lora_unet_a.lora_down.weight": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="is a LoRA"):
+    with pytest.raises(ValueError, match="a.safetensors: it is a LoRA"):
         load_policy(file)
     save_file({"some.weight": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="no known family"):
+    with pytest.raises(ValueError, match="not a known model"):
         load_policy(file)
     with pytest.raises(ValueError, match="is for UNets"):
         load_policy(family_folder("sd3"), prediction="v_prediction")
@@ -74,7 +77,7 @@ def test_a_folder_with_damaged_or_wrong_weights_is_refused_with_the_file_that_is
     assert "\n" not in str(caught.value)
     save_file(tensors, file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{file} is no readable safetensors file.*cut short"):
+    with pytest.raises(ValueError, match=f"{file} is not a readable safetensors file.*cut short"):
         load_policy(folder)
     (folder / part / "config.json").write_text("{")
     file.unlink()
@@ -130,7 +133,7 @@ def true_shapes(name):
     return {prefix + "joint_blocks.0.x_block.attn.qkv.weight": (3 * width, width)} | {prefix + k: v for k, v in dual.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_single_files_are_known_by_their_shapes(name):
     assert detect(true_shapes(name)) == name
 
@@ -138,7 +141,7 @@ def test_single_files_are_known_by_their_shapes(name):
 def test_inpainting_and_the_refiner_are_refused():
     with pytest.raises(ValueError, match="9 channels"):
         detect({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)})
-    with pytest.raises(ValueError, match="width 1280"):
+    with pytest.raises(ValueError, match="not a known model"):
         detect({"input_blocks.0.0.weight": (384, 4, 3, 3), "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280)})
 
 
@@ -198,18 +201,23 @@ def original_layout(policy):
         if ".attn_1." in f".{renamed}" and value.ndim == 2:
             value = value[:, :, None, None]  # the original's attention is 1×1 convolutions
         tensors[f"first_stage_model.{side}.{renamed.replace('conv_shortcut', 'nin_shortcut')}"] = value
-    text = policy.text_encoder.state_dict()
+    text = policy.pipeline.text_encoder.state_dict()
     tensors |= {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
     return {k: v.contiguous().clone() for k, v in tensors.items()}
 
 
-def tiny_sd15_family():
+def tiny_sd15():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 32}
     unet = {**SD15_UNET, "sample_size": 8, "block_out_channels": [32, 64], "cross_attention_dim": 32, "attention_head_dim": 2}
     unet |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
     configs = {"unet": unet, "vae": {**VAE, "block_out_channels": [32] * 4}, "text_encoder": {**CLIP_L, **sizes}}
-    family = FAMILIES["sd15"]
-    return replace(family, parts={name: (kind, configs[name]) for name, (kind, _) in family.parts.items()})
+    config = MODELS["sd15"][1]
+    return replace(config, parts={name: (cls, configs[name]) for name, (cls, _) in config.parts.items()})
+
+
+def single_file(file, config, **options):
+    pipeline = single_file_pipeline(file, tensor_shapes(file), UNetPolicy, config, torch.float32, **options)
+    return UNetPolicy(pipeline)
 
 
 def test_a_single_file_is_the_folder_it_was_made_of(tmp_path):
@@ -217,26 +225,25 @@ def test_a_single_file_is_the_folder_it_was_made_of(tmp_path):
     import diffusers
     import transformers
 
-    family = tiny_sd15_family()
+    config = tiny_sd15()
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(**family.parts["unet"][1])
-    vae = diffusers.AutoencoderKL(**family.parts["vae"][1])
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**family.parts["text_encoder"][1])).eval()
+    unet = diffusers.UNet2DConditionModel(**config.parts["unet"][1])
+    vae = diffusers.AutoencoderKL(**config.parts["vae"][1])
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config.parts["text_encoder"][1])).eval()
     pipeline = diffusers.StableDiffusionPipeline(
         unet=unet,
         vae=vae,
         text_encoder=text,
         tokenizer=clip_tokenizer(tmp_path / "words"),
-        scheduler=diffusers.DDPMScheduler(**family.scheduler[1]),
+        scheduler=diffusers.DDPMScheduler(**config.scheduler[1]),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    policy = POLICIES[family.pipeline](pipeline)
+    policy = UNetPolicy(pipeline)
     tensors = original_layout(policy)
     save_file(tensors, tmp_path / "one.safetensors")
-    loaded, kind = single_file_pipeline(tmp_path / "one.safetensors", torch.float32, family)
-    again = kind(loaded)
+    again = single_file(tmp_path / "one.safetensors", config)
     for part in ("unet", "vae", "text_encoder"):
         before, after = (getattr(p.pipeline, part).state_dict() for p in (policy, again))
         assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before), part
@@ -245,14 +252,13 @@ def test_a_single_file_is_the_folder_it_was_made_of(tmp_path):
     assert torch.equal(policy.decode(latents), again.decode(latents))
     assert again.prediction_type == "epsilon"
     save_file({**tensors, "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
-    assert kind(single_file_pipeline(tmp_path / "v.safetensors", torch.float32, family)[0]).prediction_type == "v_prediction"
+    assert single_file(tmp_path / "v.safetensors", config).prediction_type == "v_prediction"
     bare = {k: v for k, v in tensors.items() if k.startswith("model.")}
     save_file(bare, tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="holds no vae: name a diffusers folder"):
-        single_file_pipeline(tmp_path / "unet.safetensors", torch.float32, family)
+        single_file(tmp_path / "unet.safetensors", config)
     pipeline.save_pretrained(tmp_path / "folder")
-    whole, _ = single_file_pipeline(tmp_path / "unet.safetensors", torch.float32, family, parts=tmp_path / "folder")
-    assert torch.equal(outputs(kind(whole)), outputs(policy))
+    assert torch.equal(outputs(single_file(tmp_path / "unet.safetensors", config, parts=tmp_path / "folder")), outputs(policy))
 
 
 def test_a_flux_file_without_t5s_tokenizer_says_what_to_do(tmp_path, family_folder):

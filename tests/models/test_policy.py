@@ -35,7 +35,7 @@ def test_denoiser_equals_diffusers_prediction_of_the_clean_latent(pipeline_folde
         of_cond, of_uncond = (pipeline.unet(x_vp, t, encoder_hidden_states=c).sample for c in (cond, uncond))
         output = of_uncond + guidance_scale * (of_cond - of_uncond)
         expected = pipeline.scheduler.step(output, t, x_vp).pred_original_sample
-        sigma = policy._table[t].float()
+        sigma = policy.levels[t].float()
         ours = policy.denoiser(PROMPTS, guidance_scale=guidance_scale)(x_vp * (1 + sigma.square()).sqrt(), sigma.expand(2))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -65,8 +65,8 @@ def test_combined_generation_ends_where_the_diffusers_pipeline_ends(pipeline_fol
 
 
 def test_timesteps_are_exact_on_the_table_and_monotone_between(policy):
-    assert torch.equal(policy.timestep(policy._table.float()), torch.arange(1000.0))
-    between = (policy._table[10:12].log().mean()).exp()[None]
+    assert torch.equal(policy.timestep(policy.levels.float()), torch.arange(1000.0))
+    between = (policy.levels[10:12].log().mean()).exp()[None]
     assert 10 < float(policy.timestep(between)) < 11
 
 
@@ -84,11 +84,11 @@ def test_reference_is_the_base_model_and_denoiser_the_tuned(pipeline_folder, pol
 
 def test_toggling_the_adapter_restores_what_is_trained(policy):
     policy.add_lora(Lora(rank=2, alpha=2.0))
-    trained = {name for name, p in policy.unet.named_parameters() if p.requires_grad}
+    trained = {name for name, p in policy.network.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in policy.named_parameters()}
     x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([1.0])
     policy.denoiser(["a star"], adapter="base")(x, sigma)
-    assert {name for name, p in policy.unet.named_parameters() if p.requires_grad} == trained
+    assert {name for name, p in policy.network.named_parameters() if p.requires_grad} == trained
     policy.denoiser(["a star"])(x, sigma).sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters())
     for p in policy.parameters():
@@ -103,7 +103,7 @@ def test_gradient_checkpointing_changes_no_gradient(policy):
     randomise_adapter(policy)
     gradients = []
     for on in (False, True):
-        policy.checkpoint_gradients(denoiser=on, decoder=on)
+        policy.gradient_checkpointing(denoiser=on, vae=on)
         for p in policy.parameters():
             p.grad = None
         loss_of(OBJECTIVE, policy, image_batch(policy), brightness)[0].backward()
@@ -142,7 +142,7 @@ def tuned_only(policy, settings):
 
 def test_each_prompt_is_encoded_once(policy):
     calls = []
-    policy.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    policy.embed(["a star", "a ring", "a star"])
-    policy.embed(["a ring", "a star"])
+    policy.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    policy.prompts.conditioning(["a star", "a ring", "a star"])
+    policy.prompts.conditioning(["a ring", "a star"])
     assert len(calls) == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.data.cache import TensorCache
-from trainer.models import diffusers_policy as base
+from trainer.models import prompts as text
 from trainer.models.load import load_policy
 
 
@@ -14,31 +14,31 @@ from trainer.models.load import load_policy
 def test_prompts_in_the_cache_need_no_text_encoder(family, family_folder, tmp_path, monkeypatch):
     prompts, cache = ["a red star", "a ring", ""], TensorCache(tmp_path / "cache")
     plain, first, second = (load_policy(family_folder(family), image_size=64) for _ in range(3))
-    first.prepare(prompts, cache)
+    first.prompts.prepare(prompts, cache)
     monkeypatch.setattr(second.pipeline, "encode_prompt", None)
-    second.prepare([*prompts, "a ring"], cache)
-    expected, found = (policy.conditioning(prompts) for policy in (plain, second))
+    second.prompts.prepare([*prompts, "a ring"], cache)
+    expected, found = (policy.prompts.conditioning(prompts) for policy in (plain, second))
     assert expected.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
     assert len(list((tmp_path / "cache").iterdir())) == 3
     with pytest.raises(TypeError):
-        second.conditioning(["unheard of"])
+        second.prompts.conditioning(["unheard of"])
 
 
 def test_of_the_prompts_in_a_cache_a_few_are_in_memory_and_a_lost_one_is_encoded_again(family_folder, tmp_path, monkeypatch):
     prompts = [f"a red star {i}" for i in range(6)]
-    plain = load_policy(family_folder("sdxl")).conditioning(prompts)
+    plain = load_policy(family_folder("sdxl")).prompts.conditioning(prompts)
     row = sum(value[0].nbytes for value in plain.values())
-    monkeypatch.setattr(base, "EMBEDDINGS_KEPT", 2 * row)
+    monkeypatch.setattr(text, "EMBEDDINGS_KEPT", 2 * row)
     policy, folder = load_policy(family_folder("sdxl")), tmp_path / "cache"
-    policy.prepare(prompts, TensorCache(folder))
-    assert not policy._embeddings
+    policy.prompts.prepare(prompts, TensorCache(folder))
+    assert not policy.prompts._embeddings
     next(folder.glob("*.safetensors")).unlink()
     for order in (prompts, prompts[::-1]):
         for prompt in order:
-            for name, value in policy.conditioning([prompt]).items():
+            for name, value in policy.prompts.conditioning([prompt]).items():
                 assert torch.equal(value[0], plain[name][prompts.index(prompt)])
-            assert len(policy._embeddings) <= 2
-    for name, value in policy.conditioning(prompts).items():  # more of them than are kept
+            assert len(policy.prompts._embeddings) <= 2
+    for name, value in policy.prompts.conditioning(prompts).items():  # more of them than are kept
         assert torch.equal(value, plain[name])
 
 
@@ -48,9 +48,9 @@ def test_prompts_are_encoded_again_where_anything_that_they_depend_on_changes(fa
     def encoded(change=lambda policy: None, dtype=torch.float32):
         policy = load_policy(folder, image_size=64, dtype=dtype)
         change(policy)
-        encode = policy._encode_prompts
-        policy._encode_prompts = lambda prompts: seen.extend(prompts) or encode(prompts)
-        policy.prepare(["a red star", ""], cache)
+        encode = policy.encode_prompts
+        policy.encode_prompts = lambda prompts: seen.extend(prompts) or encode(prompts)
+        policy.prompts.prepare(["a red star", ""], cache)
         return [seen.pop() for _ in list(seen)]
 
     assert len(encoded()) == 2 and encoded() == []

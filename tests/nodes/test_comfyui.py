@@ -110,7 +110,7 @@ def test_impossible_switches_are_refused_with_a_reason(exactness):
 def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_switch(place, pipeline_folder, tmp_path):
     """Every weight and bias of the UNet differs; base first and tuned after equals two separate models."""
     policy = UNetPolicy.load(pipeline_folder)
-    policy.tune_whole()
+    policy.tune_weights()
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in policy.parameters():

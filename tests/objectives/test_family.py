@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.family import SMALL, STATES, Family, Towers, as4, batch, gradient
+from helpers.family import SMALL, Family, Towers, as4, batch, gradient
 from helpers.losses import batch_of, loss_of
 
 from trainer.objectives import OBJECTIVES, SQDF, SRPO, AlignProp, DirectAlign, DRaFTK, DRaFTLV, DRTune, ReFL, RunContext
@@ -239,11 +239,10 @@ def test_sqdf_without_discount_kl_and_buffer_is_the_plain_one_step_gradient(pred
     x = policy.add_noise(b.latents, b.rng.normal("start", (3, 1, 1)).double(), sigmas[index])
     loss, logs = transition_loss(objective, RunContext(policy, Towers()), b.prompts, b.rng, x, index)
     frozen = Family(prediction)
-    frozen.now = STATES[estimator]
     noise = b.rng.normal("transition noise", (3, 1, 1)).double()
     here, there = sigmas[index], sigmas[index + 1]
     following = step(x, policy.denoiser(b.prompts)(x, here), here, there, noise, 1.0, policy.space)
-    estimate = torch.cat([frozen.denoiser(b.prompts[:3])(following[:3], there[:3]), following[3:]])
+    estimate = torch.cat([frozen.denoiser(b.prompts[:3], adapter=estimator)(following[:3], there[:3]), following[3:]])
     expected = -Towers()(estimate, b.prompts).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(policy, loss), gradient(policy, expected))
@@ -377,7 +376,6 @@ def test_settings_that_this_model_reward_or_disk_cannot_serve_are_refused(name, 
 
 
 def test_an_estimator_that_is_not_loaded_is_refused(toy_policy, tmp_path):
-    toy_policy.states = frozenset({"base"})
     with pytest.raises(ValueError, match="consistency adapter"):
         SQDF(estimator="consistency").check(RunContext(toy_policy, Towers(), folder=tmp_path))
 
@@ -428,36 +426,33 @@ def test_states_are_the_models_that_separate_loads_give(pipeline_folder, consist
     with torch.no_grad():
         tuned = policy.denoiser(prompts)(x, sigma)
         torch.testing.assert_close(tuned, loaded(pipeline_folder, None).denoiser(prompts)(x, sigma))
-        with policy.adapter("base"):
-            torch.testing.assert_close(policy.denoiser(prompts)(x, sigma), alone.denoiser(prompts)(x, sigma))
+        torch.testing.assert_close(policy.denoiser(prompts, adapter="base")(x, sigma), alone.denoiser(prompts)(x, sigma))
         load_lora(alone, consistency_file)
-        with policy.adapter("consistency"):
-            estimated = policy.denoiser(prompts)(x, sigma)
+        estimated = policy.denoiser(prompts, adapter="consistency")(x, sigma)
         torch.testing.assert_close(estimated, alone.denoiser(prompts)(x, sigma))
         assert (estimated - tuned).abs().max() > 1e-3
         torch.testing.assert_close(policy.denoiser(prompts)(x, sigma), tuned)
-    with pytest.raises(ValueError, match="no consistency adapter"), alone.adapter("consistency"):
-        pass
+    with pytest.raises(ValueError, match="no adapter 'consistency' is loaded: use one of base, tuned"):
+        alone.denoiser(prompts, adapter="consistency")
 
 
 def test_every_toggle_restores_what_is_trained(pipeline_folder, consistency_file):
     policy = loaded(pipeline_folder, consistency_file)
     x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([1.0])
     for state in ("base", "consistency"):
-        with policy.adapter(state):
-            leaf = x.clone().requires_grad_()
-            torch.autograd.grad(policy.denoiser(["a"])(leaf, sigma).sum(), leaf)
-            assert not any(p.grad is not None for p in policy.unet.parameters())
-        trained = {name for name, p in policy.unet.named_parameters() if p.requires_grad}
+        leaf = x.clone().requires_grad_()
+        policy.denoiser(["a"], adapter=state)(leaf, sigma).sum().backward()
+        assert float(leaf.grad.abs().max()) > 0 and not any(p.grad is not None for p in policy.network.parameters())
+        trained = {name for name, p in policy.network.named_parameters() if p.requires_grad}
         assert trained == {name for name, _ in policy.named_parameters()}
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
         before = [p.detach().clone() for p in policy.parameters()]
-        frozen = {name: p.detach().clone() for name, p in policy.unet.named_parameters() if name not in trained}
+        frozen = {name: p.detach().clone() for name, p in policy.network.named_parameters() if name not in trained}
         policy.denoiser(["a"])(x, sigma).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         assert all(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
-        assert all(torch.equal(value, dict(policy.unet.named_parameters())[name]) for name, value in frozen.items())
+        assert all(torch.equal(value, dict(policy.network.named_parameters())[name]) for name, value in frozen.items())
 
 
 @pytest.mark.parametrize("estimator", ["base", "consistency"])
@@ -465,7 +460,7 @@ def test_every_toggle_restores_what_is_trained(pipeline_folder, consistency_file
 def test_sqdf_on_a_real_network_equals_a_second_copy_of_it(pipeline_folder, consistency_file, estimator, recomputed):
     """The estimator as another object, one graph through both: the copies that adapter states save us."""
     policy = loaded(pipeline_folder, consistency_file)
-    policy.checkpoint_gradients(denoiser=recomputed, decoder=recomputed)
+    policy.gradient_checkpointing(denoiser=recomputed, vae=recomputed)
     objective = SQDF(steps=10, gamma=1.0, alpha=0.0, guidance_scale=1.0, estimator=estimator)
     b = batch_of(("a red star", "a ring"), Rng(0, 0, (0, 1)), 0)
     index, sigmas = torch.tensor([4, 8]), policy.sigmas(10)
@@ -483,14 +478,13 @@ def test_sqdf_on_a_real_network_equals_a_second_copy_of_it(pipeline_folder, cons
     found = [p.grad.clone() for p in policy.parameters()]
     assert all(float(g.abs().max()) > 0 for g in found)
     frozen = copy.deepcopy(policy)
-    policy.checkpoint_gradients(denoiser=False, decoder=False)
-    frozen.checkpoint_gradients(denoiser=False, decoder=False)
+    policy.gradient_checkpointing(denoiser=False, vae=False)
+    frozen.gradient_checkpointing(denoiser=False, vae=False)
     for parameter in policy.parameters():
         parameter.grad = None
     here, there = sigmas[index], sigmas[index + 1]
     following = step(x, policy.denoiser(b.prompts)(x, here), here, there, b.rng.normal("transition noise", (4, 8, 8)), 1.0)
-    with frozen.adapter(estimator):
-        estimate = frozen.denoiser(b.prompts)(following, there)
+    estimate = frozen.denoiser(b.prompts, adapter=estimator)(following, there)
     (-Mean()(policy.decode(estimate), b.prompts).mean()).backward()
     for a, p in zip(found, policy.parameters()):
         torch.testing.assert_close(a, p.grad, rtol=2e-4, atol=1e-7)

@@ -75,7 +75,7 @@ def broken(tmp_path_factory, image_folder):
         ({"images": "", "prompts": "{broken}/prompts.txt"}, "is empty: give one prompt per line"),
         ({"out": "{broken}/occupied"}, "exists: add --overwrite"),
         ({"out": "{broken}/file/below"}, "cannot write to"),
-        ({"model": "{broken}"}, "is no diffusers pipeline"),
+        ({"model": "{broken}"}, "is not a diffusers pipeline"),
     ],
 )
 def test_bad_input_gets_one_line_and_nothing_is_written(

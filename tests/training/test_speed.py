@@ -41,20 +41,20 @@ def tuned(family_folder):
     def make(family="sd15", dtype=torch.float32, **options):
         policy = load_policy(family_folder(family), dtype=dtype, image_size=64, **options)
         policy.add_lora(Lora(rank=2, alpha=4.0))
-        policy.add_consistency(Lora(rank=3, alpha=3.0, targets=("to_q",)))
+        policy.adapters.attach("consistency", Lora(rank=3, alpha=3.0, targets=("to_q",)))
         with torch.no_grad():
-            for name in ("default", "consistency"):
-                for p in policy.adapter_parameters(name).values():
-                    p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+            for name in ("tuned", "consistency"):
+                for p in policy.adapters.parameters(name).values():
+                    p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7 if name == "tuned" else 11)))
         return policy
 
     return make
 
 
-def outputs(policy, grad=False):
+def outputs(policy, adapter="tuned", grad=False):
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.set_grad_enabled(grad):
-        return policy.denoiser(PROMPTS)(x, torch.tensor([0.8, 0.4]))
+        return policy.denoiser(PROMPTS, adapter=adapter)(x, torch.tensor([0.8, 0.4]))
 
 
 def weights(policy):
@@ -97,29 +97,22 @@ def same(a, b, tolerance):
 @FAMILIES
 def test_a_merged_adapter_predicts_the_same_and_leaves_every_bit(family, tuned):
     policy = tuned(family)
-    policy.merges = True
+    policy.merge_rollouts = True
     apart, before = outputs(policy), weights(policy)
     trained = {n for n, p in policy.network.named_parameters() if p.requires_grad}
-    with policy.adapter("base"):
-        base = outputs(policy)
-    with policy.adapter("consistency"):
-        other = outputs(policy)
+    base, other = outputs(policy, "base"), outputs(policy, "consistency")
     with policy.merged():
         # the proof that it is merged: the layers' own adapters are silent, the weights are others
         assert not all(torch.equal(p, before[n]) for n, p in policy.network.named_parameters())
         folded = outputs(policy)
         with policy.merged():
             assert torch.equal(outputs(policy), folded)
-        with policy.adapter("base"):
-            assert torch.equal(outputs(policy), base)
+        with policy.adapters.using("base"):
+            assert torch.equal(outputs(policy, "base"), base)
             with policy.merged():
-                assert torch.equal(outputs(policy), base)
-        with policy.adapter("consistency"):
-            assert torch.equal(outputs(policy), other)
+                assert torch.equal(outputs(policy, "base"), base)
+        assert torch.equal(outputs(policy, "base"), base) and torch.equal(outputs(policy, "consistency"), other)
         assert torch.equal(outputs(policy), folded)
-        assert torch.equal(
-            policy.denoiser(PROMPTS, adapter="base")(torch.zeros(2, *policy.latent_shape), torch.tensor([0.8, 0.4])), _reference(policy)
-        )
         with pytest.raises(RuntimeError, match="no gradient reaches the adapter"):
             outputs(policy, grad=True)
     assert float((folded - apart).norm() / (apart - base).norm()) < 1e-5
@@ -128,14 +121,9 @@ def test_a_merged_adapter_predicts_the_same_and_leaves_every_bit(family, tuned):
     assert {n for n, p in policy.network.named_parameters() if p.requires_grad} == trained
 
 
-def _reference(policy):
-    with torch.no_grad(), policy.adapter("base"):
-        return policy.denoiser(PROMPTS)(torch.zeros(2, *policy.latent_shape), torch.tensor([0.8, 0.4]))
-
-
 def test_an_error_inside_takes_the_adapter_out_again(tuned):
     policy = tuned()
-    policy.merges, before, apart = True, weights(policy), outputs(policy)
+    policy.merge_rollouts, before, apart = True, weights(policy), outputs(policy)
     with pytest.raises(KeyboardInterrupt), policy.merged():
         raise KeyboardInterrupt
     assert torch.equal(outputs(policy), apart)
@@ -145,11 +133,11 @@ def test_an_error_inside_takes_the_adapter_out_again(tuned):
 def test_bfloat16_weights_are_not_merged_because_a_small_update_would_be_lost(tuned):
     """W + ΔW is rounded to W where ΔW is below half of its last digit: here that is so for most entries."""
     policy = tuned(dtype=torch.bfloat16)
-    policy.merges = True
+    policy.merge_rollouts = True
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(0.02)
-    layer = next(layer for layer in policy._tuners())
+    layer = next(layer for layer in policy.network.modules() if hasattr(layer, "get_delta_weight"))
     weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default")
     assert float(((weight + update).to(torch.bfloat16) == weight).float().mean()) > 0.5 and bool((update != 0).all())
     before = weights(policy)
@@ -168,22 +156,22 @@ def test_bfloat16_weights_are_not_merged_because_a_small_update_would_be_lost(tu
 def test_objectives_have_the_same_gradient_with_merged_rollouts(objective, tuned):
     policy = tuned()
     apart = gradient(policy, objective)
-    policy.merges = True
+    policy.merge_rollouts = True
     same(apart, gradient(policy, objective), 1e-4)
 
 
 def test_rollouts_are_merged(tuned, monkeypatch):
     """Every network call of a rollout without gradient finds the adapters silent."""
     policy = tuned()
-    policy.merges = True
+    policy.merge_rollouts = True
     seen = []
-    inner = type(policy)._predict
+    inner = type(policy).predict
 
     def predict(self, *arguments):
-        seen.append((torch.is_grad_enabled(), bool(self._folded)))
+        seen.append((torch.is_grad_enabled(), self.adapters.merged))
         return inner(self, *arguments)
 
-    monkeypatch.setattr(type(policy), "_predict", predict)
+    monkeypatch.setattr(type(policy), "predict", predict)
     x = batch(policy).latents
     first, last = torch.tensor([0, 1]), torch.tensor([2, 4])
     rollout(policy, batch(policy), policy.denoiser(PROMPTS), x, policy.sigmas(4), last, first, 0.0)
@@ -212,13 +200,12 @@ def test_compiled_blocks_serve_every_adapter_state_and_keep_every_name(tuned, tm
     names = [n for n, _ in policy.network.named_parameters()]
     torch._dynamo.utils.counters.clear()
     policy.compile(backend="eager")
-    policy.checkpoint_gradients(denoiser=True, decoder=False)
-    policy.merges = True
+    policy.gradient_checkpointing(denoiser=True, vae=False)
+    policy.merge_rollouts = True
     objective = ImageReFL(steps=5, grad_from=3, grad_to=4, start_from=1, start_to=2, refl_share=0.0, diffusion_weight=0.1, kl_weight=0.1)
     same(gradient(plain, objective), gradient(policy, objective), 1e-4)
     for state in ("base", "consistency"):
-        with plain.adapter(state), policy.adapter(state):
-            torch.testing.assert_close(outputs(policy), outputs(plain), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs(policy, state), outputs(plain, state), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs(policy), outputs(plain), rtol=1e-4, atol=1e-5)
     assert [n for n, _ in policy.network.named_parameters()] == names
     counters = torch._dynamo.utils.counters
@@ -237,7 +224,7 @@ def test_compiled_blocks_serve_every_adapter_state_and_keep_every_name(tuned, tm
 def test_parked_encoders_come_back_for_what_is_new_and_leave_again(family, family_folder, monkeypatch):
     """There is no second device here: what is watched is where modules are sent."""
     policy, plain = (load_policy(family_folder(family), image_size=64) for _ in range(2))
-    policy.conditioning(PROMPTS)
+    policy.prompts.conditioning(PROMPTS)
     sent = []
     parts = {id(m): name for name, m in policy.pipeline.components.items() if isinstance(m, nn.Module)}
     parts |= {id(policy.vae.encoder): "vae.encoder", id(policy.vae.quant_conv): "vae.quant_conv"}
@@ -248,15 +235,15 @@ def test_parked_encoders_come_back_for_what_is_new_and_leave_again(family, famil
     policy.device = torch.device("cpu", 0)  # equal in effect, another name than the plain "cpu"
     texts = {name for name in parts.values() if name.startswith("text_encoder")}
     images = {"vae.encoder"} | ({"vae.quant_conv"} if policy.vae.quant_conv is not None else set())
-    policy.park_encoders()
+    policy.offload_encoders()
     assert set(sent) == {(name, "cpu") for name in texts | images} and texts
     sent.clear()
-    policy.conditioning(PROMPTS)
+    policy.prompts.conditioning(PROMPTS)
     policy.decode(torch.zeros(1, *policy.latent_shape))
     outputs(policy)
     assert not sent
     new = ["a green square"]
-    for ours, theirs in zip(policy.conditioning(new).values(), plain.conditioning(new).values()):
+    for ours, theirs in zip(policy.prompts.conditioning(new).values(), plain.prompts.conditioning(new).values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # weights that moved may be aligned otherwise
     assert (
         sent == [(n, "cpu:0") for n, _ in sent[: len(texts)]] + [(n, "cpu") for n, _ in sent[: len(texts)]]
@@ -268,9 +255,9 @@ def test_parked_encoders_come_back_for_what_is_new_and_leave_again(family, famil
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert set(sent) == {(name, place) for name in images for place in ("cpu:0", "cpu")} and sent[-1][1] == "cpu"
     sent.clear()
-    monkeypatch.setattr(type(policy), "_encode_prompts", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(policy), "encode_prompts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        policy.conditioning(["a yellow cross"])
+        policy.prompts.conditioning(["a yellow cross"])
     assert sent[-1][1] == "cpu"
 
 
@@ -288,9 +275,9 @@ def through_decoder(policy, grad=True):
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_decoder_in_slices_has_the_gradient_of_the_whole_and_one_image_at_a_time(blocks, tuned, monkeypatch):
     policy = tuned("sdxl")
-    policy.checkpoint_gradients(denoiser=False, decoder=blocks)
+    policy.gradient_checkpointing(denoiser=False, vae=blocks)
     whole, pull = through_decoder(policy)
-    policy.slices_decoder = True
+    policy.vae_slicing = True
     sizes = []
     inner = policy.vae.decode
     monkeypatch.setattr(policy.vae, "decode", lambda latents: sizes.append(len(latents)) or inner(latents))
@@ -312,7 +299,7 @@ def test_a_sliced_decoder_keeps_nothing_but_latents_for_the_backward_pass(tuned)
         return sum(saved)
 
     whole = kept()
-    policy.slices_decoder = True
+    policy.vae_slicing = True
     assert kept() < whole / 100
 
 
@@ -435,11 +422,9 @@ def test_eight_bit_adamw_is_bitsandbytes_own_and_missing_it_is_one_line(monkeypa
 
 
 def test_the_switches_reach_a_run(pipeline_folder, reward_folder, image_folder, tmp_path, monkeypatch):
-    seen = {}
-    watched = ("park_encoders", "use_channels_last")
-    for name in watched:
-        whole = getattr(DiffusersPolicy, name)
-        monkeypatch.setattr(DiffusersPolicy, name, lambda self, n=name, w=whole: seen.__setitem__(n, self) or w(self))
+    seen = []
+    whole = DiffusersPolicy.use_channels_last
+    monkeypatch.setattr(DiffusersPolicy, "use_channels_last", lambda self: seen.append(self) or whole(self))
     on = {
         "vae_slicing": True,
         "channels_last": True,
@@ -449,9 +434,8 @@ def test_the_switches_reach_a_run(pipeline_folder, reward_folder, image_folder, 
         "gradient_accumulation_steps": 1,
     }
     assert main(["train", *settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", **on)]) == 0
-    assert set(seen) == set(watched)
-    policy = seen["park_encoders"]
-    assert policy.merges and policy.slices_decoder and (tmp_path / "run" / "lora.safetensors").is_file()
+    (policy,) = seen
+    assert policy.prompts.offload and policy.merge_rollouts and policy.vae_slicing and (tmp_path / "run" / "lora.safetensors").is_file()
     with pytest.raises(ConfigError, match="reward_dtype = 'float16': use one of float32, bfloat16"):
         build(TrainConfig, {"out": "x", "reward_dtype": "float16"})
 
@@ -479,12 +463,12 @@ def test_a_model_is_loaded_with_its_encoders_aside(family_folder, monkeypatch):
     moves = []
     inner = torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: (moves.append((self, a)), inner(self, *a, **k))[1])
-    policy = load_policy(family_folder("sdxl"), park=True)
+    policy = load_policy(family_folder("sdxl"), offload=True)
     policy.to("cpu:0")
     asked = {id(module) for module, given in moves if given and str(given[0]) == "cpu:0"}
     assert id(policy.network) in asked and not asked & {id(policy.pipeline.text_encoder), id(policy.pipeline.text_encoder_2)}
     moves.clear()
-    policy.conditioning(["a star"])
+    policy.prompts.conditioning(["a star"])
     asked = [str(given[0]) for module, given in moves if module is policy.pipeline.text_encoder and given]
     assert asked == ["cpu:0", "cpu"]
 
@@ -501,8 +485,8 @@ def test_the_decoder_is_recomputed_part_by_part_with_the_same_gradient(policy):
         return x.grad, sum(kept)
 
     plain, everything = gradient_and_kept()
-    policy.checkpoint_gradients(denoiser=False, decoder=True)
+    policy.gradient_checkpointing(denoiser=False, vae=True)
     again, few = gradient_and_kept()
     torch.testing.assert_close(again, plain)
-    policy.checkpoint_gradients(denoiser=False, decoder=False)
+    policy.gradient_checkpointing(denoiser=False, vae=False)
     assert few < everything / 2 and gradient_and_kept()[1] == everything

@@ -93,8 +93,8 @@ class Stepper:
     def prepare(self, case: Case) -> None:
         """Bring the models into the case's state."""
         policy = self.policy
-        policy.checkpoint_gradients(denoiser=case.denoiser, decoder=case.decoder)
-        policy.merges, policy.slices_decoder = case.merges, case.slices
+        policy.gradient_checkpointing(denoiser=case.denoiser, vae=case.decoder)
+        policy.merge_rollouts, policy.vae_slicing = case.merges, case.slices
         for module, own in self.processors.items():
             module.set_attn_processor(AttnProcessor() if case.plain_attention else dict(own))
             module.to(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
@@ -108,7 +108,7 @@ class Stepper:
         if isinstance(tower, TwoTower):
             tower.gradient_checkpointing(case.reward)
             if not case.cache_texts:
-                policy._embeddings.clear()  # pyright: ignore[reportPrivateUsage]
+                policy.prompts.clear()
                 tower.forget()
 
     def __call__(self, case: Case, number: int = 0) -> Time:
@@ -222,10 +222,10 @@ def forward_equivalents(objective: ImageReFL, batches: int = 12, size: int = 8) 
     policy.add_lora(Lora())
     policy.decode = lambda latents: latents  # the denoiser's cost alone
     calls = {"plain": 0, "gradient": 0}
-    policy.unet.register_forward_hook(lambda _m, inputs, _o: calls.__setitem__(_kind(), calls[_kind()] + len(inputs[0])))
+    policy.network.register_forward_hook(lambda _m, inputs, _o: calls.__setitem__(_kind(), calls[_kind()] + len(inputs[0])))
     latents = torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     prompts = ("a red star",) * size
-    policy.embed(prompts)
+    policy.prompts.prepare(prompts)
     with FlopCounterMode(display=False) as single, torch.no_grad():
         policy.denoiser(prompts)(latents, policy.sigmas(40)[30].expand(size))
     calls.update(plain=0, gradient=0)

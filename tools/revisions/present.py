@@ -36,8 +36,8 @@ def open_policy(lora: Path) -> UNetPolicy:
     policy = UNetPolicy(pipeline)
     load_consistency(policy, files.CONSISTENCY)
     load_lora(policy, lora)
-    policy.merges = True
-    for part in (policy.unet, policy.vae, policy.text_encoder):
+    policy.merge_rollouts = True
+    for part in (policy.network, policy.vae, policy.pipeline.text_encoder):
         part.double()
     return policy
 

@@ -115,7 +115,7 @@ def _place_rewards(
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
     """The settings that change time and memory and, but for rounding, no result."""
-    policy.merges, policy.slices_decoder = config.merge_rollouts, config.vae_slicing
+    policy.merge_rollouts, policy.vae_slicing = config.merge_rollouts, config.vae_slicing
     if config.channels_last:
         policy.use_channels_last()
     if config.compile:
@@ -206,7 +206,7 @@ class Planner:
         if key not in self._models:
             with dry(self.tally):
                 policy = open_policy(config.model, "meta", config.model_options, config.image_size)
-                policy.merges = config.merge_rollouts
+                policy.merge_rollouts = config.merge_rollouts
                 if config.consistency:
                     _load_consistency(policy, config)
                 features = _features(config.features, "meta") if config.features else None
@@ -316,7 +316,7 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
         reward.gradient_checkpointing(True)
     lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
-    policy.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
+    policy.prompts.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
     policy.to(device)  # only now: encoders have had the room
     _place_rewards(config, device, [reward, features], watcher, samples.prompts)
     run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes, lock)

@@ -74,7 +74,7 @@ def save_delta(
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in policy.named_parameters():
-        change = (parameter if weights is None else weights[name]).detach() - policy.original[name]
+        change = (parameter if weights is None else weights[name]).detach() - policy.adapters.original[name]
         if bool(change.any()):
             tensors[names.delta_key(name)] = change.to("cpu", dtype)
     header = {"imagerefl": json.dumps(metadata, sort_keys=True)}
@@ -196,7 +196,7 @@ def load_lora(policy: Adaptable, path: Path, strength: float = 1.0) -> dict[str,
     if names.is_delta(tensors) or (metadata and not tensors):  # after training that changed nothing the file is empty
         changes = _checked_changes(policy, tensors, path)
         with torch.no_grad():
-            for name, parameter in policy.add_version(changes).items():
+            for name, parameter in policy.adapters.tune_weights(changes).items():
                 parameter.copy_(parameter.float() + strength * changes[name].to(policy.device, torch.float32))
         return metadata
 
@@ -210,7 +210,7 @@ def load_lora(policy: Adaptable, path: Path, strength: float = 1.0) -> dict[str,
 
 def load_consistency(policy: Adaptable, path: Path) -> None:
     """Attach a consistency LoRA (LCM-LoRA, arXiv:2311.05556) as the frozen adapter `consistency`; every key must match."""
-    _attach(policy, read_adapter(path), path, 1.0, policy.add_consistency)
+    _attach(policy, read_adapter(path), path, 1.0, lambda lora: policy.adapters.attach("consistency", lora))
 
 
 def _attach(policy: Adaptable, adapter: Adapter, path: Path, strength: float, attach: Callable[[Lora], Mapping[str, nn.Parameter]]) -> None:
@@ -237,7 +237,7 @@ def _check_fits(policy: Adaptable, adapter: Adapter) -> None:
             f"also adapts text encoders ({len(adapter.left_out)} modules), which are not tuned here: "
             "`python -m trainer convert` leaves them out"
         )
-    modules = policy.adaptable()
+    modules = policy.adapters.adaptable()
     unknown = sorted(set(adapter.updates) - set(modules))
     if unknown:
         raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
@@ -249,7 +249,7 @@ def _check_fits(policy: Adaptable, adapter: Adapter) -> None:
 
 def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A delta file's differences by parameter name; raises ValueError for a name or shape that the model does not have."""
-    known = {names.delta_key(name): (name, parameter.shape) for name, parameter in policy.whole_parameters()}
+    known = {names.delta_key(name): (name, parameter.shape) for name, parameter in policy.adapters.network_weights().items()}
     unknown = sorted(set(tensors) - set(known))
     if unknown:
         raise ValueError(f"{path} was made for another model: {len(unknown)} of {len(tensors)} weights unknown, first {unknown[0]}")

@@ -18,8 +18,8 @@ _SIGNS = (  # of errors that have no class of their own: MPS, XPU, cuBLAS, the C
 _PLACES = (  # file and function of a traceback's frames, and what is happening there
     ("models/diffusers_policy.py", "decode", "the autoencoder's decoder"),
     ("models/diffusers_policy.py", "encode", "the autoencoder's encoder"),
-    ("models/diffusers_policy.py", "_encoded", "the text encoders"),
-    ("models/diffusers_policy.py", "denoise", "the denoiser"),
+    ("models/prompts.py", "_encode", "the text encoders"),
+    ("models/diffusers_policy.py", "__call__", "the denoiser"),
     ("models/load.py", "", "loading the model"),
     ("models/diffusers_policy.py", "to", "bringing the model to the device"),
     ("rewards/registry.py", "load", "loading a reward"),

@@ -28,7 +28,8 @@ from ..denoiser import Denoiser, WrappedDenoiser
 from ..generate import Generation
 from ..generate import batch_size_for as images_at_a_time
 from ..guidance import Switch
-from ..models.diffusers_policy import EMBEDDINGS_KEPT, DiffusersPolicy
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.prompts import EMBEDDINGS_KEPT
 from ..objectives.base import RunContext
 from ..rewards.base import RewardModel
 from ..runtime.processes import ALONE, Processes
@@ -111,9 +112,9 @@ class _Watched(CountingPolicy):
         self._kept: dict[Any, int] = {}
         self._skipped: Any = WeakIdKeyDictionary()  # by the state: a forward that is computed again must be what it was
 
-    def _counted(self, denoiser: Denoiser, guidance_scale: float) -> Denoiser:
+    def _counted(self, denoiser: Denoiser, adapter: str, guidance_scale: float) -> Denoiser:
         def denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-            key = (len(x), guidance_scale, self.inner._state)  # pyright: ignore[reportPrivateUsage]
+            key = (len(x), guidance_scale, adapter)
             rows = len(x) * (1 if guidance_scale == 1 else 2)
             if not torch.is_grad_enabled():
                 return self._without_gradient(denoiser, x, sigma, key, rows)
@@ -206,11 +207,11 @@ class _Sketch:
     differentiable = takes_prefixes = True
 
     def __init__(self, policy: DiffusersPolicy) -> None:
-        self.space, self.states, self.sigmas, self.add_noise = policy.space, policy.states, policy.sigmas, policy.add_noise
+        self.space, self.adapters, self.sigmas, self.add_noise = policy.space, policy.adapters, policy.sigmas, policy.add_noise
         self.latent_shape = (max(3, policy.latent_shape[0]), 1, 1)
         self.weight = nn.Parameter(torch.zeros(()))
         self.forwards = self.backwards = 0
-        self.adapter = policy.adapter
+        self.device = torch.device("cpu")
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.weight]
@@ -286,14 +287,14 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         folder = Path(name)
         config = replace(_bounded(config), out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
         parked = config.offload_encoders and not config.device.startswith("cpu")
-        policy.slices_decoder = config.vae_slicing
+        policy.vae_slicing = config.vae_slicing
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
         picture = torch.empty(1, *policy.latent_shape, device=META)
         samples = Samples(prompts, LatentsInMemory(*[picture.expand(len(prompts), -1, -1, -1)] * 2))
         latents = 2 * picture.nbytes * models.pictures  # mean and standard deviation
         latents = min(latents, LATENTS_KEPT) if config.cache else latents
         forwards, backwards, worst = _trace(config, models, samples, folder, processes)
-        policy._embeddings.clear()  # pyright: ignore[reportPrivateUsage]
+        policy.prompts.clear()
         reward = _Judged(models.reward, tally)
         features = _Judged(models.features, tally) if models.features is not None else None
         with dry(tally):
@@ -327,7 +328,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
                 _hold_encoders(tally, policy)
                 tally.forget_peak()
             with tally.during("text encoders"):
-                row = sum(value.nbytes for value in policy.conditioning((*prompts, "")).values()) // (len(prompts) + 1)
+                row = sum(value.nbytes for value in policy.prompts.conditioning((*prompts, "")).values()) // (len(prompts) + 1)
             known = min(row * models.prompts, EMBEDDINGS_KEPT) if config.cache else row * models.prompts
             phase("encoding prompts")
             if config.device.startswith("cpu"):  # where they wait
@@ -421,7 +422,7 @@ def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
     policy = models.policy
     tally.hold(tensors(policy.network), "denoiser weights")
     tally.hold(policy.parameters(), "adapter")
-    tally.hold(policy.original.values(), "original weights")
+    tally.hold(policy.adapters.original.values(), "original weights")
     tally.hold(tensors(policy.vae), "autoencoder weights")
     tally.hold(tensors(*policy.image_encoder()), "autoencoder's encoder weights")
     if run.ema:
@@ -429,7 +430,7 @@ def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
 
 
 def _hold_encoders(tally: Tally, policy: DiffusersPolicy) -> None:
-    tally.hold(tensors(*policy.text_encoders()), "text encoder weights")
+    tally.hold(tensors(*policy.prompts.encoders), "text encoder weights")
 
 
 def _apart(rewards: Sequence[RewardModel], count: int) -> list[Tensor]:

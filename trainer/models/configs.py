@@ -1,6 +1,6 @@
-"""The published models' configurations, written down: what a single-file checkpoint does not say of itself.
+"""Configurations that published models of several families share: what a single-file checkpoint does not state.
 
-Sizes are facts of the weights; they are the ones that the models' own repositories state in diffusers' terms.
+They are those of the models' own repositories, in diffusers' terms.
 """
 
 from __future__ import annotations
@@ -9,70 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 Config = dict[str, Any]
+PartClass = tuple[str, str]
+"""Library and class of a pipeline's component."""
 
-_CROSS_DOWN, _CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-SD15_UNET: Config = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": [_CROSS_DOWN, _CROSS_DOWN, _CROSS_DOWN, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", _CROSS_UP, _CROSS_UP, _CROSS_UP],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,  # diffusers' name; it is the number of heads
-}
-SD21_UNET: Config = {**SD15_UNET, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-SDXL_UNET: Config = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", _CROSS_DOWN, _CROSS_DOWN],
-    "up_block_types": [_CROSS_UP, _CROSS_UP, "UpBlock2D"],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD3_MEDIUM: Config = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
-SD35_MEDIUM: Config = {**SD3_MEDIUM, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}
-SD35_LARGE: Config = {
-    **SD3_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
-}
-FLUX_DEV: Config = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}
-FLUX_SCHNELL: Config = {**FLUX_DEV, "guidance_embeds": False}
+CLIP_TEXT: PartClass = ("transformers", "CLIPTextModel")
+CLIP_PROJECTED: PartClass = ("transformers", "CLIPTextModelWithProjection")
+T5: PartClass = ("transformers", "T5EncoderModel")
+AUTOENCODER: PartClass = ("diffusers", "AutoencoderKL")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One published model: class and configuration of each part and of the scheduler; the padding token of each CLIP."""
+
+    parts: dict[str, tuple[PartClass, Config]]
+    scheduler: tuple[str, Config]
+    pads: tuple[str, ...] = ("<|endoftext|>",)
+
+    @property
+    def t5(self) -> str:
+        """The part that is a T5 text encoder, "" if there is none."""
+        return next((name for name, (part, _) in self.parts.items() if part == T5), "")
+
+
+TWO_PADS = ("<|endoftext|>", "!")
 
 VAE: Config = {
     "in_channels": 3,
@@ -85,10 +45,7 @@ VAE: Config = {
     "scaling_factor": 0.18215,
     "sample_size": 512,
 }
-SDXL_VAE: Config = {**VAE, "scaling_factor": 0.13025, "sample_size": 1024}
-_VAE16: Config = {**VAE, "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
-SD3_VAE: Config = {**_VAE16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-FLUX_VAE: Config = {**_VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+VAE16: Config = {**VAE, "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
 
 CLIP_L: Config = {
     "vocab_size": 49408,
@@ -102,15 +59,6 @@ CLIP_L: Config = {
     "bos_token_id": 49406,
     "eos_token_id": 49407,
     "pad_token_id": 49407,
-}
-CLIP_H: Config = {  # SD2 ends one layer before the last of 24
-    **CLIP_L,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-    "projection_dim": 512,
 }
 CLIP_G: Config = {
     **CLIP_L,
@@ -134,65 +82,4 @@ T5_XXL: Config = {
 
 _BETAS: Config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DISCRETE: Config = {**_BETAS, "clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading", "variance_type": "fixed_small"}
-_TEXT, _PROJECTED, _T5 = (
-    ("transformers", "CLIPTextModel"),
-    ("transformers", "CLIPTextModelWithProjection"),
-    ("transformers", "T5EncoderModel"),
-)
-_AUTOENCODER = ("diffusers", "AutoencoderKL")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One published model: its pipeline, and class and configuration of each part. `pads`: the padding token of each CLIP."""
-
-    pipeline: str
-    parts: dict[str, tuple[tuple[str, str], Config]]
-    scheduler: tuple[str, Config]
-    pads: tuple[str, ...] = ("<|endoftext|>",)
-    t5: int = 0  # number of the T5 among the text encoders, 0 for none
-
-
-_SD15_PARTS = {"unet": (("diffusers", "UNet2DConditionModel"), SD15_UNET), "vae": (_AUTOENCODER, VAE), "text_encoder": (_TEXT, CLIP_L)}
-_SD15 = Family("StableDiffusionPipeline", _SD15_PARTS, ("DDPMScheduler", DISCRETE))
-_SD21_PARTS = {"unet": (("diffusers", "UNet2DConditionModel"), SD21_UNET), "vae": (_AUTOENCODER, VAE), "text_encoder": (_TEXT, CLIP_H)}
-_SDXL_PARTS = {
-    "unet": (("diffusers", "UNet2DConditionModel"), SDXL_UNET),
-    "vae": (_AUTOENCODER, SDXL_VAE),
-    "text_encoder": (_TEXT, CLIP_L),
-    "text_encoder_2": (_PROJECTED, CLIP_G),
-}
-_TWO_PADS = ("<|endoftext|>", "!")
-
-
-def _sd3(transformer: Config) -> Family:
-    parts = {
-        "transformer": (("diffusers", "SD3Transformer2DModel"), transformer),
-        "vae": (_AUTOENCODER, SD3_VAE),
-        "text_encoder": (_PROJECTED, CLIP_L),
-        "text_encoder_2": (_PROJECTED, CLIP_G),
-        "text_encoder_3": (_T5, T5_XXL),
-    }
-    return Family("StableDiffusion3Pipeline", parts, ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}), _TWO_PADS, 3)
-
-
-def _flux(transformer: Config, scheduler: Config) -> Family:
-    parts = {
-        "transformer": (("diffusers", "FluxTransformer2DModel"), transformer),
-        "vae": (_AUTOENCODER, FLUX_VAE),
-        "text_encoder": (_TEXT, CLIP_L),
-        "text_encoder_2": (_T5, T5_XXL),
-    }
-    return Family("FluxPipeline", parts, ("FlowMatchEulerDiscreteScheduler", scheduler), ("<|endoftext|>",), 2)
-
-
-FAMILIES: dict[str, Family] = {
-    "sd15": _SD15,
-    "sd21": Family("StableDiffusionPipeline", _SD21_PARTS, ("DDPMScheduler", DISCRETE), ("!",)),
-    "sdxl": Family("StableDiffusionXLPipeline", _SDXL_PARTS, ("DDPMScheduler", DISCRETE), _TWO_PADS),
-    "sd3-medium": _sd3(SD3_MEDIUM),
-    "sd35-medium": _sd3(SD35_MEDIUM),
-    "sd35-large": _sd3(SD35_LARGE),
-    "flux-dev": _flux(FLUX_DEV, {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}),
-    "flux-schnell": _flux(FLUX_SCHNELL, {"shift": 1.0}),
-}
+"""Schedule of the discrete Stable Diffusion models."""

@@ -6,43 +6,82 @@ Guidance as trainer.policy.Policy means it stays what it is everywhere, a second
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .diffusers_policy import Conditioning
+from .configs import AUTOENCODER, CLIP_L, CLIP_TEXT, T5, T5_XXL, VAE16, Config, ModelConfig
 from .flow import FlowPolicy
+from .prompts import Conditioning
+
+FLUX_DEV: Config = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+FLUX_SCHNELL: Config = {**FLUX_DEV, "guidance_embeds": False}
+_DEV_SCHEDULE: Config = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def _published(transformer: Config, schedule: Config) -> ModelConfig:
+    parts = {
+        "transformer": (("diffusers", "FluxTransformer2DModel"), transformer),
+        "vae": (AUTOENCODER, {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+        "text_encoder": (CLIP_TEXT, CLIP_L),
+        "text_encoder_2": (T5, T5_XXL),
+    }
+    return ModelConfig(parts, ("FlowMatchEulerDiscreteScheduler", schedule))
 
 
 class FluxPolicy(FlowPolicy):
     """A diffusers FLUX pipeline as a trainer.policy.Policy; `embedded_guidance` is for `dev`, `schnell` has none."""
 
-    repeated: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    pipeline_name: ClassVar[str] = "FluxPipeline"
+    blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    published: ClassVar[Mapping[str, ModelConfig]] = {
+        "flux-dev": _published(FLUX_DEV, _DEV_SCHEDULE),
+        "flux-schnell": _published(FLUX_SCHNELL, {"shift": 1.0}),
+    }
     embedded_guidance: float = 3.5  # the pipeline's default
-    max_tokens: int = 512
-    """T5 tokens, the pipeline's default; schnell takes at most 256."""
+
+    def __init__(self, pipeline: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(pipeline, *arguments, **options)
+        self.max_tokens = 512 if self.network.config.guidance_embeds else 256  # of T5; schnell was distilled with 256
+        self._positions: dict[tuple[int, int], Tensor] = {}  # by rows and columns, each uploaded once
 
     @classmethod
-    def pipeline_class(cls) -> Any:
-        """The diffusers pipeline of this family."""
-        from diffusers import FluxPipeline  # pyright: ignore[reportPrivateImportUsage]
+    def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """See DiffusersPolicy."""
+        if shapes.get("double_blocks.0.img_attn.qkv.weight") != (9216, 3072):
+            return None
+        return "flux-dev" if any(key.startswith("guidance_in.") for key in shapes) else "flux-schnell"
 
-        return FluxPipeline
-
-    def _native_size(self) -> int:
+    def native_size(self) -> int:
+        """Latents per side that the model was trained at."""
         return int(self.pipeline.default_sample_size)
 
-    def _grid(self, steps: int) -> list[float] | None:
+    def unshifted_sigmas(self, steps: int) -> list[float] | None:
+        """See FlowPolicy."""
         if self.pipeline.scheduler.config.get("use_flow_sigmas", False):
             return None
         return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
-    def _encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """See DiffusersPolicy."""
         embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=self.max_tokens)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
-    def _velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See FlowPolicy."""
         rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
         guided = self.network.config.guidance_embeds
         output = self.network(
@@ -50,10 +89,17 @@ class FluxPolicy(FlowPolicy):
             timestep=sigma,
             guidance=torch.full_like(sigma, self.embedded_guidance) if guided else None,
             txt_ids=x.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
-            img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns))).to(x),
+            img_ids=self._image_ids(rows, columns, x),
             **conditioning,
         ).sample
         return unpack(output, rows, columns)
+
+    def _image_ids(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """Positions (rows·columns,3) of image tokens: 0, row, column."""
+        if (rows, columns) not in self._positions or self._positions[rows, columns].device != like.device:
+            ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
+            self._positions[rows, columns] = ids.to(like)
+        return self._positions[rows, columns]
 
 
 def pack(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A policy that has a model's shapes and not its weights: the real code of its family over modules on torch's meta device.
+"""A policy whose weights have shapes and no values: the family's own code over modules on torch's meta device.
 
-From configurations alone: a diffusers folder's own, a single file's header, or a family's name for a model that is not there.
+Built from configurations alone: of a diffusers folder, of a single file's family, or of a published model by name.
 """
 
 from __future__ import annotations
@@ -11,28 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .configs import FAMILIES, Config
+from .configs import Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy
-from .load import BASE_UNET, POLICIES, detect
+from .load import BASE_UNET, MODELS, detect, folder_family, two_unets
+from .single_file import tensor_shapes
 
-Parts = dict[str, tuple[tuple[str, str], Config]]
 
-
-class _Words:
-    """A tokenizer that says nothing: every text is as long as it may be."""
+class StubTokenizer:
+    """Every prompt has max_length tokens."""
 
     def __init__(self, length: int) -> None:
         self.model_max_length = length
 
     def tokenize(self, text: str) -> list[str]:
-        """No word is one of a textual inversion."""
+        """No token names a textual inversion."""
         return []
 
     def batch_decode(self, ids: Tensor) -> list[str]:
-        """What the pipeline would say was cut off."""
+        """The truncated text, which pipelines log."""
         return []
 
     def __call__(self, texts: str | Sequence[str], max_length: int | None = None, **more: Any) -> Any:
@@ -42,77 +40,55 @@ class _Words:
         return BatchEncoding({"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)})
 
 
-def outline(path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None) -> DiffusersPolicy:
-    """The policy of the model at `path`, or of a name of FAMILIES, without values: nothing is loaded.
+def meta_policy(path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None) -> DiffusersPolicy:
+    """The policy of the model at `path`, or of a name in MODELS, on the meta device; no weights are read.
 
-    Its noise levels are real numbers. Raises ValueError or FileNotFoundError with one sentence.
+    Noise levels are real numbers, as they are always on the CPU. Raises ValueError or FileNotFoundError with one line.
     """
     import diffusers
 
-    pipeline_name, parts, (scheduler, schedule) = _described(Path(path))
-    kind = POLICIES[pipeline_name]
-    made: dict[str, Any] = {name: _module(library, config, dtype) for name, (library, config) in parts.items()}
-    made["scheduler"] = getattr(diffusers, scheduler).from_config(schedule)
-    for name, ((_, encoder), config) in parts.items():
+    family, config = _described(Path(path))
+    parts: dict[str, Any] = {name: _module(library, settings, dtype) for name, (library, settings) in config.parts.items()}
+    for name, (_, settings) in config.parts.items():
         if name.startswith("text_encoder"):
-            made[name.replace("text_encoder", "tokenizer")] = _Words(
-                512 if encoder.startswith("T5") else config.get("max_position_embeddings", 77)
-            )
-    wanted = kind.pipeline_class()
-    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if name not in made and pipeline_name == "StableDiffusion3Pipeline"}
-    policy = kind(wanted(**{**kind.load_arguments(), **absent, **made}), "meta", dtype, image_size or None)
-    levels = policy.sigmas
-
-    def sigmas(steps: int) -> Tensor:
-        policy.device = torch.device("cpu")
-        try:
-            return levels(steps)
-        finally:
-            policy.device = torch.device("meta")
-
-    policy.sigmas = sigmas
-    return policy
+            length = 512 if name == config.t5 else settings.get("max_position_embeddings", 77)
+            parts[name.replace("text_encoder", "tokenizer")] = StubTokenizer(length)
+    parts["scheduler"] = getattr(diffusers, config.scheduler[0]).from_config(config.scheduler[1])
+    absent = {kind: None for name in family.optional if name not in parts for kind in (name, name.replace("text_encoder", "tokenizer"))}
+    pipeline = family.pipeline_class()(**{**family.arguments, **absent, **parts})
+    return family(pipeline, "meta", dtype, image_size or None)
 
 
 def _module(library: tuple[str, str], config: Config, dtype: torch.dtype) -> nn.Module:
     import diffusers
     import transformers
 
-    kind: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library[0]], library[1])
+    cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library[0]], library[1])
     with torch.device("meta"):
-        module = kind.from_config(config) if library[0] == "diffusers" else kind(kind.config_class(**config))
+        module = cls.from_config(config) if library[0] == "diffusers" else cls(cls.config_class(**config))
     return nn.Module.to(module, dtype)
 
 
-def _described(path: Path) -> tuple[str, Parts, tuple[str, Config]]:
-    """Name of the pipeline, class and configuration of each part, and of the scheduler."""
+def _described(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig]:
     if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            name = detect(shapes)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
-    elif (path / BASE_UNET).is_dir():
-        name = "sdxl" if (path / "text_encoder_2").is_dir() else "sd15"
-    elif (path / "model_index.json").is_file():
-        return _folder(path)
-    elif str(path) in FAMILIES:
-        name = str(path)
-    else:
-        raise FileNotFoundError(f"no model at {path}: give a diffusers folder, a .safetensors checkpoint, or one of {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    return family.pipeline, family.parts, family.scheduler
+        return MODELS[detect(tensor_shapes(path), f"{path}: ")]
+    if (path / BASE_UNET).is_dir():
+        return two_unets(path)
+    if str(path) in MODELS:
+        return MODELS[str(path)]
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {path}: give a diffusers folder, a .safetensors checkpoint, or one of {', '.join(MODELS)}")
+    return folder_family(path), _folder_config(path)
 
 
-def _folder(path: Path) -> tuple[str, Parts, tuple[str, Config]]:
-    index: dict[str, Any] = json.loads((path / "model_index.json").read_text("utf-8"))
-    name = str(index["_class_name"])
-    if name not in POLICIES:
-        raise ValueError(f"{path} is a {name}: known are {', '.join(POLICIES)}")
-    parts: Parts = {}
-    for part, value in index.items():
-        if part in ("unet", "transformer", "vae") or (part.startswith("text_encoder") and value[0]):
-            parts[part] = ((value[0], value[1]), json.loads((path / part / "config.json").read_text("utf-8")))
-    schedule = json.loads((path / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-    return name, parts, (index["scheduler"][1], schedule)
+def _folder_config(path: Path) -> ModelConfig:
+    def read(name: str) -> Any:
+        return json.loads((path / name).read_text("utf-8"))
+
+    index: dict[str, Any] = read("model_index.json")
+    parts = {
+        part: ((value[0], value[1]), read(f"{part}/config.json"))
+        for part, value in index.items()
+        if part in ("unet", "transformer", "vae") or (part.startswith("text_encoder") and value[0])
+    }
+    return ModelConfig(parts, (index["scheduler"][1], read("scheduler/scheduler_config.json")))

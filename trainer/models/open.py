@@ -9,7 +9,7 @@ import torch
 from ..config import ConfigError
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
-from .meta import outline
+from .meta import meta_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EMBEDDED = Path(__file__).parents[1] / "demo" / "weights" / "pipeline"
@@ -21,16 +21,16 @@ def model_path(model: str) -> Path:
 
 
 def open_policy(
-    model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0, park: bool = False
+    model: str, device: str = "cpu", options: ModelOptions | None = None, image_size: int = 0, offload: bool = False
 ) -> DiffusersPolicy:
     """The policy of a diffusers folder, a single-file checkpoint, or `demo`.
 
-    On the meta device the weights have shapes and no values; there `model` may also be the name of a family (`configs.FAMILIES`).
-    `image_size` 0 is the size that the model was trained at. For `park` see `load_policy`.
+    On the meta device the weights have shapes and no values; there `model` may also be the name of a published model (`load.MODELS`).
+    `image_size` 0 is the size that the model was trained at. For `offload` see `load_policy`.
     """
     options = options or ModelOptions()
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
     if device == "meta":
-        return outline(model_path(model), DTYPES[options.dtype], image_size)
-    return load_policy(model_path(model), device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, park)
+        return meta_policy(model_path(model), DTYPES[options.dtype], image_size)
+    return load_policy(model_path(model), device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, offload)

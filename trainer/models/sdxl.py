@@ -1,60 +1,82 @@
-"""SDXL: a UNet that is also told the pooled text embedding and the image's size."""
+"""SDXL: a UNet that is also conditioned on the pooled text embedding and the image's size."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .diffusers_policy import Conditioning
-from .unet import UNetPolicy
+from .configs import AUTOENCODER, CLIP_G, CLIP_L, CLIP_PROJECTED, CLIP_TEXT, DISCRETE, TWO_PADS, VAE, Config, ModelConfig
+from .prompts import Conditioning
+from .unet import CROSS_DOWN, CROSS_UP, UNET, UNetPolicy
+
+SDXL_UNET: Config = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", CROSS_DOWN, CROSS_DOWN],
+    "up_block_types": [CROSS_UP, CROSS_UP, "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 class SDXLPolicy(UNetPolicy):
     """A diffusers SDXL pipeline as a trainer.policy.Policy.
 
-    Size conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2) says what the pipeline says by default: an
-    image of the size that is drawn, uncropped. Guidance takes zeros for no prompt where the pipeline's configuration
-    asks for it (`force_zeros_for_empty_prompt`, as SDXL base); set `zero_unconditional` to False to encode "" instead,
-    as ComfyUI and the official ImageReFL code do.
+    Size conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2) is the pipeline's default: an image of the size that
+    is drawn, uncropped. Guidance takes zeros as the empty prompt where the pipeline's configuration asks for it
+    (`force_zeros_for_empty_prompt`, as SDXL base); set `zero_unconditional` to False to encode "" instead, as ComfyUI and
+    the official ImageReFL code do.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        image_size: int | tuple[int, int] | None = None,
-    ) -> None:
-        super().__init__(pipeline, device, dtype, image_size)
+    pipeline_name: ClassVar[str] = "StableDiffusionXLPipeline"
+    arguments: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
+    index: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
+    published: ClassVar[Mapping[str, ModelConfig]] = {
+        "sdxl": ModelConfig(
+            {
+                "unet": (UNET, SDXL_UNET),
+                "vae": (AUTOENCODER, {**VAE, "scaling_factor": 0.13025, "sample_size": 1024}),
+                "text_encoder": (CLIP_TEXT, CLIP_L),
+                "text_encoder_2": (CLIP_PROJECTED, CLIP_G),
+            },
+            ("DDPMScheduler", DISCRETE),
+            TWO_PADS,
+        )
+    }
+    text_width: ClassVar[Mapping[int, str]] = {2048: "sdxl"}
+
+    def __init__(self, pipeline: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(pipeline, *arguments, **options)
         self.zero_unconditional: bool = bool(pipeline.config.force_zeros_for_empty_prompt)
+        self._size_ids: dict[tuple[int, int], Tensor] = {}  # by height and width in latents, each uploaded once
 
-    @classmethod
-    def pipeline_class(cls) -> Any:
-        """The diffusers pipeline of this family."""
-        from diffusers import StableDiffusionXLPipeline  # pyright: ignore[reportPrivateImportUsage]
-
-        return StableDiffusionXLPipeline
-
-    @classmethod
-    def load_arguments(cls) -> dict[str, Any]:
-        """What of the pipeline is not needed."""
-        return {"add_watermarker": False}
-
-    def _encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """See DiffusersPolicy."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
 
     def unconditional(self, n: int) -> Conditioning:
-        """What the network is told of no prompt, n times."""
+        """See DiffusersPolicy."""
         empty = super().unconditional(n)
         return {key: torch.zeros_like(value) for key, value in empty.items()} if self.zero_unconditional else empty
 
-    def _network_arguments(self, x: Tensor, conditioning: Conditioning) -> dict[str, Any]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = x.shape[-2] * factor, x.shape[-1] * factor
-        text = conditioning["encoder_hidden_states"]
-        ids = torch.tensor([height, width, 0, 0, height, width], dtype=text.dtype, device=self.device)  # size, crop, target
-        added = {"text_embeds": conditioning["text_embeds"], "time_ids": ids.expand(len(x), -1)}
+    def network_arguments(self, x: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """See UNetPolicy."""
+        text, latents = conditioning["encoder_hidden_states"], (x.shape[-2], x.shape[-1])
+        if latents not in self._size_ids or self._size_ids[latents].device != text.device:
+            height, width = (side * self.vae_scale for side in latents)
+            ids = [height, width, 0, 0, height, width]  # size, crop, target size
+            self._size_ids[latents] = torch.tensor(ids, dtype=text.dtype, device=text.device)
+        added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._size_ids[latents].expand(len(x), -1)}
         return {"encoder_hidden_states": text, "added_cond_kwargs": added}

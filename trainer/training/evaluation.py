@@ -75,7 +75,7 @@ class Watcher:
         """Generate from the fixed prompts and noise, judge, and keep the point."""
         mix = combined(self.settings.base, self.settings.tuned(), self.k)
         images = generate(self.policy, self.prompts, self.settings, {"": mix})[""]
-        device = self.policy.sigmas(1).device
+        device = self.policy.device
         groups = torch.tensor([self.prompts.index(p) for p in self.prompts])
         features, scores = list[Tensor](), {name: list[Tensor]() for name in self.rewards}
         with self.on_device():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser, WrappedDenoiser
-from ..policy import AdapterState, Policy
+from ..policy import Policy
 from ..sampling import Space
 
 
@@ -31,15 +32,21 @@ class CountingPolicy:
         return self.policy.latent_shape
 
     @property
-    def states(self) -> frozenset[AdapterState]:
-        """Adapter states."""
-        return self.policy.states
+    def device(self) -> torch.device:
+        """Where denoisers evaluate."""
+        return self.policy.device
+
+    @property
+    def adapters(self) -> Container[str]:
+        """Names of the adapters."""
+        return self.policy.adapters
 
     def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
         """The policy's, counted."""
-        return self._counted(self.policy.denoiser(prompts, adapter=adapter, guidance_scale=guidance_scale), guidance_scale)
+        inner = self.policy.denoiser(prompts, adapter=adapter, guidance_scale=guidance_scale)
+        return self._counted(inner, adapter, guidance_scale)
 
-    def _counted(self, denoiser: Denoiser, guidance_scale: float) -> Denoiser:
+    def _counted(self, denoiser: Denoiser, adapter: str, guidance_scale: float) -> Denoiser:
         def denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
             each = len(x) * (1 if guidance_scale == 1 else 2)
             self.calls += each
@@ -52,10 +59,6 @@ class CountingPolicy:
 
     def _backward(self, each: int) -> None:
         self.calls += 2 * each
-
-    def adapter(self, state: AdapterState) -> AbstractContextManager[None]:
-        """Another state inside the block."""
-        return self.policy.adapter(state)
 
     def merged(self) -> AbstractContextManager[None]:
         """Cheaper evaluations inside the block."""

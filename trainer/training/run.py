@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,11 +20,10 @@ from ..data.batches import Batch
 from ..data.samples import Samples
 from ..lora.file import save_delta, save_lora
 from ..memory import oom as memory
-from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective, RunContext
 from ..objectives.base import ImageFeatures
-from ..policy import Lora, Trainable
+from ..policy import Adaptable, Lora, Trainable
 from ..reward import Reward
 from ..runtime.hashes import file_hash as file_hash
 from ..runtime.processes import ALONE, Processes
@@ -157,13 +156,9 @@ def _default(name: str) -> Objective:
     return OBJECTIVES[name]()
 
 
-def _tune_whole(policy: Trainable) -> None:
-    if not isinstance(policy, DiffusersPolicy):
-        raise ConfigError("tune = full: in a graph an adapter is trained; `python -m trainer train` trains every weight")
-    if policy.original:  # already
-        return
+def _tune_weights(policy: Trainable) -> None:
     try:
-        policy.tune_whole()
+        policy.tune_weights()
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -172,7 +167,6 @@ def _shard(policy: Trainable, config: TrainConfig, processes: Processes) -> None
     for key, needed in (("tune", "lora"), ("compile", False), ("channels_last", False)):
         if getattr(config, key) != needed:
             raise ConfigError(f"{key} = {getattr(config, key)}: sharded weights (FSDP) are for {key} = {needed}; launch with --multi_gpu")
-    assert isinstance(policy, DiffusersPolicy), "a graph is one process"
     policy.shard(processes.weights_mesh(policy.device))
 
 
@@ -277,12 +271,12 @@ class Run:
         self.objective = check_settings(config, samples, self.context, watcher is not None)
         self.loss = self.objective.begin(self.context)
         if config.tune == "full":
-            _tune_whole(policy)
+            _tune_weights(policy)
         elif policy.lora is None:
             policy.add_lora(config.lora, config.seed)
         if processes.sharded:
             _shard(policy, config, processes)
-        policy.checkpoint_gradients(denoiser=config.gradient_checkpointing_denoiser, decoder=config.gradient_checkpointing_vae)
+        policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=config.gradient_checkpointing_vae)
         try:
             self.optimizer = build_optimizer(config.optimizer, policy.parameters(), config.learning_rate, config.weight_decay)
         except ValueError as error:
@@ -477,8 +471,7 @@ class Run:
     def _write_result(self, path: Path) -> None:
         weights = self.ema.values if self.ema else None
         if self.config.tune == "full":
-            assert isinstance(self.policy, DiffusersPolicy), "checked when the run began"
-            save_delta(self.policy, path, self.metadata(), weights, getattr(torch, self.config.delta_dtype))
+            save_delta(cast(Adaptable, self.policy), path, self.metadata(), weights, getattr(torch, self.config.delta_dtype))
         else:
             save_lora(self.policy, path, self.metadata(), weights)
 

@@ -32,8 +32,8 @@ def rms(x):
 
 
 prompts = ["a red star", "a blue ring"]
-x, cond = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), policy.embed(prompts)
-sigma = policy._table[torch.tensor([226, 701])].float()
+x, cond = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), policy.prompts.conditioning(prompts)["encoder_hidden_states"]
+sigma = policy.levels[torch.tensor([226, 701])].float()
 results["unmatched"] = 0
 logging.getLogger().addHandler(Unmatched())
 with torch.inference_mode():

@@ -33,7 +33,7 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
     for name, parameter in [*headless.named_parameters(), *policy.named_parameters()]:
         if "lora_B" in name:  # away from the identity, where half of the gradients vanish
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    policy.checkpoint_gradients(denoiser=True, decoder=True)
+    policy.gradient_checkpointing(denoiser=True, vae=True)
     with policy.loaded([], 4):
         errors["latents"] = float((policy.encode(images)[0] - mean).abs().max())
         for name, objective in {

@@ -18,8 +18,11 @@ demo = embedded.ours("nodes.demo")
 patcher = embedded.build(pipeline_folder)
 model = patcher.model
 
-x, cond = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), policy.embed(["a red star", "a blue ring"])
-sigma = policy._table[torch.tensor([226, 701])].float()  # on the table: between its entries ComfyUI rounds, we interpolate
+x, cond = (
+    torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    policy.prompts.conditioning(["a red star", "a blue ring"])["encoder_hidden_states"],
+)
+sigma = policy.levels[torch.tensor([226, 701])].float()  # on the table: between its entries ComfyUI rounds, we interpolate
 with torch.no_grad():
     ours = policy.denoiser(["a red star", "a blue ring"])(x, sigma)
     errors["denoised"] = float((model.apply_model(x, sigma, c_crossattn=cond) - ours).abs().max())
@@ -32,7 +35,7 @@ with torch.no_grad():
 
 clip = demo.load_clip(Path(pipeline_folder))
 encoded = clip.encode_from_tokens(clip.tokenize("a red star, blurred"))
-errors["text"] = float((encoded - policy.embed(["a red star, blurred"])).abs().max())
+errors["text"] = float((encoded - policy.prompts.conditioning(["a red star, blurred"])["encoder_hidden_states"]).abs().max())
 
 tuned, errors["unmatched"] = embedded.with_lora(patcher, load_file(lora))
 tuned.patch_model()

@@ -131,7 +131,7 @@ class DirectAlign(Stateless):
         if self.source == "offline":
             if not isinstance(batch, Images):
                 raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
-            return batch.latents.to(sigmas.device)
+            return batch.latents.to(run.policy.device)
         return rollout(run.policy, batch, denoiser, run.policy.start(noise, self.steps), sigmas, self.steps, eta=self.eta)
 
     def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:

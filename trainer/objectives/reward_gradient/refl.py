@@ -143,7 +143,7 @@ class ImageReFL(ReFL):
             raise ValueError("ImageReFL trains on real images: give a folder of images with captions, or refl_share = 1")
         policy = run.policy
         sigmas = policy.sigmas(self.steps)
-        latents = batch.latents.to(sigmas.device)
+        latents = batch.latents.to(policy.device)
         low, high = self.index_range(sigmas)
         first = batch.rng.integers("image start", self.start_from, self.start_to, shared=not self.per_sample)
         last = batch.rng.integers("gradient step", low, high, shared=not self.per_sample).maximum(first)

@@ -71,7 +71,7 @@ class SQDF(Objective):
     def check(self, context: RunContext) -> None:
         """Refuse a buffer that no rollout fits into, or that the disk cannot take, and an estimator that is not loaded."""
         policy = context.policy
-        if self.estimator not in policy.states:
+        if self.estimator not in policy.adapters:
             raise ValueError(
                 "estimator = consistency needs a consistency adapter (an LCM-LoRA) of this model: set `consistency`, or estimator = base"
             )
@@ -125,7 +125,7 @@ class SoftQ(Loss):
             exchange(None)  # all files are written before one is read
         uniform = batch.rng.uniform("replay").float()  # float32 as in 0.1.0, so that the same states are drawn
         drawn = self.replay.draw(uniform, o.replay, o.steps, o.gamma)
-        x = torch.stack([self.replay.read(t, i) for t, i in drawn]).to(policy.sigmas(o.steps).device)
+        x = torch.stack([self.replay.read(t, i) for t, i in drawn]).to(policy.device)
         return x, [t.prompt for t, _ in drawn], torch.tensor([i for _, i in drawn]), collected
 
     @torch.no_grad()
@@ -175,10 +175,10 @@ def transition_loss(objective: SQDF, run: RunContext, prompts: Sequence[str], rn
 
     leaf = following.detach().requires_grad_()
     ended = there == 0
-    with torch.enable_grad(), policy.adapter(o.estimator):
-        # the last transition ends in x0 itself: its row is evaluated at the last level and not used
+    with torch.enable_grad():
         guidance_scale = o.guidance_scale if o.estimator == "base" else 1.0
-        estimate = policy.denoiser(prompts, guidance_scale=guidance_scale)(leaf, torch.where(ended, sigmas[-2], there))
+        estimator = policy.denoiser(prompts, adapter=o.estimator, guidance_scale=guidance_scale)
+        estimate = estimator(leaf, torch.where(ended, sigmas[-2], there))
         scores = run.scores(torch.where(per_sample(ended, leaf).bool(), leaf, estimate), prompts)
         discounted = (o.gamma ** (o.steps - 1 - index).double()).to(scores) * scores
         (gradient,) = torch.autograd.grad(discounted.sum(), leaf)

@@ -1,0 +1,109 @@
+"""Text conditioning: each distinct prompt is encoded once, and kept in host memory or in a cache on disk."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..data.cache import TensorCache, key_of
+from ..runtime.hashes import module_hash
+from ..runtime.processes import ALONE, Processes
+from ..runtime.progress import slow
+from .speed import on_device
+
+Conditioning = dict[str, Tensor]
+"""Text conditioning of B prompts: tensors (B,…) by argument name, `encoder_hidden_states` (B,tokens,width) among them."""
+
+# Entries of a text encoder's configuration that its output does not depend on; the weights are hashed with their precision
+_IRRELEVANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+EMBEDDINGS_KEPT = 2 << 30  # bytes of cached embeddings that are also kept in memory
+
+
+class TextModel(Protocol):
+    """A model with text encoders, as `Prompts` uses it."""
+
+    pipeline: Any
+    device: torch.device
+    max_tokens: int | None
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Run the text encoders."""
+        ...
+
+
+class Prompts:
+    """The text conditioning of a model, by prompt."""
+
+    def __init__(self, model: TextModel, encoders: Sequence[nn.Module]) -> None:
+        self.model = model
+        self.encoders = encoders
+        self.offload = False
+        """Whether the text encoders stay on the CPU except while they run."""
+        self._embeddings: dict[str, Conditioning] = {}
+        self._cached: dict[str, tuple[TensorCache, str]] = {}  # cache and key of prompts that need not be in memory
+        self._recent: deque[str] = deque()  # cached prompts that are in memory, oldest first
+
+    def prepare(self, prompts: Sequence[str], cache: TensorCache | None = None, processes: Processes = ALONE) -> None:
+        """Encode prompts that are not known yet; those in `cache` are read instead, and new ones are added to it.
+
+        An embedding takes up to 4 MB (T5). Without a cache all stay in host memory, with one EMBEDDINGS_KEPT bytes of them do.
+        """
+        missing = sorted({p for p in prompts if p not in self._embeddings and p not in self._cached})
+        if not missing:
+            return
+        if cache is None:
+            self._embeddings.update(zip(missing, self._encode(missing)))
+        else:
+            keys = self._keys(missing)
+            cache.fill(keys, lambda part: self._encode([missing[i] for i in part]), processes)
+            self._cached.update({prompt: (cache, key) for prompt, key in zip(missing, keys)})
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """Text conditioning of B prompts, on the CPU."""
+        self.prepare(prompts)
+        rows = [self._embedding(prompt) for prompt in prompts]
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def clear(self) -> None:
+        """Forget the embeddings in memory."""
+        self._embeddings.clear()
+        self._recent.clear()
+
+    def _embedding(self, prompt: str) -> Conditioning:
+        if prompt not in self._embeddings:
+            cache, key = self._cached[prompt]
+            embedding = cache.read(key) or self._encode([prompt])[0]  # its file may have been removed since
+            self._embeddings[prompt] = embedding
+            self._recent.append(prompt)
+            size = sum(value.nbytes for value in embedding.values())
+            while len(self._recent) > max(1, EMBEDDINGS_KEPT // size):
+                self._embeddings.pop(self._recent.popleft(), None)
+        return self._embeddings[prompt]
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Encoded one at a time: batched encoding rounds differently, which would break exact resume."""
+        with on_device(self.encoders, self.model.device, self.offload):
+            return [
+                {key: value[0].cpu() for key, value in self.model.encode_prompts([prompt]).items()}
+                for prompt in slow(prompts, "encoding prompts")
+            ]
+
+    def _keys(self, prompts: Sequence[str]) -> list[str]:
+        """Cache keys: text, tokens, the encoders' weights and configurations, the family and its token limit."""
+        parts: dict[str, Any] = {name: part for name, part in sorted(self.model.pipeline.components.items()) if part is not None}
+        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
+        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
+        configs = {name: {k: v for k, v in part.config.to_dict().items() if k not in _IRRELEVANT} for name, part in encoders.items()}
+        model = [type(self.model).__name__, str(self.model.max_tokens), json.dumps(configs, sort_keys=True, default=str)]
+        model += [f"{name} {module_hash(part)}" for name, part in encoders.items()]
+
+        def tokens(prompt: str) -> str:
+            return str([(t.pad_token_id, t.model_max_length, t(prompt, verbose=False).input_ids) for t in tokenizers])
+
+        return [key_of("prompt", prompt, tokens(prompt), *model) for prompt in prompts]
