@@ -18,7 +18,7 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 
-from ..trainer.demo import files, show
+from ..trainer.demo import files, world
 from .sockets import CATEGORY, image, schema
 
 
@@ -190,7 +190,7 @@ class DemoImages(io.ComfyNode):
     @classmethod
     def execute(cls, count: int, seed: int) -> io.NodeOutput:
         """Draw."""
-        pictures, captions = show.real_images(count, seed)
+        pictures, captions = world.real_images(count, seed)
         return io.NodeOutput(image(pictures), "\n".join(captions))
 
 

@@ -126,7 +126,7 @@ def reward_folder(tmp_path_factory):
 def image_folder(tmp_path_factory):
     """Eight captioned renders as files."""
     from trainer.data import images
-    from trainer.demo.show import real_images
+    from trainer.demo.world import real_images
 
     folder = tmp_path_factory.mktemp("images")
     pictures, captions = real_images(8, 0)

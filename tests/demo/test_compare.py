@@ -51,10 +51,10 @@ def test_one_update_of_a_method_moves_every_adapter(name, tmp_path):
     from safetensors.torch import load_file
 
     from trainer.data.samples import encode_images
-    from trainer.demo import files, show
+    from trainer.demo import files, world
     from trainer.models.unet import UNetPolicy
 
-    samples = encode_images(UNetPolicy.load(files.PIPELINE), *show.real_images(4, 0))
+    samples = encode_images(UNetPolicy.load(files.PIPELINE), *world.real_images(4, 0))
     config = replace(compare.train_config(name, tmp_path, TINY, 0), budget=1)
     compare.train_one(config, samples, ["a red star"])
     lora = load_file(tmp_path / "lora.safetensors")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.embedded import gates
-from trainer.demo import files, show
+from trainer.demo import files, show, world
 from trainer.training.run import file_hash
 
 FIGURES = {"reward", "heldout", "gold", "diversity", "fid", "logcov"}
@@ -58,7 +58,7 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_reader_reads_renders_and_reconstructions():
     policy = show.UNetPolicy.load(files.PIPELINE)
-    measured = gates.reconstruction(policy, files.load_reader(), show.captions(200, "test gates"))
+    measured = gates.reconstruction(policy, files.load_reader(), world.captions(200, "test gates"))
     assert measured["psnr"] > 28
     assert measured["renders"]["joint"] > 0.95
 
@@ -66,8 +66,8 @@ def test_the_reader_reads_renders_and_reconstructions():
 @pytest.mark.slow
 def test_preference_models_prefer_what_the_rater_prefers():
     """On fresh renders that differ in finish and layout alone."""
-    captions = show.captions(60, "test preference")
-    a, b = (show.real_renders(captions, 1, seed) for seed in (1, 2))
+    captions = world.captions(60, "test preference")
+    a, b = (world.real_renders(captions, 1, seed) for seed in (1, 2))
     texts = [c.text for c in captions]
     rewards = show.judges()
     with torch.no_grad():
@@ -77,8 +77,8 @@ def test_preference_models_prefer_what_the_rater_prefers():
 
 
 def test_normalised_rewards_have_unit_scale_on_renders():
-    captions = show.captions(64, "test scale")
-    images = show.real_renders(captions, 1, 1)
+    captions = world.captions(64, "test scale")
+    images = world.real_renders(captions, 1, 1)
     with torch.no_grad():
         scores = files.load_reward("proxy")(images, [c.text for c in captions])
     assert 0.3 < float(scores.std()) < 3

@@ -13,7 +13,7 @@ import torch
 
 from trainer.data.samples import encode_images
 from trainer.demo import files
-from trainer.demo.show import real_images
+from trainer.demo.world import real_images
 from trainer.models.open import open_policy
 from trainer.objectives import OBJECTIVES, RunContext
 from trainer.policy import Lora

@@ -113,7 +113,7 @@ def test_bf16_moves_scores_by_at_most_a_twentieth_of_their_spread(name, opened, 
 
 def test_bf16_moves_trained_scores_by_little():
     """The one reward here whose weights are trained."""
-    from trainer.demo.show import real_images
+    from trainer.demo.world import real_images
 
     images, captions = real_images(64, 0)
     tower = demo.load_tower("proxy")

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.batches import Batch, Images
 from trainer.data.samples import encode_images
-from trainer.demo import files, show
+from trainer.demo import files, world
 from trainer.demo.show import START, STEPS
 from trainer.denoiser import Denoiser
 from trainer.models.diffusers_policy import DiffusersPolicy
@@ -180,7 +180,7 @@ def embedded() -> Stepper:
         tower = files.load_tower("proxy", dtype=dtype)
         return Standardised(tower, *tower.statistics) if tower.statistics else tower
 
-    return Stepper(UNetPolicy.load(files.PIPELINE), *show.real_images(64, 0), reward)
+    return Stepper(UNetPolicy.load(files.PIPELINE), *world.real_images(64, 0), reward)
 
 
 def _memory(field: str) -> float:

@@ -18,7 +18,8 @@ from torch import Tensor
 from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import encode_images
 from trainer.demo import files
-from trainer.demo.show import GUIDANCE, real_images
+from trainer.demo.show import GUIDANCE
+from trainer.demo.world import real_images
 from trainer.lora.file import save_lora
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora

@@ -38,7 +38,7 @@ def read_back(reader: Reader, images: Tensor, captions: list[world.Caption]) -> 
 @torch.no_grad()
 def reconstruction(policy: UNetPolicy, reader: Reader, captions: list[world.Caption]) -> dict[str, Any]:
     """What the autoencoder keeps of renders: peak signal-to-noise ratio in dB, and what the reader still reads."""
-    images = show.real_renders(captions, 1, 7)
+    images = world.real_renders(captions, 1, 7)
     means = torch.cat([policy.encode(part)[0] for part in images.split(64)])
     rebuilt = torch.cat([policy.decode(part) for part in means.split(64)])
     decibels = -10 * (rebuilt - images).square().mean((1, 2, 3)).log10()
@@ -82,7 +82,7 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
 def measure(n: int = 1000) -> dict[str, Any]:
     """Every gate's figure."""
     policy, reader = UNetPolicy.load(files.PIPELINE), files.load_reader()
-    captions = show.captions(n, "gates")
+    captions = world.captions(n, "gates")
     texts = [c.text for c in captions]
     settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=11)
     base = {"": cfg(settings.base)}
@@ -90,7 +90,7 @@ def measure(n: int = 1000) -> dict[str, Any]:
 
     few, each = captions[:40], 8
     repeated = [c.text for c in few for _ in range(each)]
-    drawn, real = generate(policy, repeated, settings, base)[""], show.real_renders(few, each, 3)
+    drawn, real = generate(policy, repeated, settings, base)[""], world.real_renders(few, each, 3)
     groups = torch.arange(len(few)).repeat_interleave(each)
     features = [torch.cat([reader.features(p) for p in x.split(64)]) for x in (drawn, real)]
     diversity = [float(within_prompt_diversity(f, groups).mean()) for f in features]

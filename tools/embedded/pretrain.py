@@ -445,7 +445,7 @@ def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
     from trainer.guidance import cfg
     from trainer.models.unet import UNetPolicy
 
-    prompts = [c.text for c in show.captions(256, "statistics", seed)]
+    prompts = [c.text for c in world.captions(256, "statistics", seed)]
     settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=seed + 99)
     images = generate(UNetPolicy.load(files.PIPELINE), prompts, settings, {"": cfg(settings.base)})[""]
     scores = {name: files.load_reward(name, standardise=False)(images, prompts) for name in architecture.TOWERS}

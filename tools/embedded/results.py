@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from trainer.data.samples import encode_images
-from trainer.demo import files, show
+from trainer.demo import files, show, world
 from trainer.demo.show import GUIDANCE, START, STEPS
 from trainer.generate import Generation, generate
 from trainer.guidance import Slot, cfg, combined
@@ -41,8 +41,8 @@ EVERY = 8  # steps between the points of the training curves, and between the Lo
 def train_both(folder: Path, seed: int, size: show.DemoSize, tuning: show.Tuning) -> dict[str, list[dict[str, float]]]:
     """Train ReFL and ImageReFL, keeping every `EVERY`th adapter; returns the training curves."""
     base = UNetPolicy.load(files.PIPELINE)
-    samples = encode_images(base, *show.real_images(size.real, seed))
-    watched = [c.text for c in show.captions(6, "validation") for _ in range(4)]
+    samples = encode_images(base, *world.real_images(size.real, seed))
+    watched = [c.text for c in world.captions(6, "validation") for _ in range(4)]
     curves: dict[str, list[dict[str, float]]] = {}
     for method in ("refl", "imagerefl"):
         curve = show.Curve(show.judges(), watched, EVERY, seed, folder / method)
@@ -68,7 +68,7 @@ def run_seed(folder: Path, seed: int, updates: int, batch: int, prompts: int, pe
     size = show.DemoSize(refl_updates=updates, imagerefl_updates=updates, batch=batch, prompts=prompts, per_prompt=per_prompt)
     folder.mkdir(parents=True, exist_ok=True)
     curves = train_both(folder, seed, size, show.Tuning())
-    bench = show.Bench(show.captions(prompts, "results"), per_prompt, 1)
+    bench = show.Bench(world.captions(prompts, "results"), per_prompt, 1)
     base_policy, tuned = UNetPolicy.load(files.PIPELINE), {m: _load(folder / m / "lora.safetensors") for m in ("refl", "imagerefl")}
     judged = {key: bench(images) for key, images in show.draw(base_policy, tuned, bench.texts, SWITCHES, SAMPLING_SEED).items()}
     early = early_stop(curves["refl"], curves["imagerefl"])
@@ -105,7 +105,7 @@ def run_grid(folder: Path, rates: tuple[float, ...], updates: int, batch: int, p
 
     A method's choice is the rate with the largest frontier area on the held-out axis, over START and 0.
     """
-    bench = show.Bench(show.captions(prompts, "validation grid"), per_prompt, 1)
+    bench = show.Bench(world.captions(prompts, "validation grid"), per_prompt, 1)
     base_policy = UNetPolicy.load(files.PIPELINE)
     rows: list[dict[str, Any]] = []
     for rate in rates:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.config import build
 from trainer.data.batches import Images
 from trainer.demo import files
-from trainer.demo.show import real_images
+from trainer.demo.world import real_images
 from trainer.lora.file import load_consistency, load_lora
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES, RunContext

@@ -47,7 +47,8 @@ def _samples(config: TrainConfig, policy: DiffusersPolicy, cache: TensorCache | 
     if config.buckets and config.images in ("", "demo"):
         raise ConfigError("buckets = true: they are for `images` of your own")
     if config.images == "demo":
-        from ..demo.show import FULL, real_images
+        from ..demo.show import FULL
+        from ..demo.world import real_images
 
         return encode_images(policy, *real_images(FULL.real, config.seed))
     size = config.image_size or policy.image_size[-1]

@@ -101,7 +101,7 @@ def build_vae() -> AutoencoderKL:
     """64×64 pixels to 4×8×8 latents.
 
     64 channels at full resolution, because 32 channels in 32 groups make the last normalisation forget every colour;
-    no residual blocks on the way down, which the pictures do not need and which would cost half the time.
+    no residual blocks on the way down, which these images do not need and which would cost half the time.
     """
     from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 

@@ -34,7 +34,7 @@ from ..rewards.two_tower import TwoTower
 from ..runtime.hashes import file_hash
 from ..training.evaluation import Watch, Watcher
 from ..training.run import Run, TrainConfig, interruptible
-from . import files, show
+from . import files, show, world
 from .show import GUIDANCE, START, STEPS
 
 log = logging.getLogger(__name__)
@@ -172,10 +172,10 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}: use some of {', '.join(METHODS)}")
     begin = time.monotonic()
-    samples = encode_images(UNetPolicy.load(files.PIPELINE), *show.real_images(size.real, seed))
-    watched = [c.text for c in show.captions(size.watched, "validation")]
+    samples = encode_images(UNetPolicy.load(files.PIPELINE), *world.real_images(size.real, seed))
+    watched = [c.text for c in world.captions(size.watched, "validation")]
     curves = {name: train_one(train_config(name, out / "runs" / name, size, seed), samples, watched) for name in names}
-    bench = show.Bench(show.captions(size.prompts, "methods"), size.per_prompt, 1)
+    bench = show.Bench(world.captions(size.prompts, "methods"), size.per_prompt, 1)
     bench.rewards = judges()
     base_policy = UNetPolicy.load(files.PIPELINE)
     tuned_policies: dict[str, UNetPolicy] = {}
@@ -234,8 +234,8 @@ def grid(folder: Path, names: Sequence[str], size: Size) -> list[dict[str, Any]]
 
     Where the highest rate is the best, the double is tried too, until it is not.
     """
-    samples = encode_images(UNetPolicy.load(files.PIPELINE), *show.real_images(size.real, GRID_SEED))
-    watched = [c.text for c in show.captions(size.watched, "validation grid")]
+    samples = encode_images(UNetPolicy.load(files.PIPELINE), *world.real_images(size.real, GRID_SEED))
+    watched = [c.text for c in world.captions(size.watched, "validation grid")]
     rows: list[dict[str, Any]] = []
     for name in names:
         tried: list[tuple[float, float]] = []

@@ -29,7 +29,7 @@ def _share(value: Tensor, low: float, high: float) -> Tensor:
 
 
 def measure(images: Tensor) -> dict[str, Tensor]:
-    """Finish, layout and artefacts of pictures (B,3,64,64) in [0,1], each part about 0 to 1, (B,)."""
+    """Finish, layout and artefacts of images (B,3,64,64) in [0,1], each part about 0 to 1, (B,)."""
     frame = torch.cat(
         [images[..., :3, :].flatten(2), images[..., -3:, :].flatten(2), images[..., :3].flatten(2), images[..., -3:].flatten(2)], 2
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -24,14 +23,13 @@ from ..metrics.summary import Judged, area_interval, frontier_area, intervals, j
 from ..models.unet import UNetPolicy
 from ..policy import Lora
 from ..reward import Reward
-from ..rng import generator, seed_of
 from ..training.run import Run, TrainConfig, file_hash, interruptible
 from . import files, world
 
 log = logging.getLogger(__name__)
 
 STEPS = 20  # sampler steps of the embedded world, in training and generation
-# Where tuned models are trained from, and the headline k. The paper's 30 of 40 would be 15 of 20, but pictures of 64×64 have little
+# Where tuned models are trained from, and the headline k. The paper's 30 of 40 would be 15 of 20, but images of 64×64 pixels have little
 # fine detail left to decide there (docs/embedded-world.md): under 15 % of what a reward sees. Here it is a quarter to a third.
 START = 12
 GUIDANCE = 2.0  # of the base model: 3 follows the prompt better still, and loses a tenth of the variety
@@ -63,30 +61,6 @@ class Tuning:
     rank: int = 8
     refl_share: float = 0.25
     diffusion_weight: float = 0.05
-
-
-def captions(n: int, *purpose: int | str) -> list[world.Caption]:
-    """`n` different captions of the training law."""
-    rng = random.Random(seed_of("captions", *purpose))
-    found: dict[str, world.Caption] = {}
-    while len(found) < n:
-        scene = [rng.randrange(len(values)) for values in world.ATTRIBUTES.values()]
-        caption = world.draw_caption(scene, rng)
-        found[caption.text] = caption
-    return list(found.values())
-
-
-def real_images(n: int, seed: int) -> tuple[Tensor, list[str]]:
-    """`n` renders (n,3,64,64) with a caption each: the demo's data set."""
-    attributes, jitter = world.draw_scenes(n, generator(seed, "real images"))
-    rng = random.Random(seed_of(seed, "real captions"))
-    return world.render(attributes, jitter), [world.draw_caption(s, rng).text for s in attributes.tolist()]
-
-
-def real_renders(prompts: list[world.Caption], per_prompt: int, seed: int) -> Tensor:
-    """Renders (P·n,3,64,64) of what each prompt leaves open, drawn from the world's law."""
-    parts = [world.render(*world.completions(c, per_prompt, generator(seed, "renders", i))) for i, c in enumerate(prompts)]
-    return torch.cat(parts)
 
 
 def train_config(method: str, out: Path, size: DemoSize, tuning: Tuning, seed: int) -> TrainConfig:
@@ -170,7 +144,7 @@ class Bench:
         self.texts = [c.text for c in prompts for _ in range(per_prompt)]
         self.rewards, self.features = judges(), files.load_reader().features
         with torch.no_grad():
-            self.reference = torch.cat([self.features(part) for part in real_renders(prompts, 4 * per_prompt, seed).split(64)])
+            self.reference = torch.cat([self.features(part) for part in world.real_renders(prompts, 4 * per_prompt, seed).split(64)])
 
     def __call__(self, images: Tensor) -> Judged:
         """Judge images (N,3,64,64) of `texts`."""
@@ -196,8 +170,8 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     size, tuning = (QUICK if quick else FULL), Tuning()
     open_folder(out, overwrite=overwrite, resume=resume)
     base = UNetPolicy.load(files.PIPELINE)
-    samples = encode_images(base, *real_images(size.real, seed))
-    watched = [c.text for c in captions(4 if quick else 8, "watch", seed) for _ in range(4)]
+    samples = encode_images(base, *world.real_images(size.real, seed))
+    watched = [c.text for c in world.captions(4 if quick else 8, "watch", seed) for _ in range(4)]
     configs = {m: train_config(m, out / "runs" / m, size, tuning, seed) for m in ("refl", "imagerefl")}
     tuned: dict[str, UNetPolicy] = {}
     curves: dict[str, list[dict[str, float]]] = {}
@@ -209,7 +183,7 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
         tuned[method], curves[method] = UNetPolicy.load(files.PIPELINE), curve.points()
         load_lora(tuned[method], lora)
 
-    bench = Bench(captions(size.prompts, "test", seed), size.per_prompt, seed + 1)
+    bench = Bench(world.captions(size.prompts, "test", seed), size.per_prompt, seed + 1)
     drawn = draw(base, tuned, bench.texts, size.switches, seed)
     judged = {key: bench(images) for key, images in drawn.items()}
     shown = Comparison(

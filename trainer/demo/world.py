@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..rng import generator, seed_of
 
 SIZE = 64  # pixels
 
@@ -31,7 +34,7 @@ FINISH = ("edge", "tone", "light")
 """The attributes that say how a scene is rendered rather than what it shows."""
 
 # How often a caption names each attribute: content mostly, layout sometimes, finish seldom. Where the object stands is never
-# said: a UNet on 8×8 latents has no sense of place, and after 200 000 pictures it still put "on the left" anywhere.
+# said: a UNet on 8×8 latents has no sense of place, and after 200 000 images it still put "on the left" anywhere.
 _NAMED = {"shape": 0.9, "colour": 0.75, "size": 0.4, "position": 0.0, "background": 0.5, "edge": 0.25, "tone": 0.25, "light": 0.25}
 
 _RGB = torch.tensor(
@@ -73,7 +76,7 @@ def draw_caption(scene: list[int], rng: random.Random) -> Caption:
 
 
 def completions(caption: Caption, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`n` scenes that a caption allows: what it names is fixed, the rest is drawn from the scene law."""
+    """`n` scenes that a caption allows: what it names is fixed, the rest is drawn at random."""
     attributes, jitter = draw_scenes(n, generator)
     for column, name in enumerate(ATTRIBUTES):
         if name in caption.named:
@@ -123,7 +126,7 @@ def vocabulary() -> list[str]:
 
 
 def render(attributes: Tensor, jitter: Tensor) -> Tensor:
-    """Anti-aliased pictures of scenes.
+    """Anti-aliased images of scenes.
 
     attributes: (B,8) int64; jitter: (B,8) in [0,1): tilt, radius, x, y, light direction, brightness of object and
     background, hue. Returns (B,3,64,64) in [0,1].
@@ -154,6 +157,29 @@ def render(attributes: Tensor, jitter: Tensor) -> Tensor:
     thing = rgb[:, :, None, None] * shading[:, None]
     ground = _BACKGROUND_RGB[background] * (0.94 + 0.12 * jitter[:, 6:7])
     return (alpha[:, None] * thing + (1 - alpha[:, None]) * ground[:, :, None, None]).clamp(0, 1)
+
+
+def captions(n: int, *purpose: int | str) -> list[Caption]:
+    """`n` different captions of random scenes; the same for the same purpose."""
+    rng = random.Random(seed_of("captions", *purpose))
+    found: dict[str, Caption] = {}
+    while len(found) < n:
+        caption = draw_caption([rng.randrange(len(values)) for values in ATTRIBUTES.values()], rng)
+        found[caption.text] = caption
+    return list(found.values())
+
+
+def real_images(n: int, seed: int) -> tuple[Tensor, list[str]]:
+    """`n` renders (n,3,64,64) with a caption each: the demo's data set."""
+    attributes, jitter = draw_scenes(n, generator(seed, "real images"))
+    rng = random.Random(seed_of(seed, "real captions"))
+    return render(attributes, jitter), [draw_caption(scene, rng).text for scene in attributes.tolist()]
+
+
+def real_renders(prompts: Sequence[Caption], per_prompt: int, seed: int) -> Tensor:
+    """Renders (P·n,3,64,64) that match each prompt; what it does not name is drawn at random."""
+    parts = [render(*completions(caption, per_prompt, generator(seed, "renders", i))) for i, caption in enumerate(prompts)]
+    return torch.cat(parts)
 
 
 def _between(bounds: Tensor, fraction: Tensor) -> Tensor:
