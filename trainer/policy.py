@@ -145,8 +145,8 @@ class AdapterSet(Container[str], Protocol):
         """The network's own parameters by name."""
         ...
 
-    def tune_weights(self, names: Collection[str] | None = None) -> Mapping[str, nn.Parameter]:
-        """Make copies of the parameters `names` (default: all) the adapter `tuned`; returns them by name."""
+    def tune_weights(self, names: Collection[str] | None = None, adapter: str = "tuned") -> Mapping[str, nn.Parameter]:
+        """Make copies of the parameters `names` (default: all) an adapter; returns them by name."""
         ...
 
     @property

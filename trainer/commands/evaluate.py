@@ -72,17 +72,16 @@ def run(args: argparse.Namespace) -> int:
     switches = [Switch.parse(text) for text in args.switches.split(",") if text]
     device, loras = device_of(args), _loras(args.lora)
     judges = _judges(args, device)
-    base = policy_of(args)
-    tuned: dict[str, DiffusersPolicy] = {}
+    policy = policy_of(args)
+    adapters = {name: f"evaluated{i}" for i, name in enumerate(loras)}  # a user's name may mean something to peft, or to the policy
     for name, file in loras.items():
-        tuned[name] = policy_of(args)
-        load_lora(tuned[name], file)
-    sigmas = base.sigmas(settings.steps)
+        load_lora(policy, file, adapter=adapters[name])
+    sigmas = policy.sigmas(settings.steps)
     steps = list(dict.fromkeys([s.index(sigmas) for s in switches] or [0, round(0.75 * settings.steps)]))
     same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(f) for n, f in loras.items()}}
-    study = Study(args.out.with_name(args.out.name + ".parts"), prompts, [(name, k) for name in tuned for k in steps], judges, same)
+    study = Study(args.out.with_name(args.out.name + ".parts"), prompts, [(name, k) for name in loras for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
-    _draw(study, base, tuned, steps, settings)
+    _draw(study, policy, adapters, steps, settings)
     real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
     results: dict[str, Any] = {**study.summarise(real), "config": {**plain(settings), "switches": steps, "n": len(prompts)}}
     args.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
@@ -99,23 +98,23 @@ def _loras(given: Sequence[str]) -> dict[str, Path]:
     for text in given:
         name, _, file = text.rpartition("=")
         name = name or Path(file).stem
-        if name in files:
-            raise ConfigError(f"two tuned models are called {name}: give --lora NAME=FILE")
+        if name in files or name == BASE[0]:
+            raise ConfigError(f"two models are called {name}: give --lora NAME=FILE")
         files[name] = Path(file)
     return files
 
 
-def _draw(study: Study, base: DiffusersPolicy, tuned: Mapping[str, DiffusersPolicy], steps: Sequence[int], settings: Generation) -> None:
-    """Generate the parts that are not in the study yet."""
+def _draw(study: Study, policy: DiffusersPolicy, adapters: Mapping[str, str], steps: Sequence[int], settings: Generation) -> None:
+    """Generate the chunks of prompts that are not in the study yet; adapters: of each tuned model, by its name."""
     from tqdm import tqdm
 
-    mixes = {(name, k): combined(settings.base, settings.tuned(model=name), k) for name in tuned for k in steps}
+    mixes = {(name, k): combined(settings.base, settings.tuned(adapter), k) for name, adapter in adapters.items() for k in steps}
     mixes[BASE] = cfg(settings.base)
     parts = list(study.parts(settings.chunk))
     total = sum(len(part.prompts) for part in parts) * len(study.points)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for part in parts:
-            study.add(part, generate(base, part.prompts, settings, mixes, tuned, bar.update, part.first))
+            study.add(part, generate(policy, part.prompts, settings, mixes, progress=bar.update, first=part.first))
 
 
 def _judges(args: argparse.Namespace, device: str) -> Judges:

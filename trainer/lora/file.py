@@ -186,21 +186,23 @@ def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Pat
 # -- loading into a policy ---------------------------------------------------------------------------------------------
 
 
-def load_lora(policy: Adaptable, path: Path, strength: float = 1.0) -> dict[str, Any]:
-    """Attach the LoRA of a file of any known layout, scaled by `strength`, to a policy without adapter; every key must match.
+def load_lora(policy: Adaptable, path: Path, strength: float = 1.0, adapter: str = "tuned") -> dict[str, Any]:
+    """Attach the LoRA of a file of any known layout, scaled by `strength`, as the adapter of that name; every key must match.
 
     Modules may differ in rank and alpha: they are padded with zeros to the highest rank. Full weight differences are added
-    to a second version of the weights. Returns the file's metadata.
+    to another version of the weights. Returns the file's metadata.
     """
     tensors, metadata, header = read_lora(path)
     if names.is_delta(tensors) or (metadata and not tensors):  # after training that changed nothing the file is empty
         changes = _checked_changes(policy, tensors, path)
         with torch.no_grad():
-            for name, parameter in policy.adapters.tune_weights(changes).items():
+            for name, parameter in policy.adapters.tune_weights(changes, adapter).items():
                 parameter.copy_(parameter.float() + strength * changes[name].to(policy.device, torch.float32))
         return metadata
 
     def attach(lora: Lora) -> Mapping[str, nn.Parameter]:
+        if adapter != "tuned":
+            return policy.adapters.attach(adapter, lora)
         policy.add_lora(lora)
         return dict(policy.named_parameters())
 

@@ -1,4 +1,4 @@
-"""The adapters of one network, by name: LoRAs by peft, and full fine-tuning as the adapter `tuned`.
+"""The adapters of one network, by name: LoRAs by peft, and whole versions of its weights from full fine-tuning.
 
 `base` is no adapter, `tuned` is what training moves; any others are frozen. One adapter is active at a time.
 """
@@ -31,8 +31,7 @@ class Adapters:
         self.targets = targets
         """The modules that a LoRA without targets of its own adapts."""
         self.active = "tuned"
-        self.weights: WeightSwap | None = None
-        """The versions of the weights, where these are tuned instead of a LoRA."""
+        self._swaps: dict[str, WeightSwap] = {}  # adapters that are versions of the weights
         self._attached: set[str] = set()
         self._layers: dict[str, Any] = {}  # peft's layers by module name
         self._inside: dict[nn.Module, set[nn.Module]] = {}  # modules of a block
@@ -41,17 +40,19 @@ class Adapters:
         self._adaptable: dict[str, nn.Linear | nn.Conv2d] = dict(adaptable)
 
     def __contains__(self, name: object) -> bool:
-        return name in ("base", "tuned") or name in self._attached
+        return name in ("base", "tuned") or name in self._attached or name in self._swaps
 
     def check(self, name: str) -> None:
         """Raise ValueError unless the adapter is loaded."""
         if name not in self:
-            raise ValueError(f"no adapter {name!r} is loaded: use one of {', '.join(sorted({'base', 'tuned', *self._attached}))}")
+            raise ValueError(
+                f"no adapter {name!r} is loaded: use one of {', '.join(sorted({'base', 'tuned', *self._attached, *self._swaps}))}"
+            )
 
     @property
     def tuned(self) -> bool:
         """Whether a tuned model exists beside the base."""
-        return "tuned" in self._attached or self.weights is not None
+        return "tuned" in self._attached or "tuned" in self._swaps
 
     @property
     def merged(self) -> bool:
@@ -68,9 +69,9 @@ class Adapters:
         """
         from peft import LoraConfig
 
-        if name in self._attached or (name == "tuned" and self.tuned):
+        if name in self._attached or name in self._swaps:
             raise ValueError(f"this policy already has the adapter {name!r}")
-        if self.weights is not None:
+        if "tuned" in self._swaps:
             raise ValueError(f"attach the adapter {name!r} before full tuning: peft freezes every weight")
         targets = self.targets if lora.targets is None else lora.targets
         modules = self.matching(targets)
@@ -113,26 +114,29 @@ class Adapters:
         return self._adaptable
 
     def parameters(self, name: str = "tuned") -> dict[str, nn.Parameter]:
-        """An adapter's parameters by peft's names; the tuned weights by their own names under full tuning."""
-        if name == "tuned" and self.weights is not None:
-            return dict(self.weights.tuned)
+        """An adapter's parameters by peft's names; those of a version of the weights by their own names."""
+        if name in self._swaps:
+            return dict(self._swaps[name].tuned)
         key = _peft_name(name)
         sides = ((path, half, getattr(layer, f"lora_{half}")) for path, layer in self._layers.items() for half in "AB")
         return {f"{path}.lora_{half}.{key}.weight": side[key].weight for path, half, side in sides if key in side}
 
     # -- full tuning -----------------------------------------------------------------------------------------------
 
-    def tune_weights(self, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
-        """Make the network's parameters `names` (default: all) the adapter `tuned`; the originals stay as `base`."""
-        if self.tuned:
-            raise ValueError("this policy already has the adapter 'tuned'")
-        self.weights = WeightSwap(self.network, names)
-        return self.weights.tuned
+    def tune_weights(self, names: Collection[str] | None = None, adapter: str = "tuned") -> dict[str, nn.Parameter]:
+        """Make copies of the network's parameters `names` (default: all) an adapter; the originals stay as `base`."""
+        if adapter in self._attached or adapter in self._swaps:
+            raise ValueError(f"this policy already has the adapter {adapter!r}")
+        active = self.active
+        self._switch("base")
+        self._swaps[adapter] = WeightSwap(self.network, names)
+        self._switch(active)
+        return self._swaps[adapter].tuned
 
     @property
     def original(self) -> dict[str, nn.Parameter]:
         """The base version of the weights that full tuning trains; empty with a LoRA."""
-        return self.weights.original if self.weights else {}
+        return self._swaps["tuned"].original if "tuned" in self._swaps else {}
 
     def network_weights(self) -> dict[str, nn.Parameter]:
         """The network's own parameters in their active version, by name."""
@@ -162,8 +166,11 @@ class Adapters:
     def _switch(self, name: str, block: nn.Module | None = None) -> None:
         self.active = name
         inside = self._modules_of(block) if block is not None else None
-        if self.weights is not None:
-            self.weights.activate(tuned=name == "tuned", within=inside)
+        for other, swap in self._swaps.items():
+            if other != name:
+                swap.activate(tuned=False, within=inside)
+        if name in self._swaps:
+            self._swaps[name].activate(tuned=True, within=inside)
         for layer in self._layers.values():
             if inside is None or layer in inside:
                 # not by peft's methods, which also set requires_grad

@@ -191,7 +191,7 @@ class DiffusersPolicy:
 
     def tune_weights(self) -> None:
         """Train every parameter of the network instead of a LoRA; the originals stay in memory as the base model."""
-        if self.adapters.weights is not None:
+        if self.adapters.original:
             return
         if self.dtype != torch.float32:
             # float32 masters beside bfloat16 weights would take the memory that float32 weights take

@@ -1,0 +1,62 @@
+"""Several tuned models are compared over one pipeline, and each generates what it would alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from trainer.__main__ import main
+from trainer.commands import options
+from trainer.generate import Generation, generate
+from trainer.guidance import cfg, combined
+from trainer.lora.file import load_lora, save_delta, save_lora
+from trainer.metrics.study import BASE, Study
+from trainer.models.load import load_policy
+from trainer.policy import Lora
+
+PROMPTS = ["a red star", "a blue ring"]
+
+
+@pytest.fixture(scope="module")
+def files(pipeline_folder, tmp_path_factory):
+    """Two sets of weight differences and two LoRAs that differ in rank, alpha and modules, all random."""
+    folder = tmp_path_factory.mktemp("tuned")
+    kinds = {"tuned": None, "small": Lora(rank=2, alpha=2.0), "whole": None, "wide": Lora(4, 8.0, ("to_q", "to_v"))}
+    for seed, (name, lora) in enumerate(kinds.items()):
+        policy = load_policy(pipeline_folder)
+        policy.add_lora(lora) if lora else policy.tune_weights()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter) if lora else 0.01 * torch.randn_like(parameter))
+        path = folder / f"{name}.safetensors"
+        save_lora(policy, path, {}) if lora else save_delta(policy, path, {}, None, torch.float32)
+    return {name: folder / f"{name}.safetensors" for name in kinds}
+
+
+def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, reward_folder, files, tmp_path, monkeypatch):
+    drawn, opened, opener, add = {}, [], options.open_policy, Study.add
+    monkeypatch.setattr(options, "open_policy", lambda *a: opened.append(a[0]) or opener(*a))
+    monkeypatch.setattr(Study, "add", lambda self, part, images: drawn.update(images) or add(self, part, images))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    names = [argument for name, file in files.items() for argument in ("--lora", f"{name}={file}")]
+    shown = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "2", "--steps", "4", "--switches", "0,2"]
+    command = ["evaluate", "--model", str(pipeline_folder), *names, "--reward", str(reward_folder), *shown]
+    assert main([*command, "--out", str(tmp_path / "x.json")]) == 0
+    assert opened == [str(pipeline_folder)]
+
+    settings, prompts = Generation(steps=4), [p for p in PROMPTS for _ in range(2)]
+    points = [(name, k) for name in files for k in (0, 2)]
+    assert set(drawn) == {BASE, *points}
+    alone = generate(load_policy(pipeline_folder), prompts, settings, {BASE: cfg(settings.base)})
+    for name, file in files.items():
+        policy = load_policy(pipeline_folder)
+        load_lora(policy, file)
+        alone |= generate(policy, prompts, settings, {(name, k): combined(settings.base, settings.tuned(), k) for k in (0, 2)})
+    assert {point: float((images - drawn[point]).abs().max()) for point, images in alone.items()} == dict.fromkeys(drawn, 0.0)
+    distances = [float((drawn[a] - drawn[b]).abs().max()) for a in drawn for b in drawn if a < b]
+    assert min(distances) > 1e-3
+    results = json.loads((tmp_path / "x.json").read_text())
+    assert [(p["model"], p["k"]) for p in results["points"]] == points
