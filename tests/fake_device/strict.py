@@ -183,7 +183,7 @@ def strict(mode: Literal["cuda", "mps"] = "cuda") -> Strict:
     """Inside, operators on `fake:0` and `fake:1` raise Refused where CUDA (or MPS) would raise, or read the wrong memory.
 
     `cuda`: tensors of several devices in one operator, but for CPU scalars in pointwise ones and CPU indices; CPU
-    generators that draw on the device. `mps`: float64 on the device too, and copies to the CPU that convert on the way.
+    generators that draw on the device. `mps`: the same, float64 on the device, and copies to the CPU that convert on the way.
     `region()` counts transfers inside a block.
     """
     install()

@@ -43,7 +43,8 @@ def test_all_objectives_are_here():
     assert OBJECTIVES.keys() == known.keys()
 
 
-@pytest.mark.parametrize("mode", ["cuda", "mps"])
+# `mps` refuses all that `cuda` refuses
+@pytest.mark.parametrize("mode", ["mps", pytest.param("cuda", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_step_is_that_of_the_cpu(name, mode, tmp_path):
     on_fake(mode, *arguments(name, tmp_path / "run"))
