@@ -176,22 +176,22 @@ class DemoImages(io.ComfyNode):
             node_id="ImageReFLDemoImages",
             display_name="Demo Images",
             category=f"{CATEGORY}/demo",
-            description="Real pictures of the embedded world with their captions: training data, and a reference for FID.",
+            description="Real images of the embedded world with their captions: training data, and a reference for FID.",
             inputs=[
-                io.Int.Input("count", default=128, min=1, max=4096, tooltip="Number of pictures, 1 to 4096."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Which pictures."),
+                io.Int.Input("count", default=128, min=1, max=4096, tooltip="Number of images, 1 to 4096."),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Which images."),
             ],
             outputs=[
                 io.Image.Output("images", display_name="IMAGE", tooltip="64×64 renders."),
-                io.String.Output("captions", display_name="captions", tooltip="One per line, in the order of the pictures."),
+                io.String.Output("captions", display_name="captions", tooltip="One per line, in the order of the images."),
             ],
         )
 
     @classmethod
     def execute(cls, count: int, seed: int) -> io.NodeOutput:
         """Draw."""
-        pictures, captions = world.real_images(count, seed)
-        return io.NodeOutput(image(pictures), "\n".join(captions))
+        rendered, captions = world.real_images(count, seed)
+        return io.NodeOutput(image(rendered), "\n".join(captions))
 
 
 NODES = [LoadDemoModel, DemoImages]

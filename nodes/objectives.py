@@ -11,7 +11,7 @@ from ..trainer.objectives import OBJECTIVES
 from .sockets import CATEGORY, Objective, collected, schema, widgets
 
 
-def objective_node(name: str, kind: type[Any]) -> type[io.ComfyNode]:
+def objective_node(name: str, objective: type[Any]) -> type[io.ComfyNode]:
     """The node of one objective."""
 
     class Node(io.ComfyNode):
@@ -19,21 +19,21 @@ def objective_node(name: str, kind: type[Any]) -> type[io.ComfyNode]:
         def define_schema(cls) -> io.Schema:
             """Sockets and texts."""
             return schema(
-                node_id=f"ImageReFLObjective{kind.__name__}",
-                display_name=f"Objective: {kind.__name__}",
+                node_id=f"ImageReFLObjective{objective.__name__}",
+                display_name=f"Objective: {objective.__name__}",
                 category=f"{CATEGORY}/training",
-                description=" ".join(inspect.cleandoc(kind.__doc__ or "").split()),
-                inputs=widgets(kind),
+                description=" ".join(inspect.cleandoc(objective.__doc__ or "").split()),
+                inputs=widgets(objective),
                 outputs=[Objective.Output("objective", display_name="OBJECTIVE", tooltip="For Align LoRA Train.")],
             )
 
         @classmethod
         def execute(cls, **values: Any) -> io.NodeOutput:
             """The objective; impossible settings are refused here, before any step."""
-            return io.NodeOutput((name, collected(kind, values)))
+            return io.NodeOutput((name, collected(objective, values)))
 
-    Node.__name__ = f"Objective{kind.__name__}"
+    Node.__name__ = f"Objective{objective.__name__}"
     return Node
 
 
-NODES = [objective_node(name, kind) for name, kind in OBJECTIVES.items()]
+NODES = [objective_node(name, cls) for name, cls in OBJECTIVES.items()]

@@ -204,7 +204,7 @@ class SaveScored(io.ComfyNode):
         place = folder_paths.get_save_image_path(filename_prefix[0], folder_paths.get_output_directory(), width, height)
         folder, filename, counter, subfolder, _ = place
         saved: list[dict[str, str]] = []
-        for i, (picture, value) in enumerate(zip(batch, scores)):
+        for i, (one, value) in enumerate(zip(batch, scores)):
             info = PngInfo()
             info.add_text("score", json.dumps({reward_name[0]: value}))
             if not args.disable_metadata:
@@ -213,7 +213,7 @@ class SaveScored(io.ComfyNode):
                 for key, text in (_first(cls.hidden.extra_pnginfo) or {}).items():
                     info.add_text(key, json.dumps(text))
             name = f"{filename.replace('%batch_num%', str(i))}_{counter + i:05}_.png"
-            to_pil(picture).save(Path(folder) / name, pnginfo=info)
+            to_pil(one).save(Path(folder) / name, pnginfo=info)
             saved.append({"filename": name, "subfolder": subfolder, "type": "output"})
         return io.NodeOutput(ui={"images": saved})
 

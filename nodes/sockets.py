@@ -34,9 +34,9 @@ def pixels(image: torch.Tensor) -> torch.Tensor:
     return image[..., :3].movedim(-1, 1).float().clamp(0, 1)
 
 
-def image(pictures: torch.Tensor) -> torch.Tensor:
+def image(pixels_: torch.Tensor) -> torch.Tensor:
     """(B,3,H,W) in [0,1] -> IMAGE (B,H,W,3) on the CPU."""
-    return pictures.detach().movedim(1, -1).float().cpu().contiguous()
+    return pixels_.detach().movedim(1, -1).float().cpu().contiguous()
 
 
 def figure(drawn: Any) -> torch.Tensor:
@@ -55,26 +55,28 @@ def widget_name(field: str) -> str:
     return NAMES[field][0] if field in NAMES else field
 
 
-def widgets(kind: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:
+def widgets(cls: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:
     """One input per field of a dataclass, with its default, range and help; a field that may be None is an optional socket."""
-    hints = typing.get_type_hints(kind)
-    return [_widget(f, hints[f.name]) for f in dataclasses.fields(kind) if f.name not in skip]
+    hints = typing.get_type_hints(cls)
+    return [_widget(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in skip]
 
 
 def _widget(field: Any, hint: Any) -> Any:
     meta, tooltip = field.metadata, _sentence(field)
-    name = widget_name(field.name)
+    name, label = widget_name(field.name), NAMES.get(field.name, (None, None))[1]
     if hint is bool:
-        return io.Boolean.Input(name, default=field.default, tooltip=tooltip)
+        return io.Boolean.Input(name, display_name=label, default=field.default, tooltip=tooltip)
     if hint is int:
-        return io.Int.Input(name, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip)
+        return io.Int.Input(
+            name, display_name=label, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip
+        )
     if hint is float:
         low, high = float(meta.get("min", -1e6)), float(meta.get("max", 1e6))
         # a step as fine as the default: learning rates and loss weights are small
         step = 10.0 ** -_decimals(field.default)
-        return io.Float.Input(name, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
+        return io.Float.Input(name, display_name=label, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
     if typing.get_origin(hint) is typing.Literal:
-        return io.Combo.Input(name, options=list(typing.get_args(hint)), default=field.default, tooltip=tooltip)
+        return io.Combo.Input(name, display_name=label, options=list(typing.get_args(hint)), default=field.default, tooltip=tooltip)
     if typing.get_origin(hint) is tuple:
         return io.String.Input(name, default=", ".join(map(str, field.default)), tooltip=f"{tooltip} Separate by commas.")
     if type(None) in typing.get_args(hint):
@@ -94,13 +96,13 @@ def _sentence(field: Any) -> str:
     return f"{text} Range: {', '.join(bounds)}." if bounds else text
 
 
-def collected(kind: type[Any], values: Mapping[str, Any]) -> Any:
+def collected(cls: type[Any], values: Mapping[str, Any]) -> Any:
     """The dataclass that a node's widgets describe; wrong values raise the trainer's own sentence."""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(cls)
     values = {RENAMED.get(name, name): value for name, value in values.items()}
     given = {k: v for k, v in values.items() if k in hints and v is not None}
     for name, value in given.items():
         if typing.get_origin(hints[name]) is tuple and isinstance(value, str):
             parts = [part.strip() for part in value.split(",") if part.strip()]
             given[name] = [int(part) for part in parts] if typing.get_args(hints[name])[0] is int else parts
-    return build(kind, given)
+    return build(cls, given)

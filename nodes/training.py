@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import build
 from ..trainer.objectives import OBJECTIVES, ImageReFL
-from ..trainer.policy import Lora
+from ..trainer.policy import ATTENTION, Lora
 from ..trainer.training.run import TrainConfig
 from .graph_run import NEW, resumable, train_in_graph
 from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, schema, widget_name, widgets
@@ -33,7 +33,10 @@ def _run_inputs() -> list[Any]:
     own = [w for w in widgets(TrainConfig, tuple(f.name for f in fields(TrainConfig) if f.name not in _OURS))]
     return [
         *own,
-        *widgets(Lora),
+        *widgets(Lora, ("targets",)),
+        io.String.Input(
+            "targets", default=", ".join(ATTENTION), tooltip="Module names that get an adapter: attention projections. Separate by commas."
+        ),
         io.String.Input("name", default="imagerefl", tooltip="Folder of the run, below output/imagerefl; a number is added if it exists."),
         io.Combo.Input(
             "resume",

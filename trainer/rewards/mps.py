@@ -190,7 +190,7 @@ class MPS(PromptCachedReward[_Prompt]):
         return _Prompt(tokens, pooled, affinity / affinity.amax() > self.threshold)
 
     def _tokens(self, text: str) -> tuple[Tensor, Tensor]:
-        ids = self.tokenize([text]).to(self.device)
+        ids = self.tokenize([text]).to(self.home)
         end = self.text.vocab_size - 1
         ids = ids.masked_fill((ids == end).cumsum(1) > 0, end)  # padded with end tokens, as in training: every position counts here
         tokens, pooled = text_tokens(self.text, ids)

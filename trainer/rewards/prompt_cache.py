@@ -41,8 +41,8 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
         """Encode one prompt with the text tower, on the image tower's device."""
 
     @property
-    def device(self) -> torch.device:
-        """The image tower's."""
+    def home(self) -> torch.device:
+        """The image tower's device; not `device`, which ComfyUI sets on every model that it moves."""
         return self.visual.conv1.weight.device
 
     @property
@@ -67,14 +67,14 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
         missing = list(dict.fromkeys(p for p in prompts if p not in self._encoded))
         if not missing:
             return
-        home = self.text.positional_embedding.device
+        before = self.text.positional_embedding.device
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not meet a graph later
             try:
-                self.text.to(self.device)
+                self.text.to(self.home)
                 for prompt in slow(missing, "prompts of a reward"):  # one at a time: batched encoding rounds differently
                     self._encoded[prompt] = self.encode_prompt(prompt)
             finally:
-                self.text.to(home)
+                self.text.to(before)
 
     def place(self, device: str | torch.device, prompts: Sequence[str] | None = None) -> None:
         """Move to `device`; with `prompts`, encode them there and leave the text tower on the CPU.

@@ -73,7 +73,7 @@ class TwoTower(PromptCachedReward[Tensor]):
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """(D,) unit vector."""
-        return F.normalize(self.text(self.tokenize([prompt]).to(self.device)).float(), dim=-1)[0]
+        return F.normalize(self.text(self.tokenize([prompt]).to(self.home)).float(), dim=-1)[0]
 
 
 def encode_images(visual: Any, images: Tensor) -> Tensor:
