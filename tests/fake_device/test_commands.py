@@ -8,7 +8,7 @@ import json
 import torch
 from fake_device.runs import on_cpu, on_fake, same_numbers
 
-from trainer.data import images as pictures
+from trainer.data import images
 from trainer.demo import files
 
 
@@ -29,7 +29,7 @@ def test_images_are_those_of_the_cpu(tmp_path):
     names = sorted(path.name for path in written[0].glob("*.png"))
     assert len(names) == 4 and names == sorted(path.name for path in written[1].glob("*.png"))
     for name in names:
-        expected, found = (pictures.load(folder / name, 64) for folder in written)
+        expected, found = (images.load(folder / name, 64) for folder in written)
         assert float(expected.std()) > 0.05
         torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255, msg=lambda text, name=name: f"{name}: {text}")
 
