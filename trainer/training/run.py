@@ -23,7 +23,7 @@ from ..memory import oom as memory
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective, RunContext
 from ..objectives.base import ImageFeatures
-from ..policy import Adaptable, Lora, Trainable
+from ..policy import ATTENTION, Adaptable, Lora, Trainable
 from ..reward import Reward
 from ..runtime.hashes import file_hash as file_hash
 from ..runtime.processes import ALONE, Processes
@@ -350,6 +350,8 @@ class Run:
         if state["base"] != self.base_hash:
             raise ConfigError(f"{self.checkpoint_path} was written over other weights than those of {self.config.model}")
         then, now = present_names(json.loads(state["settings"])), json.loads(json.dumps(self.config.describe()))
+        if now["lora"]["targets"] is None and then["lora"]["targets"] == [*ATTENTION]:
+            then["lora"]["targets"] = None  # in 0.1.0 the default, which meant the model's own attention projections
         changed = sorted(k for k in now if k not in ("steps", "budget") and now[k] != then.get(k))
         if changed == ["batch_size", "gradient_accumulation_steps"] and _samples(now) == _samples(then):
             log.warning(
@@ -359,6 +361,8 @@ class Run:
             raise ConfigError(
                 f"{self.checkpoint_path} was written with another {changed[0]}: {then.get(changed[0])!r}, now {now[changed[0]]!r}"
             )
+        if state["adapter"].keys() != dict(self.policy.named_parameters()).keys():
+            raise ConfigError(f"{self.checkpoint_path} was written with another adapter: give the lora.targets of then")
         self._write(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:

@@ -176,6 +176,7 @@ def transition_loss(objective: SQDF, run: RunContext, prompts: Sequence[str], rn
     leaf = following.detach().requires_grad_()
     ended = there == 0
     with torch.enable_grad():
+        # the last transition ends in x0 itself: its row is evaluated at the last level and not used
         guidance_scale = o.guidance_scale if o.estimator == "base" else 1.0
         estimator = policy.denoiser(prompts, adapter=o.estimator, guidance_scale=guidance_scale)
         estimate = estimator(leaf, torch.where(ended, sigmas[-2], there))
