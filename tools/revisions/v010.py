@@ -63,7 +63,7 @@ def run(policy: UNetPolicy, case: Case) -> dict[str, Tensor]:
     """Loss, logs and gradient of a case, by name."""
     reward, features = open_reward(case.reward), open_features(case.features)
     with tempfile.TemporaryDirectory() as folder, Float64():
-        latents, _ = policy.encode(IMAGES[:SAMPLES])
+        latents = policy.encode(IMAGES[:SAMPLES])[0].contiguous()  # as a run's batches are; kernels depend on the layout
         around = Surroundings(Path(folder), tuple(PROMPTS), features)
         objective = build(OBJECTIVES[case.objective], case.settings)
         objective.check(policy, reward, around)
