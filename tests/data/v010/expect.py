@@ -48,7 +48,9 @@ def resume(out: Path) -> None:
     """LoRA, log and watch of every run after two more steps."""
     logs = {}
     for run in RUNS:
-        assert main(["train", f"{run}.toml", "--resume", "--steps=4"]) == 0
+        # 0.1.0 kept the old loop's rollouts where a resumed black-box run began a new loop; its whole run is what is right
+        start = "--overwrite" if run == "sqdf-black-box" else "--resume"
+        assert main(["train", f"{run}.toml", start, "--steps=4"]) == 0
         save_file(load_file(f"{run}/lora.safetensors"), out / f"{run}.safetensors")
         logs[run] = lines(run)
     watch = json.loads(Path("imagerefl", "watch.json").read_text())
