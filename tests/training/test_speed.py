@@ -223,7 +223,7 @@ def test_compiled_blocks_serve_every_adapter_state_and_keep_every_name(tuned, tm
 @FAMILIES
 def test_parked_encoders_come_back_for_what_is_new_and_leave_again(family, family_folder, monkeypatch):
     """There is no second device here: what is watched is where modules are sent."""
-    policy, plain = (load_policy(family_folder(family), image_size=64) for _ in range(2))
+    policy, plain = (load_policy(family_folder(family), image_size=64, offload=offload) for offload in (True, False))
     policy.prompts.conditioning(PROMPTS)
     sent = []
     parts = {id(m): name for name, m in policy.pipeline.components.items() if isinstance(m, nn.Module)}
@@ -232,11 +232,10 @@ def test_parked_encoders_come_back_for_what_is_new_and_leave_again(family, famil
     monkeypatch.setattr(
         nn.Module, "to", lambda self, device, *a, **k: sent.append((parts[id(self)], str(device))) or whole(self, device, *a, **k)
     )
-    policy.device = torch.device("cpu", 0)  # equal in effect, another name than the plain "cpu"
     texts = {name for name in parts.values() if name.startswith("text_encoder")}
     images = {"vae.encoder"} | ({"vae.quant_conv"} if policy.vae.quant_conv is not None else set())
-    policy.offload_encoders()
-    assert set(sent) == {(name, "cpu") for name in texts | images} and texts
+    policy.to(torch.device("cpu", 0))  # equal in effect, another name than the plain "cpu"
+    assert sent == [(policy.network_name, "cpu:0"), ("vae", "cpu:0"), *((name, "cpu") for name in sorted(images))] and texts
     sent.clear()
     policy.prompts.conditioning(PROMPTS)
     policy.decode(torch.zeros(1, *policy.latent_shape))
@@ -277,7 +276,7 @@ def test_a_decoder_in_slices_has_the_gradient_of_the_whole_and_one_image_at_a_ti
     policy = tuned("sdxl")
     policy.gradient_checkpointing(denoiser=False, vae=blocks)
     whole, pull = through_decoder(policy)
-    policy.vae_slicing = True
+    policy.autoencoder.slicing = True
     sizes = []
     inner = policy.vae.decode
     monkeypatch.setattr(policy.vae, "decode", lambda latents: sizes.append(len(latents)) or inner(latents))
@@ -299,7 +298,7 @@ def test_a_sliced_decoder_keeps_nothing_but_latents_for_the_backward_pass(tuned)
         return sum(saved)
 
     whole = kept()
-    policy.vae_slicing = True
+    policy.autoencoder.slicing = True
     assert kept() < whole / 100
 
 
@@ -435,7 +434,12 @@ def test_the_switches_reach_a_run(pipeline_folder, reward_folder, image_folder, 
     }
     assert main(["train", *settings(pipeline_folder, reward_folder, image_folder, tmp_path / "run", **on)]) == 0
     (policy,) = seen
-    assert policy.prompts.offload and policy.merge_rollouts and policy.vae_slicing and (tmp_path / "run" / "lora.safetensors").is_file()
+    assert (
+        policy.prompts.offload
+        and policy.merge_rollouts
+        and policy.autoencoder.slicing
+        and (tmp_path / "run" / "lora.safetensors").is_file()
+    )
     with pytest.raises(ConfigError, match="reward_dtype = 'float16': use one of float32, bfloat16"):
         build(TrainConfig, {"out": "x", "reward_dtype": "float16"})
 

@@ -94,7 +94,7 @@ class Stepper:
         """Bring the models into the case's state."""
         policy = self.policy
         policy.gradient_checkpointing(denoiser=case.denoiser, vae=case.decoder)
-        policy.merge_rollouts, policy.vae_slicing = case.merges, case.slices
+        policy.merge_rollouts, policy.autoencoder.slicing = case.merges, case.slices
         for module, own in self.processors.items():
             module.set_attn_processor(AttnProcessor() if case.plain_attention else dict(own))
             module.to(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)

@@ -116,7 +116,7 @@ def _place_rewards(
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
     """The settings that change time and memory and, but for rounding, no result."""
-    policy.merge_rollouts, policy.vae_slicing = config.merge_rollouts, config.vae_slicing
+    policy.merge_rollouts, policy.autoencoder.slicing = config.merge_rollouts, config.vae_slicing
     if config.channels_last:
         policy.use_channels_last()
     if config.compile:

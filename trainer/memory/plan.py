@@ -287,7 +287,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         folder = Path(name)
         config = replace(_bounded(config), out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
         parked = config.offload_encoders and not config.device.startswith("cpu")
-        policy.vae_slicing = config.vae_slicing
+        policy.autoencoder.slicing = config.vae_slicing
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
         picture = torch.empty(1, *policy.latent_shape, device=META)
         samples = Samples(prompts, LatentsInMemory(*[picture.expand(len(prompts), -1, -1, -1)] * 2))
@@ -316,7 +316,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             tally.forget_peak()
             if models.pictures and config.images:
                 if parked:
-                    tally.hold(tensors(*policy.image_encoder()), "autoencoder's encoder weights")
+                    tally.hold(tensors(*policy.autoencoder.encoder), "autoencoder's encoder weights")
                 with tally.during("autoencoder's encoder"):
                     together = min(batch_size_for(policy.image_size), models.pictures)
                     policy.encode(torch.empty(together, 3, *policy.image_size, device=META))
@@ -424,7 +424,7 @@ def _hold_weights(tally: Tally, models: Models, run: Run) -> None:
     tally.hold(policy.parameters(), "adapter")
     tally.hold(policy.adapters.original.values(), "original weights")
     tally.hold(tensors(policy.vae), "autoencoder weights")
-    tally.hold(tensors(*policy.image_encoder()), "autoencoder's encoder weights")
+    tally.hold(tensors(*policy.autoencoder.encoder), "autoencoder's encoder weights")
     if run.ema:
         tally.hold(run.ema.values.values(), "moving average")
 

@@ -1,6 +1,6 @@
 """The adapters of one network, by name: LoRAs by peft, and whole versions of its weights from full fine-tuning.
 
-`base` is no adapter, `tuned` is what training moves; any others are frozen. One adapter is active at a time.
+`base` means none, `tuned` is what training moves; any others are frozen. One adapter is active at a time.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Adapters:
         self._inside.clear()
 
     def matching(self, targets: Collection[str]) -> list[str]:
-        """The adaptable modules that are called one of `targets`, or whose name ends with one that is no whole name."""
+        """The adaptable modules that are called one of `targets`, or else whose last parts are."""
         whole = {target for target in targets if target in self._adaptable}
         ends = tuple(f".{target}" for target in targets if target not in whole)
         return [name for name in self._adaptable if name in whole or name.endswith(ends)]

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a policy: denoiser, autoencoder and precision. Adapters, prompts and speed have files of their own.
+"""A diffusers pipeline as a policy, put together from adapters, prompts, an autoencoder, and memory and speed settings.
 
 A family's file subclasses it and states how its network is called and on which noise levels. Weights may be bfloat16;
 adapters, noise levels and x0-predictions are float32.
@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser, classifier_free_guidance
 from ..policy import ATTENTION, Lora, LoraLayout, initial_down
-from ..runtime.hashes import module_hash
 from ..sampling import Space, add_noise
 from . import speed
 from .adapters import Adapters
+from .autoencoder import Autoencoder
 from .configs import ModelConfig
 from .prompts import Conditioning, Prompts
 
@@ -36,40 +35,28 @@ def without_dtype_warning() -> Generator[None]:
 
 
 class DiffusersPolicy:
-    """A diffusers pipeline as a trainer.policy.Trainable; families subclass it.
+    """A diffusers pipeline as a trainer.policy.Trainable; families subclass it and state the attributes and methods up to `sigmas`.
 
     `dtype` of the frozen weights: float32 or bfloat16. `image_size`: pixels, one number or (height, width); None is the
     model's own. With `offload` all modules stay on the CPU: encoders visit `device` while they run, `to` moves the rest there.
     """
 
-    # -- what a family states --------------------------------------------------------------------------------------
-
     space: Space = "ve"
     lora_layout: LoraLayout = "kohya"
-    pipeline_name: ClassVar[str]
-    """The diffusers pipeline, as `model_index.json` names it."""
-    network_name: ClassVar[str]
-    """The pipeline's component that is trained."""
-    published: ClassVar[Mapping[str, ModelConfig]] = {}
-    """Configurations of published models by name."""
-    targets: ClassVar[tuple[str, ...]] = ATTENTION
-    """The attention projections' names, which a LoRA without explicit targets adapts."""
-    blocks: ClassVar[tuple[str, ...]] = ()
-    """Classes of the network's repeated blocks, which are compiled."""
-    patch: ClassVar[int] = 1
-    """Latents per side of one token."""
-    arguments: ClassVar[Mapping[str, Any]] = {}
-    """Arguments of the pipeline's loaders."""
-    index: ClassVar[Mapping[str, Any]] = {}
-    """Entries of `model_index.json` besides the components."""
-    optional: ClassVar[tuple[str, ...]] = ()
-    """Components that may be absent."""
-    max_tokens: int | None = None
-    """Limit of the text encoder's tokens; None is the tokenizer's own."""
+    pipeline_name: ClassVar[str]  # the diffusers pipeline, as `model_index.json` names it
+    network_name: ClassVar[str]  # the pipeline's component that is trained
+    published: ClassVar[Mapping[str, ModelConfig]] = {}  # published models by name
+    targets: ClassVar[tuple[str, ...]] = ATTENTION  # modules that a LoRA without explicit targets adapts
+    blocks: ClassVar[tuple[str, ...]] = ()  # classes of the network's repeated blocks, which are compiled
+    patch: ClassVar[int] = 1  # latents per side of one token
+    arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's loaders
+    index: ClassVar[Mapping[str, Any]] = {}  # entries of `model_index.json` besides the components
+    optional: ClassVar[tuple[str, ...]] = ()  # components that may be absent
+    max_tokens: int | None = None  # of the text encoders; None is the tokenizer's limit
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-        """The name in `published` of a single-file checkpoint with tensors of these names and shapes, None if it is none of them.
+        """The name in `published` of a single-file checkpoint with tensors of these shapes; None if it is none of them.
 
         Raises ValueError for a checkpoint of this architecture that is not supported.
         """
@@ -98,8 +85,6 @@ class DiffusersPolicy:
         """Decreasing noise levels (steps+1,) on the CPU, the last one 0."""
         raise NotImplementedError
 
-    # -- loading ---------------------------------------------------------------------------------------------------
-
     def __init__(
         self,
         pipeline: Any,
@@ -110,9 +95,7 @@ class DiffusersPolicy:
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"weights in {dtype}: use float32 or bfloat16; float16 loses small reward gradients")
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.pipeline = pipeline
+        self.device, self.dtype, self.pipeline = torch.device(device), dtype, pipeline
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         for module in modules:
             module.to("cpu" if offload else self.device).requires_grad_(False).eval()
@@ -120,14 +103,11 @@ class DiffusersPolicy:
                 module.to(dtype)
         self.network: Any = getattr(pipeline, self.network_name)
         self.vae = pipeline.vae
+        self.autoencoder = Autoencoder(self.vae)
         self.adapters = Adapters(self.network, self.targets)
-        self.prompts = Prompts(self, [m for m in modules if m is not self.network and m is not self.vae])
-        self.prompts.offload = offload
+        self.prompts = Prompts(self, [m for m in modules if m is not self.network and m is not self.vae], offload)
         self.lora: Lora | None = None
-        self.merge_rollouts = False
-        """Whether `merged` merges the adapter into the weights; float32 only, in bfloat16 small updates would be lost."""
-        self.vae_slicing = False
-        """Whether `decode` takes one image at a time, and keeps only its latent for the backward pass."""
+        self.merge_rollouts = False  # in bfloat16 it has no effect: small updates would be lost
         self.latent_shape = self._latent_shape(image_size)
 
     @classmethod
@@ -139,32 +119,24 @@ class DiffusersPolicy:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **options: Any):
-        """Load a diffusers folder of this family (weights from safetensors only); `options` as of the class."""
-        folder = Path(folder)
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-        return cls(cls.load_pipeline(folder, dtype), device, dtype, **options)
+        """Load a diffusers folder of this family; `options` as of the class."""
+        return cls(cls.load_pipeline(Path(folder), dtype), device, dtype, **options)
 
     @classmethod
     def load_pipeline(cls, folder: Path, dtype: torch.dtype) -> Any:
-        """The pipeline of a diffusers folder."""
+        """The pipeline of a diffusers folder (weights from safetensors only)."""
         with without_dtype_warning():
             return cls.pipeline_class().from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **cls.arguments)
 
     @property
-    def vae_scale(self) -> int:
-        """Pixels per latent and side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
     def unit(self) -> int:
         """Pixels of which both sides of an image must be multiples."""
-        return self.vae_scale * self.patch
+        return self.autoencoder.downscaling * self.patch
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of what `latent_shape` decodes to."""
-        return self.latent_shape[1] * self.vae_scale, self.latent_shape[2] * self.vae_scale
+        return self.latent_shape[1] * self.autoencoder.downscaling, self.latent_shape[2] * self.autoencoder.downscaling
 
     def _latent_shape(self, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
         channels = int(self.vae.config.latent_channels)
@@ -173,15 +145,10 @@ class DiffusersPolicy:
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % self.unit or width % self.unit or min(height, width) < self.unit:
             raise ValueError(f"images of {width}×{height} pixels: this model takes multiples of {self.unit}")
-        return channels, height // self.vae_scale, width // self.vae_scale
-
-    # -- what is trained -------------------------------------------------------------------------------------------
+        return channels, height // self.autoencoder.downscaling, width // self.autoencoder.downscaling
 
     def add_lora(self, lora: Lora, seed: int = 0) -> None:
-        """Attach the adapter that is trained, at first the identity; its random half depends on `seed` alone.
-
-        A target is a module's whole name, or the last parts of one.
-        """
+        """Attach the adapter that is trained, at first the identity; its random half depends on `seed` alone."""
         parameters = self.adapters.attach("tuned", lora)
         self.lora = lora
         with torch.no_grad():
@@ -209,10 +176,8 @@ class DiffusersPolicy:
         """What the optimizer moves."""
         return list(self.adapters.parameters().values())
 
-    # -- denoisers -------------------------------------------------------------------------------------------------
-
     def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
-        """As in trainer.policy.Policy. Gradients reach x through every adapter, and parameters through `tuned` alone."""
+        """See trainer.policy.Policy."""
         self.adapters.check(adapter)
         conditioning = self.prompts.conditioning(prompts)
         if guidance_scale != 1:
@@ -222,7 +187,7 @@ class DiffusersPolicy:
         return PromptedDenoiser(self, adapter, guidance_scale, uploaded)
 
     def merged(self) -> AbstractContextManager[None]:
-        """As in trainer.policy.Policy, where `merge_rollouts` is on."""
+        """See trainer.policy.Policy; `merge_rollouts` switches it on."""
         return self.adapters.merging() if self.merge_rollouts and self.dtype == torch.float32 else nullcontext()
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
@@ -234,59 +199,29 @@ class DiffusersPolicy:
         """α(σ)·x0 + σ·noise."""
         return add_noise(x0, noise, sigma, self.space)
 
-    # -- images ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, float32, of the scaled latents of images (B,3,H,W) in [0,1]."""
-        with speed.on_device(self.image_encoder(), self.device, self.prompts.offload):
-            posterior = self.vae.encode((images.to(self.device) * 2 - 1).to(self.vae.dtype)).latent_dist
-        scale, shift = self._latent_scale()
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        with speed.on_device(self.autoencoder.encoder, self.device, self.prompts.offload):
+            return self.autoencoder.encode(images.to(self.device))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
-        if not torch.is_grad_enabled():
-            pixels = self.image_size[0] * self.image_size[1]
-            few = 1 if self.vae_slicing else max(1, 2**21 // pixels)  # eight of 512² are enough to keep a GPU busy
-            return torch.cat([self._decode(part) for part in latents.split(few)])
-        if not self.vae_slicing:
-            return self._decode(latents)
-        return torch.cat([checkpoint(self._decode, one, use_reentrant=False) for one in latents.split(1)])
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        scale, shift = self._latent_scale()
-        pixels = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
-
-    def _latent_scale(self) -> tuple[float, float]:
-        return float(self.vae.config.scaling_factor), float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+        return self.autoencoder.decode(latents)
 
     def latents_depend_on(self) -> str:
-        """Identifies everything that an image's latents depend on."""
-        return f"{module_hash(self.vae)}/{self._latent_scale()}"
-
-    # -- memory and speed ------------------------------------------------------------------------------------------
-
-    def image_encoder(self) -> list[nn.Module]:
-        """The autoencoder's modules that read images."""
-        return [m for m in (self.vae.encoder, getattr(self.vae, "quant_conv", None)) if m is not None]
+        """Identifies all that an image's latents depend on."""
+        return self.autoencoder.key()
 
     def encoders(self) -> list[nn.Module]:
         """The modules that training does not need once prompts and images are encoded."""
-        return [*self.prompts.encoders, *self.image_encoder()]
-
-    def offload_encoders(self) -> None:
-        """Keep the encoders on the CPU except while they run."""
-        self.prompts.offload = True
-        speed.move(self.encoders(), "cpu")
+        return [*self.prompts.encoders, *self.autoencoder.encoder]
 
     def to(self, device: str | torch.device) -> None:
         """Move all modules to a device, except offloaded encoders."""
         self.device = torch.device(device)
         speed.move([self.network, self.vae, *([] if self.prompts.offload else self.prompts.encoders)], self.device)
         if self.prompts.offload:
-            speed.move(self.image_encoder(), "cpu")
+            speed.move(self.autoencoder.encoder, "cpu")
 
     def use_channels_last(self) -> None:
         """Store convolutions with channels as the fastest dimension, as tensor cores want them."""
@@ -304,8 +239,8 @@ class DiffusersPolicy:
 
     def gradient_checkpointing(self, *, denoiser: bool, vae: bool) -> None:
         """Trade time for memory: recompute activations in the backward pass."""
-        speed.checkpoint_network(self.network, self.adapters, denoiser)
-        speed.checkpoint_decoder(self.vae.decoder, vae)
+        speed.recompute_network(self.network, self.adapters, denoiser)
+        speed.recompute_decoder(self.vae.decoder, vae)
 
 
 @dataclass(frozen=True)
@@ -317,8 +252,8 @@ class PromptedDenoiser:
     guidance_scale: float
     conditioning: Conditioning
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """x (B,C,h,w) and sigma (B,) -> x0-prediction (B,C,h,w), float32."""
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
+        """See Denoiser."""
         policy, adapters = self.policy, self.policy.adapters
         graph = torch.is_grad_enabled() and (self.adapter == "tuned" or x.requires_grad)
         x = x.to(policy.device)
@@ -332,7 +267,7 @@ class PromptedDenoiser:
             return classifier_free_guidance(conditional, unconditional, self.guidance_scale)
 
     def rows(self, index: Tensor) -> PromptedDenoiser:
-        """The denoiser of the prompts `index` (B',), which shares the uploaded conditioning."""
+        """See Denoiser."""
         if self.guidance_scale != 1:
             empty = len(next(iter(self.conditioning.values()))) // 2
             index = torch.cat([index, index + empty])

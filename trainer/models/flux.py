@@ -83,11 +83,11 @@ class FluxPolicy(FlowPolicy):
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See FlowPolicy."""
         rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-        guided = self.network.config.guidance_embeds
+        strength = torch.full_like(sigma, self.embedded_guidance) if self.network.config.guidance_embeds else None
         output = self.network(
             hidden_states=pack(x),
             timestep=sigma,
-            guidance=torch.full_like(sigma, self.embedded_guidance) if guided else None,
+            **{"guidance": strength},
             txt_ids=x.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
             img_ids=self._image_ids(rows, columns, x),
             **conditioning,

@@ -39,10 +39,9 @@ class TextModel(Protocol):
 class Prompts:
     """The text conditioning of a model, by prompt."""
 
-    def __init__(self, model: TextModel, encoders: Sequence[nn.Module]) -> None:
-        self.model = model
-        self.encoders = encoders
-        self.offload = False
+    def __init__(self, model: TextModel, encoders: Sequence[nn.Module], offload: bool) -> None:
+        self.model, self.encoders = model, encoders
+        self.offload = offload
         """Whether the text encoders stay on the CPU except while they run."""
         self._embeddings: dict[str, Conditioning] = {}
         self._cached: dict[str, tuple[TensorCache, str]] = {}  # cache and key of prompts that need not be in memory

@@ -75,7 +75,7 @@ class SDXLPolicy(UNetPolicy):
         """See UNetPolicy."""
         text, latents = conditioning["encoder_hidden_states"], (x.shape[-2], x.shape[-1])
         if latents not in self._size_ids or self._size_ids[latents].device != text.device:
-            height, width = (side * self.vae_scale for side in latents)
+            height, width = (side * self.autoencoder.downscaling for side in latents)
             ids = [height, width, 0, 0, height, width]  # size, crop, target size
             self._size_ids[latents] = torch.tensor(ids, dtype=text.dtype, device=text.device)
         added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._size_ids[latents].expand(len(x), -1)}

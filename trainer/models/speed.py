@@ -69,7 +69,7 @@ def shard(network: Any, mesh: Any) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
 
 
-def checkpoint_network(network: Any, adapters: Adapters, enabled: bool) -> None:
+def recompute_network(network: Any, adapters: Adapters, enabled: bool) -> None:
     """Recompute the network's activations block by block in the backward pass."""
     if enabled:
         network.enable_gradient_checkpointing(partial(_checkpointed_block, adapters))
@@ -89,7 +89,7 @@ def _checkpointed_block(adapters: Adapters, block: nn.Module, *arguments: Any) -
     return checkpoint(forward, *arguments, use_reentrant=False)
 
 
-def checkpoint_decoder(decoder: nn.Module, enabled: bool) -> None:
+def recompute_decoder(decoder: nn.Module, enabled: bool) -> None:
     """Recompute the activations of each part of an autoencoder's decoder in the backward pass.
 
     diffusers would recompute whole blocks, the last of which has three residual blocks at full resolution.
