@@ -13,7 +13,7 @@ from .denoiser import Denoise
 from .guidance import Mix, Parts, Slot, weighted_sum
 from .policy import Policy
 from .rng import Rng
-from .sampling import Method, NoiseAt, Space, trajectory
+from .sampling import Method, NoiseAt, Space, last_of, trajectory
 
 K = TypeVar("K")
 
@@ -103,7 +103,7 @@ def branches(
         for parts, members in alike.items():
             stop = next((j for j in range(i + 1, steps) if any(mix.at(j, levels[j]) != parts for mix in members.values())), steps)
             denoise = weighted_sum([(denoiser_of(slot), value) for slot, value in parts])
-            *_, end = trajectory(denoise, x, sigmas, noise_at, method, i, stop, space=space, previous=previous)
+            end = last_of(trajectory(denoise, x, sigmas, noise_at, method, i, stop, space=space, previous=previous))
             waiting.append((members, stop, end.x_next, end.denoised))
 
 

@@ -8,6 +8,7 @@ networks, prompts or rewards.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -121,6 +122,11 @@ def end_of(x: Tensor, transitions: Iterable[Transition]) -> Tensor:
     for transition in transitions:
         x = transition.x_next
     return x
+
+
+def last_of(transitions: Iterable[Transition]) -> Transition:
+    """The last of some transitions; the others are not kept."""
+    return deque(transitions, maxlen=1).pop()
 
 
 def _transition(

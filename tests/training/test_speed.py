@@ -21,8 +21,8 @@ from trainer.config import ConfigError, build
 from trainer.lora.file import save_lora
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.load import load_policy
-from trainer.objectives import SQDF, ImageReFL, ReFL
-from trainer.objectives.reward_gradient.shared import rollout
+from trainer.objectives import SQDF, ImageReFL, ReFL, RunContext
+from trainer.objectives.reward_gradient.shared import Sampler
 from trainer.objectives.reward_gradient.sqdf import rollouts
 from trainer.policy import Lora
 from trainer.rng import Rng
@@ -174,7 +174,7 @@ def test_rollouts_are_merged(tuned, monkeypatch):
     monkeypatch.setattr(type(policy), "predict", predict)
     x = batch(policy).latents
     first, last = torch.tensor([0, 1]), torch.tensor([2, 4])
-    rollout(policy, batch(policy), policy.denoiser(PROMPTS), x, policy.sigmas(4), last, first, 0.0)
+    Sampler(RunContext(policy), batch(policy), 4, 1.0, 0.0).rollout(x, last, first)
     assert seen and all(folded for _, folded in seen)
     seen.clear()
     rollouts(SQDF(steps=3, buffer_gb=0.0), policy, PROMPTS, batch(policy).rng)

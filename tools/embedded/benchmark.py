@@ -21,15 +21,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.data.batches import Batch, Images
+from trainer.data.batches import Images
 from trainer.data.samples import encode_images
 from trainer.demo import files, world
 from trainer.demo.show import START, STEPS
-from trainer.denoiser import Denoiser
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext
-from trainer.objectives.reward_gradient.shared import rollout
+from trainer.objectives.reward_gradient.shared import Sampler
 from trainer.policy import Lora
 from trainer.rewards.base import RewardModel
 from trainer.rewards.two_tower import TwoTower
@@ -45,12 +44,9 @@ NOISE = ReFL(steps=STEPS, grad_from=START, grad_to=STEPS - 1)
 class SeparateForwards(ImageReFL):
     """ImageReFL with the start evaluated twice, once for each loss, as the official code does."""
 
-    def _from_start(
-        self, run: RunContext, batch: Batch, denoiser: Denoiser, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        sigmas = run.policy.sigmas(self.steps)
-        x = rollout(run.policy, batch, denoiser, start, sigmas, last, first, self.eta)
-        return x, denoiser(x, sigmas[last])
+    def _from_start(self, sampler: Sampler, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        x = sampler.rollout(start, last, first)
+        return x, sampler.denoiser(x, sampler.sigmas[last])
 
 
 @dataclasses.dataclass(frozen=True)

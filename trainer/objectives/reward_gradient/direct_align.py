@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
-from ...denoiser import Denoiser, per_sample
+from ...denoiser import per_sample
 from ...reward import PrefixReward, Reward
 from ...sampling import Space, alpha
 from ..base import Logs, RunContext, Stateless
-from .shared import rollout, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
+from .shared import Sampler, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
 
 Branch = Literal["denoise", "inversion", "both"]
 Source = Literal["online", "offline"]
@@ -97,11 +97,9 @@ class DirectAlign(Stateless):
 
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        policy = run.policy
-        sigmas, noise = policy.sigmas(self.steps), batch.rng.start_noise(batch.shape(policy))
-        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
-        x0 = self._clean(run, batch, denoiser, noise, sigmas)
-        noise = noise.to(x0)
+        policy, sampler = run.policy, Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
+        sigmas, x0 = sampler.sigmas, self._clean(batch, sampler)
+        noise = sampler.start_noise.to(x0)
         low, high = self.sigma_low, min(self.sigma_high, to_flow(float(sigmas[0]), policy.space))
         losses: list[Tensor] = []
         logs: dict[str, list[Tensor]] = {}
@@ -113,7 +111,7 @@ class DirectAlign(Stateless):
                 called = low + (high - low) * (share * (1 - self.gap) + (0 if inversion else self.gap))
                 recovered = called + (high - low) * (self.gap if inversion else -self.gap)
                 here, there = (from_flow(s, policy.space).to(x0.dtype) for s in (called, recovered))
-                denoised = denoiser(policy.add_noise(x0, noise, here), here)
+                denoised = sampler.denoiser(policy.add_noise(x0, noise, here), here)
                 estimate = x0 + per_sample(blend_weight(here, there, policy.space), x0) * (denoised - x0)
                 value, more = self.value(run, batch, policy.decode(estimate), share, inversion)
                 losses.append(-(weight.to(value) * value).mean())
@@ -127,12 +125,12 @@ class DirectAlign(Stateless):
         share = batch.rng.uniform(f"level/{level}", torch.float32).double()
         return self.shift * share / (1 + (self.shift - 1) * share)
 
-    def _clean(self, run: RunContext, batch: Batch, denoiser: Denoiser, noise: Tensor, sigmas: Tensor) -> Tensor:
-        if self.source == "offline":
-            if not isinstance(batch, Images):
-                raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
-            return batch.latents.to(run.policy.device)
-        return rollout(run.policy, batch, denoiser, run.policy.start(noise, self.steps), sigmas, self.steps, eta=self.eta)
+    def _clean(self, batch: Batch, sampler: Sampler) -> Tensor:
+        if self.source == "online":
+            return sampler.rollout(sampler.start(), self.steps)
+        if not isinstance(batch, Images):
+            raise ValueError("offline Direct-Align trains on real images: give a folder of images with captions, or source = online")
+        return batch.latents.to(sampler.policy.device)
 
     def value(self, run: RunContext, batch: Batch, images: Tensor, share: Tensor, inversion: bool) -> tuple[Tensor, Logs]:
         """What is maximised, (B,), and logs. Inversion moves against the prediction, so there the reward is minimised."""

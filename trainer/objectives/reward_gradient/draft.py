@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ...data.batches import Batch
 from ...denoiser import Denoise
 from ...rng import generator
-from ...sampling import end_of, trajectory
+from ...sampling import end_of
 from ..base import Logs, RunContext, Stateless
-from .shared import reward_threshold, rollout, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
+from .shared import Sampler, reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
 
 
 def recomputation() -> Any:
@@ -56,14 +56,11 @@ class Chain(Stateless):
 
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        policy, first, shape = run.policy, self.first(batch), batch.shape(run.policy)
-        sigmas, noise_at = policy.sigmas(self.steps), batch.rng.step_noise(shape)
-        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
-        x = policy.start(batch.rng.start_noise(shape), self.steps)
-        x = rollout(policy, batch, denoiser, x, sigmas, first, eta=self.eta)
-        denoise = recomputed(denoiser, self.recompute)
-        x = end_of(x, trajectory(denoise, x, sigmas, noise_at, first=first, eta=self.eta, space=policy.space))
-        scores = self.score(run, batch, denoise, x, sigmas)
+        sampler, first = Sampler(run, batch, self.steps, self.guidance_scale, self.eta), self.first(batch)
+        denoise = recomputed(sampler.denoiser, self.recompute)
+        x = sampler.rollout(sampler.start(), first)
+        x = end_of(x, sampler.trajectory(denoise, x, first))
+        scores = self.score(run, batch, denoise, x, sampler.sigmas)
         return self.reward_weight * shaped(scores, self.threshold).mean(), {"reward": scores.detach().reshape(-1, len(x)).mean(0)}
 
     def score(self, run: RunContext, batch: Batch, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...data.batches import Batch
 from ...denoiser import Denoise, per_sample
-from ...sampling import Space, alpha, trajectory
+from ...sampling import Space, alpha, last_of
 from ..base import Logs, RunContext, Stateless
 from .draft import recomputation, recomputed
-from .shared import reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
+from .shared import Sampler, reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,11 @@ class DRTune(Stateless):
 
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        policy, shape = run.policy, batch.shape(run.policy)
-        sigmas, noise_at = policy.sigmas(self.steps), batch.rng.step_noise(shape)
+        sampler = Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
         last = self.steps - 1 - int(batch.rng.integers("early stop", 0, self.early_stop - 1, shared=True)[0])
-        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
-        denoise = self._detached(denoiser, {float(sigmas[i]) for i in self._trained(batch, last)}, policy.space)
-        x = policy.start(batch.rng.start_noise(shape), self.steps)
-        *_, end = trajectory(denoise, x, sigmas, noise_at, last=last + 1, eta=self.eta, space=policy.space)
+        trained = {float(sampler.sigmas[i]) for i in self._trained(batch, last)}
+        denoise = self._detached(sampler.denoiser, trained, run.policy.space)
+        end = last_of(sampler.trajectory(denoise, sampler.start(), last=last + 1))
         scores = run.scores(end.denoised, batch.prompts)
         return self.reward_weight * shaped(scores, self.threshold).mean(), {"reward": scores.detach()}
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
-from ...denoiser import Denoiser, per_sample
-from ...sampling import alpha, end_of, trajectory
+from ...denoiser import per_sample
+from ...sampling import alpha, end_of
 from ..base import Logs, RunContext, Stateless
 from .shared import (
+    Sampler,
     distance_to_base,
     reward_threshold,
-    rollout,
     rollout_noise,
     sampler_steps,
     shaped,
@@ -77,14 +77,11 @@ class ReFL(Stateless):
 
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        policy = run.policy
-        sigmas = policy.sigmas(self.steps)
-        low, high = self.index_range(sigmas)
+        sampler = Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
+        low, high = self.index_range(sampler.sigmas)
         m = batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
-        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
-        x = policy.start(batch.rng.start_noise(batch.shape(policy)), self.steps)
-        x = rollout(policy, batch, denoiser, x, sigmas, m, eta=self.eta)
-        return self._reward_loss(run, batch, x, sigmas[m], denoiser(x, sigmas[m]))
+        x, sigma = sampler.rollout(sampler.start(), m), sampler.sigmas[m]
+        return self._reward_loss(run, batch, x, sigma, sampler.denoiser(x, sigma))
 
     def _reward_loss(self, run: RunContext, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Logs]:
         scores = run.scores(denoised, batch.prompts)
@@ -141,19 +138,16 @@ class ImageReFL(ReFL):
             return super().loss(run, batch)
         if not isinstance(batch, Images):
             raise ValueError("ImageReFL trains on real images: give a folder of images with captions, or refl_share = 1")
-        policy = run.policy
-        sigmas = policy.sigmas(self.steps)
-        latents = batch.latents.to(policy.device)
+        policy, sampler = run.policy, Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
+        sigmas, latents = sampler.sigmas, batch.latents.to(policy.device)
         low, high = self.index_range(sigmas)
         first = batch.rng.integers("image start", self.start_from, self.start_to, shared=not self.per_sample)
         last = batch.rng.integers("gradient step", low, high, shared=not self.per_sample).maximum(first)
 
-        start = policy.add_noise(latents, batch.rng.start_noise(batch.shape(policy)).to(latents), sigmas[first])
-        denoiser = policy.denoiser(batch.prompts, guidance_scale=self.guidance_scale)
+        start = policy.add_noise(latents, sampler.start_noise.to(latents), sigmas[first])
         with torch.set_grad_enabled(self.diffusion_weight > 0 or bool((last == first).any())):
-            at_start = denoiser(start, sigmas[first])
-
-        x, denoised = self._from_start(run, batch, denoiser, start, at_start, first, last)
+            at_start = sampler.denoiser(start, sigmas[first])
+        x, denoised = self._from_start(sampler, start, at_start, first, last)
         loss, logs = self._reward_loss(run, batch, x, sigmas[last], denoised)
         if self.diffusion_weight > 0:
             here = sigmas[first]
@@ -163,18 +157,15 @@ class ImageReFL(ReFL):
             logs["diffusion"] = errors.detach()
         return loss, logs
 
-    def _from_start(
-        self, run: RunContext, batch: Batch, denoiser: Denoiser, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _from_start(self, sampler: Sampler, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """State and x0-prediction at the gradient step; the prediction at the start takes the first step too."""
         onward = (last > first).nonzero()[:, 0]
         if len(onward) == 0:
             return start, at_start
-        sigmas, known = run.policy.sigmas(self.steps), _Known(at_start.detach())
-        noise_at, space = batch.rng.step_noise(batch.shape(run.policy)), run.policy.space
-        x = end_of(start, trajectory(known, start, sigmas, noise_at, first=first, last=last.minimum(first + 1), eta=self.eta, space=space))
-        x = rollout(run.policy, batch, denoiser, x, sigmas, last, first + 1, self.eta)
-        later = denoiser.rows(onward)(x[onward], sigmas[last[onward]])
+        with torch.no_grad():
+            x = end_of(start, sampler.trajectory(_Known(at_start.detach()), start, first, last.minimum(first + 1)))
+        x = sampler.rollout(x, last, first + 1)
+        later = sampler.denoiser.rows(onward)(x[onward], sampler.sigmas[last[onward]])
         return x, at_start.index_copy(0, onward.to(at_start.device), later)
 
 

@@ -1,7 +1,8 @@
-"""What reward-gradient objectives share: fields, the rollout without gradient, and the shaping of scores."""
+"""What reward-gradient objectives share: fields, the sampler of a micro-batch, and the shaping of scores."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from ...data.batches import Batch
 from ...denoiser import Denoise, per_sample
 from ...policy import Policy
-from ...sampling import Space, alpha, end_of, trajectory
+from ...sampling import Space, Transition, alpha, end_of, trajectory
+from ..base import RunContext
 
 # -- fields, so that default and range are said once per meaning ----------------------------------------------------------
 
@@ -43,24 +45,34 @@ def weight_of_reward() -> Any:
     return field(default=1.0, metadata={"min": 0.0, "help": "weight of the reward loss"})
 
 
+# -- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """The sampler of one micro-batch: its noise levels (T+1,), its noise, and the tuned model under its prompts."""
+
+    def __init__(self, run: RunContext, batch: Batch, steps: int, guidance_scale: float, eta: float) -> None:
+        self.policy, self.eta, self.sigmas = run.policy, eta, run.policy.sigmas(steps)
+        self.denoiser = run.policy.denoiser(batch.prompts, guidance_scale=guidance_scale)
+        self.start_noise = batch.rng.start_noise(batch.shape(run.policy))
+        self.noise_at = batch.rng.step_noise(batch.shape(run.policy))
+
+    def start(self) -> Tensor:
+        """The first state (B,C,h,w)."""
+        return self.policy.start(self.start_noise, len(self.sigmas) - 1)
+
+    def trajectory(self, denoise: Denoise, x: Tensor, first: int | Tensor = 0, last: int | Tensor | None = None) -> Iterator[Transition]:
+        """Steps first…last−1 from x by some denoiser, with gradient where the caller has it on."""
+        return trajectory(denoise, x, self.sigmas, self.noise_at, first=first, last=last, eta=self.eta, space=self.policy.space)
+
+    @torch.no_grad()
+    def rollout(self, x: Tensor, last: int | Tensor, first: int | Tensor = 0) -> Tensor:
+        """The state after steps first…last−1 without gradient, one range for all samples or one each (B,)."""
+        with self.policy.merged():
+            return end_of(x, self.trajectory(self.denoiser, x, first, last))
+
+
 # -- losses -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def rollout(
-    policy: Policy,
-    batch: Batch,
-    denoiser: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    last: int | Tensor,
-    first: int | Tensor = 0,
-    eta: float = 1.0,
-) -> Tensor:
-    """Steps first…last−1 without gradient, one range for all samples or one each (B,); x where a range is empty."""
-    noise_at = batch.rng.step_noise(batch.shape(policy))
-    with policy.merged():
-        return end_of(x, trajectory(denoiser, x, sigmas, noise_at, first=first, last=last, eta=eta, space=policy.space))
 
 
 def shaped(scores: Tensor, threshold: float | None) -> Tensor:
