@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..trainer.denoiser import Denoiser, classifier_free_guidance
+from ..trainer.denoiser import Denoiser
+from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
 

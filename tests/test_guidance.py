@@ -8,9 +8,8 @@ import pytest
 import torch
 from helpers.samplers import grid, noises, table, toy_denoiser
 
-from trainer.denoiser import classifier_free_guidance
 from trainer.generate import Generation, branches, generate
-from trainer.guidance import MIXES, Mix, Slot, Switch, cfg, combined, weighted_sum
+from trainer.guidance import MIXES, Mix, Slot, Switch, cfg, classifier_free_guidance, combined, weighted_sum
 from trainer.sampling import end_of, trajectory
 
 BASE, TUNED = Slot("base"), Slot("tuned")

@@ -41,11 +41,6 @@ class WrappedDenoiser:
         return WrappedDenoiser(self.inner.rows(index), self.call)
 
 
-def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    """uncond + scale·(cond − uncond) (Ho & Salimans 2022, arXiv:2207.12598, eq. 6); the same on ε, v and x0."""
-    return uncond + scale * (cond - uncond)
-
-
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B,1,1,1), on the device and in the dtype of `like`."""
     return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))

@@ -14,6 +14,11 @@ from torch import Tensor
 from .denoiser import Denoise
 
 
+def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """uncond + scale·(cond − uncond) (Ho & Salimans 2022, arXiv:2207.12598, eq. 6); the same on ε, v and x0."""
+    return uncond + scale * (cond - uncond)
+
+
 @dataclass(frozen=True)
 class Slot:
     """One denoiser of a mix: a model, one of its adapters, and the scale of classifier-free guidance inside it (1: none).

@@ -146,7 +146,7 @@ class _Watched(CountingPolicy):
     def decode(self, latents: Tensor) -> Tensor:
         """The policy's, counted."""
         with self.tally.during("decoder"):
-            images = super().decode(latents)
+            images = self.policy.decode(latents)
         self.rows["decoded"] += len(latents)
         self.tally.going_back(images, "decoder, going back")
         return images
@@ -403,7 +403,7 @@ def _look(
 ) -> None:
     """What the watch draws and judges at a time, once."""
     count = watch.count * watch.images
-    drawn = min(count, images_at_a_time(policy, Generation()))
+    drawn = min(count, images_at_a_time(policy.inner, Generation()))
     prompts = [encoded[i % len(encoded)] for i in range(count)]
     noise = torch.empty(drawn, *policy.latent_shape, device=META)
     policy.denoiser(prompts[:drawn], adapter="base", guidance_scale=watch.guidance_scale)(

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser, classifier_free_guidance
+from ..denoiser import Denoiser
+from ..guidance import classifier_free_guidance
 from ..policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..sampling import Space, add_noise
 from . import speed

@@ -23,7 +23,7 @@ from ..memory import oom as memory
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective, RunContext
 from ..objectives.base import ImageFeatures
-from ..policy import ATTENTION, Adaptable, Lora, Trainable
+from ..policy import ATTENTION, Adaptable, Lora, Policy, Trainable
 from ..reward import Reward
 from ..runtime.hashes import file_hash as file_hash
 from ..runtime.processes import ALONE, Processes
@@ -267,7 +267,7 @@ class Run:
         self.counted = CountingPolicy(policy)
         self.folder = Path(config.out)
         prompts = tuple(dict.fromkeys(samples.prompts))
-        self.context = RunContext(self.counted, reward, features, processes, self.folder, prompts)
+        self.context = RunContext(cast(Policy, self.counted), reward, features, processes, self.folder, prompts)
         self.objective = check_settings(config, samples, self.context, watcher is not None)
         self.loss = self.objective.begin(self.context)
         if config.tune == "full":
