@@ -21,12 +21,16 @@ from ..trainer.config import build, plain
 from ..trainer.data.batches import Prompts
 from ..trainer.data.images import grid, to_pil
 from ..trainer.data.samples import Samples, encode_images
-from ..trainer.generate import Generation, generate
-from ..trainer.guidance import Switch, combined
+from ..trainer.generate import Generation
+from ..trainer.guidance import Switch
 from ..trainer.lora.file import lora_tensors
 from ..trainer.policy import Lora
+from ..trainer.training.config import TrainConfig
+from ..trainer.training.console import steps_until
+from ..trainer.training.evaluation import Evaluation
 from ..trainer.training.loop import NonFinite
-from ..trainer.training.run import Run, TrainConfig
+from ..trainer.training.parts import Parts
+from ..trainer.training.run import Run
 from .policy import ComfyPolicy
 from .scoring import prompt_per_image
 from .sockets import figure, image, pixels
@@ -55,42 +59,35 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-class Watch:
-    """What a run shows while it trains: images of fixed prompts and noise by combined generation, and their rewards."""
+def _evaluation(policy: ComfyPolicy, objective: Any, prompts: Sequence[str], rewards: dict[str, Any], guidance_scale: float) -> Evaluation:
+    """Previews and their rewards: two images of each of the first four prompts, by combined generation."""
+    switch = Switch(sigma=objective.recommended_sigma(policy.sigmas(objective.steps)))
+    generation = Generation(steps=objective.steps, guidance_scale=guidance_scale, seed=0, chunk=4)
+    return Evaluation(policy, rewards, [p for p in dict.fromkeys(prompts) if p][:4] * 2, generation, switch)
 
-    def __init__(self, policy: ComfyPolicy, objective: Any, prompts: Sequence[str], judges: dict[str, Any], guidance_scale: float) -> None:
-        self.policy, self.judges = policy, judges
-        self.prompts = [p for p in dict.fromkeys(prompts) if p][:4] * 2
-        self.settings = Generation(steps=objective.steps, guidance_scale=guidance_scale, seed=0, chunk=4)
-        sigmas = policy.sigmas(objective.steps)
-        self.k = Switch(sigma=objective.recommended_sigma(sigmas)).index(sigmas)
-        self.points: list[dict[str, float]] = []
-        self.images: Tensor | None = None
 
-    @torch.no_grad()
-    def look(self, step: int) -> Any:
-        """Generate and score; returns the preview as PIL."""
-        mix = combined(self.settings.base, self.settings.tuned(), self.k)
-        drawn = generate(self.policy, self.prompts, self.settings, {"": mix})[""]
-        self.images = drawn
-        scores = {name: float(judge(drawn.to(self.policy.device), self.prompts).mean()) for name, judge in self.judges.items()}
-        self.points.append({"step": float(step), **scores})
-        return to_pil(grid(drawn, 4))
+def _preview(evaluation: Evaluation, step: int) -> tuple[str, Any, int]:
+    """Evaluate, and return the images as ComfyUI's progress bar takes them."""
+    evaluation.run(step)
+    assert evaluation.images is not None
+    return "JPEG", to_pil(grid(evaluation.images, 4)), 512
 
-    def figure(self, losses: Sequence[float], rewards: Sequence[float]) -> Tensor:
-        """Training reward of every step, and the judges' means of the watched images, as IMAGE."""
-        from matplotlib.figure import Figure
 
-        drawn = Figure(figsize=(8, 4), dpi=100, layout="constrained")
-        panel = drawn.subplots()
-        panel.plot(range(1, len(rewards) + 1), rewards, color="#bbbbbb", label="training batch")
-        for name in self.judges:
-            panel.plot([p["step"] for p in self.points], [p[name] for p in self.points], marker="o", label=f"{name}, combined generation")
-        panel.set_xlabel("optimizer step")
-        panel.set_ylabel("reward, standard deviations of base images")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-        return figure(drawn)
+def _curves(rewards: Sequence[float], evaluation: Evaluation) -> Tensor:
+    """Training reward of every step, and the mean rewards of the previews, as IMAGE."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    panel = drawn.subplots()
+    panel.plot(range(1, len(rewards) + 1), rewards, color="#bbbbbb", label="training batch")
+    for name in evaluation.rewards:
+        steps, values = [p["step"] for p in evaluation.points], [p[name] for p in evaluation.points]
+        panel.plot(steps, values, marker="o", label=f"{name}, combined generation")
+    panel.set_xlabel("optimizer step")
+    panel.set_ylabel("reward, standard deviations of base images")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return figure(drawn)
 
 
 def _samples(policy: ComfyPolicy, prompts: list[str], images: Tensor | None) -> Samples:
@@ -203,43 +200,42 @@ def train_in_graph(
                 policy.prepare(prompt)
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
         with policy.loaded(patchers, config.batch_size):
-            run = Run(config, policy, samples, reward, features=None if features is None else features.reward)
-            run.open_folder(overwrite=False, resume=resume != NEW)
+            parts = Parts(policy, samples, reward, None if features is None else features.reward)
+            run = Run.start(config, parts, resume=resume != NEW)
             if run.step >= config.steps:
                 raise ValueError(f"{resume} is at step {run.step} already: raise steps to go on")
-            watch = Watch(policy, built, texts, judges, preview_cfg)
-            report = _run(run, watch, preview_every)
+            evaluation = _evaluation(policy, built, texts, judges, preview_cfg)
+            report = _run(run, evaluation, preview_every)
             log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
             losses, rewards = [line["loss"] for line in log], [line["reward"] for line in log]
             weights = lora_tensors(policy, run.ema.values if run.ema else None)
             metadata = run.metadata()
     tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
     tuned.set_attachments(ATTACHMENT, metadata)
-    shown = watch.images if watch.images is not None else torch.zeros(1, 3, 8, 8)
-    return io.NodeOutput(tuned, weights, {"loss": losses}, watch.figure(losses, rewards), image(shown), report)
+    shown = evaluation.images if evaluation.images is not None else torch.zeros(1, 3, 8, 8)
+    return io.NodeOutput(tuned, weights, {"loss": losses}, _curves(rewards, evaluation), image(shown), report)
 
 
-def _run(run: Run, watch: Watch, preview_every: int) -> str:
-    """All steps of a run; Cancel or a failure saves what is good and goes on up."""
+def _run(run: Run, evaluation: Evaluation, preview_every: int) -> str:
+    """All steps of a run. Cancel and failures save the checkpoint, and raise."""
     management, begin, first = comfy.model_management, time.monotonic(), run.step
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     bar = comfy.utils.ProgressBar(run.config.steps)
     if preview_every:
-        bar.update_absolute(first, run.config.steps, ("JPEG", watch.look(first), 512))
+        bar.update_absolute(first, run.config.steps, _preview(evaluation, first))
     try:
-        for done in run.steps():
-            preview = None
-            if preview_every and (done.number % preview_every == 0 or done.number == run.config.steps):
-                preview = ("JPEG", watch.look(done.number), 512)
+        for done in steps_until(run, management.processing_interrupted):
+            last = done.number == run.config.steps
+            preview = _preview(evaluation, done.number) if preview_every and (last or done.number % preview_every == 0) else None
             bar.update_absolute(done.number, run.config.steps, preview)
-            management.throw_exception_if_processing_interrupted()
     except NonFinite:
         raise
     except BaseException:
         if run.step > first:
             run.save()
         raise
+    management.throw_exception_if_processing_interrupted()
     seconds = time.monotonic() - begin
     peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     each = f" ({seconds / (run.step - first):.2f} s each)" if run.step > first else ""

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..trainer.config import build
 from ..trainer.objectives import OBJECTIVES, ImageReFL
 from ..trainer.policy import ATTENTION, Lora
-from ..trainer.training.run import TrainConfig
+from ..trainer.training.config import TrainConfig
 from .graph_run import NEW, resumable, train_in_graph
 from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, schema, widget_name, widgets
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import ConfigError, build, override, plain, present_names, read_toml
-from trainer.training.run import TrainConfig
+from trainer.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ def test_keys_of_0_1_0_stay_valid_everywhere():
 
 def test_objective_table_is_checked_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="use one of refl, imagerefl"):
-        TrainConfig(out="x", objective={"name": "refle"}).build_objective()
+        TrainConfig(out="x", objective={"name": "refle"})
     with pytest.raises(ConfigError, match=r"unknown key 'objective.stepz'"):
-        TrainConfig(out="x", objective={"name": "refl", "stepz": 3}).build_objective()
+        TrainConfig(out="x", objective={"name": "refl", "stepz": 3})
     with pytest.raises(ConfigError, match="objective: gradient range"):
-        TrainConfig(out="x", objective={"name": "refl", "steps": 5}).build_objective()
+        TrainConfig(out="x", objective={"name": "refl", "steps": 5})
 
 
 @pytest.mark.parametrize("preset", sorted((Path(__file__).parent.parent / "presets").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_preset_is_a_valid_config(preset):
     config = build(TrainConfig, read_toml(preset))
-    objective = config.build_objective()
+    objective = config.method
     assert preset.stem.startswith(config.objective["name"])
     assert objective.steps in (20, 25, 40, 50)

@@ -18,7 +18,7 @@ from trainer.config import build, override, present_names, read_toml
 from trainer.demo import files
 from trainer.lora.file import load_lora, read_adapter
 from trainer.models.unet import UNetPolicy
-from trainer.training.run import TrainConfig
+from trainer.training.config import TrainConfig
 
 DATA = Path(__file__).parent / "data" / "v010"
 RESUMED = json.loads((DATA / "expected" / "resumed.json").read_text("utf-8"))
@@ -124,7 +124,6 @@ def test_a_full_fine_tunes_differences_give_the_same_lora(copy):
 def test_a_preset_means_what_it_meant(preset):
     values = read_toml(preset)
     config = build(TrainConfig, values)
-    config.build_objective()
     present = Path(__file__).parent.parent / "presets" / preset.name
     assert config == build(TrainConfig, {**read_toml(present), "objective": config.objective})
     assert build(TrainConfig, override(values, ["--batch=4", "--lr=0.5", "--objective.guidance=3.0"])) != config

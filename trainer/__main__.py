@@ -82,14 +82,15 @@ def _with_equals_sign(given: Sequence[str], argument: str) -> str:
 
 def _of_device(error: BaseException) -> str | None:
     """The message of an error that a device, the lack of its memory or another process caused; None for other errors."""
-    from .memory.oom import OutOfMemory, is_lack
+    from .memory.oom import OutOfMemory
+    from .runtime.device import is_out_of_memory
     from .runtime.processes import StoppedElsewhere
 
     if isinstance(error, StoppedElsewhere):
         return ""  # the process that failed has printed why
     if isinstance(error, OutOfMemory):
         return str(error)
-    if is_lack(error):
+    if is_out_of_memory(error):
         return "out of memory: use fewer images at a time (--chunk or --batch), --dtype=bfloat16, or another device"
     first_line = next(iter(str(error).splitlines()), "")
     return first_line if any(sign in first_line.lower() for sign in _DEVICE_ERRORS) else None

@@ -109,7 +109,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(monkeypatch):
 
 def test_a_step_is_a_switch_to_watch_with():
     from trainer.config import build, override
-    from trainer.training.run import TrainConfig
+    from trainer.training.config import TrainConfig
 
     config = build(TrainConfig, override({}, ["--out=x", "--watch.switch=12"]))
     assert config.watch.switch == "12"

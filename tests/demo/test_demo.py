@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tools.embedded import gates
 from trainer.demo import files, show, world
-from trainer.training.run import file_hash
+from trainer.runtime.files import file_hash
 
 FIGURES = {"reward", "heldout", "gold", "diversity", "fid", "logcov"}
 

@@ -22,6 +22,7 @@ from helpers.losses import batch_of, loss_of
 
 from trainer.__main__ import main
 from trainer.commands import train as commands
+from trainer.commands.options import quiet_libraries
 from trainer.config import build, plain
 from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
@@ -30,8 +31,10 @@ from trainer.objectives import OBJECTIVES
 from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.runtime.processes import ALONE, joined
-from trainer.training.evaluation import Watch, Watcher
-from trainer.training.run import Run, TrainConfig
+from trainer.training.config import TrainConfig, Watch
+from trainer.training.evaluation import Evaluation
+from trainer.training.parts import Parts, check_settings
+from trainer.training.run import Run
 
 _IMPORTED = (diffusers.utils.logging, transformers.utils.logging)  # by the command: before the fork it is done once
 
@@ -99,7 +102,9 @@ def toy_run(case, out, processes=ALONE, reward=None, **settings):
         **settings,
     }
     config = build(TrainConfig, {"out": str(out), **values})
-    run = Run(config, Trained(), samples(), reward or Asked(), features=Features(), processes=processes)
+    parts = Parts(Trained(), samples(), reward or Asked(), Features(), processes=processes)
+    check_settings(config, parts)
+    run = Run(config, parts)
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
     return run
 
@@ -210,8 +215,10 @@ def sharded_run(pipeline, out, processes, reward=None, **settings):
     values = {"objective": {"name": "refl", **SHARDED["refl"]}, "batch_size": 2, "steps": 2, "save_every": 1, **settings}
     config = build(TrainConfig, {"out": str(out), "watch": plain(watch), "gradient_checkpointing_denoiser": True, **values})
     policy, reward = UNetPolicy.load(pipeline), reward or Asked()
-    watcher = Watcher(watch, policy, {"reward": reward, "heldout": Towers()}, lambda x: x.flatten(1), ["a"], 1, 1.0, 1)
-    run = Run(config, policy, Samples(("a", "bb", "ccc")), reward, watcher=watcher, processes=processes)
+    evaluation = Evaluation.of_run(config, policy, {"reward": reward, "heldout": Towers()}, ["a"], lambda x: x.flatten(1))
+    parts = Parts(policy, Samples(("a", "bb", "ccc")), reward, evaluation=evaluation, processes=processes)
+    check_settings(config, parts)
+    run = Run(config, parts)
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.1)  # AdamW would make much of the signs of rounding errors
     return run
 
@@ -247,6 +254,8 @@ def toy_command(folder, out, case, trouble, rank, at, resume=False, pipeline=Non
     """
     if pipeline is not None:
         os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+    quiet_libraries()
 
     def train(_, processes):
         def act(call):

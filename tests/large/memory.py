@@ -34,7 +34,9 @@ from trainer.rewards.preprocess import Fit
 from trainer.rewards.registry import load_reward
 from trainer.rewards.two_tower import TwoTower
 from trainer.runtime.processes import ALONE
-from trainer.training.run import Run, TrainConfig
+from trainer.training.config import TrainConfig
+from trainer.training.parts import Parts
+from trainer.training.run import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -106,7 +108,7 @@ def one(case):
         samples = Samples(prompts, LatentsInMemory(*(value.expand(len(prompts), -1, -1, -1) for value in (picture, picture.abs()))))
         models = planning.Models(policy, reward, features(reward))
         worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
-        run = Run(config, policy, samples, reward, features=features(reward))
+        run = Run(config, Parts(policy, samples, reward, features(reward)))
         reward.gradient_checkpointing(checkpoints)
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)

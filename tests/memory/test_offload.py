@@ -21,8 +21,9 @@ from trainer.models.prompts import Prompts
 from trainer.rewards.registry import load_reward
 from trainer.rewards.weighted import RewardSpec, WeightedSum
 from trainer.runtime.processes import ALONE
-from trainer.training.evaluation import Watch, Watcher
-from trainer.training.run import TrainConfig, claim
+from trainer.training.config import TrainConfig, Watch
+from trainer.training.evaluation import Evaluation
+from trainer.training.folder import claim
 
 META = torch.device("meta")
 
@@ -66,10 +67,10 @@ def test_an_unknown_prompt_brings_the_text_tower_and_known_ones_need_none(name, 
     assert during == [("a cat", {"meta"})] and devices(reward.text) == {"cpu"}
 
 
-def watcher_of(judge, prompts):
+def evaluation_of(judge, prompts):
     policy = SimpleNamespace(sigmas=lambda steps: torch.linspace(1, 0, steps + 1))
-    watch = Watch(every=1, heldout="x", count=2, images=2)
-    return Watcher(watch, policy, {"reward": judge, "heldout": judge}, lambda x: x, prompts, 4, 1.0, 0)
+    config = TrainConfig(out="none", watch=Watch(every=1, heldout="x", count=2, images=2))
+    return Evaluation.of_run(config, policy, {"reward": judge, "heldout": judge}, prompts, lambda x: x)
 
 
 class Recorder(parity.RewardModel):
@@ -88,18 +89,18 @@ class Recorder(parity.RewardModel):
 def test_the_runs_prompts_are_encoded_and_the_held_out_reward_waits_between_evaluations():
     prompts = ["a fox", "a boat", "a cat"]
     trained, judge = Recorder(), Recorder()
-    watcher = watcher_of(judge, prompts)
+    evaluation = evaluation_of(judge, prompts)
     config = build(TrainConfig, {"out": "none", "objective": {"name": "srpo", "positive": ["x"], "negative": ["y"]}})
-    watcher.on_device = lambda: on_device(judge, "meta", prompts[:2])
-    commands._place_rewards(config, "meta", [trained, None], watcher, prompts)
+    evaluation.on_device = lambda: on_device(judge, "meta", prompts[:2])
+    commands._place_rewards(config, "meta", [trained, None], evaluation, prompts)
     ((device, encoded),) = trained.placed
     assert device == "meta" and set(encoded) == {word + p for p in prompts for word in ("", "x. ", "y. ")}
     assert judge.placed == [("meta", prompts[:2])] and devices(judge) == {"cpu"} and devices(trained) == {"meta"}
-    with watcher.on_device():
+    with evaluation.on_device():
         assert devices(judge) == {"meta"}
 
     stays = build(TrainConfig, {"out": "none", "offload_encoders": False})
-    commands._place_rewards(stays, "meta", [trained, None], watcher_of(judge, prompts), prompts)
+    commands._place_rewards(stays, "meta", [trained, None], evaluation_of(judge, prompts), prompts)
     assert trained.placed[-1] == judge.placed[-1] == ("meta", None) and devices(judge) == {"meta"}
 
 

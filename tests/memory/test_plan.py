@@ -28,10 +28,13 @@ from trainer.models.open import open_policy
 from trainer.models.unet import UNetPolicy
 from trainer.rewards.registry import load_reward
 from trainer.rewards.weighted import Standardised
+from trainer.runtime.device import is_out_of_memory
 from trainer.runtime.processes import ALONE
-from trainer.training.evaluation import Watcher
+from trainer.training.config import TrainConfig
+from trainer.training.evaluation import Evaluation
 from trainer.training.nfe import CountingPolicy
-from trainer.training.run import Run, TrainConfig
+from trainer.training.parts import Parts
+from trainer.training.run import Run
 
 SHORT = {"name": "imagerefl", "steps": 3, "grad_from": 2, "grad_to": 2, "start_from": 1, "start_to": 1, "refl_share": 0.0}
 KILO = 128 * 128 * 4  # bytes of a float32 square of side 128
@@ -111,7 +114,7 @@ def test_the_plan_is_what_a_real_step_holds(name, planned, tmp_path):
     c = replace(planning._bounded(c), out=str(tmp_path))
     picture = torch.zeros(2, *policy.latent_shape)
     samples = Samples(("a", "b"), LatentsInMemory(picture, picture))
-    run = Run(c, policy, samples, reward)
+    run = Run(c, Parts(policy, samples, reward))
     policy.prompts.conditioning(("a", "b", ""))
     tally = Tally(torch.device("cpu"))
     tally.hold(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
@@ -161,7 +164,7 @@ def test_fitting_switches_on_no_more_than_it_must_and_keeps_what_was_given():
     ],
 )
 def test_what_lacks_memory_is_told_from_what_does_not(error, lack):
-    assert memory.is_lack(error) == lack
+    assert is_out_of_memory(error) == lack
 
 
 REWARD = """
@@ -260,7 +263,7 @@ def test_a_look_counts_as_many_calls_as_the_watch_makes(planned):
     found = planned(c)
     policy = CountingPolicy(open_policy("demo"))
     judge = load_reward("demo-proxy", False)
-    Watcher(c.watch, policy, {"reward": judge, "heldout": judge}, judge.image_features, ["a", "b"], 3, 1.0, 1).look(0)
+    Evaluation.of_run(c, policy, {"reward": judge, "heldout": judge}, ["a", "b"], judge.image_features).run(0)
     assert planning._calls_of_a_look(c, policy) == policy.calls
     assert found.looks == 4  # before the first step, after the second, the fourth and the last
 

@@ -14,8 +14,10 @@ from trainer.lora.extract import weight_files
 from trainer.lora.file import load_lora, read_lora, save_delta
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
-from trainer.runtime.hashes import file_hash
-from trainer.training.run import Run, TrainConfig
+from trainer.runtime.files import file_hash
+from trainer.training.config import TrainConfig
+from trainer.training.parts import Parts
+from trainer.training.run import Run
 
 
 def moved(policy, scale=0.02):
@@ -173,7 +175,7 @@ def full_run(pipeline_folder, out, **more):
         TrainConfig,
         {"out": str(out), "tune": "full", "objective": objective, "batch_size": 2, "steps": 3, "save_every": 2, "ema": 0.5, **more},
     )
-    return Run(config, UNetPolicy.load(pipeline_folder), Samples(tuple(PROMPTS)), Brightness())
+    return Run(config, Parts(UNetPolicy.load(pipeline_folder), Samples(tuple(PROMPTS)), Brightness()))
 
 
 def test_a_run_resumes_to_the_same_tensors(pipeline_folder, tmp_path):

@@ -20,8 +20,10 @@ from trainer.data.samples import Samples
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.base import RunContext, Stateless
 from trainer.rng import Rng
+from trainer.training.config import TrainConfig
 from trainer.training.loop import train
-from trainer.training.run import Run, TrainConfig
+from trainer.training.parts import Parts
+from trainer.training.run import Run
 
 
 @pytest.fixture
@@ -39,15 +41,15 @@ def test_the_command_line_lists_it_and_configs_build_it(listed, capsys):
         main(["train", "--help"])
     text = capsys.readouterr().out
     assert "objective one-step (--objective.name=one-step)" in text and "[20]" in text.split("objective one-step")[1]
-    assert TrainConfig(out="x", objective={"name": "one-step", "steps": 7}).build_objective() == OneStep(steps=7)
-    assert TrainConfig(out="x", objective={"name": "one-step", "guidance": 2.0}).build_objective() == OneStep(guidance_scale=2.0)
+    assert TrainConfig(out="x", objective={"name": "one-step", "steps": 7}).method == OneStep(steps=7)
+    assert TrainConfig(out="x", objective={"name": "one-step", "guidance": 2.0}).method == OneStep(guidance_scale=2.0)
 
 
 def test_a_run_trains_with_it(listed, tmp_path):
     config = build(
         TrainConfig, {"out": str(tmp_path), "objective": {"name": "one-step"}, "batch_size": 2, "steps": 30, "learning_rate": 0.02}
     )
-    run = Run(config, Trained(), Samples(("a", "bb", "ccc")), Towers())
+    run = Run(config, Parts(Trained(), Samples(("a", "bb", "ccc")), Towers()))
     run.open_folder(overwrite=False, resume=False)
     rewards = [step.logs["reward"] for step in run.steps()]
     assert len(rewards) == 30 and sum(rewards[-6:]) > sum(rewards[:6]) + 0.1, rewards

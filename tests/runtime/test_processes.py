@@ -248,8 +248,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
             ALONE.device(kind)
         monkeypatch.setattr(available, lambda: True)
         assert ALONE.device(kind) == kind
-    with pytest.raises(ValueError, match="device = gpu: use cpu, cuda, mps or xpu"):
-        ALONE.device("gpu")
+    for name in ("gpu", "cuda:x", "cuda:"):
+        with pytest.raises(ValueError, match=f"device = {name}: use cpu, cuda, mps or xpu"):
+            ALONE.device(name)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert ALONE.device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="device = cuda:2: this machine has 2 of them; use cuda:1 or lower"):
+        ALONE.device("cuda:2")
 
 
 def test_pytorch_2_1_knows_no_xpu_and_has_no_mps_module_to_ask(monkeypatch):

@@ -13,8 +13,10 @@ from trainer.data.samples import Samples
 from trainer.lora.file import load_lora, read_lora
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
-from trainer.training.evaluation import Watch, Watcher, best_point, over_optimised
-from trainer.training.run import Run, TrainConfig
+from trainer.training.config import TrainConfig, Watch
+from trainer.training.evaluation import Evaluation, best_point, over_optimised
+from trainer.training.parts import Parts
+from trainer.training.run import Run
 
 
 def point(step, reward, heldout, diversity=1.0):
@@ -65,9 +67,8 @@ def watched_run(pipeline_folder, folder, heldout, **more):
         **{"steps": 8, **more},
     )
     policy = UNetPolicy.load(pipeline_folder)
-    watcher = Watcher(watch, policy, {"reward": Bright(), "heldout": heldout}, lambda x: x.flatten(1), ["a star"], 4, 1.0, 1)
-    run = Run(config, policy, Samples(("a star", "a ring")), Bright(), watcher=watcher)
-    return run
+    evaluation = Evaluation.of_run(config, policy, {"reward": Bright(), "heldout": heldout}, ["a star"], lambda x: x.flatten(1))
+    return Run(config, Parts(policy, Samples(("a star", "a ring")), Bright(), evaluation=evaluation))
 
 
 def test_a_run_stops_and_keeps_the_best(pipeline_folder, tmp_path):
@@ -75,7 +76,7 @@ def test_a_run_stops_and_keeps_the_best(pipeline_folder, tmp_path):
     run = watched_run(pipeline_folder, tmp_path / "a", Dark())
     run.open_folder(overwrite=False, resume=False)
     assert [s.number for s in run.steps()] == [1, 2]
-    assert run.watcher.best["step"] == 0 and run.watcher.over
+    assert run.best["step"] == 0 and over_optimised(run.evaluation.points, 0.0, 2)
     points = json.loads((tmp_path / "a" / "watch.json").read_text())
     assert [p["step"] for p in points] == [0, 1, 2] and points[2]["reward"] > points[0]["reward"]
     assert read_lora(tmp_path / "a" / "best.safetensors")[1]["step"] == 0 and read_lora(tmp_path / "a" / "lora.safetensors")[1]["step"] == 2
@@ -116,7 +117,7 @@ def test_a_budget_of_denoiser_calls_ends_a_run(pipeline_folder, tmp_path):
 def test_watching_without_a_judge_is_refused(pipeline_folder, tmp_path):
     config = TrainConfig(out=str(tmp_path), objective={"name": "refl"}, watch=Watch(every=5))
     with pytest.raises(ConfigError, match=r"watch\.heldout"):
-        Run(config, UNetPolicy.load(pipeline_folder), Samples(("a",)), Bright())
+        Run.start(config, Parts(UNetPolicy.load(pipeline_folder), Samples(("a",)), Bright()))
 
 
 def test_settings_with_lists_in_them_resume(pipeline_folder, tmp_path):
@@ -130,7 +131,7 @@ def test_settings_with_lists_in_them_resume(pipeline_folder, tmp_path):
             return torch.stack([self(images, prompts) * len(p) for p in prefixes], 1)
 
     config = TrainConfig(out=str(tmp_path), objective=objective, steps=1, batch_size=1, lora=Lora(4, 4.0))
-    runs = [Run(config, UNetPolicy.load(pipeline_folder), Samples(("a star",)), Towers()) for _ in range(2)]
+    runs = [Run(config, Parts(UNetPolicy.load(pipeline_folder), Samples(("a star",)), Towers())) for _ in range(2)]
     runs[0].open_folder(overwrite=False, resume=False)
     list(runs[0].steps())
     runs[1].open_folder(overwrite=False, resume=True)

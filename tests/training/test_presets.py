@@ -13,7 +13,7 @@ from trainer.lora.file import save_lora
 from trainer.models.load import load_policy
 from trainer.policy import Lora
 from trainer.runtime.processes import ALONE
-from trainer.training.run import TrainConfig
+from trainer.training.config import TrainConfig
 
 FOLDER = Path(__file__).parent.parent.parent / "presets"
 FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd35": "sd3", "flux": "flux-dev"}

@@ -105,7 +105,7 @@ def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_fol
     assert "was written over other weights than those of" in capsys.readouterr().err
     path.write_bytes(b"garbage")
     assert main(["train", *settings(*paths, tmp_path / "run"), "--resume"]) == 2
-    assert "is no readable checkpoint" in capsys.readouterr().err
+    assert "is not a readable checkpoint" in capsys.readouterr().err
     assert main(["train", *settings(*paths, tmp_path / "new"), "--resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
 
@@ -147,11 +147,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_half_file(room, tmp_path)
 import resource, signal, sys, torch
 from pathlib import Path
 from trainer.lora import file as lora_file
+from trainer.runtime.files import write_text
 from trainer.training import checkpoint
 path = Path(sys.argv[1])
 writes = [
     lambda: checkpoint.save({{"x": torch.zeros(100_000)}}, path),
-    lambda: checkpoint.write_text("a" * 30_000, path.with_name("log.jsonl")),
+    lambda: write_text("a" * 30_000, path.with_name("log.jsonl")),
     lambda: lora_file.write_tensors({{"x": torch.zeros(100_000)}}, path.with_name("lora.safetensors"), {{}}, lambda _: None),
 ]
 checkpoint.save({{"x": torch.ones(3)}}, path)

@@ -27,8 +27,8 @@ from trainer.objectives.reward_gradient.sqdf import rollouts
 from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.training import checkpoint
+from trainer.training.config import TrainConfig
 from trainer.training.optimizers import STATE_BYTES, build_optimizer
-from trainer.training.run import TrainConfig
 
 PROMPTS = ("a red star", "two blue rings")
 FAMILIES = pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev"])

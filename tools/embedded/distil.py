@@ -24,7 +24,7 @@ from trainer.lora.file import save_lora
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
 from trainer.rng import generator
-from trainer.runtime.hashes import file_hash
+from trainer.runtime.files import file_hash
 from trainer.sampling import step as sampler_step
 from trainer.training import checkpoint
 from trainer.training.loop import Ema

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from trainer.demo import architecture, rater, world
 from trainer.rewards.preprocess import normalise
-from trainer.training.run import file_hash
+from trainer.runtime.files import file_hash
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ..lora.extract import extract, extract_delta, weight_files
 from ..lora.file import read_adapter, read_lora, write_adapter
 from ..lora.layouts import LAYOUTS, Adapter
 from ..lora.names import is_delta
-from ..runtime.hashes import file_hash
+from ..runtime.files import file_hash
 from .options import add_device, device_of
 
 

@@ -27,7 +27,7 @@ from ..rewards.files import find, verify, weight_folders
 from ..rewards.registry import load_reward
 from ..rewards.two_tower import TwoTower
 from ..rewards.weights import Placement
-from ..runtime.hashes import file_hash
+from ..runtime.files import file_hash
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 
 

@@ -25,16 +25,20 @@ from ..memory.offload import on_device
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import BASE_UNET, ModelOptions
 from ..models.open import DTYPES, model_path, open_policy
-from ..objectives.base import RunContext
 from ..rewards.base import RewardModel
 from ..rewards.registry import load, load_reward
 from ..rewards.two_tower import TwoTower
 from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
-from ..runtime.hashes import file_hash
+from ..runtime.device import is_out_of_memory, peak_gb, set_precision
+from ..runtime.files import file_hash
 from ..runtime.processes import Processes, joined
 from ..training import checkpoint
-from ..training.evaluation import Watch, Watcher
-from ..training.run import NEUTRAL, Run, TrainConfig, check_folder, check_settings, claim, interruptible
+from ..training.config import NEUTRAL, TrainConfig, Watch
+from ..training.console import follow
+from ..training.evaluation import Evaluation
+from ..training.folder import BEST, check_folder, claim
+from ..training.parts import Parts, check_settings
+from ..training.run import Run
 from .options import quiet_libraries
 
 
@@ -73,21 +77,22 @@ def _features(name: str, device: str) -> TwoTower:
     return tower
 
 
-def _watcher(config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, aside: str, device: str) -> Watcher:
-    """The held-out judge of a run; diversity is measured in its own features where it has some, else in the reward's."""
-    if not config.watch.heldout:
-        raise ConfigError("watch.every is set: name the reward that judges in watch.heldout")
+def _evaluation(
+    config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, aside: str, device: str
+) -> Evaluation | None:
+    """The evaluations of a run; diversity is measured in the held-out reward's features where it has some, else in the training
+    reward's."""
+    if not config.watch.every or not config.watch.heldout:
+        return None
     heldout = load_reward(config.watch.heldout, config.standardise, aside)
     towers = [r.raw for r in (heldout, reward) if isinstance(r.raw, TwoTower)]
     if not towers:
-        raise ConfigError("watching measures diversity in image features: a two-tower reward must be trained on, or judge")
+        raise ConfigError("the watch measures diversity in image features: train on a two-tower reward, or name one in watch.heldout")
     prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
-    objective = config.build_objective()
-    judges, features = {"reward": reward, "heldout": heldout}, towers[0].image_features
-    watcher = Watcher(config.watch, policy, judges, features, prompts, objective.steps, objective.guidance_scale, config.seed + 1)
+    evaluation = Evaluation.of_run(config, policy, {"reward": reward, "heldout": heldout}, prompts, towers[0].image_features)
     if _offloads(config, device):
-        watcher.on_device = partial(on_device, heldout, device, list(dict.fromkeys(watcher.prompts)))
-    return watcher
+        evaluation.on_device = partial(on_device, heldout, device, list(dict.fromkeys(evaluation.prompts)))
+    return evaluation
 
 
 def _offloads(config: TrainConfig, device: str) -> bool:
@@ -95,22 +100,22 @@ def _offloads(config: TrainConfig, device: str) -> bool:
 
 
 def _place_rewards(
-    config: TrainConfig, device: str, trained: Sequence[RewardModel | None], watcher: Watcher | None, prompts: Sequence[str]
+    config: TrainConfig, device: str, trained: Sequence[RewardModel | None], evaluation: Evaluation | None, prompts: Sequence[str]
 ) -> None:
     """Move rewards to the device. What a step does not need waits on the CPU: text towers, once the run's prompts are encoded, and
     the held-out reward between evaluations."""
     if not _offloads(config, device):
-        for reward in (*trained, watcher.rewards["heldout"] if watcher else None):
+        for reward in (*trained, evaluation.rewards["heldout"] if evaluation else None):
             if isinstance(reward, RewardModel):
                 reward.place(device)
         return
-    evaluated = watcher.prompts if watcher else []
-    texts = list(dict.fromkeys([*evaluated, *config.build_objective().wordings(prompts)]))
+    evaluated = evaluation.prompts if evaluation else []
+    texts = list(dict.fromkeys([*evaluated, *config.method.wordings(prompts)]))
     for reward in trained:
         if reward is not None:
             reward.place(device, texts)
-    if watcher:
-        with watcher.on_device():  # encodes the prompts of the evaluations
+    if evaluation:
+        with evaluation.on_device():  # encodes the prompts of the evaluations
             pass
 
 
@@ -136,7 +141,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     lines = _settings(TrainConfig, "", {"objective", "lora", "watch", "model_options"})
     lines += ["", "model:", *_settings(ModelOptions, "model_options.", set())]
     lines += ["", "adapter:", *_settings(Lora, "lora.", set())]
-    lines += ["", "held-out watch:", *_settings(Watch, "watch.", set())]
+    lines += ["", "watch:", *_settings(Watch, "watch.", set())]
     for name, kind in OBJECTIVES.items():
         lines += ["", f"objective {name} (--objective.name={name}):", *_settings(kind, "objective.", set())]
     parser.epilog = "settings:\n" + "\n".join(lines)
@@ -166,7 +171,6 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
     if arguments.vram is not None:
         values["vram"] = arguments.vram
     config = build(TrainConfig, values)
-    config.build_objective()
     quiet_libraries()
     planner = Planner(processes)
     if config.vram:
@@ -179,7 +183,7 @@ def _train(arguments: argparse.Namespace, processes: Processes) -> int:
     try:
         return _run(config, arguments, processes, planner)
     except Exception as error:
-        if not memory.is_lack(error):
+        if not is_out_of_memory(error):
             raise
         raise memory.OutOfMemory(_remedy(config, planner, error)) from error
 
@@ -294,9 +298,8 @@ def _remedy(config: TrainConfig, planner: Planner, error: Exception) -> str:
 
 
 def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processes, planner: Planner) -> int:
-    from tqdm import tqdm
-
     device = processes.device(config.device)
+    set_precision(device, deterministic=config.deterministic)
     folder = Path(config.out)
     if processes.main or arguments.resume:  # before anything takes time; the others might see what the first one writes
         check_folder(folder, overwrite=arguments.overwrite, resume=arguments.resume)
@@ -309,36 +312,31 @@ def _run(config: TrainConfig, arguments: argparse.Namespace, processes: Processe
     features = _features(config.features, aside) if config.features else None
     cache = TensorCache(Path(config.cache)) if config.cache else None
     samples = _samples(config, policy, cache, processes)
-    watcher = _watcher(config, policy, reward, samples, aside, device) if config.watch.every else None
-    context = RunContext(policy, reward, features, processes, folder, tuple(dict.fromkeys(samples.prompts)))
-    check_settings(config, samples, context, watcher is not None)
+    evaluation = _evaluation(config, policy, reward, samples, aside, device)
+    parts = Parts(policy, samples, reward, features, evaluation, _base_hash(config.model), processes)
+    check_settings(config, parts)
     if config.gradient_checkpointing_reward:
         if not reward.supports_gradient_checkpointing:
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
         reward.gradient_checkpointing(True)
     lock = claim(folder, overwrite=arguments.overwrite, resume=arguments.resume) if processes.main else None
-    policy.prompts.prepare([*samples.prompts, "", *(watcher.prompts if watcher else [])], cache, processes)
+    policy.prompts.prepare([*samples.prompts, "", *(evaluation.prompts if evaluation else [])], cache, processes)
     policy.to(device)  # only now: encoders have had the room
-    _place_rewards(config, device, [reward, features], watcher, samples.prompts)
-    run = Run(config, policy, samples, reward, _base_hash(config.model), features, watcher, processes, lock)
+    _place_rewards(config, device, [reward, features], evaluation, samples.prompts)
+    run = Run(config, parts, lock)
     run.open_folder(overwrite=arguments.overwrite, resume=arguments.resume)
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", desc=config.objective["name"], disable=not processes.main)
-    with interruptible() as stopping, bar:
-        for done in run.steps():
-            bar.set_postfix({"loss": f"{done.loss:.3f}", **{name: f"{value:.3f}" for name, value in done.logs.items()}})
-            bar.update()
-            if processes.any(stopping()) and done.number < config.steps:
-                run.save()
-                bar.close()
-                if processes.main:
-                    print(f"stopped after step {done.number}; saved {run.checkpoint_path}; go on with --resume")
-                return 130
+    for _ in follow(run):
+        pass
+    if not run.last:
+        if processes.main:
+            print(f"stopped after step {run.step}; saved {run.checkpoint_path}; go on with --resume")
+        return 130
     if processes.main:
         print(f"wrote {run.result} after step {run.step}: every key read back")
-        held, planned = memory.peak_gb(device), list(planner.plans.values())[-1:]
+        held, planned = peak_gb(device), list(planner.plans.values())[-1:]
         if held is not None and planned:
             print(f"most memory held: {held:.2f} GB; planned {planned[0].total / 1e9:.2f} GB")
-    if run.watcher and processes.main:
-        best = run.watcher.best
-        print(f"best held-out at step {best['step']:.0f} ({best['heldout']:.3f}): {run.folder / 'best.safetensors'}")
+    if evaluation and processes.main:
+        best = run.best
+        print(f"best held-out at step {best['step']:.0f} ({best['heldout']:.3f}): {run.folder / BEST}")
     return 0

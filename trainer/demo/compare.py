@@ -31,9 +31,13 @@ from ..models.unet import UNetPolicy
 from ..policy import Lora
 from ..reward import Reward
 from ..rewards.two_tower import TwoTower
-from ..runtime.hashes import file_hash
-from ..training.evaluation import Watch, Watcher
-from ..training.run import Run, TrainConfig, interruptible
+from ..runtime.files import file_hash
+from ..training.config import TrainConfig, Watch
+from ..training.console import follow
+from ..training.evaluation import Evaluation
+from ..training.folder import CHECKPOINT, WATCH
+from ..training.parts import Parts
+from ..training.run import Run
 from . import files, show, world
 from .show import GUIDANCE, START, STEPS
 
@@ -139,29 +143,22 @@ def train_config(name: str, out: Path, size: Size, seed: int, lr: float | None =
 
 
 def train_one(config: TrainConfig, samples: Samples, watched: Sequence[str]) -> list[dict[str, float]]:
-    """Train one method, or go on; returns the points of the watch. Ctrl-C saves and raises KeyboardInterrupt."""
-    from tqdm import tqdm
-
+    """Train one method, or go on; returns its evaluations. Ctrl-C saves and raises KeyboardInterrupt."""
     folder = Path(config.out)
     if (folder / "lora.safetensors").is_file():
-        return json.loads((folder / "watch.json").read_text("utf-8"))
+        return json.loads((folder / WATCH).read_text("utf-8"))
     policy = UNetPolicy.load(files.PIPELINE)
     if config.consistency:
         load_consistency(policy, files.CONSISTENCY)
-    features = files.load_reader().features
-    watcher = Watcher(config.watch, policy, judges(), features, watched, STEPS, 1.0, config.seed + 1)
+    evaluation = Evaluation.of_run(config, policy, judges(), watched, files.load_reader().features)
     base = file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors")
-    run = Run(config, policy, samples, files.load_reward("proxy"), base, watcher=watcher)
-    run.open_folder(overwrite=True, resume=run.checkpoint_path.is_file())
-    name = config.objective["name"]
-    with interruptible() as stopping, tqdm(total=config.budget, initial=run.counted.calls, desc=name, unit="call") as bar:
-        for done in run.steps():
-            bar.update(run.counted.calls - bar.n)
-            bar.set_postfix({name: f"{value:.2f}" for name, value in done.logs.items()})
-            if stopping():
-                run.save()
-                raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {done.number}; the same command goes on from there")
-    return watcher.points
+    parts = Parts(policy, samples, files.load_reward("proxy"), evaluation=evaluation, base_hash=base)
+    run = Run.start(config, parts, overwrite=True, resume=(folder / CHECKPOINT).is_file())
+    for _ in follow(run):
+        pass
+    if not run.last:
+        raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {run.step}; the same command goes on from there")
+    return evaluation.points
 
 
 def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bool = False) -> dict[str, Any]:

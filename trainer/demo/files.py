@@ -13,7 +13,7 @@ from torch import nn
 from ..rewards.base import RewardModel
 from ..rewards.two_tower import TwoTower
 from ..rewards.weighted import Standardised
-from ..runtime.hashes import file_hash
+from ..runtime.files import file_hash
 from .architecture import TOWERS, Reader, vocabulary_size
 from .rater import Gold
 

@@ -23,7 +23,12 @@ from ..metrics.summary import Judged, area_interval, frontier_area, intervals, j
 from ..models.unet import UNetPolicy
 from ..policy import Lora
 from ..reward import Reward
-from ..training.run import Run, TrainConfig, file_hash, interruptible
+from ..runtime.files import file_hash
+from ..training.config import TrainConfig
+from ..training.console import follow
+from ..training.folder import CHECKPOINT
+from ..training.parts import Parts
+from ..training.run import Run
 from . import files, world
 
 log = logging.getLogger(__name__)
@@ -81,23 +86,15 @@ def train_config(method: str, out: Path, size: DemoSize, tuning: Tuning, seed: i
 
 
 def train_one(config: TrainConfig, samples: Samples, on_step: Callable[[Run], object] = lambda run: None, *, resume: bool = False) -> Path:
-    """Train, showing progress, or go on from a checkpoint; returns the LoRA's path. Ctrl-C saves and raises KeyboardInterrupt."""
-    from tqdm import tqdm
-
-    policy = UNetPolicy.load(files.PIPELINE)
-    reward = files.load_reward("proxy")
-    run = Run(config, policy, samples, reward, file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors"))
-    run.open_folder(overwrite=True, resume=resume and run.checkpoint_path.is_file())
-    name = config.objective["name"]
-    with interruptible() as stopping, tqdm(total=config.steps, initial=run.step, desc=f"training {name}", unit="step") as bar:
-        for done in run.steps():
-            bar.set_postfix({name: f"{value:.2f}" for name, value in done.logs.items()})
-            bar.update()
-            on_step(run)
-            if stopping():
-                run.save()
-                raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {done.number}; go on with --resume")
-    return Path(config.out) / "lora.safetensors"
+    """Train, or go on from a checkpoint, with a progress bar; returns the LoRA's path. Ctrl-C saves and raises KeyboardInterrupt."""
+    base = file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors")
+    parts = Parts(UNetPolicy.load(files.PIPELINE), samples, files.load_reward("proxy"), base_hash=base)
+    run = Run.start(config, parts, overwrite=True, resume=resume and (Path(config.out) / CHECKPOINT).is_file())
+    for _ in follow(run, f"training {config.objective['name']}"):
+        on_step(run)
+    if not run.last:
+        raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {run.step}; go on with --resume")
+    return run.result
 
 
 class Curve:

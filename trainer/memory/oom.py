@@ -1,20 +1,9 @@
-"""Memory of the device: how much a process has held, whether an error is the lack of it, and where it ran out."""
+"""Running out of memory: where it happened."""
 
 from __future__ import annotations
 
-import sys
 import traceback
 
-import torch
-
-_SIGNS = (  # of errors that have no class of their own: MPS, XPU, cuBLAS, the CPU's allocator
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "alloc_failed",
-    "out_of_memory",
-    "failed to allocate",
-)
 _PLACES = (  # file and function of a traceback's frames, and what is happening there
     ("models/diffusers_policy.py", "decode", "the autoencoder's decoder"),
     ("models/diffusers_policy.py", "encode", "the autoencoder's encoder"),
@@ -27,7 +16,7 @@ _PLACES = (  # file and function of a traceback's frames, and what is happening 
     ("trainer/reward.py", "", "the reward"),
     ("commands/train.py", "_place_rewards", "bringing the rewards to the device"),
     ("torch/optim", "", "the optimizer"),
-    ("training/evaluation.py", "", "a look of the watch"),
+    ("training/evaluation.py", "", "an evaluation"),
     ("torch/autograd", "backward", "the backward pass"),
     ("trainer/data/", "", "reading the data"),
 )
@@ -35,13 +24,6 @@ _PLACES = (  # file and function of a traceback's frames, and what is happening 
 
 class OutOfMemory(RuntimeError):
     """Memory ran out; the message says where, what is safe, and what to try."""
-
-
-def is_lack(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    kinds = tuple(kind for kind in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError, MemoryError) if kind)
-    text = str(error).lower()
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
 
 
 def place(error: BaseException) -> str:
@@ -54,19 +36,3 @@ def place(error: BaseException) -> str:
     if not words and any("trainer/objectives" in f and "reward(" in line for f, _, line in frames):
         return "the reward"
     return words[0] if words else ""
-
-
-def peak_gb(device: str) -> float | None:
-    """Peak memory, GB: of the tensors on this GPU, of this process on a CPU; on MPS what the driver holds now; None where unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if device.startswith("xpu") and hasattr(torch, "xpu"):
-        return torch.xpu.max_memory_allocated(device) / 1e9
-    if device.startswith("mps"):
-        return torch.mps.driver_allocated_memory() / 1e9
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -33,11 +33,12 @@ from ..models.prompts import EMBEDDINGS_KEPT
 from ..objectives.base import RunContext
 from ..rewards.base import RewardModel
 from ..runtime.processes import ALONE, Processes
-from ..training.evaluation import Watch
+from ..training.config import TrainConfig, Watch
 from ..training.nfe import CountingPolicy
 from ..training.optimizers import STATE_BYTES
 from ..training.optimizers import Name as OptimizerName
-from ..training.run import Run, TrainConfig
+from ..training.parts import Parts
+from ..training.run import Run
 from .dry_run import META, Tally, dry
 from .offload import tensors, waiting_text_towers
 
@@ -255,7 +256,7 @@ class _Sketch:
 def _bounded(config: TrainConfig) -> TrainConfig:
     """The run without what is written to disk or asked of an oracle many times; neither changes the highest moment."""
     given = dict(config.objective)
-    known = {f.name for f in fields(type(config.build_objective()))}  # type: ignore[arg-type]
+    known = {f.name for f in fields(type(config.method))}  # type: ignore[arg-type]
     small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (max(2, config.batch_size),), "epochs": 1}
     given |= {name: value for name, value in small.items() if name in known}
     return replace(config, objective=given)
@@ -266,7 +267,7 @@ def _trace(config: TrainConfig, models: Models, samples: Samples, folder: Path, 
     seen: list[tuple[int, int]] = []
     sketch = _Sketch(models.policy)
     run = RunContext(sketch, sketch, sketch, folder=folder, prompts=samples.prompts)  # pyright: ignore[reportArgumentType]
-    loss = config.build_objective().begin(run)
+    loss = config.method.begin(run)
     share = processes.share(config.batch_size)
     for number in range(min(TRACED, config.steps * config.gradient_accumulation_steps)):
         sketch.forwards = sketch.backwards = 0
@@ -298,7 +299,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
         reward = _Judged(models.reward, tally)
         features = _Judged(models.features, tally) if models.features is not None else None
         with dry(tally):
-            run = Run(config, policy, samples, reward, features=features, processes=processes)
+            run = Run(config, Parts(policy, samples, reward, features, processes=processes))
             models.reward.gradient_checkpointing(config.gradient_checkpointing_reward)
             watched = _Watched(policy, tally)
             if parked:
@@ -346,7 +347,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
             if parked:
                 waiting |= {"encoders": sum(t.nbytes for t in tensors(*policy.encoders())), "rewards": 0}
                 tally.forget_peak()
-                wordings, shown = run.objective.wordings, asked.watch.count * (asked.watch.every > 0)
+                wordings, shown = config.method.wordings, asked.watch.count * (asked.watch.every > 0)
                 waiting["rewards"] += _read(
                     tally,
                     [r for r in (models.reward, models.features) if r is not None],
@@ -391,7 +392,7 @@ def plan(config: TrainConfig, models: Models, tally: Tally, processes: Processes
 
 def _calls_of_a_look(config: TrainConfig, policy: DiffusersPolicy) -> int:
     """Denoiser calls of one image at a look of the watch; guidance makes two of one."""
-    watch, objective = config.watch, config.build_objective()
+    watch, objective = config.watch, config.method
     steps = watch.steps or objective.steps
     k = Switch.parse(watch.switch).index(policy.sigmas(steps))
     return watch.count * watch.images * (k * (1 + (watch.guidance_scale != 1)) + (steps - k) * (1 + (objective.guidance_scale != 1)))
@@ -407,7 +408,7 @@ def _look(
     prompts = [encoded[i % len(encoded)] for i in range(count)]
     noise = torch.empty(drawn, *policy.latent_shape, device=META)
     policy.denoiser(prompts[:drawn], adapter="base", guidance_scale=watch.guidance_scale)(
-        noise, policy.sigmas(run.objective.steps)[:1].expand(drawn)
+        noise, policy.sigmas(run.config.method.steps)[:1].expand(drawn)
     )
     policy.decode(noise)
     images = torch.empty(min(count, 32), 3, *policy.inner.image_size, device=META)
@@ -485,7 +486,7 @@ def _step(run: Run, policy: _Watched, reward: Any, samples: Samples, number: int
     batch = samples.batch(c.seed, number // c.gradient_accumulation_steps, number, c.batch_size, run.processes.share(c.batch_size))
     tally.flops.clear()
     try:
-        loss, _ = run.objective.begin(replace(run.context, policy=policy, reward=reward))(batch)
+        loss, _ = c.method.begin(replace(run.context, policy=policy, reward=reward))(batch)
         (loss / c.gradient_accumulation_steps).backward()
         del loss
     finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..runtime.hashes import module_hash
+from ..runtime.files import module_hash
 
 _PIXELS_AT_ONCE = 2**21  # decoded without gradient: eight images of 512² are enough to keep a GPU busy
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.cache import TensorCache, key_of
-from ..runtime.hashes import module_hash
+from ..runtime.files import module_hash
 from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import slow
 from .speed import on_device

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.hashes import file_hash
+from ..runtime.files import file_hash
 
 # File names that many repositories use: only looked for in a folder of the reward's name.
 _GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .device import check_device, device_count
+
 T = TypeVar("T")
 _RESUME = "the last checkpoint is intact, go on with --resume"
 # torch's own default for gloo: longer than a watch or a checkpoint of one process may keep the others waiting. A process that
@@ -63,13 +65,8 @@ class Processes:
         return
 
     def device(self, name: str) -> str:
-        """`cuda` and `xpu` as the device of this process; raises ValueError for a device that is not there."""
-        kind = name.partition(":")[0]
-        if kind not in ("cpu", "cuda", "mps", "xpu"):
-            raise ValueError(f"device = {name}: use cpu, cuda, mps or xpu")
-        if not _available(kind):
-            raise ValueError(f"device = {name}: this machine, or this build of PyTorch, has none; give another, or cpu")
-        return name
+        """The device of this process; ValueError for one that is not there."""
+        return check_device(name)
 
     def weights_mesh(self, device: torch.device) -> Any:
         """The processes as torch.distributed.fsdp.fully_shard wants them."""
@@ -77,13 +74,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def _available(kind: str) -> bool:
-    """Whether this build of PyTorch knows a kind of device and the machine has one. PyTorch 2.1 has neither torch.xpu nor
-    torch.mps.is_available."""
-    backend: Any = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
-    return backend is not None and backend.is_available()
 
 
 class Joined(Processes):
@@ -158,7 +148,7 @@ class Joined(Processes):
         """`cuda` becomes `cuda:<local rank>`."""
         if name not in ("cuda", "xpu"):
             return super().device(name)
-        available = getattr(torch, name).device_count() if _available(name) else 0
+        available = device_count(name)
         if self.local_rank >= available:
             raise ValueError(f"process {self.local_rank} of this machine has no {name} device: {available} found; start fewer processes")
         getattr(torch, name).set_device(self.local_rank)

@@ -1,10 +1,9 @@
-"""Watching a run with a reward that it does not train on: points over the steps, the best adapter, and when to stop."""
+"""Evaluation of a policy while it trains: images of fixed prompts and noise, judged by rewards and by their diversity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,89 +14,81 @@ from ..guidance import Switch, combined
 from ..metrics.diversity import within_prompt_diversity
 from ..policy import Policy
 from ..reward import Reward
+from .config import TrainConfig
 
 Point = dict[str, float]
+"""One evaluation: `step`, the mean of each reward by its name, and `diversity`."""
+CHUNK = 32
 
 
-@dataclass(frozen=True)
-class Watch:
-    """How a run is watched, and what follows from it.
+class Evaluation:
+    """The evaluations of one run.
 
-    The best point has the highest held-out reward of those that keep `diversity` of the diversity before training. A run
-    stops after `patience` points in a row that score above the best point by the training reward and below it by the
-    held-out one: what rises then is the reward's mistakes.
+    prompts: one per image. features: images (B,3,H,W) in [0,1] -> (B,D), in which diversity is measured; without them there is
+    none. on_device: a context in which the rewards are on the policy's device.
     """
-
-    every: int = field(default=0, metadata={"min": 0, "help": "optimizer steps between points; 0 does not watch"})
-    heldout: str = field(default="", metadata={"help": "the reward that judges; as `reward`, but not the one trained on"})
-    prompts: str = field(default="", metadata={"help": "text file, one prompt per line; default: the first training prompts"})
-    count: int = field(default=8, metadata={"min": 1, "help": "prompts that are used"})
-    images: int = field(default=4, metadata={"min": 2, "help": "images per prompt"})
-    steps: int = field(default=0, metadata={"min": 0, "max": 1000, "help": "sampler steps; 0: as in training"})
-    switch: str = field(default="0", metadata={"help": "where the tuned model takes over: 0 tuned alone, 12, 75%, sigma=0.63"})
-    guidance_scale: float = field(default=7.5, metadata={"min": 0.0, "max": 30.0, "help": "guidance of the base model before the switch"})
-    diversity: float = field(
-        default=0.0, metadata={"min": 0.0, "max": 1.0, "help": "share of the first point's diversity that the best must keep"}
-    )
-    patience: int = field(default=0, metadata={"min": 0, "help": "points of over-optimisation in a row that end the run; 0 never ends it"})
-
-
-class Watcher:
-    """The points of one run. `rewards` has at least `reward`, which is trained on, and `heldout`; inside `on_device` they are on the
-    policy's device."""
 
     def __init__(
         self,
-        watch: Watch,
         policy: Policy,
         rewards: Mapping[str, Reward],
-        features: Callable[[Tensor], Tensor],
         prompts: Sequence[str],
-        steps: int,
-        tuned_guidance_scale: float,
-        seed: int,
+        generation: Generation,
+        switch: Switch,
+        features: Callable[[Tensor], Tensor] | None = None,
         on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        missing = {"reward", "heldout"} - set(rewards)
-        if missing:
-            raise ValueError(f"watching needs a {missing.pop()} reward")
-        self.watch, self.policy, self.rewards, self.features = watch, policy, rewards, features
-        self.on_device = on_device
-        self.prompts = [p for p in list(dict.fromkeys(prompts))[: watch.count] for _ in range(watch.images)]
-        self.settings = Generation(
-            watch.steps or steps, guidance_scale=watch.guidance_scale, tuned_guidance_scale=tuned_guidance_scale, seed=seed
-        )
-        self.k = Switch.parse(watch.switch).index(policy.sigmas(self.settings.steps))
+        self.policy, self.rewards, self.prompts, self.features, self.on_device = policy, rewards, list(prompts), features, on_device
+        self.generation = generation
+        self.k = switch.index(policy.sigmas(generation.steps))
         self.points: list[Point] = []
+        self.images: Tensor | None = None
+        """(N,3,H,W) in [0,1]: the images of the last evaluation."""
+
+    @classmethod
+    def of_run(
+        cls,
+        config: TrainConfig,
+        policy: Policy,
+        rewards: Mapping[str, Reward],
+        prompts: Sequence[str],
+        features: Callable[[Tensor], Tensor],
+        on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Evaluation:
+        """As `config.watch` says: `watch.images` images of each of the first `watch.count` prompts. rewards: `reward` and `heldout`."""
+        watch, method = config.watch, config.method
+        if missing := {"reward", "heldout"} - set(rewards):
+            raise ValueError(f"the watch needs a {missing.pop()} reward")
+        repeated = [prompt for prompt in list(dict.fromkeys(prompts))[: watch.count] for _ in range(watch.images)]
+        generation = Generation(
+            watch.steps or method.steps,
+            guidance_scale=watch.guidance_scale,
+            tuned_guidance_scale=method.guidance_scale,
+            seed=config.seed + 1,
+        )
+        return cls(policy, rewards, repeated, generation, Switch.parse(watch.switch), features, on_device)
 
     @torch.no_grad()
-    def look(self, step: int) -> Point:
-        """Generate from the fixed prompts and noise, judge, and keep the point."""
-        mix = combined(self.settings.base, self.settings.tuned(), self.k)
-        images = generate(self.policy, self.prompts, self.settings, {"": mix})[""]
+    def run(self, step: int) -> Point:
+        """Generate, judge, and append a point; points of later steps are dropped (a resumed run takes them again)."""
+        mix = combined(self.generation.base, self.generation.tuned(), self.k)
+        images = generate(self.policy, self.prompts, self.generation, {"": mix})[""]
         device = self.policy.device
-        groups = torch.tensor([self.prompts.index(p) for p in self.prompts])
-        features, scores = list[Tensor](), {name: list[Tensor]() for name in self.rewards}
+        scores, features = {name: list[Tensor]() for name in self.rewards}, list[Tensor]()
         with self.on_device():
-            for first in range(0, len(images), 32):
-                part, prompts = images[first : first + 32].to(device), self.prompts[first : first + 32]
-                features.append(self.features(part).cpu())
+            for first in range(0, len(images), CHUNK):
+                part, prompts = images[first : first + CHUNK].to(device), self.prompts[first : first + CHUNK]
+                if self.features is not None:
+                    features.append(self.features(part).cpu())
                 for name, reward in self.rewards.items():
                     scores[name].append(reward(part, prompts).float().cpu())
-        means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
-        point = {"step": float(step), **means, "diversity": float(within_prompt_diversity(torch.cat(features), groups).mean())}
+        point = {"step": float(step), **{name: float(torch.cat(values).mean()) for name, values in scores.items()}}
+        if features:
+            groups = torch.tensor([self.prompts.index(prompt) for prompt in self.prompts])
+            point["diversity"] = float(within_prompt_diversity(torch.cat(features), groups).mean())
+        self.images = images
         self.points = [*(p for p in self.points if p["step"] < step), point]
         return point
-
-    @property
-    def best(self) -> Point:
-        """The best point by the rule; before training where none keeps enough diversity."""
-        return best_point(self.points, self.watch.diversity)
-
-    @property
-    def over(self) -> bool:
-        """Whether the rule ends the run."""
-        return over_optimised(self.points, self.watch.diversity, self.watch.patience)
 
 
 def best_point(points: Sequence[Point], diversity: float) -> Point:

@@ -1,0 +1,125 @@
+"""The folder of a run: `config.json`, `log.jsonl`, `checkpoint.pt` and the results; one run at a time, resumed with equal settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..config import ConfigError, build, plain, present_names
+from ..policy import ATTENTION
+from ..runtime.files import write_text
+from .config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT, LOG, CONFIG, WATCH, BEST = "checkpoint.pt", "log.jsonl", "config.json", "watch.json", "best.safetensors"
+LOCK = ".lock"
+_OF_A_RUN = (LOG, CHECKPOINT, "lora.safetensors", "delta.safetensors", WATCH, BEST)
+
+
+def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """ConfigError where there is nothing to resume, or where a new run would mix with an old one."""
+    if resume:
+        if not (folder / CHECKPOINT).is_file():
+            raise ConfigError(f"nothing to resume: no {folder / CHECKPOINT}")
+    elif not overwrite and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise ConfigError(f"{folder} exists: add --overwrite to replace its run, or --resume to go on")
+
+
+def claim(folder: Path, *, overwrite: bool, resume: bool) -> FileLock:
+    """Lock the folder for this process until it ends, however it ends; ConfigError as `check_folder`, or where another run has it."""
+    check_folder(folder, overwrite=overwrite, resume=resume)
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another run is writing to {folder}: wait for it, or give another `out`") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}") from error
+    return lock
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of an earlier run."""
+    try:
+        for name in _OF_A_RUN:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error}") from error
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """The settings as `config.json`."""
+    write_text(json.dumps(plain(config), indent=2) + "\n", folder / CONFIG)
+
+
+def append_log(folder: Path, line: Mapping[str, Any]) -> None:
+    """One step's line of the log."""
+    path = folder / LOG
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}; the last checkpoint is intact") from error
+
+
+def trim_log(folder: Path, step: int) -> None:
+    """Drop the log lines of steps after the checkpoint: the resumed run takes these steps again."""
+    path = folder / LOG
+    if not path.is_file():
+        return
+    kept: list[str] = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # cut short by a kill
+    write_text("".join(line + "\n" for line in kept), path)
+
+
+def check_resumable(config: TrainConfig, state: Mapping[str, Any], base_hash: str, parameters: Iterable[str]) -> None:
+    """ConfigError unless settings, base and names of the trained parameters are those of the checkpoint.
+
+    Settings that it does not have (of an older version) are at their default. Exempt are `steps`, `budget`, `NEUTRAL`,
+    and how the samples of an optimizer step are split into micro-batches: samples and noise stay the same, but what an objective
+    draws once per micro-batch is drawn anew.
+    """
+    path = Path(config.out) / CHECKPOINT
+    if state["base"] != base_hash:
+        raise ConfigError(f"{path} was written over other weights than those of {config.model}")
+    before = build(TrainConfig, {"out": config.out, **present_names(json.loads(state["settings"]))})
+    if config.lora.targets is None and before.lora.targets == ATTENTION:  # 0.1.0's default, which meant the model's attention projections
+        before = replace(before, lora=replace(before.lora, targets=None))
+    then, now = _flat(_decisive(before)), _flat(_decisive(config))
+    changed = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
+    if changed == ["batch_size", "gradient_accumulation_steps"] and _per_step(before) == _per_step(config):
+        log.warning("micro-batches of %d instead of %d: draws per micro-batch differ", config.batch_size, before.batch_size)
+    elif changed:
+        key = changed[0]
+        raise ConfigError(f"{path} was written with another {key}: {then.get(key)!r}, now {now.get(key)!r}")
+    if state["adapter"].keys() != set(parameters):
+        raise ConfigError(f"{path} was written with another adapter: give the lora.targets of that run")
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    table = {**plain(config.method), "name": config.objective["name"]}
+    return {**config.describe(), "objective": table, "steps": None, "budget": None}
+
+
+def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {where + key: value}  # pyright: ignore[reportUnknownArgumentType]
+    return flat
+
+
+def _per_step(config: TrainConfig) -> int:
+    return config.batch_size * config.gradient_accumulation_steps

@@ -1,0 +1,72 @@
+"""What a training run is made of, whether the settings fit to it, and the policy's preparation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import ConfigError
+from ..data.samples import Samples
+from ..objectives import OBJECTIVES, RunContext
+from ..objectives.base import ImageFeatures
+from ..policy import Policy, Trainable
+from ..reward import Reward
+from ..runtime.processes import ALONE, Processes
+from .config import TrainConfig
+from .evaluation import Evaluation
+from .tracker import check_tracker
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, loaded. features: for objectives that need some; evaluation: run every `watch.every` steps."""
+
+    policy: Trainable
+    samples: Samples
+    reward: Reward | None
+    features: ImageFeatures | None = None
+    evaluation: Evaluation | None = None
+    base_hash: str = ""
+    processes: Processes = ALONE
+
+    def context(self, config: TrainConfig, policy: Policy) -> RunContext:
+        """The resources that an objective may use; policy: `self.policy`, or a wrapper of it."""
+        prompts = tuple(dict.fromkeys(self.samples.prompts))
+        return RunContext(policy, self.reward, self.features, self.processes, Path(config.out), prompts)
+
+
+def check_settings(config: TrainConfig, parts: Parts) -> None:
+    """ConfigError where settings and parts do not fit together; to be called before anything takes time or is overwritten."""
+    name, processes = config.objective["name"], parts.processes.count
+    if config.method.needs_gradient and parts.reward is not None and not parts.reward.differentiable:
+        takers = ", ".join(name for name, cls in OBJECTIVES.items() if not cls().needs_gradient)
+        raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
+    if not issubclass(parts.samples.data, config.method.data):
+        wanted, given = config.method.data.__name__.lower(), parts.samples.data.__name__.lower()
+        raise ConfigError(f"{name} trains on {wanted} with these settings, and the data are {given}: give `images`, or other settings")
+    if config.watch.every and parts.evaluation is None:
+        raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
+    if config.batch_size % processes:
+        raise ConfigError(f"batch_size = {config.batch_size}: {processes} processes share a micro-batch, give a multiple of that")
+    for key, needed in (("tune", "lora"), ("compile", False), ("channels_last", False)):
+        if parts.processes.sharded and getattr(config, key) != needed:
+            raise ConfigError(f"{key} = {getattr(config, key)}: sharded weights (FSDP) are for {key} = {needed}; launch with --multi_gpu")
+    try:
+        check_tracker(config.tracker)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        config.method.check(parts.context(config, parts.policy))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def prepare(policy: Trainable, config: TrainConfig, processes: Processes) -> None:
+    """Attach the adapter, or make every weight trainable; shard; switch gradient checkpointing."""
+    if config.tune == "full":
+        policy.tune_weights()
+    elif policy.lora is None:
+        policy.add_lora(config.lora, config.seed)
+    if processes.sharded:
+        policy.shard(processes.weights_mesh(policy.device))
+    policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=config.gradient_checkpointing_vae)
