@@ -1,4 +1,4 @@
-"""Taking the steps of a run: until it is told to stop, and in a terminal with a progress bar and Ctrl-C."""
+"""Taking the steps of a run: until a stop is asked for, and in a terminal with a progress bar and Ctrl-C."""
 
 from __future__ import annotations
 
