@@ -171,12 +171,13 @@ class Adapters:
                 swap.activate(tuned=False, within=inside)
         if name in self._swaps:
             self._swaps[name].activate(tuned=True, within=inside)
+        active = [_peft_name(name)]
         for layer in self._layers.values():
             if inside is None or layer in inside:
                 # not by peft's methods, which also set requires_grad
                 layer._disable_adapters = name == "base"
                 if name != "base":
-                    layer._active_adapter = [_peft_name(name)]
+                    layer._active_adapter = active
 
     def _modules_of(self, block: nn.Module) -> set[nn.Module]:
         if block not in self._inside:
