@@ -1,0 +1,53 @@
+"""The pages: links lead somewhere, the examples are the tested files, every claim's command is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = ("tests/objectives/snippets/one_step.py", "tests/rewards/warmth.py", "tests/models/snippets/family.py")
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(page):
+    broken = []
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text("utf-8")):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert broken == []
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_architecture_are_the_tested_files(example):
+    source = (ROOT / example).read_text("utf-8")
+    assert len(source.splitlines()) <= 30
+    assert f"```python\n{source}```" in (ROOT / "docs" / "architecture.md").read_text("utf-8")
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+def test_scripts_and_tests_named_in_the_docs_exist():
+    missing = []
+    for page in PAGES:
+        for name in re.findall(r"\b(?:trainer|tests|tools|nodes|presets)/[\w/]+\.\w+", page.read_text("utf-8")):
+            if not (ROOT / name).exists() and page.name != "upgrade.md":
+                missing.append(f"{page.name}: {name}")
+        for module in re.findall(r"python -m ((?:trainer|tools|tests)(?:\.\w+)+)", page.read_text("utf-8")):
+            path = ROOT.joinpath(*module.split("."))
+            if not path.with_suffix(".py").exists() and not (path / "__main__.py").exists():
+                missing.append(f"{page.name}: {module}")
+    assert missing == []
