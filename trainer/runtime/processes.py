@@ -95,29 +95,29 @@ class Joined(Processes):
 
     def exchange(self, value: T) -> list[T]:
         """As above; raises StoppedElsewhere where another process failed, ProcessLost where one is gone."""
-        told = self._tell(None, value)
-        failed = [error for error, _ in told if error is not None]
+        gathered = self._tell(None, value)
+        failed = [error for error, _ in gathered if error is not None]
         if failed:
             raise StoppedElsewhere(failed[0])
-        return [value for _, value in told]  # pyright: ignore[reportReturnType]
+        return [value for _, value in gathered]  # pyright: ignore[reportReturnType]
 
     def fail(self, error: BaseException) -> bool:
         """Tell the others why this process stops; false where one before it has stopped for the same reason."""
         try:
-            told = self._tell(str(error), None)
+            gathered = self._tell(str(error), None)
         except ProcessLost:
             return True
-        return all(other != str(error) for other, _ in told[: self.rank])
+        return all(other != str(error) for other, _ in gathered[: self.rank])
 
     def _tell(self, error: str | None, value: T | None) -> list[tuple[str | None, T | None]]:
         import torch.distributed as dist
 
-        told: list[tuple[str | None, T | None]] = [(None, None)] * self.count
+        gathered: list[tuple[str | None, T | None]] = [(None, None)] * self.count
         try:
-            dist.all_gather_object(told, (error, value))
+            dist.all_gather_object(gathered, (error, value))
         except RuntimeError as lost:  # gloo's for a closed connection or a timeout
             raise ProcessLost(f"process {self.rank} of {self.count}: another one was killed, crashed or hangs; {_RESUME}") from lost
-        return told
+        return gathered
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """All-reduces of gradients in a row, some megabytes at a time.
@@ -176,7 +176,7 @@ def joined(timeout: timedelta = TIMEOUT, environment: Mapping[str, str] = os.env
         return
     import torch.distributed as dist
 
-    # gloo carries values and errors, nccl gradients that lie on a GPU (gloo where there is no nccl: Windows)
+    # gloo carries values and errors, nccl gradients that lie on a GPU (gloo on systems without nccl: Windows)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=timeout)
@@ -198,8 +198,8 @@ def joined(timeout: timedelta = TIMEOUT, environment: Mapping[str, str] = os.env
                 raise
             raise ProcessLost(f"process {here.rank} of {count}: another one was killed, crashed or hangs; {_RESUME}") from error
     except BaseException as error:
-        told = isinstance(error, StoppedElsewhere | ProcessLost) or not isinstance(error, Exception)  # or cannot be told
-        first = told or here.waits_for_weights or here.fail(error)
+        silent = isinstance(error, StoppedElsewhere | ProcessLost) or not isinstance(error, Exception)  # or cannot be reported
+        first = silent or here.waits_for_weights or here.fail(error)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends anyway, and has something to say before
         if not first:
             raise StoppedElsewhere(str(error)) from error
@@ -216,4 +216,4 @@ def _asked(environment: Mapping[str, str], name: str) -> bool:
 
 def _terminated(*_: object) -> None:
     """A launcher ends what is left of a run in which one process died."""
-    raise KeyboardInterrupt(f"another process ended, or the launcher was told to; {_RESUME}")
+    raise KeyboardInterrupt(f"another process ended, or the launcher was stopped; {_RESUME}")
