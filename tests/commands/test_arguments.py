@@ -60,6 +60,7 @@ WRONG = [
     ([*TRAIN, "--objective=refl"], "--objective.name="),
     ([*TRAIN, "--objective.name=best"], "'best': use one of refl, imagerefl"),
     ([*TRAIN, "--objective.name=refl", '--objective.positive=["two words"]'], "unknown key 'objective.positive'"),
+    ([*TRAIN, "--watch.switch=half"], "switch 'half': write a step (15)"),
     ([*TRAIN, "--batch_size=many"], "batch_size = 'many'"),
 ]
 

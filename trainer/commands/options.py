@@ -13,7 +13,7 @@ from ..generate import Generation
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.open import open_policy
-from ..runtime.processes import ALONE
+from ..runtime.device import check_device, use_device
 from ..sampling import METHODS
 
 
@@ -24,7 +24,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def device_of(args: argparse.Namespace) -> str:
     """The device that the arguments name; raises ValueError where this machine has none."""
-    return ALONE.device(args.device)
+    return check_device(args.device)
 
 
 def finite(text: str) -> float:
@@ -56,7 +56,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 def policy_of(args: argparse.Namespace) -> DiffusersPolicy:
     """A new policy over the model that the arguments name."""
-    device = device_of(args)
+    device = use_device(args.device)
     quiet_libraries()
     options = ModelOptions(**{f.name: getattr(args, f.name) for f in fields(ModelOptions)})
     return open_policy(args.model, device, options, args.image_size)

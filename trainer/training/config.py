@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ..config import ConfigError, build, plain
+from ..guidance import Switch
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective
 from ..policy import Lora
@@ -41,6 +42,9 @@ class Watch:
     patience: int = field(
         default=0, metadata={"min": 0, "help": "evaluations in a row with over-optimisation that end the run; 0: never ends it"}
     )
+
+    def __post_init__(self) -> None:
+        Switch.parse(self.switch)  # raises ValueError
 
 
 @dataclass(frozen=True)
