@@ -17,10 +17,11 @@ def interface(request, tmp_path_factory):
 
 
 @comfyui
-def test_nodes_keep_their_names_inputs_outputs_and_the_order_of_widgets(interface):
+def test_nodes_keep_their_names_inputs_defaults_outputs_and_the_order_of_widgets(interface):
     for name, then in json.loads((DATA / "expected" / "nodes.json").read_text("utf-8"))["nodes"].items():
         now = interface["nodes"][name]
         assert then["inputs"].items() <= now["inputs"].items(), name
+        assert then["defaults"].items() <= now["defaults"].items(), name
         widgets = [[key for key, kind in described["inputs"].items() if kind == "widget"] for described in (then, now)]
         assert widgets[1][: len(widgets[0])] == widgets[0], name  # saved graphs know widgets by position
         assert now["outputs"][: len(then["outputs"])] == then["outputs"], name

@@ -14,13 +14,16 @@ from workflows import WIDGETS, api_form
 
 
 def described(cls):
-    """Inputs by name, `widget` or the socket's type, in their order; types of outputs."""
-    inputs = {}
+    """Inputs by name, `widget` or the socket's type, in their order; widgets' defaults; types of outputs."""
+    inputs, defaults = {}, {}
     for group in ("required", "optional"):
         for name, (kind, *options) in cls.INPUT_TYPES().get(group, {}).items():
-            widget = (isinstance(kind, list) or kind in WIDGETS) and not (options[0] if options else {}).get("forceInput")
+            settings = options[0] if options else {}
+            widget = (isinstance(kind, list) or kind in WIDGETS) and not settings.get("forceInput")
             inputs[name] = "widget" if widget else kind
-    return {"inputs": inputs, "outputs": list(cls.RETURN_TYPES)}
+            if "default" in settings:
+                defaults[name] = settings["default"]
+    return {"inputs": inputs, "defaults": defaults, "outputs": list(cls.RETURN_TYPES)}
 
 
 async def main():
