@@ -113,12 +113,13 @@ def policy(pipeline_folder):
 @pytest.fixture(scope="session")
 def reward_folder(tmp_path_factory):
     """A random two-tower reward in the layout that trained ones have."""
-    from trainer.demo import architecture, files
+    from tools.embedded.export import write_tower
+    from trainer.demo import architecture
 
     folder = tmp_path_factory.mktemp("reward")
     torch.manual_seed(1)
     architecture.write_tokenizer(folder / "words")
-    files.write_tower(folder / "tower", architecture.build_tower("proxy"), "proxy", 0.0, 1.0, folder / "words")
+    write_tower(folder / "tower", architecture.build_tower("proxy"), "proxy", 0.0, 1.0, folder / "words")
     return folder / "tower"
 
 

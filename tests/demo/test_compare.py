@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from tools.embedded import methods, tables
 from trainer.config import ConfigError
-from trainer.demo import compare
+from trainer.demo import compare, experiment
 from trainer.demo.compare import METHODS, Size
 
 TINY = Size(budget=60, batch=2, prompts=2, per_prompt=2, watched=1, points=1, real=8)
@@ -41,7 +42,8 @@ def test_methods_are_trained_judged_and_left_alone_the_second_time(tmp_path, mon
     again = compare.compare(names, tmp_path, TINY, 0)
     assert again["points"] == results["points"]
     assert logs == {name: (tmp_path / "runs" / name / "log.jsonl").read_text() for name in names}
-    text = compare.table([tmp_path]) + compare.own_objectives([tmp_path]) + compare.pairs([tmp_path], compare.CLAIMS)
+    runs = [tables.load(tmp_path / "results.json")]
+    text = methods.table(runs) + methods.own_objectives(runs) + tables.claims(runs, methods.CLAIMS)
     assert "| SRPO best | 12 |" in text and "| SQDF | proxy |" in text
 
 
@@ -50,12 +52,8 @@ def test_methods_are_trained_judged_and_left_alone_the_second_time(tmp_path, mon
 def test_one_update_of_a_method_moves_every_adapter(name, tmp_path):
     from safetensors.torch import load_file
 
-    from trainer.data.samples import encode_images
-    from trainer.demo import files, world
-    from trainer.models.unet import UNetPolicy
-
-    samples = encode_images(UNetPolicy.load(files.PIPELINE), *world.real_images(4, 0))
+    samples = experiment.renders(4, 0)
     config = replace(compare.train_config(name, tmp_path, TINY, 0), budget=1)
-    compare.train_one(config, samples, ["a red star"])
+    experiment.train(config, samples, ["a red star"], compare.rewards())
     lora = load_file(tmp_path / "lora.safetensors")
     assert all(float(v.abs().max()) > 0 for k, v in lora.items() if k.endswith("lora_up.weight"))

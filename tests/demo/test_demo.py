@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from tools.embedded import gates
-from trainer.demo import files, show, world
+from trainer.demo import experiment, files, show, world
 from trainer.runtime.files import file_hash
 
-FIGURES = {"reward", "heldout", "gold", "diversity", "fid", "logcov"}
+FIGURES = {"reward", "heldout", "gold", "diversity", "vendi", "fid", "kid", "logcov"}
 
 
 def test_the_shipped_files_are_those_of_the_manifest_and_small():
@@ -25,9 +25,7 @@ def test_the_shipped_files_are_those_of_the_manifest_and_small():
 
 @pytest.mark.slow
 def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        show, "QUICK", show.DemoSize(refl_updates=2, imagerefl_updates=2, batch=4, prompts=5, per_prompt=4, switches=(0, 12, 16), real=8)
-    )
+    monkeypatch.setattr(show, "QUICK", show.DemoSize(updates=2, batch=4, prompts=5, per_prompt=4, switches=(0, 12, 16), real=8, watched=2))
     results = show.show(tmp_path / "demo", quick=True)
     on_disk = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert on_disk.keys() >= {"base", "base_unguided", "points", "frontier", "seed", "n", "ci", "config", "seconds", "peak_rss_mb"}
@@ -57,7 +55,7 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_reader_reads_renders_and_reconstructions():
-    policy = show.UNetPolicy.load(files.PIPELINE)
+    policy = experiment.load_base()
     measured = gates.reconstruction(policy, files.load_reader(), world.captions(200, "test gates"))
     assert measured["psnr"] > 28
     assert measured["renders"]["joint"] > 0.95
@@ -69,7 +67,7 @@ def test_preference_models_prefer_what_the_rater_prefers():
     captions = world.captions(60, "test preference")
     a, b = (world.real_renders(captions, 1, seed) for seed in (1, 2))
     texts = [c.text for c in captions]
-    rewards = show.judges()
+    rewards = experiment.rewards()
     with torch.no_grad():
         gaps = {name: r(a, texts) - r(b, texts) for name, r in rewards.items()}
     for name in ("reward", "heldout"):

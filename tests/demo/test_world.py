@@ -8,6 +8,7 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
+from tools.embedded import pretrain
 from trainer.demo import architecture, rater, world
 from trainer.rng import generator
 
@@ -30,7 +31,7 @@ def test_completions_keep_what_is_named_and_vary_the_rest():
     assert all(len(attributes[:, c].unique()) > 1 for c in range(2, 8))
 
 
-def test_renders_are_pictures_and_depend_on_scene_and_jitter_alone():
+def test_renders_are_images_and_depend_on_scene_and_jitter_alone():
     attributes, jitter = world.draw_scenes(8, generator("test"))
     images = world.render(attributes, jitter)
     assert images.shape == (8, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
@@ -65,10 +66,10 @@ def test_the_rater_sees_artefacts():
     assert (rater.measure(noisy)["artefacts"] > rater.measure(clean)["artefacts"] + 0.5).float().mean() > 0.95
 
 
-def test_choices_follow_the_logistic_law_with_flips():
+def test_choices_are_logistic_with_flips():
     gap = torch.full((200_000,), 1.0)
-    chosen = rater.choose(gap, torch.zeros_like(gap), generator("choices")).double().mean()
-    expected = (1 - rater.FLIPS) * torch.sigmoid(torch.tensor(1.0)) + rater.FLIPS * 0.5
+    chosen = pretrain.choose(gap, torch.zeros_like(gap), generator("choices")).double().mean()
+    expected = (1 - pretrain.FLIPS) * torch.sigmoid(torch.tensor(1.0)) + pretrain.FLIPS * 0.5
     assert float(chosen) == pytest.approx(float(expected), abs=0.005)
 
 

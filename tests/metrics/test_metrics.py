@@ -10,7 +10,7 @@ import torch
 from trainer.metrics.distances import frechet_distance, log_covariance_distance
 from trainer.metrics.diversity import within_prompt_diversity
 from trainer.metrics.intervals import bootstrap, dominated_area
-from trainer.metrics.summary import frontier_area, frontier_point, intervals, judge
+from trainer.metrics.summary import Judged, frontier_area, frontier_point, intervals
 
 
 def gaussian(n, d, seed, mean=0.0, scale=1.0):
@@ -73,27 +73,14 @@ def test_bootstrap_covers_a_normal_mean():
     assert float(low) < float(values.mean()) < float(high)
 
 
-class Mean:
-    differentiable = True
-
-    def __call__(self, images, prompts):
-        return images.flatten(1).mean(1)
-
-
-def test_judging_pairs_by_prompt_and_the_base_is_the_origin_of_the_frontier():
-    rng = torch.Generator().manual_seed(0)
-    images, prompts = torch.rand(12, 3, 4, 4, generator=rng), ["a", "b", "c"] * 4
-
-    def features(x):
-        return x.flatten(1)
-
-    base = judge(images, prompts, {"mean": Mean()}, features, features(images))
-    brighter = judge((images + 0.2), prompts, {"mean": Mean()}, features, features(images), chunk=5)
-    torch.testing.assert_close(base.rewards["mean"][0], images[0::3].mean(dtype=torch.float64))
-    assert base.fid == pytest.approx(0, abs=1e-6)
+def test_figures_pair_by_prompt_and_the_base_is_the_origin_of_the_frontier():
+    rewards, diversity = gaussian(30, 1, 1)[:, 0], gaussian(30, 1, 2, mean=1.0, scale=0.1)[:, 0]
+    base, brighter = Judged({"mean": rewards}, diversity), Judged({"mean": rewards + 0.2}, 0.8 * diversity)
+    assert brighter.means() == pytest.approx({"mean": float(rewards.mean()) + 0.2, "diversity": 0.8 * float(diversity.mean())})
     assert frontier_point(base, base, "mean") == (1.0, 0.0)
     x, y = frontier_point(brighter, base, "mean")
-    assert y == pytest.approx(0.2 / float(base.rewards["mean"].std()), rel=1e-5)
+    assert (x, y) == pytest.approx((0.8, 0.2 / float(rewards.std())))
     assert frontier_area([brighter], base, "mean") == pytest.approx(x * y)
-    low, high = intervals(brighter, base)["mean"]
-    assert low == pytest.approx(0.2, rel=1e-5) and high == pytest.approx(0.2, rel=1e-5)  # paired: the difference is constant
+    assert intervals(brighter, base)["mean"] == pytest.approx([0.2, 0.2])  # paired: the difference is constant
+    low, high = intervals(brighter)["mean"]
+    assert high - low == pytest.approx(2 * 1.96 * float(rewards.std()) / math.sqrt(30), rel=0.2)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.data.batches import Images
 from trainer.data.samples import encode_images
 from trainer.demo import files, world
-from trainer.demo.show import START, STEPS
+from trainer.demo.experiment import START, STEPS
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext

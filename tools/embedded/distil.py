@@ -18,7 +18,7 @@ from torch import Tensor
 from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import encode_images
 from trainer.demo import files
-from trainer.demo.show import GUIDANCE
+from trainer.demo.experiment import GUIDANCE
 from trainer.demo.world import real_images
 from trainer.lora.file import save_lora
 from trainer.models.unet import UNetPolicy
@@ -28,6 +28,8 @@ from trainer.runtime.files import file_hash
 from trainer.sampling import step as sampler_step
 from trainer.training import checkpoint
 from trainer.training.loop import Ema
+
+from .export import save_half_lora
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def main() -> None:
     a.work.mkdir(parents=True, exist_ok=True)
     path = distil(a.work, a.steps, a.batch)
     if a.export:
-        files.save_half_lora(path, files.CONSISTENCY)
+        save_half_lora(path, files.CONSISTENCY)
     log.info("wrote %s", files.CONSISTENCY if a.export else path)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.demo import files, show, world
+from trainer.demo import experiment, files, world
 from trainer.demo.architecture import Reader
-from trainer.generate import Generation, generate
+from trainer.demo.experiment import START, STEPS
+from trainer.generate import generate
 from trainer.guidance import cfg
 from trainer.metrics.diversity import within_prompt_diversity
 from trainer.models.unet import UNetPolicy
@@ -52,20 +53,20 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
     Base samples are re-noised to the switch's level and completed several times by the base model.
     """
     texts = [p for p in prompts for _ in range(prefixes * completions)]
-    settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=31)
-    sigmas = policy.sigmas(show.STEPS)
+    settings = experiment.generation(31)
+    sigmas = policy.sigmas(STEPS)
     scores: dict[str, list[Tensor]] = {name: [] for name in ("reward", "heldout", "gold")}
-    rewards = show.judges()
+    rewards = experiment.rewards()
     starts = [i // completions for i in range(len(texts))]  # completions of one sample share its prefix
     for first in range(0, len(texts), 64):
         rows = range(first, min(first + 64, len(texts)))
         part = [texts[i] for i in rows]
         shared, own = Rng(settings.seed, 0, tuple(starts[i] for i in rows)), Rng(settings.seed, 1, tuple(rows))
         denoiser = policy.denoiser(part, guidance_scale=settings.guidance_scale)
-        x = policy.start(shared.start_noise(policy.latent_shape), show.STEPS)
+        x = policy.start(shared.start_noise(policy.latent_shape), STEPS)
         x = end_of(x, trajectory(denoiser, x, sigmas, shared.step_noise(policy.latent_shape)))
-        noised = policy.add_noise(x, own.normal("again", policy.latent_shape), sigmas[show.START].expand(len(part)))
-        steps = trajectory(denoiser, noised, sigmas, own.step_noise(policy.latent_shape), first=show.START)
+        noised = policy.add_noise(x, own.normal("again", policy.latent_shape), sigmas[START].expand(len(part)))
+        steps = trajectory(denoiser, noised, sigmas, own.step_noise(policy.latent_shape), first=START)
         images = policy.decode(end_of(noised, steps))
         for name, reward in rewards.items():
             scores[name].append(reward(images, part))
@@ -81,10 +82,10 @@ def decided_after_the_switch(policy: UNetPolicy, prompts: list[str], prefixes: i
 @torch.no_grad()
 def measure(n: int = 1000) -> dict[str, Any]:
     """Every gate's figure."""
-    policy, reader = UNetPolicy.load(files.PIPELINE), files.load_reader()
+    policy, reader = experiment.load_base(), files.load_reader()
     captions = world.captions(n, "gates")
     texts = [c.text for c in captions]
-    settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=11)
+    settings = experiment.generation(11)
     base = {"": cfg(settings.base)}
     samples = generate(policy, texts, settings, base)[""]
 
@@ -95,7 +96,7 @@ def measure(n: int = 1000) -> dict[str, Any]:
     features = [torch.cat([reader.features(p) for p in x.split(64)]) for x in (drawn, real)]
     diversity = [float(within_prompt_diversity(f, groups).mean()) for f in features]
 
-    rewards = show.judges()
+    rewards = experiment.rewards()
     scores = {name: torch.cat([r(i, p) for i, p in _chunks(drawn, repeated, r)]) for name, r in rewards.items()}
     table = {name: values.double().reshape(len(few), each) for name, values in scores.items()}
     pairs = torch.combinations(torch.arange(each))

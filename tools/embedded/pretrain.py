@@ -8,131 +8,30 @@ Every batch is a pure function of (seed, stage, step), so a resumed stage sees t
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
-import os
 import random
-import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.demo import architecture, rater, world
 from trainer.rewards.preprocess import normalise
-from trainer.runtime.files import file_hash
+
+from .export import export
+from .fit import DECAY, LATENT_NOISE, RANK, WORLD, TextToLatent, fit, generator, load_stage, save
 
 log = logging.getLogger(__name__)
 
-DECAY = 0.35  # share of a stage's steps over which the learning rate falls to zero
-LATENT_NOISE = 0.08  # standard deviation that the decoder learns to forgive, in units of the latents' own
-
-
-def _generator(seed: int, *purpose: object) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(repr((seed, *purpose)).encode()))
-
-
-def _save(state: object, path: Path) -> None:
-    """Write beside the target, then rename: a crash leaves the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-# Two processes of one thread each train faster than one of two threads: start both with RANK and WORLD_SIZE set.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    if WORLD == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    joined = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(joined)
-    for gradient, averaged in zip(gradients, (joined / WORLD).split([g.numel() for g in gradients])):
-        gradient.copy_(averaged.view_as(gradient))
-
-
-class Average:
-    """Exponential moving average of a module's parameters; the early steps are averaged over fewer."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: p.detach().clone() for name, p in module.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in module.state_dict().items():
-            if p.is_floating_point():
-                self.values[name].lerp_(p, 1 - decay)
-
-
-def fit(
-    name: str,
-    module: nn.Module,
-    loss_at: Callable[[int], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    work: Path,
-    decay: float = 0.999,
-    weight_decay: float = 0.0,
-    warmup: int = 200,
-    save_every: int = 500,
-) -> Average:
-    """Adam with warm-up, a plateau and a linear decay over the last DECAY of steps, on `loss_at(step)`; returns the averaged weights.
-
-    State lives in `work/name.pt`, losses in `work/name.jsonl`.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    average, done, path = Average(module, decay), 0, work / f"{name}.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        module.load_state_dict(state["module"])
-        average.values = state["average"]
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
-        log.info("%s: resumed at step %d of %d", name, done, steps)
-    begin, recent = time.monotonic(), []
-    for step in range(done, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (DECAY * steps))
-        loss = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        _average_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        average.update(module, step)
-        recent.append(float(loss.detach()))
-        if not math.isfinite(recent[-1]):
-            raise FloatingPointError(f"{name}: loss {recent[-1]} at step {step}")
-        if RANK:
-            continue
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            line = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - begin, 1)}
-            with open(work / f"{name}.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            log.info("%s %s", name, line)
-            recent = []
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"module": module.state_dict(), "average": average.values, "step": step + 1}
-            _save(state if step + 1 == steps else {**state, "optimizer": optimizer.state_dict()}, path)
-    return average
-
 
 def scene_batch(seed: int, stage: str, step: int, n: int) -> tuple[Tensor, Tensor]:
-    """Attributes (n,8) and pictures (n,3,64,64) of one step."""
-    attributes, jitter = world.draw_scenes(n, _generator(seed, stage, step))
+    """Attributes (n,8) and images (n,3,64,64) of one step."""
+    attributes, jitter = world.draw_scenes(n, generator(seed, stage, step))
     return attributes, world.render(attributes, jitter)
 
 
@@ -159,12 +58,12 @@ def pretrain_vae(work: Path, seed: int, steps: int, batch: int = 16, compiled: b
         encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
 
     def loss_at(step: int) -> Tensor:
-        attributes, jitter = world.draw_scenes(batch, _generator(seed, "vae", step))
+        attributes, jitter = world.draw_scenes(batch, generator(seed, "vae", step))
         images = world.render(attributes, _widened(attributes, jitter)) * 2 - 1
         with torch.autocast("cpu", torch.bfloat16):
             mean = vae.quant_conv(encode(images))[:, :4]
         mean = mean.float()
-        noise = torch.randn(mean.shape, generator=_generator(seed, "vae noise", step))
+        noise = torch.randn(mean.shape, generator=generator(seed, "vae noise", step))
         with torch.autocast("cpu", torch.bfloat16):
             decoded = decode(vae.post_quant_conv(mean + LATENT_NOISE * noise))
         # the penalty on the mean is the KL term of a posterior of fixed width; it keeps the latents near unit scale
@@ -194,7 +93,7 @@ def pretrain_decoder(work: Path, seed: int, steps: int, batch: int = 16, compile
     def loss_at(step: int) -> Tensor:
         _, images = scene_batch(seed, "decoder", step, batch)
         images = images * 2 - 1
-        rng = _generator(seed, "decoder noise", step)
+        rng = generator(seed, "decoder noise", step)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 mean = vae.quant_conv(vae.encoder(images))[:, :4].float()
@@ -202,13 +101,6 @@ def pretrain_decoder(work: Path, seed: int, steps: int, batch: int = 16, compile
         return _object_loss(decoded.float() - images, images)
 
     fit("decoder", vae, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998)
-
-
-def load_stage(work: Path, name: str, module: nn.Module) -> Any:
-    """The averaged weights that a stage has so far, frozen."""
-    state = torch.load(work / f"{name}.pt", weights_only=True)
-    module.load_state_dict(state["average"])
-    return module.requires_grad_(False).eval()
 
 
 def encode(vae: Any, images: Tensor) -> Tensor:
@@ -234,16 +126,8 @@ def cache_latents(work: Path, seed: int, steps: int, **_: object) -> None:
             log.info("latents %d of %d", step + 1, steps)
     latents = torch.cat(means)
     shift_free_scale = 1 / latents.std()  # one number, as SD1.5: no shift
-    _save({"scenes": torch.cat(scenes), "latents": latents * shift_free_scale, "scale": float(shift_free_scale)}, work / "latents.pt")
+    save({"scenes": torch.cat(scenes), "latents": latents * shift_free_scale, "scale": float(shift_free_scale)}, work / "latents.pt")
     log.info("latents %s, scale %.4f", tuple(latents.shape), float(shift_free_scale))
-
-
-class TextToLatent(nn.Module):
-    """The two networks that the UNet stage trains together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet, self.text = architecture.build_unet(), architecture.build_text_encoder()
 
 
 def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, batch: int = 64) -> None:
@@ -264,7 +148,7 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, bat
     unet: Any = torch.compile(model.unet, dynamic=False) if compiled else model.unet
 
     def loss_at(step: int) -> Tensor:
-        rng, rng, n = _generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}"), batch // WORLD
+        rng, rng, n = generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}"), batch // WORLD
         tokens = 24 if step < (1 - DECAY) * steps else architecture.CONTEXT
         rows = torch.randint(len(latents), (n,), generator=rng)
         captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
@@ -284,29 +168,29 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, bat
 
 @torch.no_grad()
 def cache_gallery(work: Path, seed: int, steps: int, **_: object) -> None:
-    """`steps` batches of 64 decoded pictures, their latents more or less off: what a generator's images look like.
+    """`steps` batches of 64 images decoded from latents with errors of several sizes, as generated images have.
 
-    Decoding is the slow part of training on such pictures; this does it once.
+    Decoding is the slow part of training on such images; this does it once.
     """
     vae = load_stage(work, "decoder", architecture.build_vae())
     cache = torch.load(work / "latents.pt", weights_only=True)
-    pictures = []
+    decoded = []
     for step in range(steps):
-        rng = _generator(seed, "gallery", step)
+        rng = generator(seed, "gallery", step)
         means = cache["latents"][64 * step : 64 * (step + 1)]
         off = 0.35 * torch.rand(len(means), 1, 1, 1, generator=rng).square()
         images = decode(vae, (means + off * torch.randn(means.shape, generator=rng)) / cache["scale"])
-        pictures.append((images * 255).round().to(torch.uint8))
-    _save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(pictures)}, work / "gallery.pt")
+        decoded.append((images * 255).round().to(torch.uint8))
+    save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(decoded)}, work / "gallery.pt")
 
 
 def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: object) -> None:
-    """The attribute reader: half renders, half decoded pictures, with a little pixel noise."""
+    """The attribute reader: half renders, half decoded images, with a little pixel noise."""
     gallery, reader = torch.load(work / "gallery.pt", weights_only=True), architecture.Reader()
 
     def loss_at(step: int) -> Tensor:
         attributes, images = scene_batch(seed, "reader", step, batch // 2)
-        rng = _generator(seed, "reader rows", step)
+        rng = generator(seed, "reader rows", step)
         rows = torch.randint(len(gallery["images"]), (batch // 2,), generator=rng)
         attributes = torch.cat([attributes, gallery["scenes"][rows].long()])
         images = torch.cat([images, gallery["images"][rows].float() / 255])
@@ -318,7 +202,7 @@ def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: obj
 
 
 class Pairs:
-    """Pairs of gallery pictures under one caption, with the rater's utility of each; nothing is rendered or decoded."""
+    """Pairs of gallery images under one caption, with the rater's utility of each; no rendering or decoding."""
 
     def __init__(self, work: Path) -> None:
         gallery = torch.load(work / "gallery.pt", weights_only=True)
@@ -331,11 +215,11 @@ class Pairs:
         self.seen = {name: torch.cat([part[name] for part in seen]) for name in world.ATTRIBUTES}
 
     def utility(self, rows: list[int], captions: list[str]) -> Tensor:
-        """The rater's utility of gallery pictures under captions: (B,)."""
+        """The rater's utility of gallery images under captions: (B,)."""
         return self.taste[rows] + rater.WEIGHTS["match"] * rater.match({k: v[rows] for k, v in self.seen.items()}, captions)
 
     def draw(self, n: int, *purpose: object) -> tuple[list[str], list[int], list[int]]:
-        """n captions, each with a picture that fits and a second: one that fits too, or misses one named attribute (2 in 3)."""
+        """n captions, each with an image that fits and a second: one that fits too, or misses one named attribute (2 in 3)."""
         rng = random.Random(repr(purpose))
         first = [rng.randrange(len(self.images)) for _ in range(n)]
         captions = [world.draw_caption(self.scenes[i].tolist(), rng) for i in first]
@@ -355,6 +239,16 @@ class Pairs:
     def pixels(self, rows: list[int]) -> Tensor:
         """(B,3,64,64) in [0,1]."""
         return self.images[rows].float() / 255
+
+
+FLIPS = 0.20  # share of choices made at random, on top of the logistic noise
+
+
+def choose(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    """Whether the rater prefers the first of each pair of utilities (B,): logistic noise, and `FLIPS` coin tosses."""
+    prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid(first - second)
+    tossed = torch.rand(first.shape, generator=generator) < FLIPS
+    return torch.where(tossed, torch.rand(first.shape, generator=generator) < 0.5, prefers)
 
 
 def pretrain_tower(name: str, work: Path, seed: int, steps: int, batch: int = 64) -> None:
@@ -379,77 +273,12 @@ def pretrain_tower(name: str, work: Path, seed: int, steps: int, batch: int = 64
         if step < steps // 4:
             return contrastive
         theirs = F.normalize(tower.encode_image(normalise(pairs.pixels(second))), dim=-1)
-        rng = _generator(seed, "choices", name, step)
-        preferred = rater.choose(pairs.utility(first, captions), pairs.utility(second, captions), rng)
+        rng = generator(seed, "choices", name, step)
+        preferred = choose(pairs.utility(first, captions), pairs.utility(second, captions), rng)
         margin = scale * ((ours - theirs) * texts).sum(1)
         return F.softplus(torch.where(preferred, -margin, margin)).mean() + 0.02 * contrastive
 
     fit(f"tower_{name}", tower, loss_at, steps=steps, lr=1e-3, work=work, decay=0.998, weight_decay=1e-2)
-
-
-def export(work: Path, seed: int, steps: int, **_: object) -> None:
-    """Write the trained stages as the files that the package ships, with a manifest."""
-    from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-
-    from trainer.demo import files
-
-    scale = float(torch.load(work / "latents.pt", weights_only=True)["scale"])
-    vae = load_stage(work, "decoder", architecture.build_vae())
-    _fold_scale(vae, scale / architecture.LATENT_SCALE)
-    networks = load_stage(work, "unet", TextToLatent())
-    build: Any = StableDiffusionPipeline
-    pipeline = build(
-        vae=vae,
-        text_encoder=networks.text,
-        tokenizer=architecture.load_tokenizer(work / "tokenizer"),
-        unet=networks.unet,
-        scheduler=architecture.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.to(torch.float16).save_pretrained(files.PIPELINE)
-    reader = load_stage(work, "reader", architecture.Reader())
-    files.save_half(reader, files.FOLDER / "reader.safetensors")
-    for name in architecture.TOWERS:
-        tower = load_stage(work, f"tower_{name}", architecture.build_tower(name))
-        files.write_tower(files.FOLDER / name, tower, name, 0.0, 1.0, work / "tokenizer")
-    statistics = _reward_statistics(seed)
-    for name, (mean, std) in statistics.items():
-        path = files.FOLDER / name / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "mean": mean, "std": std}, indent=1) + "\n", "utf-8")
-    stages = {}
-    for path in sorted(work.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        stages[path.stem] = {"steps": lines[-1]["step"], "loss": round(lines[-1]["loss"], 5)}
-    hashes = {str(p.relative_to(files.FOLDER)): file_hash(p) for p in sorted(files.FOLDER.rglob("*.safetensors"))}
-    manifest = {"seed": seed, "stages": stages, "latent_scale": scale, "sha256": hashes}
-    (files.FOLDER / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    log.info("%.2f MB of safetensors", sum(p.stat().st_size for p in files.FOLDER.rglob("*.safetensors")) / 1e6)
-
-
-@torch.no_grad()
-def _fold_scale(vae: Any, factor: float) -> None:
-    """Multiply the latents by `factor` inside the weights, and give the posterior its fixed width."""
-    vae.quant_conv.weight[:4].mul_(factor)
-    vae.quant_conv.bias[:4].mul_(factor)
-    vae.quant_conv.weight[4:].zero_()
-    vae.quant_conv.bias[4:].fill_(2 * math.log(LATENT_NOISE / architecture.LATENT_SCALE))
-    vae.post_quant_conv.weight.div_(factor)
-
-
-def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each tower's raw scores over base samples: what a reward's unit is."""
-    from trainer.demo import files, show
-    from trainer.generate import Generation, generate
-    from trainer.guidance import cfg
-    from trainer.models.unet import UNetPolicy
-
-    prompts = [c.text for c in world.captions(256, "statistics", seed)]
-    settings = Generation(steps=show.STEPS, guidance_scale=show.GUIDANCE, seed=seed + 99)
-    images = generate(UNetPolicy.load(files.PIPELINE), prompts, settings, {"": cfg(settings.base)})[""]
-    scores = {name: files.load_reward(name, standardise=False)(images, prompts) for name in architecture.TOWERS}
-    return {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
 
 
 STAGES: dict[str, Callable[..., None]] = {

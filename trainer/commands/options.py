@@ -66,7 +66,7 @@ def generation_of(args: argparse.Namespace) -> Generation:
     """The sampler's settings; the embedded model has its own defaults."""
     given = {f.name: getattr(args, f.name) for f in fields(Generation) if getattr(args, f.name) is not None}
     if args.model == "demo":
-        from ..demo.show import GUIDANCE, STEPS
+        from ..demo.experiment import GUIDANCE, STEPS
 
         given = {"steps": STEPS, "guidance_scale": GUIDANCE, **given}
     return build(Generation, given)

@@ -7,7 +7,6 @@ channels, 77 tokens), so that its own classes load the same files.
 from __future__ import annotations
 
 import gzip
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,8 +186,3 @@ class Reader(nn.Module):
         """(B,3,64,64) in [0,1] -> logits (B, values) per attribute."""
         features = F.silu(self.features(images))
         return {name: head(features) for name, head in self.heads.items()}
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(math.prod(p.shape) for p in module.parameters())

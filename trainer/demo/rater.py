@@ -20,7 +20,6 @@ from .architecture import Reader
 
 # What each part is worth, in units of the logistic noise of a choice.
 WEIGHTS = {"match": 4.0, "crisp": 1.2, "vivid": 1.0, "shaded": 0.9, "centred": 0.8, "large": 0.7, "dark": 0.5, "artefacts": -3.0}
-FLIPS = 0.20  # share of choices made at random, on top of the logistic noise
 
 
 def _share(value: Tensor, low: float, high: float) -> Tensor:
@@ -73,8 +72,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
 
 def _off_palette(rgb: Tensor) -> Tensor:
     """Distance of an object's mean colour (B,3) to the nearest colour that the world paints with, over all brightnesses."""
-    vivid = world.palette()
-    colours = torch.cat([vivid, 0.42 * vivid + 0.58 * 0.80]).to(rgb)  # (12,3)
+    colours = torch.cat([world.RGB, 0.42 * world.RGB + 0.58 * 0.80]).to(rgb)  # (12,3)
     brightness = torch.linspace(0.45, 1.1, 14).to(rgb)
     shades = (colours[:, None] * brightness[None, :, None]).flatten(0, 1)
     return torch.cdist(rgb, shades).amin(1)
@@ -116,10 +114,3 @@ def match(probabilities: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
         seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]
         rows.append(torch.stack(seen).mean() if seen else everything)
     return torch.stack(rows)
-
-
-def choose(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
-    """Whether the rater prefers the first of each pair of utilities (B,): logistic noise, and `FLIPS` coin tosses."""
-    prefers = torch.rand(first.shape, generator=generator) < torch.sigmoid(first - second)
-    tossed = torch.rand(first.shape, generator=generator) < FLIPS
-    return torch.where(tossed, torch.rand(first.shape, generator=generator) < 0.5, prefers)

@@ -1,242 +1,111 @@
-"""The demo: train ReFL and ImageReFL on the embedded model, generate, judge, and write one page."""
+"""The demo: train ReFL and ImageReFL on the embedded model, generate, evaluate, and write one page."""
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..config import ConfigError, plain
-from ..data.samples import Samples, encode_images
-from ..generate import Generation, generate
-from ..guidance import Slot, cfg, combined
-from ..lora.file import load_lora
-from ..metrics.summary import Judged, area_interval, frontier_area, intervals, judge
-from ..models.unet import UNetPolicy
-from ..policy import Lora
-from ..reward import Reward
-from ..runtime.files import file_hash
-from ..training.config import TrainConfig
-from ..training.console import follow
-from ..training.folder import CHECKPOINT
-from ..training.parts import Parts
-from ..training.run import Run
-from . import files, world
-
-log = logging.getLogger(__name__)
-
-STEPS = 20  # sampler steps of the embedded world, in training and generation
-# Where tuned models are trained from, and the headline k. The paper's 30 of 40 would be 15 of 20, but images of 64×64 pixels have little
-# fine detail left to decide there (docs/embedded-world.md): under 15 % of what a reward sees. Here it is a quarter to a third.
-START = 12
-GUIDANCE = 2.0  # of the base model: 3 follows the prompt better still, and loses a tenth of the variety
+from ..data.images import grid
+from ..metrics.study import BASE
+from ..metrics.summary import area_interval
+from . import page, world
+from .experiment import OBJECTIVES, START, Evaluated, evaluate, load_tuned, renders, rewards, switched, train, train_config
 
 
 @dataclass(frozen=True)
 class DemoSize:
     """How much the demo does."""
 
-    refl_updates: int = 48
-    imagerefl_updates: int = 48
+    updates: int = 48
     batch: int = 16
     prompts: int = 40
     per_prompt: int = 8
     switches: tuple[int, ...] = (0, 6, 9, 12, 15, 17)
     real: int = 1024
+    watched: int = 8
 
 
 FULL = DemoSize()
-QUICK = DemoSize(refl_updates=12, imagerefl_updates=12, batch=16, prompts=16, per_prompt=4, switches=(0, 12, 16), real=384)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Hyper-parameters of both methods (docs/results.md says how they were chosen)."""
-
-    refl_lr: float = 1e-3
-    imagerefl_lr: float = 2e-3
-    rank: int = 8
-    refl_share: float = 0.25
-    diffusion_weight: float = 0.05
-
-
-def train_config(method: str, out: Path, size: DemoSize, tuning: Tuning, seed: int) -> TrainConfig:
-    """The run of one method: ReFL from noise, ImageReFL from noised renders, everything else equal."""
-    shared = {"steps": STEPS, "grad_from": START, "grad_to": STEPS - 1}
-    images = {"start_from": START, "start_to": START, "refl_share": tuning.refl_share, "diffusion_weight": tuning.diffusion_weight}
-    return TrainConfig(
-        out=str(out),
-        objective={"name": method, **shared, **(images if method == "imagerefl" else {})},
-        images="demo",
-        lora=Lora(rank=tuning.rank, alpha=float(tuning.rank)),
-        steps=size.refl_updates if method == "refl" else size.imagerefl_updates,
-        batch_size=size.batch,
-        learning_rate=tuning.refl_lr if method == "refl" else tuning.imagerefl_lr,
-        seed=seed,
-        save_every=20,
-    )
-
-
-def train_one(config: TrainConfig, samples: Samples, on_step: Callable[[Run], object] = lambda run: None, *, resume: bool = False) -> Path:
-    """Train, or go on from a checkpoint, with a progress bar; returns the LoRA's path. Ctrl-C saves and raises KeyboardInterrupt."""
-    base = file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors")
-    parts = Parts(UNetPolicy.load(files.PIPELINE), samples, files.load_reward("proxy"), base_hash=base)
-    run = Run.start(config, parts, overwrite=True, resume=resume and (Path(config.out) / CHECKPOINT).is_file())
-    for _ in follow(run, f"training {config.objective['name']}"):
-        on_step(run)
-    if not run.last:
-        raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {run.step}; go on with --resume")
-    return run.result
-
-
-class Curve:
-    """Proxy, held-out, gold and diversity of the model under training, on a few prompts, every `every` steps.
-
-    The points lie in the run's folder beside its log, so that a resumed run has them all.
-    """
-
-    def __init__(self, judges: dict[str, Reward], prompts: list[str], every: int, seed: int, folder: Path) -> None:
-        self.judges, self.prompts, self.every, self.seed = judges, prompts, every, seed
-        self.path = folder / "curve.json"
-        self.features = files.load_reader().features
-
-    def __call__(self, run: Run) -> None:
-        """Judge if it is time."""
-        if run.step % self.every and run.step != 1:
-            return
-        settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=self.seed + 1)
-        images = generate(run.policy, self.prompts, settings, {"": cfg(settings.tuned())})[""]
-        judged = judge(images, self.prompts, self.judges, self.features, self.features(images))
-        point = {"step": float(run.step), **{k: v for k, v in judged.means().items() if k not in ("fid", "logcov")}}
-        earlier = [p for p in self.points() if p["step"] < run.step] if run.step > 1 else []
-        self.path.write_text(json.dumps([*earlier, point]), "utf-8")
-
-    def points(self) -> list[dict[str, float]]:
-        """What has been measured so far."""
-        return json.loads(self.path.read_text("utf-8")) if self.path.is_file() else []
-
-
-def judges() -> dict[str, Reward]:
-    """The three rewards by the names that results use."""
-    return {"reward": files.load_reward("proxy"), "heldout": files.load_reward("heldout"), "gold": files.load_reward("gold")}
-
-
-def figures(judged: Judged) -> dict[str, float]:
-    """One model's row of `results.json`."""
-    return {name: round(value, 5) for name, value in judged.means().items()}
-
-
-class Bench:
-    """The judges of the embedded world, with real renders of the test prompts as the reference of FID and LogCov."""
-
-    def __init__(self, prompts: list[world.Caption], per_prompt: int, seed: int) -> None:
-        self.texts = [c.text for c in prompts for _ in range(per_prompt)]
-        self.rewards, self.features = judges(), files.load_reader().features
-        with torch.no_grad():
-            self.reference = torch.cat([self.features(part) for part in world.real_renders(prompts, 4 * per_prompt, seed).split(64)])
-
-    def __call__(self, images: Tensor) -> Judged:
-        """Judge images (N,3,64,64) of `texts`."""
-        return judge(images, self.texts, self.rewards, self.features, self.reference)
-
-
-def open_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Create the demo's folder, or refuse one that is in use."""
-    if out.exists() and any(out.iterdir()) and not overwrite and not resume:
-        raise ConfigError(f"{out} exists: add --overwrite to replace it, or --resume to go on")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error}") from error
+QUICK = DemoSize(updates=12, prompts=16, per_prompt=4, switches=(0, 12, 16), real=384, watched=4)
+RATES = {"refl": 1e-3, "imagerefl": 2e-3}
+"""Learning rate of each method; docs/results.md says how they were chosen."""
 
 
 def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run the demo into `out`; returns what `results.json` holds."""
-    from .report import Comparison, overview_figure, write_report
-
-    begin = time.monotonic()
-    size, tuning = (QUICK if quick else FULL), Tuning()
-    open_folder(out, overwrite=overwrite, resume=resume)
-    base = UNetPolicy.load(files.PIPELINE)
-    samples = encode_images(base, *world.real_images(size.real, seed))
-    watched = [c.text for c in world.captions(4 if quick else 8, "watch", seed) for _ in range(4)]
-    configs = {m: train_config(m, out / "runs" / m, size, tuning, seed) for m in ("refl", "imagerefl")}
-    tuned: dict[str, UNetPolicy] = {}
-    curves: dict[str, list[dict[str, float]]] = {}
-    for method, config in configs.items():
-        curve, lora = Curve(judges(), watched, 10, seed, Path(config.out)), Path(config.out) / "lora.safetensors"
-        if not (resume and lora.is_file()):
-            train_one(config, samples, curve, resume=resume)
-        (out / f"{method}.safetensors").write_bytes(lora.read_bytes())
-        tuned[method], curves[method] = UNetPolicy.load(files.PIPELINE), curve.points()
-        load_lora(tuned[method], lora)
-
-    bench = Bench(world.captions(size.prompts, "test", seed), size.per_prompt, seed + 1)
-    drawn = draw(base, tuned, bench.texts, size.switches, seed)
-    judged = {key: bench(images) for key, images in drawn.items()}
-    shown = Comparison(
-        drawn={f"{name} k={k}" if name in tuned else name: images for (name, k), images in drawn.items()},
-        prompts=bench.texts,
-        per_prompt=size.per_prompt,
-        headline=START,
-        switches=size.switches,
-        base=judged["base", STEPS],
-        by_method={m: [judged[m, k] for k in size.switches] for m in tuned},
-    )
-    results: dict[str, Any] = {
-        **{name: figures(judged[name, STEPS]) for name in ("base", "base_unguided")},
-        "points": [{"model": m, "k": k, **figures(judged[m, k])} for m in tuned for k in size.switches],
-        "frontier": {m: {a: round(frontier_area(p, shown.base, a), 4) for a in bench.rewards} for m, p in shown.by_method.items()},
+    begin, size = time.monotonic(), QUICK if quick else FULL
+    if out.exists() and any(out.iterdir()) and not overwrite and not resume:
+        raise ConfigError(f"{out} exists: add --overwrite to replace it, or --resume to continue")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)
+    samples, judges = renders(size.real, seed), rewards()
+    watched = [c.text for c in world.captions(size.watched, "watch", seed)]
+    shared = {"every": 10, "watched": size.watched, "batch_size": size.batch, "seed": seed, "steps": size.updates}
+    configs = {name: train_config(out / "runs" / name, name, OBJECTIVES[name], rate, **shared) for name, rate in RATES.items()}
+    curves = {name: train(config, samples, watched, judges, resume=resume) for name, config in configs.items()}
+    loras = {name: out / f"{name}.safetensors" for name in configs}
+    for name, path in loras.items():
+        path.write_bytes((out / "runs" / name / "lora.safetensors").read_bytes())
+    captions, mixes = world.captions(size.prompts, "test", seed), switched(loras, size.switches)
+    evaluated = evaluate(out, load_tuned(loras), mixes, captions, size.per_prompt, judges, seed, renders_seed=seed + 1)
+    results = evaluated.results()
+    results["ci"] |= _areas(evaluated, size.switches)
+    results |= {
         "seed": seed,
-        "n": len(bench.texts),
-        "ci": {
-            "points": [{"model": m, "k": k, **intervals(judged[m, k], shown.base, seed)} for m in tuned for k in size.switches],
-            "frontier": {m: area_interval(points, shown.base, "heldout", None, seed) for m, points in shown.by_method.items()},
-            "frontier_lead": area_interval(shown.by_method["imagerefl"], shown.base, "heldout", shown.by_method["refl"], seed),
-        },
-        "config": {"quick": quick, "size": plain(size), "tuning": plain(tuning), "runs": {m: c.describe() for m, c in configs.items()}},
+        "config": {"quick": quick, "size": plain(size), "runs": {name: c.describe() for name, c in configs.items()}},
         "curves": curves,
         "seconds": round(time.monotonic() - begin, 1),
-        "peak_rss_mb": peak_rss_mb(),
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    write_report(out / "report.html", results, shown)
-    overview_figure(shown).savefig(out / "overview.png", dpi=110)
+    page.write(out, results, evaluated, "Reward up, diversity kept?", summary(results), "demo")
+    overview_figure(results, evaluated, size.per_prompt).savefig(out / "overview.png", dpi=110)
     return results
 
 
-def draw(
-    base: UNetPolicy, tuned: dict[str, UNetPolicy], texts: list[str], switches: tuple[int, ...], seed: int
-) -> dict[tuple[str, int], Tensor]:
-    """Images of the base, guided and not, and of every tuned model at every switch, by (name, k)."""
-    from tqdm import tqdm
-
-    settings = Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
-    with tqdm(total=len(texts) * (2 + len(tuned) * len(switches)), desc="generating", unit="image") as bar:
-        mixes = {
-            ("base", STEPS): cfg(settings.base),
-            ("base_unguided", STEPS): cfg(Slot("base")),
-            **{(name, k): combined(settings.base, settings.tuned(model=name), k) for name in tuned for k in switches},
-        }
-        return generate(base, texts, settings, mixes, tuned, bar.update)
+def _areas(evaluated: Evaluated, switches: tuple[int, ...]) -> dict[str, Any]:
+    """Intervals of both frontiers' areas on the held-out axis, and of ImageReFL's lead."""
+    judged, base = evaluated.judged, evaluated.judged[BASE]
+    lines = {name: [judged[name, k] for k in switches] for name in RATES}
+    return {
+        "frontier": {name: area_interval(points, base, "heldout") for name, points in lines.items()},
+        "frontier_lead": area_interval(lines["imagerefl"], base, "heldout", lines["refl"]),
+    }
 
 
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in megabytes."""
-    if sys.platform == "win32":
-        import psutil  # comes with accelerate
+def overview_figure(results: Mapping[str, Any], evaluated: Evaluated, per_prompt: int) -> Any:
+    """One figure for a README: the same prompts (rows) and seeds (columns) from four models, and the frontier."""
+    from matplotlib.figure import Figure
 
-        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
-    import resource
+    rows, columns = 4, min(4, per_prompt)
+    shown = {
+        "base": BASE,
+        "ReFL alone": ("refl", 0),
+        f"base → ReFL at step {START}": ("refl", START),
+        f"base → ImageReFL at step {START}": ("imagerefl", START),
+    }
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    panels = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 1.35])
+    chosen = [p * per_prompt + i for p in range(rows) for i in range(columns)]
+    for panel, (caption, point) in zip(panels, shown.items()):
+        panel.imshow(grid(evaluated.images[point][chosen], columns).permute(1, 2, 0).numpy(), interpolation="nearest")
+        panel.set_title(caption, fontsize=10)
+        panel.axis("off")
+    page.frontier_panel(panels[4], results, "heldout", "held-out")
+    panels[4].legend(fontsize=8)
+    return figure
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+def summary(results: Mapping[str, Any]) -> str:
+    """What happened, in sentences that follow the figures wherever they fall."""
+    base, points = results["base"], {(p["model"], p["k"]): p for p in results["points"]}
+
+    def change(point: Mapping[str, float]) -> str:
+        kept = 100 * point["diversity"] / base["diversity"]
+        return f"held-out reward {point['heldout'] - base['heldout']:+.2f}, {kept:.0f} % of the base model's diversity"
+
+    return " ".join(
+        f"{page.title(m)} alone: {change(points[m, 0])}; combined at k={START}: {change(points[m, START])}." for m in results["curves"]
+    )

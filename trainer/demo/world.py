@@ -37,9 +37,7 @@ FINISH = ("edge", "tone", "light")
 # said: a UNet on 8×8 latents has no sense of place, and after 200 000 images it still put "on the left" anywhere.
 _NAMED = {"shape": 0.9, "colour": 0.75, "size": 0.4, "position": 0.0, "background": 0.5, "edge": 0.25, "tone": 0.25, "light": 0.25}
 
-_RGB = torch.tensor(
-    [[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.12, 0.72, 0.20], [0.10, 0.80, 0.85], [0.15, 0.28, 0.92], [0.62, 0.16, 0.82]]
-)
+RGB = torch.tensor([[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.12, 0.72, 0.20], [0.10, 0.80, 0.85], [0.15, 0.28, 0.92], [0.62, 0.16, 0.82]])
 _BACKGROUND_RGB = torch.tensor([[0.94, 0.94, 0.94], [0.52, 0.52, 0.52], [0.07, 0.07, 0.07], [0.44, 0.29, 0.17]])
 RADIUS = torch.tensor([[11.0, 13.0], [16.5, 19.5]])  # pixels, per size
 TILT = math.pi / 12  # a scene's object leans at most this far, radians
@@ -114,11 +112,6 @@ def attributes_named(prompt: str) -> dict[str, str]:
     return named
 
 
-def palette() -> Tensor:
-    """The vivid colours (6,3) in [0,1]."""
-    return _RGB.clone()
-
-
 def vocabulary() -> list[str]:
     """Every word a caption can hold, sorted."""
     words = {word for values in ATTRIBUTES.values() for word in values}
@@ -148,7 +141,7 @@ def render(attributes: Tensor, jitter: Tensor) -> Tensor:
     softness = torch.where(edge == 0, torch.ones_like(radius), 0.30 * radius + 1.0)[:, None, None]
     alpha = _smoothstep(0.5 - distance / (2 * softness))  # one pixel wide when crisp
 
-    rgb = _RGB[colour] + 0.06 * (jitter[:, 7:8] - 0.5) * torch.tensor([1.0, -1.0, 1.0])
+    rgb = RGB[colour] + 0.06 * (jitter[:, 7:8] - 0.5) * torch.tensor([1.0, -1.0, 1.0])
     rgb = torch.where((tone == 0)[:, None], rgb, 0.42 * rgb + 0.58 * 0.80)
     rgb = rgb * (0.94 + 0.10 * jitter[:, 5:6])
     direction = 2 * math.pi * jitter[:, 4]

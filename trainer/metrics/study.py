@@ -158,7 +158,7 @@ class Study:
         references = statistics if real is not None else base_statistics
         base_distances = _Distances(base_statistics, references, real is None)
         base_figures = base_distances.figures()
-        base = self._judged(BASE, base_figures)
+        base = self.judged(BASE)
         judged: dict[Point, Judged] = {BASE: base}
         rows: dict[Point, dict[str, float]] = {BASE: {**base.means(), **({} if real is None else base_figures)}}
         differences: list[dict[str, Any]] = []
@@ -167,7 +167,7 @@ class Study:
             mine = {name: self._statistics(point, name) for name in self.judges.features}
             distance = _Distances(mine, references, real is None)
             figures = distance.figures()
-            judged[point] = self._judged(point, figures)
+            judged[point] = self.judged(point)
             rows[point] = {**judged[point].means(), **figures}
             here = {"model": point[0], "k": point[1]}
             differences.append(
@@ -192,7 +192,8 @@ class Study:
             statistics.update(rows, [number] * len(rows))
         return statistics
 
-    def _judged(self, point: Point, distance: Mapping[str, float]) -> Judged:
+    def judged(self, point: Point) -> Judged:
+        """The figures per prompt of one point."""
         rewards = {name: torch.stack([v.double().mean() for v in self._by_prompt(point, f"reward {name}")]) for name in self.judges.rewards}
         spread: dict[str, Tensor] = {}
         for name in self.judges.features:
@@ -204,7 +205,7 @@ class Study:
             spread[self._named(name, "vendi")] = torch.tensor(vendi, dtype=torch.float64)
         if self.judges.lpips is not None:
             spread["lpips_diversity"] = torch.cat(list(self._read(point, "lpips"))).double()
-        return Judged(rewards, spread.pop("diversity"), distance["fid"], distance["logcov"], spread)
+        return Judged(rewards, spread.pop("diversity"), spread)
 
     def _named(self, feature: str, figure: str) -> str:
         return figure if feature == next(iter(self.judges.features)) else f"{feature}_{figure}"

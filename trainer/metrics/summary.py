@@ -1,16 +1,13 @@
-"""Judging: rewards, diversity and distances of the images of several models, paired by prompt and seed."""
+"""Figures per prompt of several models, their frontiers of reward against diversity, and intervals paired by prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..reward import Reward
-from .distances import frechet_distance, log_covariance_distance
-from .diversity import within_prompt_diversity
 from .intervals import bootstrap, dominated_area
 
 Features = Callable[[Tensor], Tensor]
@@ -18,41 +15,19 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judges say of one model's images, per prompt: rewards, diversity and `more` (P,), distances over all images."""
+    """Figures of one model's images, one per prompt (P,): mean rewards, diversity, and `more` by name."""
 
     rewards: dict[str, Tensor]
     diversity: Tensor
-    fid: float
-    logcov: float
     more: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def per_prompt(self) -> dict[str, Tensor]:
-        """Every figure that each prompt has, by name."""
+        """Every figure by name."""
         return {**self.rewards, "diversity": self.diversity, **self.more}
 
     def means(self) -> dict[str, float]:
-        """One figure per judge."""
-        figures = {name: float(values.mean()) for name, values in self.per_prompt().items()}
-        return {**figures, "fid": self.fid, "logcov": self.logcov}
-
-
-@torch.no_grad()
-def judge(
-    images: Tensor, prompts: Sequence[str], rewards: Mapping[str, Reward], features: Features, reference: Tensor, chunk: int = 64
-) -> Judged:
-    """Judge images (N,3,H,W), grouped by prompt, against the features (M,D) of real images.
-
-    Prompts may stand in any order; each distinct prompt is one group.
-    """
-    ids = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    groups = torch.tensor([ids[p] for p in prompts])
-    parts = range(0, len(images), chunk)
-    seen = torch.cat([features(images[i : i + chunk]) for i in parts])
-    scores = {name: torch.cat([reward(images[i : i + chunk], prompts[i : i + chunk]) for i in parts]) for name, reward in rewards.items()}
-    per_prompt = {name: torch.stack([values[groups == g].mean() for g in range(len(ids))]).double() for name, values in scores.items()}
-    return Judged(
-        per_prompt, within_prompt_diversity(seen, groups), frechet_distance(seen, reference), log_covariance_distance(seen, reference)
-    )
+        """The mean of each figure over prompts."""
+        return {name: float(values.mean()) for name, values in self.per_prompt().items()}
 
 
 def frontier_point(judged: Judged, base: Judged, axis: str, rows: Tensor | None = None) -> tuple[float, float]:
