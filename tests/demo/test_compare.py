@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tools.embedded import methods, tables
+from tools.embedded import tables
 from trainer.config import ConfigError
 from trainer.demo import compare, experiment
 from trainer.demo.compare import METHODS, Size
@@ -42,8 +42,9 @@ def test_methods_are_trained_judged_and_left_alone_the_second_time(tmp_path, mon
     again = compare.compare(names, tmp_path, TINY, 0)
     assert again["points"] == results["points"]
     assert logs == {name: (tmp_path / "runs" / name / "log.jsonl").read_text() for name in names}
-    runs = [tables.load(tmp_path / "results.json")]
-    text = methods.table(runs) + methods.own_objectives(runs) + tables.claims(runs, methods.CLAIMS)
+    tables.write([tmp_path, tmp_path], tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text("utf-8")
+    assert (tmp_path / "tables-frontier.png").is_file() and (tmp_path / "tables-curves.png").is_file()
     assert "| SRPO best | 12 |" in text and "| SQDF | proxy |" in text
 
 

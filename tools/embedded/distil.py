@@ -65,12 +65,12 @@ def distil(work: Path, steps: int, batch: int, lr: float = 1e-3, decay: float = 
     sigmas = policy.sigmas(GRID)
     running = 0.0
     for number in range(first, steps):
-        rng, rng = generator(seed, "distil", number), random.Random(f"{seed}/distil/{number}")
+        torch_rng, rng = generator(seed, "distil", number), random.Random(f"{seed}/distil/{number}")
         rows = [rng.randrange(len(samples.prompts)) for _ in range(batch)]
         prompts = [samples.prompts[r] for r in rows]
-        index = torch.randint(GRID, (batch,), generator=rng)
+        index = torch.randint(GRID, (batch,), generator=torch_rng)
         here, there = sigmas[index], sigmas[index + 1]
-        x = policy.add_noise(samples.latents.mean[rows], torch.randn(batch, *policy.latent_shape, generator=rng), here)
+        x = policy.add_noise(samples.latents.mean[rows], torch.randn(batch, *policy.latent_shape, generator=torch_rng), here)
         teacher = policy.denoiser(prompts, adapter="base", guidance_scale=GUIDANCE)(x, here)
         following = sampler_step(x, teacher, here, there, eta=0.0)
         last = (there == 0).reshape(-1, 1, 1, 1)

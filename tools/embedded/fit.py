@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 import zlib
 from collections.abc import Callable
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.demo import architecture
+from trainer.runtime.processes import ALONE, Processes
+from trainer.training import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -27,27 +27,6 @@ LATENT_NOISE = 0.08  # standard deviation that the decoder learns to forgive, in
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A generator that depends on (seed, purpose) alone."""
     return torch.Generator().manual_seed(zlib.crc32(repr((seed, *purpose)).encode()))
-
-
-def save(state: object, path: Path) -> None:
-    """Write beside the target, then rename: a crash leaves the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-# Two processes of one thread each train faster than one of two threads: start both with RANK and WORLD_SIZE set.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    if WORLD == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    joined = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(joined)
-    for gradient, averaged in zip(gradients, (joined / WORLD).split([g.numel() for g in gradients])):
-        gradient.copy_(averaged.view_as(gradient))
 
 
 class Average:
@@ -77,6 +56,7 @@ def fit(
     weight_decay: float = 0.0,
     warmup: int = 200,
     save_every: int = 500,
+    processes: Processes = ALONE,
 ) -> Average:
     """Adam with warm-up, a plateau and a linear decay over the last DECAY of steps, on `loss_at(step)`; returns the averaged weights.
 
@@ -100,14 +80,14 @@ def fit(
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        _average_gradients(parameters)
+        processes.average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update(module, step)
         recent.append(float(loss.detach()))
         if not math.isfinite(recent[-1]):
             raise FloatingPointError(f"{name}: loss {recent[-1]} at step {step}")
-        if RANK:
+        if not processes.main:
             continue
         if (step + 1) % 100 == 0 or step + 1 == steps:
             line = {"step": step + 1, "loss": sum(recent) / len(recent), "seconds": round(time.monotonic() - begin, 1)}
@@ -117,7 +97,7 @@ def fit(
             recent = []
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = {"module": module.state_dict(), "average": average.values, "step": step + 1}
-            save(state if step + 1 == steps else {**state, "optimizer": optimizer.state_dict()}, path)
+            checkpoint.save(state if step + 1 == steps else {**state, "optimizer": optimizer.state_dict()}, path)
     return average
 
 

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.demo import architecture, rater, world
 from trainer.rewards.preprocess import normalise
+from trainer.runtime.processes import ALONE, Processes, joined
+from trainer.training import checkpoint
 
 from .export import export
-from .fit import DECAY, LATENT_NOISE, RANK, WORLD, TextToLatent, fit, generator, load_stage, save
+from .fit import DECAY, LATENT_NOISE, TextToLatent, fit, generator, load_stage
 
 log = logging.getLogger(__name__)
 
@@ -126,20 +127,20 @@ def cache_latents(work: Path, seed: int, steps: int, **_: object) -> None:
             log.info("latents %d of %d", step + 1, steps)
     latents = torch.cat(means)
     shift_free_scale = 1 / latents.std()  # one number, as SD1.5: no shift
-    save({"scenes": torch.cat(scenes), "latents": latents * shift_free_scale, "scale": float(shift_free_scale)}, work / "latents.pt")
+    state = {"scenes": torch.cat(scenes), "latents": latents * shift_free_scale, "scale": float(shift_free_scale)}
+    checkpoint.save(state, work / "latents.pt")
     log.info("latents %s, scale %.4f", tuple(latents.shape), float(shift_free_scale))
 
 
-def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, batch: int = 64) -> None:
+def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, batch: int = 64, processes: Processes = ALONE) -> None:
     """UNet and text encoder: ε-prediction, min-SNR-5 weights (arXiv:2303.09556), one caption in ten dropped.
 
     Until the learning rate falls, captions are padded to 24 tokens instead of 77: no caption is longer, and a step costs a
     quarter less.
     """
-    if RANK == 0:
+    if processes.main:
         architecture.write_tokenizer(work / "tokenizer")
-    if WORLD > 1:
-        dist.barrier()
+    processes.exchange(None)
     tokenizer = architecture.load_tokenizer(work / "tokenizer")
     cache = torch.load(work / "latents.pt", weights_only=True)
     scenes, latents = cache["scenes"].long(), cache["latents"]
@@ -148,22 +149,23 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, bat
     unet: Any = torch.compile(model.unet, dynamic=False) if compiled else model.unet
 
     def loss_at(step: int) -> Tensor:
-        rng, rng, n = generator(seed, "unet", step, RANK), random.Random(f"{seed}/{step}/{RANK}"), batch // WORLD
+        torch_rng, rng = generator(seed, "unet", step, processes.rank), random.Random(f"{seed}/{step}/{processes.rank}")
+        n = batch // processes.count
         tokens = 24 if step < (1 - DECAY) * steps else architecture.CONTEXT
-        rows = torch.randint(len(latents), (n,), generator=rng)
+        rows = torch.randint(len(latents), (n,), generator=torch_rng)
         captions = [world.draw_caption(s, rng).text if rng.random() > 0.1 else "" for s in scenes[rows].tolist()]
         ids = tokenizer(captions, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt").input_ids
-        t = torch.randint(1000, (n,), generator=rng)
-        noise = torch.randn(n, 4, 8, 8, generator=rng)
+        t = torch.randint(1000, (n,), generator=torch_rng)
+        noise = torch.randn(n, 4, 8, 8, generator=torch_rng)
         signal = cumulative[t][:, None, None, None]
         # posterior noise as at training time of the decoder
-        x0 = latents[rows] + LATENT_NOISE * torch.randn(n, 4, 8, 8, generator=rng)
+        x0 = latents[rows] + LATENT_NOISE * torch.randn(n, 4, 8, 8, generator=torch_rng)
         x = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
         predicted = unet(x, t, encoder_hidden_states=model.text(ids)[0]).sample
         snr = cumulative[t] / (1 - cumulative[t])
         return ((predicted - noise).square().mean((1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
 
-    fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250)
+    fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250, processes=processes)
 
 
 @torch.no_grad()
@@ -181,7 +183,7 @@ def cache_gallery(work: Path, seed: int, steps: int, **_: object) -> None:
         off = 0.35 * torch.rand(len(means), 1, 1, 1, generator=rng).square()
         images = decode(vae, (means + off * torch.randn(means.shape, generator=rng)) / cache["scale"])
         decoded.append((images * 255).round().to(torch.uint8))
-    save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(decoded)}, work / "gallery.pt")
+    checkpoint.save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(decoded)}, work / "gallery.pt")
 
 
 def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: object) -> None:
@@ -308,10 +310,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if WORLD > 1:
-        dist.init_process_group("gloo", init_method=f"file://{(arguments.work / 'rendezvous').resolve()}", rank=RANK, world_size=WORLD)
-    for stage in arguments.stages:
-        STAGES[stage](arguments.work, arguments.seed, arguments.steps, compiled=arguments.compile)
+    with joined() as processes:
+        for stage in arguments.stages:
+            shared = {"processes": processes} if stage == "unet" else {}
+            STAGES[stage](arguments.work, arguments.seed, arguments.steps, compiled=arguments.compile, **shared)
 
 
 if __name__ == "__main__":

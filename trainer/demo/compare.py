@@ -97,7 +97,7 @@ def train_config(name: str, out: Path, size: Size, seed: int, rate: float | None
 
 
 def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bool = False) -> dict[str, Any]:
-    """Train and evaluate every method into `out`; returns what `results.json` holds (the demo's keys, `cost` and `per_prompt`)."""
+    """Train and evaluate every method into `out`; returns what `results.json` holds (the demo's keys, and `cost`)."""
     unknown = [n for n in names if n not in METHODS]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}: use some of {', '.join(METHODS)}")
@@ -115,10 +115,6 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
         "config": {"quick": quick, "size": plain(size), "methods": {name: plain(METHODS[name]) for name in names}},
         "curves": curves,
         "cost": {name: _cost(out / "runs" / name) for name in names},
-        "per_prompt": {
-            f"{m}|{k}": {name: values.tolist() for name, values in judged.per_prompt().items()}
-            for (m, k), judged in evaluated.judged.items()
-        },
         "seconds": round(time.monotonic() - begin, 1),
     }
     summary = (

@@ -139,6 +139,7 @@ class Evaluated:
             "frontier": {m: areas for m, areas in self.summary["frontier"].items() if m != UNGUIDED[0]},
             "n": len(self.prompts),
             "ci": {"points": [row for row in self.summary["ci"] if row["model"] != UNGUIDED[0]]},
+            "per_prompt": {f"{m}|{k}": {a: v.tolist() for a, v in j.per_prompt().items()} for (m, k), j in self.judged.items()},
             "peak_rss_mb": round(1000 * (peak_gb("cpu") or 0.0), 1),
         }
 

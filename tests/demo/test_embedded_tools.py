@@ -1,0 +1,44 @@
+"""The makers' tools run: every stage of pretraining, distillation, and one seed of the results with its tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from tools.embedded import distil, pretrain, results, tables
+
+STAGES = ("vae", "latents", "decoder", "unet", "gallery", "reader", "proxy", "heldout")
+
+
+@pytest.mark.slow
+def test_every_stage_of_pretraining_runs_and_resumes(tmp_path):
+    for steps in (1, 2):
+        for name in STAGES if steps == 1 else ("reader",):
+            pretrain.STAGES[name](tmp_path, 0, steps)
+    logged = [json.loads(line) for line in (tmp_path / "reader.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2] and all(0 < line["loss"] < 100 for line in logged)
+
+
+@pytest.mark.slow
+def test_distillation_moves_the_adapter(tmp_path, monkeypatch):
+    real_images = distil.real_images
+    monkeypatch.setattr(distil, "real_images", lambda n, seed: real_images(4, seed))
+    lora = load_file(distil.distil(tmp_path, steps=2, batch=2))
+    assert all(float(v.abs().max()) > 0 for k, v in lora.items() if k.endswith("lora_up.weight"))
+
+
+@pytest.mark.slow
+def test_a_seed_of_the_results_has_every_baseline_and_its_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FULL", replace(results.FULL, real=4))
+    monkeypatch.setattr(results, "EVERY", 1)
+    found = results.run_seed(tmp_path / "seed0", 0, results.Size(updates=1, batch=2, prompts=2, per_prompt=2))
+    models = {p["model"] for p in found["points"]}
+    baselines = {"refl at 25 %", "refl at 50 %", "refl at 75 %", "refl stopped early"}
+    assert models == {"refl", "imagerefl", *baselines, "refl after the unguided base", "imagerefl after the unguided base"}
+    (tmp_path / "seed0" / "results.json").write_text(json.dumps(found))
+    tables.write([tmp_path / "seed0"], tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text("utf-8")
+    assert "| ReFL at 25 % | 0 | +" in text.replace("| -", "| +") and "| ReFL against the base: held-out |" in text
