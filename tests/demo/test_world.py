@@ -8,7 +8,7 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from tools.embedded import pretrain
+from tools.embedded import preference
 from trainer.demo import architecture, rater, world
 from trainer.rng import generator
 
@@ -68,8 +68,8 @@ def test_the_rater_sees_artefacts():
 
 def test_choices_are_logistic_with_flips():
     gap = torch.full((200_000,), 1.0)
-    chosen = pretrain.choose(gap, torch.zeros_like(gap), generator("choices")).double().mean()
-    expected = (1 - pretrain.FLIPS) * torch.sigmoid(torch.tensor(1.0)) + pretrain.FLIPS * 0.5
+    chosen = preference.choose(gap, torch.zeros_like(gap), generator("choices")).double().mean()
+    expected = (1 - preference.FLIPS) * torch.sigmoid(torch.tensor(1.0)) + preference.FLIPS * 0.5
     assert float(chosen) == pytest.approx(float(expected), abs=0.005)
 
 

@@ -17,7 +17,7 @@ import torch
 from verify import build
 
 from tests.parity.benchmark import architecture
-from tools.embedded.benchmark import Case, SeparateForwards, Stepper, embedded, pair, savings, wait
+from tools.embedded.stepper import Case, SeparateForwards, Stepper, embedded, pair, savings, wait
 from trainer.models.load import MODELS
 from trainer.objectives import ImageReFL, ReFL
 from trainer.rewards.clip import tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.parity.pixels import pictures
+from tests.parity.pixels import natural_images
 from tests.parity.weights import randomise
 from trainer.metrics.dino import Dino
 from trainer.metrics.distances import Moments, Reservoir, frechet_distance, log_covariance_distance, unbiased_mmd
@@ -49,7 +49,7 @@ def dino(tmp_path):
 )
 def test_dino_features_are_those_of_transformers(normalisation, mean, std, dino):
     path, model = dino
-    images = torch.stack(pictures([(224, 224)] * 3))
+    images = torch.stack(natural_images([(224, 224)] * 3))
     pixels = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     ours = Dino.load(path, normalisation, architecture=SMALL)
     torch.testing.assert_close(ours(images), model(pixel_values=pixels).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
@@ -60,7 +60,7 @@ def test_dino_in_its_authors_layout_is_the_same(dino, tmp_path):
     path, _ = dino
     whole = Dino.load(path, architecture=SMALL)
     torch.save({**whole.model.state_dict()}, tmp_path / "dino.pth")
-    images = torch.stack(pictures([(224, 224)] * 2))
+    images = torch.stack(natural_images([(224, 224)] * 2))
     torch.testing.assert_close(Dino.load(tmp_path / "dino.pth", architecture=SMALL)(images), whole(images))
 
 
@@ -77,7 +77,7 @@ def lpips(tmp_path):
 
 def test_lpips_is_the_paper_over_torchvisions_alexnet(lpips):
     ours, network, heads = lpips
-    a, b = torch.stack(pictures([(96, 80)] * 3)), torch.stack(pictures([(96, 80)] * 3, 1))
+    a, b = torch.stack(natural_images([(96, 80)] * 3)), torch.stack(natural_images([(96, 80)] * 3, 1))
     mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     expected = torch.zeros(3)
     for i in range(3):

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from tests.parity.pixels import pictures
+from tests.parity.pixels import natural_images
 from trainer.data.images import load_bytes, to_pil
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
 from trainer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Fit, normalise
@@ -45,7 +45,7 @@ def architecture(name: str) -> Mapping[str, Any]:
 
 @torch.no_grad()
 def one_by_one(model: Any, tokenize: Any, items: Sequence[Item], device: str) -> list[float]:
-    """As hpsv2, image-reward and the PickScore example do it: each picture through PIL and alone, its prompt encoded every time."""
+    """As hpsv2, image-reward and the PickScore example do it: each image through PIL and alone, its prompt encoded every time."""
     scores: list[float] = []
     mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
     for item in items:
@@ -63,9 +63,9 @@ def bare_tower(model: Any, ready: torch.Tensor, batch: int) -> list[float]:
     return [float(model.encode_image(part).sum()) for part in ready.split(batch)]
 
 
-def write_pictures(folder: Path, number: int) -> list[Path]:
-    """Natural-like PNG files; eight different ones are enough, for nothing is remembered of a picture."""
-    drawn = [to_pil(image) for image in pictures([(SIZE, SIZE)] * min(number, 8))]
+def write_images(folder: Path, number: int) -> list[Path]:
+    """Natural-like PNG files; eight different ones are enough, because images are not cached."""
+    drawn = [to_pil(image) for image in natural_images([(SIZE, SIZE)] * min(number, 8))]
     paths = [folder / f"{i:03d}.png" for i in range(number)]
     for i, path in enumerate(paths):
         drawn[i % 8].save(path)
@@ -73,7 +73,7 @@ def write_pictures(folder: Path, number: int) -> list[Path]:
 
 
 def measure(model: Any, context: int, items: Sequence[Item], batch: int, rounds: int, device: str) -> dict[str, float]:
-    """Pictures per second by the clock of each way, ratios paired within rounds, and texts encoded per pass of the scorer."""
+    """Images per second by the clock of each way, ratios paired within rounds, and texts encoded per pass of the scorer."""
     tokenize = tokenizer(context)
     encoded: list[int] = []
 
@@ -89,13 +89,13 @@ def measure(model: Any, context: int, items: Sequence[Item], batch: int, rounds:
     ready = normalise(torch.stack([Fit(224).of_bytes(load_bytes(i.path)) for i in items]).to(device) / 255)
     ways: dict[str, Way] = {
         "original": lambda: one_by_one(model, tokenize, items, device),
-        "ours": lambda: scored(TwoTower(model, counted, Fit(224)), items),  # prompts never met before
-        "known": lambda: scored(known, items),  # prompts met before: what is left is the image side
+        "ours": lambda: scored(TwoTower(model, counted, Fit(224)), items),  # new prompts
+        "known": lambda: scored(known, items),  # cached prompts: only the image side is left
         "bare": lambda: bare_tower(model, ready, batch),
     }
     wall: dict[str, list[float]] = {name: [] for name in ways}
     work: dict[str, list[float]] = {name: [] for name in ways}
-    one_by_one(model, tokenize, items[:1], device)  # the first picture warms up
+    one_by_one(model, tokenize, items[:1], device)  # the first image warms up
     scored(known, items[:1])
     for _ in range(rounds):
         for name, way in ways.items():
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model", action="append", help="ViT-B-32, ViT-L-14, ViT-H-14, or with a depth, ViT-H-14:4 (default B/32 and H at depth 4)"
     )
     parser.add_argument("--batch", type=int, action="append", help="may be given several times (default 1, 8, 32)")
-    parser.add_argument("--pictures", type=int, default=0, help="pictures per pass (default twice the batch, at least 8)")
+    parser.add_argument("--images", type=int, default=0, help="images per pass (default twice the batch, at least 8)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
@@ -138,16 +138,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.manual_seed(0)
         model: Any = open_clip.CustomTextCLIP(**shape).to(parsed.device).eval().requires_grad_(False)
         for batch in parsed.batch or [1, 8, 32]:
-            number = parsed.pictures or max(2 * batch, 8)
+            number = parsed.images or max(2 * batch, 8)
             with tempfile.TemporaryDirectory() as folder:
-                paths = write_pictures(Path(folder), number)
+                paths = write_images(Path(folder), number)
                 for kind in parsed.prompts or ["one", "distinct"]:
                     items = [Item(path, f"a photo of thing number {i if kind == 'distinct' else 0}") for i, path in enumerate(paths)]
                     context = shape["text_cfg"]["context_length"]
                     m = measure(model, context, items, batch, parsed.rounds, parsed.device)
                     rates = " | ".join(f"{m[way]:.2f}" for way in ("original", "ours", "known", "bare"))
                     ratios = f"{m['speedup']:.2f}× | {m['of_bare']:.2f}× | {m['work']:.2f}×"
-                    print(f"| {name} | {batch} | {kind}, {number} pictures | {rates} | {ratios} | {m['texts']:.0f} |", flush=True)
+                    print(f"| {name} | {batch} | {kind}, {number} images | {rates} | {ratios} | {m['texts']:.0f} |", flush=True)
     return 0
 
 

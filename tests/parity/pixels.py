@@ -12,7 +12,7 @@ from trainer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Fit
 SIZES = ((224, 224), (300, 300), (320, 200), (180, 333))  # square and not, larger and smaller than the towers' 224
 
 
-def pictures(sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0) -> list[Tensor]:
+def natural_images(sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0) -> list[Tensor]:
     """Natural-like images (3,H,W) in [0,1]: noise whose amplitude falls with frequency, as photographs' does."""
     rng = torch.Generator().manual_seed(seed)
     made: list[Tensor] = []
@@ -56,27 +56,27 @@ def pixels(image: Tensor, size: int, pad: bool) -> Tensor:
 
 
 def with_pillow(image: Tensor, fit: Fit) -> Tensor:
-    """What `fit` makes of one image (3,H,W), by way of 8-bit pictures and Pillow, as the original packages do it."""
+    """What `fit` makes of one image (3,H,W), by way of 8-bit images and Pillow, as the original packages do it."""
     import numpy as np
     from PIL import Image
 
     height, width = image.shape[-2:]
     side = min(height, width) if fit.rule == "crop" else max(height, width)
     whole = int if fit.rule == "crop" else round
-    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-    picture = picture.resize((whole(width * fit.size / side), whole(height * fit.size / side)), Image.Resampling.BICUBIC)
+    drawn = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    drawn = drawn.resize((whole(width * fit.size / side), whole(height * fit.size / side)), Image.Resampling.BICUBIC)
     if fit.rule == "crop":
-        left, top = round((picture.width - fit.size) / 2), round((picture.height - fit.size) / 2)
-        square = picture.crop((left, top, left + fit.size, top + fit.size))
+        left, top = round((drawn.width - fit.size) / 2), round((drawn.height - fit.size) / 2)
+        square = drawn.crop((left, top, left + fit.size, top + fit.size))
     else:
         square = Image.new("RGB", (fit.size, fit.size))
-        square.paste(picture, ((fit.size - picture.width) // 2, (fit.size - picture.height) // 2))
+        square.paste(drawn, ((fit.size - drawn.width) // 2, (fit.size - drawn.height) // 2))
     return torch.from_numpy(np.asarray(square, dtype=np.float32)).permute(2, 0, 1) / 255
 
 
 def pillow_error(size: tuple[int, int], fit: Fit) -> tuple[float, float]:
     """Largest and mean |tensor − Pillow| of one natural-like image, in 255ths."""
-    (image,) = pictures([size], 1)
+    (image,) = natural_images([size], 1)
     image = (image * 255).round() / 255
     error = (fit(image[None])[0] - with_pillow(image, fit)).abs() * 255
     return float(error.max()), float(error.mean())

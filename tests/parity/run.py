@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.parity.clip import write_aesthetic, write_clip, write_hps, write_pickscore
 from tests.parity.image_reward import write_image_reward
 from tests.parity.mps import write_mps
-from tests.parity.pixels import pictures, pillow_error
+from tests.parity.pixels import natural_images, pillow_error
 from trainer.rewards.base import RewardModel
 from trainer.rewards.clip import ARCHITECTURES
 from trainer.rewards.image_reward import ARCHITECTURE
@@ -85,7 +85,7 @@ def reopen(name: str, folder: Path, architecture: Mapping[str, Any], dtype: torc
 @torch.no_grad()
 def relative_error(reward: RewardModel, scorer: Callable[[Sequence[Tensor], Sequence[str]], Tensor]) -> tuple[float, Tensor]:
     """Largest |port − independent| over the largest |independent|, and the independent scores, over SIZES and PROMPTS."""
-    images = pictures()
+    images = natural_images()
     expected = scorer(images, PROMPTS)
     ours = torch.cat([reward(image[None], [prompt]) for image, prompt in zip(images, PROMPTS)])
     return float((ours - expected).abs().max() / expected.abs().max()), expected
@@ -96,7 +96,7 @@ def bf16_error(reward: RewardModel, half: RewardModel) -> float:
     """Mean |bf16 − fp32| over the standard deviation of the fp32 scores of 64 images, each under its own prompt."""
     styles = ("oil painting of a", "photo of a", "sketch of an old", "tiny red", "huge blue", "golden", "two", "a city with a")
     things = ("fox", "castle", "ship", "tree", "car", "portrait", "lake", "robot")
-    images, prompts = torch.stack(pictures([(224, 224)] * 64, 3)), [f"{style} {thing}" for style in styles for thing in things]
+    images, prompts = torch.stack(natural_images([(224, 224)] * 64, 3)), [f"{style} {thing}" for style in styles for thing in things]
     full = reward(images, prompts)
     return float((half(images, prompts) - full).abs().mean() / full.std())
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.parity import run as parity
 from tests.parity.clip import write_pickscore
-from tests.parity.pixels import pictures
+from tests.parity.pixels import natural_images
 from trainer.__main__ import main
 from trainer.rewards.calibrate import measure, write
 from trainer.rewards.files import WeightFile, download, find, weight_folders
@@ -35,7 +35,7 @@ def opened(path, name="pickscore"):
 
 
 def score(reward):
-    return reward(torch.stack(pictures([(224, 224)])), ["a fox"])
+    return reward(torch.stack(natural_images([(224, 224)])), ["a fox"])
 
 
 class Bomb:

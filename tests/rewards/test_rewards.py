@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.parity import clip as independent_clip
 from tests.parity import run as parity
-from tests.parity.pixels import pictures, pillow_error, pixel_batch, with_pillow
+from tests.parity.pixels import natural_images, pillow_error, pixel_batch, with_pillow
 from trainer.demo import files as demo
 from trainer.rewards.base import RewardModel
 from trainer.rewards.compressibility import JpegSize
@@ -35,7 +35,7 @@ def opened(tmp_path_factory):
 
 
 def squares(n, size=224, seed=3):
-    return torch.stack(pictures([(size, size)] * n, seed))
+    return torch.stack(natural_images([(size, size)] * n, seed))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +50,7 @@ def test_both_towers_agree_on_their_own(tmp_path):
     model = independent_clip.transformers_clip(parity.SMALL_CLIP, 2)
     independent_clip.write_pickscore(tmp_path, parity.SMALL_CLIP)
     tower = load(f"pickscore@{tmp_path / 'model.safetensors'}", architecture=parity.SMALL_CLIP).reward
-    images = pictures()
+    images = natural_images()
     expected = independent_clip.image_features(model, pixel_batch(images, 224))
     torch.testing.assert_close(torch.cat([tower.image_features(i[None]) for i in images]), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_both_towers_agree_on_their_own(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_the_pixels_are_those_of_finite_differences(name, opened):
     reward = opened[name][0]
-    image = torch.stack(pictures([(230, 250)], 5)).clamp(0.05, 0.95).requires_grad_()
+    image = torch.stack(natural_images([(230, 250)], 5)).clamp(0.05, 0.95).requires_grad_()
     (gradient,) = torch.autograd.grad(reward(image, ["a fox"]).sum(), image)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
     direction = gradient / gradient.norm()
@@ -172,7 +172,7 @@ def test_tensor_preprocessing_agrees_with_pillows(size, rule):
 @pytest.mark.parametrize("size", [*parity.RESIZED, (300, 700), (224, 224)])
 @pytest.mark.parametrize("rule", ["crop", "pad"])
 def test_bytes_are_fitted_as_pillow_fits_them(size, rule):
-    image = (pictures([size], 1)[0] * 255).round().byte()
+    image = (natural_images([size], 1)[0] * 255).round().byte()
     error = (Fit(224, rule).of_bytes(image).float() - with_pillow(image / 255, Fit(224, rule)) * 255).abs()
     assert error.max() <= 1.001 and error.mean() < 0.01
 
@@ -189,7 +189,7 @@ def test_every_size_becomes_a_square(fit, size):
 
 
 def test_a_crop_of_a_very_wide_image_is_the_crop_of_all_of_it():
-    image = torch.stack(pictures([(20, 400)], 2))
+    image = torch.stack(natural_images([(20, 400)], 2))
     whole = F.interpolate(image, (224, 224 * 20), mode="bicubic", antialias=True).clamp(0, 1)[..., 112 * 19 : 112 * 19 + 224]
     torch.testing.assert_close(resize_and_crop(image, 224), whole, atol=1e-5, rtol=0)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.parity import run as parity
-from tests.parity.pixels import pictures
+from tests.parity.pixels import natural_images
 from trainer.__main__ import main
 from trainer.config import ConfigError, build
 from trainer.lora.file import save_lora
@@ -351,7 +351,7 @@ def test_every_attention_of_a_model_is_torchs_fused_one(family, tuned, monkeypat
 def test_every_attention_of_a_reward_is_torchs_fused_one_and_in_bfloat16_its_scores_stay(name, tmp_path, monkeypatch):
     parity.CASES[name].write(tmp_path, parity.CASES[name].small)
     exact, rounded = (parity.reopen(name, tmp_path, parity.CASES[name].small, dtype) for dtype in (torch.float32, torch.bfloat16))
-    images = torch.stack(pictures([(224, 224)] * 4))
+    images = torch.stack(natural_images([(224, 224)] * 4))
     counted, pulls, scores = Counting(monkeypatch), [], []
     for reward in (exact, rounded):
         x = images.clone().requires_grad_()

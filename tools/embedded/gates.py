@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -120,9 +121,10 @@ def _chunks(images: Tensor, prompts: list[str], _: object):
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    measured = measure()
-    text = json.dumps(measured, indent=1, ensure_ascii=False)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text + "\n", "utf-8")
-    sys.stdout.write(text + "\n")
+    parser = argparse.ArgumentParser(description="Measure the gates of docs/embedded-world.md")
+    parser.add_argument("out", type=Path, nargs="?", help="JSON file (default: the terminal alone)")
+    out = parser.parse_args().out
+    text = json.dumps(measure(), indent=1, ensure_ascii=False) + "\n"
+    if out:
+        out.write_text(text, "utf-8")
+    sys.stdout.write(text)
