@@ -82,8 +82,7 @@ def _with_equals_sign(given: Sequence[str], argument: str) -> str:
 
 def _of_device(error: BaseException) -> str | None:
     """The message of an error that a device, the lack of its memory or another process caused; None for other errors."""
-    from .memory.oom import OutOfMemory
-    from .runtime.device import is_out_of_memory
+    from .runtime.device import OutOfMemory, is_out_of_memory
     from .runtime.processes import StoppedElsewhere
 
     if isinstance(error, StoppedElsewhere):

@@ -12,9 +12,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from trainer.config import build
 from trainer.lora.file import read_lora
+from trainer.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+SHORT = {"name": "imagerefl", "steps": 3, "grad_from": 2, "grad_to": 2, "start_from": 1, "start_to": 1, "refl_share": 0.0}
+
+
+def plan_config(**more):
+    """A short run to be planned."""
+    return build(TrainConfig, {"out": "none", "batch_size": 2, "steps": 3, "objective": SHORT, **more})
 
 
 def settings(pipeline_folder, reward_folder, image_folder, folder, **more):

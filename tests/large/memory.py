@@ -3,8 +3,7 @@
 Usage: memory.py [demo] [sd15 …] [--size 256] [--out FILE.md]. Each case is a process of its own: the objective's most
 expensive micro-batch after a first optimizer step, random weights for the published configurations, CLIP ViT-B/32's
 architecture as the reward (the embedded model has its own). Resident memory is the peak of the step over what the process
-held before it; glibc is told to give memory back at once. The share of speed is what the arithmetic that was planned would take
-at the speed of a large matrix product, over what the step takes.
+held before it; glibc is told to give memory back at once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,14 +24,13 @@ from trainer.config import build
 from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.memory import plan as planning
-from trainer.memory.dry_run import Tally, dry
+from trainer.memory.dry_run import MemoryTracker, dry_run
 from trainer.memory.offload import tensors
-from trainer.models.open import DTYPES, open_policy
+from trainer.models.open import open_policy
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
 from trainer.rewards.preprocess import Fit
 from trainer.rewards.registry import load_reward
 from trainer.rewards.two_tower import TwoTower
-from trainer.runtime.processes import ALONE
 from trainer.training.config import TrainConfig
 from trainer.training.parts import Parts
 from trainer.training.run import Run
@@ -66,7 +63,7 @@ def clip_reward():
 
 
 def one(case):
-    """Planned, counted and resident bytes of one case's step, without weights; timed, the share of a matrix product's speed."""
+    """Planned, counted and resident bytes of one case's step, without weights."""
     model, name, checkpoints, size = case["model"], case["objective"], case["checkpoints"], case["size"]
     with tempfile.TemporaryDirectory() as folder:
         config = build(
@@ -79,21 +76,21 @@ def one(case):
                 "objective": {**OBJECTIVES[name], "steps": STEPS},
                 "image_size": size if model != "demo" else 0,
                 "model_options": {"dtype": case["dtype"]},
-                **{f"checkpoint_{part}": checkpoints for part in ("denoiser", "decoder", "reward")},
+                **{f"gradient_checkpointing_{part}": checkpoints for part in ("denoiser", "vae", "reward")},
             },
         )
 
         def features(tower):
             return tower if "black box" in name else None
 
-        tally = Tally()
-        with dry(tally):
+        tracker = MemoryTracker()
+        with dry_run(tracker):
             outline = open_policy(model, "meta", config.model_options, config.image_size)
             reward = load_reward("demo-proxy" if model == "demo" else "clip", False, "meta")
         begin = time.monotonic()
-        planned = planning.plan(config, planning.Models(outline, reward, features(reward)), tally)
+        planned = planning.plan(config, planning.MetaModels(outline, reward, features(reward)), tracker)
         seconds = time.monotonic() - begin
-        weights = sum(planned.parts.get(part, 0) for part in planning.WEIGHTS)
+        weights = sum(size for name, size in planned.components.items() if name.endswith(" weights"))
 
         if model == "demo":
             policy, reward = open_policy("demo"), load_reward("demo-proxy", False)
@@ -102,12 +99,10 @@ def one(case):
 
             verify.SIZE, verify.MODELS = size, {model: {}}
             policy, reward = verify.build(model, Path(folder)), clip_reward()
-        config = replace(planning._bounded(config), out=str(Path(folder) / "run"))
-        picture = torch.randn(1, *policy.latent_shape)
+        config = planning.without_side_effects(config, Path(folder) / "run")
+        latent = torch.randn(1, *policy.latent_shape)
         prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
-        samples = Samples(prompts, LatentsInMemory(*(value.expand(len(prompts), -1, -1, -1) for value in (picture, picture.abs()))))
-        models = planning.Models(policy, reward, features(reward))
-        worst = planning._trace(config, models, samples, Path(folder), ALONE)[2]
+        samples = Samples(prompts, LatentsInMemory(*(value.expand(len(prompts), -1, -1, -1) for value in (latent, latent.abs()))))
         run = Run(config, Parts(policy, samples, reward, features(reward)))
         reward.gradient_checkpointing(checkpoints)
         for parameter in policy.parameters():
@@ -118,34 +113,26 @@ def one(case):
         before = sum(t.nbytes for t in [*policy.parameters(), *state])
 
         def step():
-            batch = samples.batch(config.seed, worst, worst, config.batch_size)
-            loss, _ = run.loss(batch)
+            loss, _ = run.loss(run.batches(planned.micro_batch, 0))
             loss.backward()
             run.optimizer.step()
             run.optimizer.zero_grad()
-
-        if case["timed"]:
-            step()
-            speeds = {kind: planning.speed("cpu", DTYPES[kind]) for kind in {config.model_options.dtype, "float32"}}
-            begin = time.process_time()  # which a busy machine does not stretch
-            step()
-            return planning.at_full_speed(planned.flops, config, speeds) / (time.process_time() - begin)
 
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         resident = status("VmRSS:")
         step()
         resident = (status("VmHWM:") - resident) * 2**20
         policy.prompts.clear()
-        counter = Tally(torch.device("cpu"))
-        counter.hold(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
-        counter.hold([*policy.parameters(), *state], "state")
-        real = counter.live["weights"]  # without the adapter, which `hold` has just moved; its text encoder has one layer
+        counter = MemoryTracker(torch.device("cpu"))
+        counter.attribute(tensors(policy.network, policy.vae, policy.pipeline.text_encoder, reward), "weights")
+        counter.attribute([*policy.parameters(), *state], "state")
+        real = counter.live["weights"]  # without the adapter, which `attribute` has just moved; its text encoder has one layer
         with counter:
             step()
         return {
             **case,
             "planned": (planned.counted - weights) / 1e9,
-            "counted": (counter.peak - real) / 1e9,
+            "counted": (counter.peak.bytes - real) / 1e9,
             "resident": (resident + before) / 1e9,
             "moment": planned.moment,
             "seconds": round(seconds, 1),
@@ -176,9 +163,8 @@ def main():
         print(json.dumps(one(arguments.case)))
         return
     lines = [
-        "| model | objective | checkpoints | planned, GB | counted, GB | resident, GB "
-        "| planned/counted | planned/resident | share of speed |",
-        "|" + "---|" * 9,
+        "| model | objective | checkpoints | planned, GB | counted, GB | resident, GB | planned/counted | planned/resident |",
+        "|" + "---|" * 8,
     ]
     print("\n".join(lines), flush=True)
     for model in arguments.models:
@@ -192,15 +178,13 @@ def main():
                     "size": arguments.size,
                     "batch": batch,
                     "dtype": dtype,
-                    "timed": False,
                 }
                 r = measured(case, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
-                share = measured({**case, "timed": True})  # with the usual allocator
-                if r is None or share is None:
+                if r is None:
                     continue
                 gigabytes = " | ".join(f"{r[key]:.3f}" for key in ("planned", "counted", "resident"))
                 ratios = " | ".join(f"{r['planned'] / r[key]:.3f}" for key in ("counted", "resident"))
-                lines.append(f"| {model} | {name} | {'on' if checkpoints else 'off'} | {gigabytes} | {ratios} | {share:.2f} |")
+                lines.append(f"| {model} | {name} | {'on' if checkpoints else 'off'} | {gigabytes} | {ratios} |")
                 print(lines[-1], r["moment"], r["seconds"], flush=True)
     if arguments.out:
         arguments.out.write_text("\n".join(lines) + "\n", "utf-8")

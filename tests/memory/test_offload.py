@@ -13,14 +13,11 @@ from tests.parity import run as parity
 from trainer.__main__ import main
 from trainer.commands import train as commands
 from trainer.config import build
-from trainer.memory import plan as planning
-from trainer.memory.dry_run import Tally
-from trainer.memory.offload import on_device, tensors
+from trainer.memory.offload import place_rewards, tensors
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.prompts import Prompts
 from trainer.rewards.registry import load_reward
 from trainer.rewards.weighted import RewardSpec, WeightedSum
-from trainer.runtime.processes import ALONE
 from trainer.training.config import TrainConfig, Watch
 from trainer.training.evaluation import Evaluation
 from trainer.training.folder import claim
@@ -89,19 +86,20 @@ class Recorder(parity.RewardModel):
 def test_the_runs_prompts_are_encoded_and_the_held_out_reward_waits_between_evaluations():
     prompts = ["a fox", "a boat", "a cat"]
     trained, judge = Recorder(), Recorder()
-    evaluation = evaluation_of(judge, prompts)
-    config = build(TrainConfig, {"out": "none", "objective": {"name": "srpo", "positive": ["x"], "negative": ["y"]}})
-    evaluation.on_device = lambda: on_device(judge, "meta", prompts[:2])
-    commands._place_rewards(config, "meta", [trained, None], evaluation, prompts)
+    parts = SimpleNamespace(
+        reward=trained, features=None, samples=SimpleNamespace(prompts=prompts), evaluation=evaluation_of(judge, prompts)
+    )
+    srpo = {"out": "none", "objective": {"name": "srpo", "positive": ["x"], "negative": ["y"]}, "device": "cuda"}
+    place_rewards(build(TrainConfig, srpo), parts, "meta")
     ((device, encoded),) = trained.placed
     assert device == "meta" and set(encoded) == {word + p for p in prompts for word in ("", "x. ", "y. ")}
     assert judge.placed == [("meta", prompts[:2])] and devices(judge) == {"cpu"} and devices(trained) == {"meta"}
-    with evaluation.on_device():
+    with parts.evaluation.on_device():
         assert devices(judge) == {"meta"}
 
-    stays = build(TrainConfig, {"out": "none", "offload_encoders": False})
-    commands._place_rewards(stays, "meta", [trained, None], evaluation_of(judge, prompts), prompts)
-    assert trained.placed[-1] == judge.placed[-1] == ("meta", None) and devices(judge) == {"meta"}
+    for stays in ({"offload_encoders": False}, {"device": "cpu"}):
+        place_rewards(build(TrainConfig, {**srpo, **stays}), parts, "meta")
+        assert trained.placed[-1] == judge.placed[-1] == ("meta", None) and devices(judge) == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["hpsv2.1", "mps"])
@@ -122,20 +120,6 @@ def test_aesthetic_has_no_text_tower_and_imagereward_moves_whole(tmp_path_factor
         reward = small(name, tmp_path_factory.mktemp(name))
         reward.place(META, ["a"])
         assert reward.text_tower is None and devices(reward) == {"meta"}
-
-
-def test_planned_weights_leave_out_the_text_towers_that_wait(tmp_path, monkeypatch):
-    reward = small("mps", tmp_path)
-    monkeypatch.setattr(type(reward), "prompts_kept", 3)
-    monkeypatch.setattr(type(reward), "remember", lambda *_: None)
-    reward.to(META)
-    counted = []
-    for count in (3, 4):
-        tally = Tally(META)
-        counted.append((planning._read(tally, [reward], ["a"], count, "reward weights"), tally.live["reward weights"]))
-    (waiting, without), (none, whole) = counted
-    assert waiting == sum(t.nbytes for t in tensors(reward.text)) and none == 0
-    assert whole - without == sum(-(-t.nbytes // 512) * 512 for t in tensors(reward.text))
 
 
 @pytest.mark.parametrize("wrapper", ["Reward()", "Caller()"])
@@ -162,28 +146,12 @@ def test_a_users_own_module_moves_with_the_reward(wrapper, tmp_path):
     assert devices(reward) == {"meta"} and {t.device.type for t in reward.function.inner._flat_weights} == {"meta"}
 
 
-def test_the_plan_knows_what_waits():
-    planned = commands.Planner(ALONE)
-    more = {"out": "none", "batch_size": 2, "device": "cuda", "reward": "demo-proxy", "watch": {"every": 5, "heldout": "demo-heldout"}}
-    here, away = (planned(build(TrainConfig, {**more, "offload_encoders": value})) for value in (False, True))
-    reward = load_reward("demo-proxy", False)
-    text = sum(-(-t.nbytes // 512) * 512 for t in tensors(reward.text))
-    assert here.parts["reward weights"] - away.parts["reward weights"] == text > 0
-    assert "other rewards' weights" in here.parts and "other rewards' weights" not in away.parts
-    beside = here.moments["encoding prompts"] - away.moments["encoding prompts"]  # the denoiser comes when prompts are encoded
-    assert beside > here.parts["denoiser weights"] + here.parts["other rewards' weights"]
-    assert here.flops == pytest.approx(
-        planned(build(TrainConfig, {**more, "offload_encoders": False, "watch": {}})).flops
-    )  # the watch adds none
-    assert away.moments["rewards reading prompts"] < away.moments["a training step"] < here.moments["a training step"]
-
-
 def test_a_run_encodes_before_the_network_comes_and_refuses_a_used_folder_before_anything(
     pipeline_folder, reward_folder, image_folder, tmp_path, monkeypatch, capsys
 ):
     order = []
-    placed = commands._place_rewards  # a resumed black box puts its surrogate where its features are: before the folder is read
-    monkeypatch.setattr(commands, "_place_rewards", lambda *a: order.append("rewards") or placed(*a))
+    placed = commands.place_rewards  # a resumed black box puts its surrogate where its features are: before the folder is read
+    monkeypatch.setattr(commands, "place_rewards", lambda *a: order.append("rewards") or placed(*a))
     for cls, name in ((DiffusersPolicy, "encode"), (Prompts, "prepare"), (DiffusersPolicy, "to"), (DiffusersPolicy, "add_lora")):
         whole = getattr(cls, name)
         monkeypatch.setattr(cls, name, lambda self, *a, n=name, w=whole, **k: order.append(n) or w(self, *a, **k))

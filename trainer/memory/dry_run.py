@@ -1,9 +1,7 @@
-"""Training without memory: the real code on tensors that have shapes and no values, with every live byte counted.
+"""Dry run: real code on meta tensors, which have shapes and no values, with every live byte counted.
 
-Tensors on torch's meta device have no storage; what is small and decides the course of a step (noise levels, draws, indices)
-stays a real tensor on the CPU, and where the two meet the result has no values. It knows no model, reward or objective.
-torch's own MemTracker (torch.distributed._tools) is private, newer than the oldest torch that we take, and counts by module
-and not by the parts of a step.
+Small tensors that decide the course of a step (noise levels, draws, indices) stay real tensors on the CPU. torch's own MemTracker
+(torch.distributed._tools) is private and newer than the oldest supported torch.
 """
 
 from __future__ import annotations
@@ -12,184 +10,155 @@ import weakref
 from collections import Counter
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils.flop_counter
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
 _BLOCK = 512  # CUDA's allocator hands out multiples of this many bytes
-_FLOPS: dict[Any, Any] = getattr(torch.utils.flop_counter, "flop_registry", {})  # torch 2.2
 
 
-class Tally(TorchDispatchMode):
-    """Inside, the live bytes of tensors on `device` by the part that made them, their highest sum and its moment, and FLOPs.
+@dataclass(frozen=True)
+class Peak:
+    """Live bytes at their highest, by component, and what was running then."""
 
-    `now` is what is running, a part and perhaps more words: "decoder, going back" counts for the part "decoder". Storages
-    that exist already are counted only when `hold` names them. On a real device the same is counted of real tensors.
+    bytes: int = 0
+    components: Counter[str] = field(default_factory=Counter[str])
+    running: str = ""
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Inside, the live bytes of tensors on `device` by the component that made them, and their peak.
+
+    Storages that exist already are counted once `attribute` names them. On a real device real tensors are counted alike.
     """
 
     def __init__(self, device: torch.device = META) -> None:
         super().__init__()
         self.device = device
-        self.now = "rest"
+        self.running = "other"
+        """The running component and perhaps more words: "VAE decoder, backward" counts for "VAE decoder"."""
         self.live: Counter[str] = Counter()
-        self.flops: Counter[str] = Counter()
-        self.peak: int = 0
-        self.at_peak: Counter[str] = Counter()
-        self.moment = ""
-        self._total = 0
-        self._held: dict[int, tuple[str, int, Any]] = {}
-        self._known: dict[Any, Any] = {}
+        self.total = 0
+        self.peak = Peak()
+        self.phases: dict[str, Peak] = {}
+        self._storages: dict[int, tuple[str, int, Any]] = {}  # by id: component, bytes, weak reference
+        self._results: dict[Any, Any] = {}  # specifications of results, by operation and arguments
 
-    @property
-    def part(self) -> str:
-        """The part that is running."""
-        return self.now.partition(",")[0]
-
-    @property
-    def total(self) -> int:
-        """Bytes that are live."""
-        return self._total
-
-    def hold(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Count storages for `part`, those that are counted already among them."""
+    def attribute(self, tensors: Iterable[Tensor], component: str) -> None:
+        """Count storages for `component`, including those that another component made."""
         for tensor in tensors:
             if tensor.device.type == self.device.type:
-                key = _address(tensor)
-                if key in self._held:
-                    before, size, reference = self._held[key]
-                    self.live[before] -= size
-                    self.live[part] += size
-                    self._held[key] = (part, size, reference)
-                else:
-                    self._count(tensor, part)
+                self._free(_storage_id(tensor))
+                self._count(tensor, component)
 
     def clear(self) -> None:
-        """Count from nothing; operations that were seen stay known."""
-        self.live, self.flops, self._total, self._held = Counter(), Counter(), 0, {}
-        self.forget_peak()
-
-    def release(self, *parts: str) -> None:
-        """These parts are held elsewhere from now on."""
-        for key, (part, size, _) in list(self._held.items()):
-            if part in parts:
-                del self._held[key]
-                self.live[part] -= size
-                self._total -= size
+        """Count from zero; known operations stay known."""
+        self.live, self.total, self._storages = Counter(), 0, {}
 
     @contextmanager
-    def during(self, now: str) -> Generator[None]:
-        """Inside, what is made counts for another part."""
-        before, self.now = self.now, now
+    def component(self, name: str) -> Generator[None]:
+        """Inside, new tensors count for `name`."""
+        before, self.running = self.running, name
         try:
             yield
         finally:
-            self.now = before
+            self.running = before
 
-    def going_back(self, output: Tensor, now: str) -> None:
-        """When a gradient reaches `output`, `now` begins."""
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Record the peak inside in `phases`; of two phases of one name the higher one counts."""
+        self.running = "other"
+        self._reset_peak()
+        yield
+        self.phases[name] = max(self.phases.get(name, Peak()), self.peak, key=lambda peak: peak.bytes)
+
+    def on_backward(self, output: Tensor, name: str) -> None:
+        """From when a gradient reaches `output`, new tensors count for `name`."""
         if output.requires_grad:
-            output.register_hook(lambda _: setattr(self, "now", now))  # pyright: ignore[reportUnknownLambdaType]
+            output.register_hook(lambda _: setattr(self, "running", name))  # pyright: ignore[reportUnknownLambdaType]
 
-    def forget_peak(self) -> None:
-        """The peak begins again from what is live."""
-        self.peak, self.at_peak, self.moment = self._total, self.live.copy(), self.now
+    def _reset_peak(self) -> None:
+        self.peak = Peak(self.total, self.live.copy(), self.running)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and count what it makes."""
-        kwargs = kwargs or {}
-        if self.device == META:
-            result, flops = self._without_values(func, args, kwargs)
-        else:
-            result = func(*args, **kwargs)
-            flops = _flops(func, args, kwargs, result)
-        self.flops[self.now] += flops
+        """Run one operation and count its results."""
+        result = self._on_meta(func, args, kwargs or {}) if self.device == META else func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             if tensor.device.type == self.device.type:
-                self._count(tensor, self.part)
+                self._count(tensor, self.running.partition(",")[0])
         return result
 
-    def _without_values(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        """An operation's result on the meta device, and its FLOPs; results for shapes that were seen before are remembered."""
-        found = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
-        if not any(t.device == META for t in found):
-            return func(*args, **kwargs), 0
+    def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation's result; shapes that were seen before come from a cache."""
+        inputs = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        if not any(t.device == META for t in inputs):
+            return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            return (1.0 if found[0].is_floating_point() else 1), 0
+            return 1.0 if inputs[0].is_floating_point() else 1
         target = kwargs.get("device")
         if func is torch.ops.aten._to_copy.default and target is not None and torch.device(target) != META:
-            return torch.zeros(found[0].shape, dtype=kwargs.get("dtype") or found[0].dtype), 0
+            return torch.zeros(inputs[0].shape, dtype=kwargs.get("dtype") or inputs[0].dtype)
         key = (func, _key(args), _key(tuple(kwargs.items())))
-        if key in self._known:
-            specs, single, flops = self._known[key]
+        if key in self._results:
+            specs, single = self._results[key]
             made = [spec and torch.empty_strided(spec[0], spec[1], dtype=spec[2], device=META) for spec in specs]
-            return (made[0] if single else tuple(made)), flops
-        if any(t.device != META for t in found) and func not in _INDEXING:
-            args, kwargs = _moved(args), {name: _moved(value) for name, value in kwargs.items()}
+            return made[0] if single else tuple(made)
+        if any(t.device != META for t in inputs) and func not in _INDEXING:
+            args, kwargs = _to_meta(args), {name: _to_meta(value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
-        flops = _flops(func, args, kwargs, result)
         outputs = (result,) if isinstance(result, Tensor) else result
         schema = func._schema
         if isinstance(outputs, tuple) and not schema.is_mutable and not any(r.alias_info for r in schema.returns):
-            before = {_address(t) for t in found}
-            if all(o is None or (o.device == META and _address(o) not in before) for o in outputs):
+            known = {_storage_id(t) for t in inputs}
+            if all(o is None or (o.device == META and _storage_id(o) not in known) for o in outputs):
                 specs = [o if o is None else (o.shape, o.stride(), o.dtype) for o in outputs]
-                self._known[key] = (specs, isinstance(result, Tensor), flops)
-        return result, flops
+                self._results[key] = (specs, isinstance(result, Tensor))
+        return result
 
-    def _count(self, tensor: Tensor, part: str) -> None:
-        storage = tensor.untyped_storage()
-        key = _address(tensor)
-        if key in self._held:
+    def _count(self, tensor: Tensor, component: str) -> None:
+        key = _storage_id(tensor)
+        if key in self._storages:
             return
+        storage = tensor.untyped_storage()
         size = -(-storage.nbytes() // _BLOCK) * _BLOCK
-        self._held[key] = (part, size, weakref.ref(storage, lambda _: self._free(key)))
-        self.live[part] += size
-        self._total += size
-        if self._total > self.peak:
-            self.forget_peak()
+        self._storages[key] = (component, size, weakref.ref(storage, lambda _: self._free(key)))
+        self.live[component] += size
+        self.total += size
+        if self.total > self.peak.bytes:
+            self._reset_peak()
 
     def _free(self, key: int) -> None:
-        if key not in self._held:  # it was made before `clear`
-            return
-        part, size, _ = self._held.pop(key)
-        self.live[part] -= size
-        self._total -= size
+        if key in self._storages:  # not if it was made before `clear`
+            component, size, _ = self._storages.pop(key)
+            self.live[component] -= size
+            self.total -= size
 
 
 @contextmanager
-def dry(tally: Tally) -> Generator[None]:
-    """Inside, what is computed on the meta device is counted by `tally`.
+def dry_run(tracker: MemoryTracker) -> Generator[None]:
+    """Inside, `tracker` counts, and attention on meta tensors keeps memory linear in the tokens, as a GPU's kernels do.
 
-    Attention there is as a GPU computes it, and keeps what is linear in the number of tokens: torch itself would write the
-    whole matrix. A TorchFunctionMode would not do, going back it is off while a checkpointed forward is computed again.
+    torch's meta kernel would make the whole matrix. A TorchFunctionMode is off while the backward pass recomputes a forward.
     """
-    attend = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **more: Any,
-    ):
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **more: Any):
         if query.device != META:
-            return attend(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=more.get("scale"))[0]
+            return original(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        linear = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return linear(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=more.get("scale"))[0]
 
     F.scaled_dot_product_attention = attention
     try:
-        with tally:
+        with tracker:
             yield
     finally:
-        F.scaled_dot_product_attention = attend
+        F.scaled_dot_product_attention = original
 
 
 _INDEXING = {
@@ -200,8 +169,8 @@ _INDEXING = {
 }
 
 
-def _address(tensor: Tensor) -> int:
-    """What tells storages apart; their pointers do not, on the meta device all are null."""
+def _storage_id(tensor: Tensor) -> int:
+    """Identifies a storage; the data pointers of all meta tensors are null."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
@@ -213,10 +182,10 @@ def _tensors(values: Any) -> list[Tensor]:
     return []
 
 
-def _moved(value: Any) -> Any:
+def _to_meta(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.to(META)
-    return type(value)(map(_moved, value)) if isinstance(value, list | tuple) else value
+    return type(value)(map(_to_meta, value)) if isinstance(value, list | tuple) else value
 
 
 def _key(value: Any) -> Any:
@@ -225,8 +194,3 @@ def _key(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_key, value))
     return type(value), value
-
-
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    count = _FLOPS.get(func._overloadpacket)
-    return int(count(*args, **kwargs, out_val=result)) if count else 0

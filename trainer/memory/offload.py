@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,31 @@ from torch import Tensor, nn
 
 from ..rewards.base import RewardModel
 from ..rewards.prompt_cache import PromptCachedReward
+from ..training.config import TrainConfig
+from ..training.parts import Parts
+
+
+def offloads(config: TrainConfig) -> bool:
+    """Whether anything waits on the CPU."""
+    return config.offload_encoders and not config.device.startswith("cpu")
+
+
+def place_rewards(config: TrainConfig, parts: Parts, device: str) -> None:
+    """Move a run's rewards to the device. With offloading, text towers encode the run's prompts and wait on the CPU, and so does the
+    held-out reward between evaluations."""
+    evaluated = parts.evaluation.prompts if parts.evaluation else []
+    texts = list(dict.fromkeys([*evaluated, *config.method.wordings(parts.samples.prompts)])) if offloads(config) else None
+    for reward in (parts.reward, parts.features):
+        if isinstance(reward, RewardModel):
+            reward.place(device, texts)
+    heldout = parts.evaluation.rewards["heldout"] if parts.evaluation else None
+    if parts.evaluation and isinstance(heldout, RewardModel):
+        if not offloads(config):
+            heldout.place(device)
+            return
+        parts.evaluation.on_device = partial(on_device, heldout, device, list(dict.fromkeys(evaluated)))
+        with parts.evaluation.on_device():  # encodes its prompts
+            pass
 
 
 @contextmanager

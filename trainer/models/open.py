@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..config import ConfigError
+from ..lora.file import load_consistency
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
 from .meta import meta_policy
@@ -34,3 +35,11 @@ def open_policy(
     if device == "meta":
         return meta_policy(model_path(model), DTYPES[options.dtype], image_size)
     return load_policy(model_path(model), device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, offload)
+
+
+def open_consistency(policy: DiffusersPolicy, path: str) -> None:
+    """Attach the consistency LoRA at `path`; `demo` is the embedded model's."""
+    try:
+        load_consistency(policy, EMBEDDED.with_name("consistency.safetensors") if path == "demo" else Path(path))
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"consistency: {error}") from error

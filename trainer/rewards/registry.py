@@ -189,6 +189,14 @@ def load_reward(spec: str, standardise: bool, device: str | torch.device = "cpu"
     return WeightedSum(specs, raw=not standardise)
 
 
+def load_features(name: str, device: str | torch.device = "cpu") -> TwoTower:
+    """The two-tower reward whose features a black-box objective's surrogate reads."""
+    reward = load(name, device).reward
+    if not isinstance(reward, TwoTower):
+        raise ValueError(f"features = {name}: only a two-tower reward has features of images and texts")
+    return reward
+
+
 def _open(name_or_path: str, placement: Placement, folders: WeightFolders, architecture: Mapping[str, Any] | None) -> RewardModel:
     name, at, file = name_or_path.partition("@")
     if name in REWARDS and (at or not Path(name).is_dir()):

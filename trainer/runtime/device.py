@@ -77,6 +77,10 @@ def peak_gb(device: str) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+class OutOfMemory(RuntimeError):
+    """Memory ran out; the message says where, what is saved, and what to try."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     classes = tuple(cls for cls in (getattr(torch, "OutOfMemoryError", None), torch.cuda.OutOfMemoryError, MemoryError) if cls)

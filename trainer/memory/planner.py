@@ -1,0 +1,94 @@
+"""Plans of configs: the models that a config names, on the meta device, and a plan as text."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+from ..config import plain
+from ..data.captions import read_captions, read_prompts
+from ..data.hub import PREFIX
+from ..models.open import DTYPES, open_consistency, open_policy
+from ..rewards.base import RewardModel
+from ..rewards.registry import load, load_features
+from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
+from ..runtime.processes import ALONE, Processes
+from ..training.config import TrainConfig
+from .dry_run import MemoryTracker, dry_run
+from .plan import MetaModels, Plan, plan
+from .savings import GB, savings
+from .stand_ins import UntrackedReward
+
+
+class Planner:
+    """Caches one plan per config and one set of meta models per architecture."""
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
+        self.tracker = MemoryTracker()
+        self.last: Plan | None = None
+        self._plans: dict[str, Plan] = {}
+        self._models: dict[str, MetaModels] = {}
+
+    def __call__(self, config: TrainConfig) -> Plan:
+        """The plan of one config."""
+        key = json.dumps(plain(config), sort_keys=True)
+        if key not in self._plans:
+            self._plans[key] = plan(config, self._meta_models(config), self.tracker, self.processes)
+        self.last = self._plans[key]
+        return self.last
+
+    def _meta_models(self, config: TrainConfig) -> MetaModels:
+        relevant = ("model", "model_options", "image_size", "merge_rollouts", "tune", "lora", "consistency", "images", "prompts")
+        relevant += ("reward", "reward_dtype", "features", "watch")
+        key = json.dumps({name: plain(getattr(config, name)) for name in relevant}, sort_keys=True)
+        if key not in self._models:
+            with dry_run(self.tracker):
+                self._models[key] = meta_models(config)
+        return self._models[key]
+
+    def report(self, config: TrainConfig) -> str:
+        """The plan as text: bytes by component and phase, what to switch on, and how to measure the time."""
+        found = self(config)
+        lines = [f"predicted memory at the peak ({found.moment}), GB:"]
+        rows = sorted(((size, name) for name, size in found.components.items() if size >= 0.0005 * GB), reverse=True)
+        beside = "Python, libraries, 5 % slack" if config.device.startswith("cpu") else "context, workspaces, 6 % fragmentation"
+        rows += [(found.allowance, f"allowance: {beside}"), (found.total, "total")]
+        lines += [f"  {name:<50}{size / GB:>9.3f}" for size, name in rows]
+        lines.append("peak of each phase, GB: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.phases.items()))
+        lines.append("settings that reduce it, each by itself:")
+        for flag, cost, size in savings(config, self, self.processes.count):
+            lines.append(f"  {flag:<46}{size / GB:>9.3f} GB less ({cost})")
+        lines.append("to measure time and memory, run a few steps: --steps=3 --out=OTHER_FOLDER instead of --plan")
+        return "\n".join(lines)
+
+
+def meta_models(config: TrainConfig) -> MetaModels:
+    """The models that a config names, without weights, and the numbers of its images and prompts."""
+    policy = open_policy(config.model, "meta", config.model_options, config.image_size)
+    policy.merge_rollouts = config.merge_rollouts
+    if config.consistency:
+        open_consistency(policy, config.consistency)
+    features = load_features(config.features, "meta") if config.features else None
+    heldout = _meta_reward(config.watch.heldout) if config.watch.every and config.watch.heldout else None
+    return MetaModels(policy, _meta_reward(config.reward, config.reward_dtype), features, heldout, *_data_size(config))
+
+
+def _meta_reward(spec: str, dtype: str = "float32") -> RewardModel:
+    names = [name for name, _ in parse_weights(spec)]
+    specs = [RewardSpec(n, UntrackedReward()) if n.endswith(".py") else load(n, "meta", DTYPES[dtype]) for n in names]
+    return specs[0].reward if len(specs) == 1 else WeightedSum(specs, raw=True)
+
+
+def _data_size(config: TrainConfig) -> tuple[int, int]:
+    """Numbers of images and of distinct prompts; (1, 1) where the data are not there yet."""
+    if config.images == "demo":
+        number = importlib.import_module("..demo.show", __package__).FULL.real  # memory/ must not depend on demo/
+        return number, number
+    if config.images.startswith(PREFIX) or (config.images and Path(config.images).exists()):
+        pairs = read_captions(config.images)
+        return len({image for image, _ in pairs}), len({caption for _, caption in pairs})
+    if config.prompts and Path(config.prompts).exists():
+        return 0, len(set(read_prompts(Path(config.prompts))))
+    return int(bool(config.images)), 1
