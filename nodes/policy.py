@@ -20,59 +20,18 @@ import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..trainer.denoiser import Denoiser
 from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
+from .adapter import Adapter, lora_targets, make_trainable_through, recomputed, replaced_forward
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 # Blocks whose activations are recomputed, by the names of ComfyUI's classes
 _DENOISER_BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
 _DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
-
-
-def lora_targets(model: Any) -> dict[str, tuple[str, set[str]]]:
-    """Modules of `diffusion_model` by their name there: the name that a LoRA file uses, and all names to choose them by.
-
-    UNets go by diffusers' names (kohya files). Others go by their own, which every ComfyUI loads, and may be chosen by
-    diffusers' names too; a fused attention projection is chosen by any of its parts.
-    """
-    config = model.model_config.unet_config
-    if "num_res_blocks" in config:
-        names = comfy.utils.unet_to_diffusers(config)
-        pairs = {there.removesuffix(".weight"): here.removesuffix(".weight") for here, there in names.items() if here.endswith(".weight")}
-        return {inside: (name, {name}) for inside, name in pairs.items()}
-    found = {name: (name, {name}) for name, _ in model.diffusion_model.named_modules() if name}
-    for key, weight in comfy.lora.model_lora_keys_unet(model, {}).items():
-        weight = weight[0] if isinstance(weight, tuple) else weight
-        inside = weight.removeprefix("diffusion_model.").removesuffix(".weight")
-        if key.startswith("transformer.") and inside in found:
-            found[inside][1].add(key.removeprefix("transformer."))
-    return found
-
-
-class Adapter(nn.Module):
-    """The two halves of one module's update, in float32."""
-
-    def __init__(self, module: nn.Module, rank: int, device: torch.device) -> None:
-        super().__init__()
-        if isinstance(module, nn.Conv2d):
-            down = torch.zeros(rank, module.in_channels, *module.kernel_size, device=device)
-            up = torch.zeros(module.out_channels, rank, 1, 1, device=device)
-        else:
-            down = torch.zeros(rank, module.in_features, device=device)
-            up = torch.zeros(module.out_features, rank, device=device)
-        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-
-    def forward(self, x: Tensor, module: Any) -> Tensor:
-        """B(A x) for the input of `module`."""
-        if isinstance(module, nn.Conv2d):
-            return F.conv2d(F.conv2d(x, self.down, stride=module.stride, padding=module.padding, dilation=module.dilation), self.up)
-        return F.linear(F.linear(x, self.down), self.up)
 
 
 class ComfyPolicy:
@@ -179,11 +138,11 @@ class ComfyPolicy:
             modules = dict(network.named_modules())
             for inside, adapter in self._adapters.values():
                 stack.enter_context(
-                    _replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
+                    replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
                 )
             if self._checkpointed[0]:
-                stack.enter_context(_recomputed(network, _DENOISER_BLOCKS, self._with_present_adapter))
-            stack.enter_context(_recomputed(self.gradient_vae.first_stage_model, _DECODER_BLOCKS))
+                stack.enter_context(recomputed(network, _DENOISER_BLOCKS, self._with_present_adapter))
+            stack.enter_context(recomputed(self.gradient_vae.first_stage_model, _DECODER_BLOCKS))
             try:
                 yield
             finally:
@@ -321,53 +280,7 @@ class ComfyDenoiser:
         return replace(self, prompts=tuple(self.prompts[i] for i in index.tolist()))
 
 
-def make_trainable_through(module: nn.Module) -> None:
-    """Replace inference tensors, which autograd refuses, by equal ordinary ones; no gradient to the weights themselves."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None and (parameter.is_inference() or parameter.requires_grad):
-                part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None and buffer.is_inference():
-                part._buffers[name] = buffer.clone()
-
-
 def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(item) for item in value]
     return value.clone() if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Generator[None]:
-    """Inside, `module.forward` is `make(forward)`."""
-    before = module.__dict__.get("forward")
-    module.forward = make(module.forward)
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-@contextmanager
-def _recomputed(
-    network: nn.Module, blocks: set[str], prepared: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward
-) -> Generator[None]:
-    """Inside, blocks of these classes keep no activations for the backward pass; `prepared(forward)` is what runs, both times."""
-
-    def make(forward: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            return checkpoint(prepared(forward), *args, use_reentrant=False, **kwargs)
-
-        return run
-
-    with ExitStack() as stack:
-        for module in network.modules():
-            if type(module).__name__ in blocks:
-                stack.enter_context(_replaced_forward(module, make))
-        yield

@@ -1,0 +1,105 @@
+"""A LoRA beside ComfyUI's weights while it trains: which modules, the bypass, and what their forward passes need for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def lora_targets(model: Any) -> dict[str, tuple[str, set[str]]]:
+    """Modules of `diffusion_model` by their name there: the name that a LoRA file uses, and all names to choose them by.
+
+    UNets go by diffusers' names (kohya files). Others go by their own, which every ComfyUI loads, and may be chosen by
+    diffusers' names too; a fused attention projection is chosen by any of its parts.
+    """
+    config = model.model_config.unet_config
+    if "num_res_blocks" in config:
+        names = comfy.utils.unet_to_diffusers(config)
+        pairs = {there.removesuffix(".weight"): here.removesuffix(".weight") for here, there in names.items() if here.endswith(".weight")}
+        return {inside: (name, {name}) for inside, name in pairs.items()}
+    found = {name: (name, {name}) for name, _ in model.diffusion_model.named_modules() if name}
+    for key, weight in comfy.lora.model_lora_keys_unet(model, {}).items():
+        weight = weight[0] if isinstance(weight, tuple) else weight
+        inside = weight.removeprefix("diffusion_model.").removesuffix(".weight")
+        if key.startswith("transformer.") and inside in found:
+            found[inside][1].add(key.removeprefix("transformer."))
+    return found
+
+
+class Adapter(nn.Module):
+    """The two halves of one module's update, in float32."""
+
+    def __init__(self, module: nn.Module, rank: int, device: torch.device) -> None:
+        super().__init__()
+        if isinstance(module, nn.Conv2d):
+            down = torch.zeros(rank, module.in_channels, *module.kernel_size, device=device)
+            up = torch.zeros(module.out_channels, rank, 1, 1, device=device)
+        else:
+            down = torch.zeros(rank, module.in_features, device=device)
+            up = torch.zeros(module.out_features, rank, device=device)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    def forward(self, x: Tensor, module: Any) -> Tensor:
+        """B(A x) for the input of `module`."""
+        if isinstance(module, nn.Conv2d):
+            return F.conv2d(F.conv2d(x, self.down, stride=module.stride, padding=module.padding, dilation=module.dilation), self.up)
+        return F.linear(F.linear(x, self.down), self.up)
+
+
+def make_trainable_through(module: nn.Module) -> None:
+    """Replace inference tensors, which autograd refuses, by equal ordinary ones; no gradient to the weights themselves."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None and (parameter.is_inference() or parameter.requires_grad):
+                part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None and buffer.is_inference():
+                part._buffers[name] = buffer.clone()
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Generator[None]:
+    """Inside, `module.forward` is `make(forward)`."""
+    before = module.__dict__.get("forward")
+    module.forward = make(module.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def recomputed(
+    network: nn.Module, blocks: set[str], prepared: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward
+) -> Generator[None]:
+    """Inside, blocks of these classes keep no activations for the backward pass; `prepared(forward)` is what runs, both times."""
+
+    def make(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(prepared(forward), *args, use_reentrant=False, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for module in network.modules():
+            if type(module).__name__ in blocks:
+                stack.enter_context(replaced_forward(module, make))
+        yield
