@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime.processes import ALONE, Processes
-from ..runtime.progress import slow
+from ..runtime.progress import progress_bar
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -79,7 +79,7 @@ class TensorCache:
         gaps = processes.exchange([i for i, shapes in found.items() if shapes is None])
         missing = sorted(set[int]().union(*gaps))  # another run may have filled one since: all processes need the same list
         share = processes.share(len(missing))
-        for first in slow(range(share.start, share.stop, chunk), "encoding into the cache"):
+        for first in progress_bar(range(share.start, share.stop, chunk), "encoding into the cache"):
             part = missing[first : min(first + chunk, share.stop)]
             for i, tensors in zip(part, compute(part)):
                 self.write(keys[i], tensors)

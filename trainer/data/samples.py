@@ -16,7 +16,7 @@ from torch import Tensor
 from ..policy import Policy
 from ..rng import Rng
 from ..runtime.processes import ALONE, Processes
-from ..runtime.progress import slow
+from ..runtime.progress import progress_bar
 from .batches import Images, Prompts
 from .buckets import Size, micro_batch, nearest
 from .cache import TensorCache, Tensors, key_of
@@ -142,7 +142,7 @@ def _encode(policy: Encoder, sized: Sequence[tuple[ImageSource, Size]]) -> list[
     found: list[Tensors] = []
     for size, group in groupby(sized, key=lambda pair: pair[1]):
         sources, batch = [source for source, _ in group], batch_size_for(size)
-        for first in slow(range(0, len(sources), batch), f"encoding images of {size[1]}×{size[0]}"):
+        for first in progress_bar(range(0, len(sources), batch), f"encoding images of {size[1]}×{size[0]}"):
             mean, std = policy.encode(torch.stack([load(source, size) for source in sources[first : first + batch]]))
             found += [{"mean": m, "std": s} for m, s in zip(mean.cpu(), std.cpu())]
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.cache import TensorCache, key_of
 from ..runtime.files import module_hash
 from ..runtime.processes import ALONE, Processes
-from ..runtime.progress import slow
+from ..runtime.progress import progress_bar
 from .speed import on_device
 
 Conditioning = dict[str, Tensor]
@@ -90,7 +90,7 @@ class Prompts:
         with on_device(self.encoders, self.model.device, self.offload):
             return [
                 {key: value[0].cpu() for key, value in self.model.encode_prompts([prompt]).items()}
-                for prompt in slow(prompts, "encoding prompts")
+                for prompt in progress_bar(prompts, "encoding prompts")
             ]
 
     def _keys(self, prompts: Sequence[str]) -> list[str]:

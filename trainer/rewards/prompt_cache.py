@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..runtime.progress import slow
+from ..runtime.progress import progress_bar
 from .base import RewardModel
 from .preprocess import Fit
 
@@ -71,7 +71,7 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not meet a graph later
             try:
                 self.text.to(self.home)
-                for prompt in slow(missing, "prompts of a reward"):  # one at a time: batched encoding rounds differently
+                for prompt in progress_bar(missing, "prompts of a reward"):  # one at a time: batched encoding rounds differently
                     self._encoded[prompt] = self.encode_prompt(prompt)
             finally:
                 self.text.to(before)

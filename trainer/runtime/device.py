@@ -40,9 +40,9 @@ def check_device(name: str) -> str:
     return name
 
 
-def use_device(name: str, *, deterministic: bool = False) -> str:
+def use_device(name: str) -> str:
     """`check_device`, and `set_precision` for it."""
-    set_precision(check_device(name), deterministic=deterministic)
+    set_precision(check_device(name))
     return name
 
 

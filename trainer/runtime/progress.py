@@ -1,4 +1,4 @@
-"""A progress bar for what may take long before a run's first step."""
+"""Progress bars before a run's first step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def slow(items: Sequence[T], what: str) -> Iterable[T]:
-    """The items, with a bar on the first process's terminal where they take more than a few seconds."""
+def progress_bar(items: Sequence[T], description: str) -> Iterable[T]:
+    """The items, behind a bar in the main process that appears after three seconds."""
     if os.environ.get("RANK", "0") != "0":
         return items
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, delay=3, leave=False)
+    return tqdm(items, desc=description, delay=3, leave=False)

@@ -1,0 +1,93 @@
+"""Taking a run's steps: Ctrl-C saves after the step, the pace is printed, and trackers are closed however it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+from helpers.processes import log_of, toy_run
+
+from trainer.training import checkpoint
+from trainer.training.console import duration, follow, steps_until
+from trainer.training.loop import NonFinite
+
+
+def test_a_stop_saves_after_the_step_and_the_run_resumes_there(tmp_path):
+    run = toy_run("refl", tmp_path, steps=6, save_every=100)
+    run.open_folder(overwrite=False, resume=False)
+    assert [done.number for done in steps_until(run, lambda: run.step == 2)] == [1, 2]
+    assert not run.last and checkpoint.load(run.checkpoint_path)["step"] == 2 and not run.result.exists()
+    again = toy_run("refl", tmp_path, steps=6)
+    again.open_folder(overwrite=False, resume=True)
+    assert [done.number for done in steps_until(again, lambda: False)] == [3, 4, 5, 6] and again.last
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4, 5, 6] and again.result.is_file()
+
+
+def test_a_stop_in_the_last_step_finishes_the_run(tmp_path):
+    run = toy_run("refl", tmp_path, steps=2)
+    run.open_folder(overwrite=False, resume=False)
+    assert len(list(steps_until(run, lambda: run.step == 2))) == 2 and run.last and run.result.is_file()
+
+
+def test_the_pace_is_printed_once_after_the_third_step(tmp_path, capsys):
+    run = toy_run("refl", tmp_path, steps=5)
+    run.open_folder(overwrite=False, resume=False)
+    assert len(list(follow(run))) == 5
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "per step" in line]
+    assert re.fullmatch(r"[\d.e-]+ s per step; 2 steps left take about \d+ s", line), line
+
+
+def test_a_budget_counts_the_steps_that_are_left(tmp_path, capsys):
+    free = toy_run("refl", tmp_path / "free", steps=3)
+    free.open_folder(overwrite=False, resume=False)
+    list(free.steps())
+    each = free.counted.calls / 3
+    run = toy_run("refl", tmp_path / "budget", steps=1000, budget=round(5 * each))
+    run.open_folder(overwrite=False, resume=False)
+    taken = len(list(follow(run)))
+    left = int(re.search(r"(\d+) steps left", capsys.readouterr().out)[1])
+    assert 4 <= taken <= 7 and abs(3 + left - taken) <= 2, (taken, left)
+
+
+def test_the_first_ctrl_c_ends_the_run_after_its_step(tmp_path):
+    run = toy_run("refl", tmp_path, steps=6)
+    run.open_folder(overwrite=False, resume=False)
+    numbers = []
+    for done in follow(run):
+        numbers.append(done.number)
+        signal.raise_signal(signal.SIGINT)
+    assert numbers == [1] and not run.last and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_durations_have_one_unit():
+    assert [duration(s) for s in (0.4, 119, 120, 3599, 7200, 90_000)] == ["0 s", "119 s", "2 min", "60 min", "2.0 h", "25.0 h"]
+
+
+@pytest.mark.parametrize("end", ["consumer", "nan"])
+def test_the_tracker_is_closed_however_the_run_ends(end, tmp_path, monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __init__(self, name, folder):
+            calls.append(name)
+
+        def log(self, values, step):
+            calls.append(step)
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setattr("trainer.training.run.Tracker", Recorder)
+    monkeypatch.setattr("trainer.training.parts.check_tracker", lambda name: None)
+    run = toy_run("refl", tmp_path, tracker="tensorboard")
+    run.open_folder(overwrite=False, resume=False)
+    if end == "nan":
+        run.reward.act = lambda n: float("nan") if n > 2 else None  # two micro-batches a step
+        with pytest.raises(NonFinite):
+            list(run.steps())
+    else:
+        steps = run.steps()
+        next(steps)
+        steps.close()
+    assert calls == ["tensorboard", 1, "closed"]
