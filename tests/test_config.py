@@ -80,6 +80,10 @@ def test_keys_of_0_1_0_stay_valid_everywhere():
     assert (built.learning_rate, built.lr_warmup_steps, built.gradient_checkpointing_vae) == (0.25, 3, True)
     with pytest.raises(ConfigError, match="learning_rate is given twice: 'lr' is its old name"):
         build(TrainConfig, {"out": "x", "learning_rate": 1.0, "lr": 1.0})
+    with pytest.raises(ConfigError, match="learning_rate is given twice: 'lr' is its old name"):
+        build(TrainConfig, {"out": "x", "lr": 1.0, "learning_rate": 1.0})
+    twice = override({"out": "x"}, ["--lr=0.5", "--learning_rate=0.25"])  # as of any flag, the last one counts
+    assert build(TrainConfig, twice).learning_rate == 0.25
 
 
 def test_objective_table_is_checked_before_anything_is_loaded():

@@ -71,7 +71,7 @@ def renamed(values: Mapping[str, Any], known: Collection[str], where: str = "") 
     for key, value in values.items():
         name = RENAMED[key] if key not in known and RENAMED.get(key) in known else key
         if name in result:
-            raise ConfigError(f"{where + name} is given twice: {key!r} is its old name")
+            raise ConfigError(f"{where + name} is given twice: {NAMES[name][0]!r} is its old name")
         result[name] = value
     return result
 

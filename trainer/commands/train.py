@@ -80,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", help="TOML file; without one, every setting comes from --key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    parser.add_argument("--plan", action="store_true", help="say what memory and arithmetic the run takes, and do not run")
+    parser.add_argument("--plan", action="store_true", help="print the memory that the run takes, and do not run")
     parser.add_argument("--vram", type=float, metavar="GB", help="the setting vram")
     parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--plan] [--vram GB] [--key=value ...]"
     from ..objectives import OBJECTIVES

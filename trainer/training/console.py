@@ -60,7 +60,8 @@ def follow(run: Run, name: str = "") -> Iterator[Step]:
                     each = (run.counted.calls - calls) / 3
                     ahead = min(ahead, math.ceil((c.budget - run.counted.calls) / each))
                 seconds = (times[2] - times[0]) / 2  # the first step also compiles and allocates
-                bar.write(f"{seconds:.3g} s per step; {ahead} steps left take about {duration(seconds * ahead)}")
+                left = f"; {ahead} steps left take about {duration(seconds * ahead)}" if ahead > 0 else ""
+                bar.write(f"{seconds:.3g} s per step{left}")
             yield done
 
 
