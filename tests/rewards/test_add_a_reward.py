@@ -27,7 +27,7 @@ def warmth(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
+    monkeypatch.setitem(registry.REWARDS, "warmth", None)  # which takes the row out again
     exec(ROW, {**vars(registry), "Warmth": module.Warmth})
 
 

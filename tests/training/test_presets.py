@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.commands import train as commands
 from trainer.config import build, override, read_toml
 from trainer.lora.file import save_lora
+from trainer.memory.planner import Planner
 from trainer.models.load import load_policy
 from trainer.policy import Lora
 from trainer.runtime.processes import ALONE
@@ -29,8 +29,8 @@ def test_every_family_has_the_same_presets():
 @pytest.mark.parametrize("preset", sorted(FOLDER.glob("*-demo.toml")), ids=lambda p: p.stem)
 def test_a_preset_of_the_embedded_model_is_planned(preset):
     config = build(TrainConfig, read_toml(preset))
-    found = commands.Planner(ALONE)(config)
-    assert ("a look of the watch" in found.moments) == (config.watch.every > 0) and found.moments["a training step"] > 0
+    found = Planner(ALONE)(config)
+    assert ("evaluation" in found.phases) == (config.watch.every > 0) and found.phases["training step"] > 0
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_preset_trains(preset, family_folder, reward_folder, image_folder, tmp
         save_lora(policy, changes["consistency"], {})
     given = [f"--{key}={value}" for key, value in changes.items()]
     if preset.stem.startswith("sqdf"):  # with its second adapter
-        assert commands.Planner(ALONE)(build(TrainConfig, override(read_toml(preset), given))).moments["a training step"] > 0
+        assert Planner(ALONE)(build(TrainConfig, override(read_toml(preset), given))).phases["training step"] > 0
     code = main(["train", str(preset), *given])
     assert code == 0, capsys.readouterr().err
     assert (tmp_path / "run" / "lora.safetensors").is_file()

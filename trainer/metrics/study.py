@@ -160,7 +160,8 @@ class Study:
         base_figures = base_distances.figures()
         base = self.judged(BASE)
         judged: dict[Point, Judged] = {BASE: base}
-        rows: dict[Point, dict[str, float]] = {BASE: {**base.means(), **({} if real is None else base_figures)}}
+        own = base_figures if real is not None else {name: base_figures[name] for name in ("fid", "logcov")}  # 0 to itself; KID is not
+        rows: dict[Point, dict[str, float]] = {BASE: {**base.means(), **own}}
         differences: list[dict[str, Any]] = []
         absolute: list[dict[str, Any]] = [{"model": "base", **intervals(base), **({} if real is None else base_distances.intervals())}]
         for point in self.points[1:]:
