@@ -255,3 +255,19 @@ def family_folder(tmp_path_factory, pipeline_folder):
         return folders[name]
 
     return folder
+
+
+@pytest.fixture
+def consistency_lora(policy, tmp_path):
+    """A random adapter of every kind of layer, as a file."""
+    from tools.embedded.distil import TARGETS
+    from trainer.lora.file import save_lora
+    from trainer.policy import Lora
+
+    policy.add_lora(Lora(rank=4, alpha=4.0, targets=TARGETS))
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=rng))
+    save_lora(policy, tmp_path / "consistency.safetensors", {})
+    return tmp_path / "consistency.safetensors"
