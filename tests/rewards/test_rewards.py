@@ -177,6 +177,24 @@ def test_bytes_are_fitted_as_pillow_fits_them(size, rule):
     assert error.max() <= 1.001 and error.mean() < 0.01
 
 
+@pytest.mark.parametrize("size", [(300, 400), (100, 64), (224, 500), (64, 224)])
+@pytest.mark.parametrize("fit", [resize_and_crop, resize_and_pad])
+def test_deterministic_algorithms_resize_alike(fit, size):
+    """PyTorch has no deterministic backward of antialiased bicubic on CUDA; matrix products take its place."""
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    results = []
+    for deterministic in (False, True):
+        pixels = images.clone().requires_grad_()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            fitted = fit(pixels, 224)
+            fitted.square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append((fitted.detach(), pixels.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fit", [resize_and_crop, resize_and_pad])
 @pytest.mark.parametrize("size", [(1, 1), (10, 20_000), (20_000, 10), (3, 224), (224, 224)])
 def test_every_size_becomes_a_square(fit, size):

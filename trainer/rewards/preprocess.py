@@ -56,8 +56,18 @@ def _resize(images: Tensor, target: tuple[int, int]) -> Tensor:
         return images if unchanged else F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
     for size in ((images.shape[-2], target[1]), target):
         if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = _bicubic(images, size).clamp(0, 1)
     return images
+
+
+def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic, antialiased, along one axis. The backward pass of CUDA's kernel has no deterministic form; a matrix product has."""
+    if not (torch.are_deterministic_algorithms_enabled() and images.requires_grad):
+        return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    axis = -1 if images.shape[-1] != size[-1] else -2
+    identity = torch.eye(images.shape[axis], dtype=images.dtype, device=images.device)
+    weights = F.interpolate(identity[None, None], (size[axis], len(identity)), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+    return images @ weights.mT if axis == -1 else weights @ images
 
 
 def _centre(images: Tensor, height: int, width: int) -> Tensor:

@@ -33,7 +33,7 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 def claim(folder: Path, *, overwrite: bool, resume: bool) -> FileLock:
-    """Lock the folder for this process until it ends, however it ends; ConfigError as `check_folder`, or where another run has it."""
+    """Lock the folder until this process ends; ConfigError as `check_folder`, or where another run has it."""
     check_folder(folder, overwrite=overwrite, resume=resume)
     lock = FileLock(folder / LOCK, thread_local=False)
     try:

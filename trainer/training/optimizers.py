@@ -1,4 +1,4 @@
-"""The optimizers that a run may use, all of them AdamW; they differ in speed and in what they keep per parameter."""
+"""Variants of AdamW, which differ in speed and in the memory of their state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 Name = Literal["adamw", "adamw-fused", "adamw-8bit"]
 
 STATE_BYTES: dict[Name, int] = {"adamw": 8, "adamw-fused": 8, "adamw-8bit": 2}
-"""Bytes kept per trained parameter, gradient and parameter not counted. 8 bit: tensors below 4096 elements take 8 bytes."""
+"""Bytes of state per trained parameter. In 8 bit, tensors below 4096 elements take 8."""
 
 
 def build_optimizer(name: Name, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), β = (0.9, 0.999); ValueError where a name asks for what is not there."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), β = (0.9, 0.999); ValueError where package or device lack the variant."""
     settings: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.999), "weight_decay": weight_decay}
     if name == "adamw-8bit":
         try:
