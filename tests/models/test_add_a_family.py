@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import diffusers
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import t5_tokenizer
 from models.snippets.family import AuraFlowPolicy
 from transformers import UMT5Config, UMT5EncoderModel
 
+from trainer.__main__ import main
 from trainer.lora.file import load_lora, save_lora
 from trainer.models import load
 from trainer.policy import Lora
@@ -85,3 +88,19 @@ def test_a_lora_trains_and_its_file_loads(listed, folder, tmp_path):
     with torch.no_grad():
         tuned, base = (policy.denoiser(PROMPTS, adapter=name)(x, sigma) for name in ("tuned", "base"))
         assert float((again.denoiser(PROMPTS)(x, sigma) - tuned).abs().max()) < 1e-5 * float((tuned - base).abs().max())
+
+
+def test_the_train_command_takes_it_and_plans_it(listed, folder, reward_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = [f"--model={folder}", f"--reward={reward_folder}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={tmp_path / 'run'}"]
+    arguments += [
+        "--objective.name=draft-k",
+        "--objective.steps=2",
+        "--batch_size=2",
+        "--steps=1",
+        "--gradient_checkpointing_denoiser=true",
+    ]
+    assert main(["train", *arguments, "--plan"]) == 0
+    assert "total" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert main(["train", *arguments]) == 0
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["grad_norm"] > 0
