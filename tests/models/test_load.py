@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from trainer.lora.names import canonical
 from trainer.models.configs import CLIP_L, VAE
-from trainer.models.load import MODELS, detect, folder_family, load_policy, with_unet
+from trainer.models.load import MODELS, detect, load_policy, resolve
 from trainer.models.sdxl import SDXL_UNET
-from trainer.models.single_file import clip_tokenizer, single_file_pipeline, tensor_shapes
+from trainer.models.single_file import clip_tokenizer, single_file_pipeline
+from trainer.models.two_unets import with_unet
 from trainer.models.unet import SD15_UNET, UNetPolicy
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -31,7 +32,7 @@ def outputs(policy):
 def test_a_folder_says_its_own_family(family_folder, family):
     policy = load_policy(family_folder(family), image_size=64)
     name = json.loads((family_folder(family) / "model_index.json").read_text())["_class_name"]
-    assert type(policy) is folder_family(family_folder(family)) and policy.pipeline_name == name
+    assert type(policy) is resolve(family_folder(family))[0] and policy.pipeline_name == name
 
 
 def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_path):
@@ -216,7 +217,7 @@ def tiny_sd15():
 
 
 def single_file(file, config, **options):
-    pipeline = single_file_pipeline(file, tensor_shapes(file), UNetPolicy, config, torch.float32, **options)
+    pipeline = single_file_pipeline(file, UNetPolicy, config, torch.float32, **options)
     return UNetPolicy(pipeline)
 
 

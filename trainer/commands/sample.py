@@ -13,7 +13,7 @@ from ..data import images
 from ..generate import generate
 from ..guidance import Switch, cfg, combined
 from ..lora.file import load_lora, read_lora
-from ..models.load import TUNED_UNET, with_unet
+from ..models.two_unets import TUNED_UNET, with_unet
 from .options import add_generation, finite, generation_of, policy_of, prompts_of
 
 

@@ -19,8 +19,9 @@ from ..memory.oom import remedy
 from ..memory.planner import Planner
 from ..memory.savings import fit_vram
 from ..models.diffusers_policy import DiffusersPolicy
-from ..models.load import BASE_UNET, ModelOptions
+from ..models.load import ModelOptions
 from ..models.open import DTYPES, model_path, open_consistency, open_policy
+from ..models.two_unets import BASE_UNET
 from ..rewards.base import RewardModel
 from ..rewards.registry import load_features, load_reward
 from ..rewards.two_tower import TwoTower

@@ -17,16 +17,8 @@ from .flow import FlowPolicy
 from .prompts import Conditioning
 
 FLUX_DEV: Config = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
+    **{"patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24},
+    **{"joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]},
 }
 FLUX_SCHNELL: Config = {**FLUX_DEV, "guidance_embeds": False}
 _DEV_SCHEDULE: Config = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
@@ -56,7 +48,6 @@ class FluxPolicy(FlowPolicy):
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(pipeline, *arguments, **options)
         self.max_tokens = 512 if self.network.config.guidance_embeds else 256  # of T5; schnell was distilled with 256
-        self._positions: dict[tuple[int, int], Tensor] = {}  # by rows and columns, each uploaded once
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -89,17 +80,10 @@ class FluxPolicy(FlowPolicy):
             timestep=sigma,
             **{"guidance": strength},
             txt_ids=x.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
-            img_ids=self._image_ids(rows, columns, x),
+            img_ids=torch.cartesian_prod(x.new_zeros(1), *(torch.arange(n, device=x.device).to(x.dtype) for n in (rows, columns))),
             **conditioning,
         ).sample
         return unpack(output, rows, columns)
-
-    def _image_ids(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """Positions (rows·columns,3) of image tokens: 0, row, column."""
-        if (rows, columns) not in self._positions or self._positions[rows, columns].device != like.device:
-            ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
-            self._positions[rows, columns] = ids.to(like)
-        return self._positions[rows, columns]
 
 
 def pack(x: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from .configs import ModelConfig
-from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
-from .single_file import load_part, one_line_errors, single_file_pipeline, tensor_shapes
+from .single_file import one_line_errors, single_file_pipeline, tensor_shapes
+from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
 
 FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy]
@@ -28,7 +29,6 @@ MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
 }
 """Published models by name."""
 
-BASE_UNET, TUNED_UNET = "original_unet", "fine_tuned_unet"
 _KNOWN = "Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and 3.5, FLUX.1"
 
 
@@ -58,17 +58,14 @@ def load_policy(
     path = Path(path)
     for file in (*path.glob("*/*.safetensors"), *(Path(parts).glob("*/*.safetensors") if parts else ())):
         tensor_shapes(file)  # before anything is loaded: libraries do not name the file that was cut short
-    if path.is_file():
-        shapes = tensor_shapes(path)
-        family, config = MODELS[detect(shapes, f"{path}: ")]
-        pipeline = single_file_pipeline(path, shapes, family, config, dtype, parts)
-    elif (path / BASE_UNET).is_dir():
-        family, config = two_unets(path)
-        pipeline = _two_unets_pipeline(path, family, config, dtype)
-    else:
-        family = folder_family(path)
+    family, config = resolve(path)
+    if config is None:
         with one_line_errors(path):
             pipeline = family.load_pipeline(path, dtype)
+    elif path.is_file():
+        pipeline = single_file_pipeline(path, family, config, dtype, parts)
+    else:
+        pipeline = two_unets_pipeline(path, family, config, dtype)
     if prediction:
         if not issubclass(family, UNetPolicy):
             raise ValueError(f"prediction = {prediction!r} is for UNets: {path} predicts a flow")
@@ -77,22 +74,16 @@ def load_policy(
     return family(pipeline, device, dtype, image_size, offload)
 
 
-def detect(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> str:
-    """The name in MODELS of a single-file checkpoint with these tensors; errors begin with `prefix`."""
-    inside = {key.removeprefix("model.diffusion_model."): tuple(shape) for key, shape in shapes.items()}
-    if any(".lora_" in key for key in inside):
-        raise ValueError(f"{prefix}it is a LoRA, not a model")
-    try:
-        names = [name for family in FAMILIES if (name := family.detect(inside))]
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
-    if not names:
-        raise ValueError(f"{prefix}it is not a known model: known are {_KNOWN}")
-    return names[0]
-
-
-def folder_family(path: Path) -> type[DiffusersPolicy]:
-    """The family of a diffusers folder."""
+def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:
+    """The family of the model at `path`, and its published configuration unless a diffusers folder states its own."""
+    if path.is_file():
+        shapes = tensor_shapes(path)
+        try:
+            return MODELS[detect(shapes)]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    if (path / BASE_UNET).is_dir():  # the authors' published folder, whose index asks for code from the hub
+        return MODELS["sdxl" if (path / "text_encoder_2").is_dir() else "sd15"]
     index = path / "model_index.json"
     if not index.is_file() and path.is_dir():
         raise FileNotFoundError(f"{path} is not a diffusers pipeline: it has no model_index.json")
@@ -103,49 +94,18 @@ def folder_family(path: Path) -> type[DiffusersPolicy]:
     family = next((family for family in FAMILIES if family.pipeline_name == name), None)
     if family is None:
         raise ValueError(f"{path} is a {name}: known are {_KNOWN}")
-    return family
+    return family, None
 
 
-def two_unets(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig]:
-    """The family of the authors' published folder, whose index asks for code from the hub."""
-    return MODELS["sdxl" if (path / "text_encoder_2").is_dir() else "sd15"]
-
-
-def _two_unets_pipeline(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype) -> Any:
-    parts: dict[str, Any] = {"unet": _unet(path / BASE_UNET, dtype)}
-    for name, (part, _) in config.parts.items():
-        if name != "unet":
-            parts[name] = load_part(path / name, part, dtype)
-        if name.startswith("text_encoder"):
-            tokenizer = name.replace("text_encoder", "tokenizer")
-            parts[tokenizer] = load_part(path / tokenizer, ("transformers", "CLIPTokenizer"), dtype)
-    parts["scheduler"] = load_part(path / "scheduler", ("diffusers", "DDPMScheduler"), dtype)
-    return family.pipeline_class()(**parts, **family.arguments)
-
-
-def with_unet(policy: DiffusersPolicy, folder: str | Path) -> DiffusersPolicy:
-    """A policy with the UNet of another diffusers folder (`fine_tuned_unet`, say); all else is shared."""
-    if not isinstance(policy, UNetPolicy):
-        raise ValueError(f"{folder} is a UNet, the model has none")
-    unet = _unet(Path(folder), policy.dtype)
-    theirs, ours = _architecture(unet.config), _architecture(policy.network.config)
-    if theirs != ours:
-        raise ValueError(f"{folder} holds a UNet of another family: {theirs}, the model's is {ours}")
-    pipeline = type(policy.pipeline)(**{**policy.arguments, **policy.pipeline.components, "unet": unet})
-    return type(policy)(pipeline, policy.device, policy.dtype, policy.image_size)
-
-
-def _architecture(config: Any) -> tuple[Any, ...]:
-    return config["in_channels"], tuple(config["block_out_channels"]), config["cross_attention_dim"]
-
-
-def _unet(folder: Path, dtype: torch.dtype) -> Any:
-    from diffusers import UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
-
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a diffusers UNet: it has no config.json")
-    with without_dtype_warning(), one_line_errors(folder):
-        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+def detect(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The name in MODELS of a single-file checkpoint with tensors of these names and shapes."""
+    inside = {key.removeprefix("model.diffusion_model."): tuple(shape) for key, shape in shapes.items()}
+    if any(".lora_" in key for key in inside):
+        raise ValueError("it is a LoRA, not a model")
+    name = next((name for family in FAMILIES if (name := family.detect(inside))), None)
+    if name is None:
+        raise ValueError(f"it is not a known model: known are {_KNOWN}")
+    return name
 
 
 def _check_complete(path: Path, pipeline: Any) -> None:

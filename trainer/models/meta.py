@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from .configs import Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy
-from .load import BASE_UNET, MODELS, detect, folder_family, two_unets
-from .single_file import tensor_shapes
+from .load import MODELS, resolve
 
 
 class StubTokenizer:
@@ -70,15 +69,12 @@ def _module(library: tuple[str, str], config: Config, dtype: torch.dtype) -> nn.
 
 
 def _described(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig]:
-    if path.is_file():
-        return MODELS[detect(tensor_shapes(path), f"{path}: ")]
-    if (path / BASE_UNET).is_dir():
-        return two_unets(path)
-    if str(path) in MODELS:
-        return MODELS[str(path)]
     if not path.exists():
+        if str(path) in MODELS:
+            return MODELS[str(path)]
         raise FileNotFoundError(f"no model at {path}: give a diffusers folder, a .safetensors checkpoint, or one of {', '.join(MODELS)}")
-    return folder_family(path), _folder_config(path)
+    family, config = resolve(path)
+    return family, config or _folder_config(path)
 
 
 def _folder_config(path: Path) -> ModelConfig:

@@ -12,26 +12,12 @@ from .flow import FlowPolicy
 from .prompts import Conditioning
 
 SD3_MEDIUM: Config = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
+    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "pos_embed_max_size": 192},
+    **{"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536},
+    **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
 }
 SD35_MEDIUM: Config = {**SD3_MEDIUM, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": list(range(13))}
-SD35_LARGE: Config = {
-    **SD3_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "qk_norm": "rms_norm",
-}
+SD35_LARGE: Config = {**SD3_MEDIUM, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
 
 
 def _published(transformer: Config) -> ModelConfig:

@@ -13,19 +13,11 @@ from .prompts import Conditioning
 from .unet import CROSS_DOWN, CROSS_UP, UNET, UNetPolicy
 
 SDXL_UNET: Config = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
+    **{"sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": [320, 640, 1280]},
     "down_block_types": ["DownBlock2D", CROSS_DOWN, CROSS_DOWN],
     "up_block_types": [CROSS_UP, CROSS_UP, "UpBlock2D"],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
+    **{"transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048},
+    **{"use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256},
     "projection_class_embeddings_input_dim": 2816,
 }
 
@@ -59,7 +51,6 @@ class SDXLPolicy(UNetPolicy):
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(pipeline, *arguments, **options)
         self.zero_unconditional: bool = bool(pipeline.config.force_zeros_for_empty_prompt)
-        self._size_ids: dict[tuple[int, int], Tensor] = {}  # by height and width in latents, each uploaded once
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy."""
@@ -73,10 +64,8 @@ class SDXLPolicy(UNetPolicy):
 
     def network_arguments(self, x: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         """See UNetPolicy."""
-        text, latents = conditioning["encoder_hidden_states"], (x.shape[-2], x.shape[-1])
-        if latents not in self._size_ids or self._size_ids[latents].device != text.device:
-            height, width = (side * self.autoencoder.downscaling for side in latents)
-            ids = [height, width, 0, 0, height, width]  # size, crop, target size
-            self._size_ids[latents] = torch.tensor(ids, dtype=text.dtype, device=text.device)
-        added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._size_ids[latents].expand(len(x), -1)}
+        text = conditioning["encoder_hidden_states"]
+        height, width = (float(side * self.autoencoder.downscaling) for side in x.shape[-2:])
+        ids = torch.stack([text.new_full((), value) for value in (height, width, 0.0, 0.0, height, width)])  # size, crop, target size
+        added = {"text_embeds": conditioning["text_embeds"], "time_ids": ids.expand(len(x), -1)}
         return {"encoder_hidden_states": text, "added_cond_kwargs": added}

@@ -17,8 +17,6 @@ from .clip_words import write_tokenizer
 from .configs import Config, ModelConfig, PartClass
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 _T5_MARKS = ("text_encoders.t5xxl.",)
 _MARKS = {
     "vae": ("first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"),
@@ -66,11 +64,9 @@ def load_part(folder: Path, part: PartClass, dtype: torch.dtype) -> Any:
         return getattr(library, part[1]).from_pretrained(folder, **options)
 
 
-def single_file_pipeline(
-    path: Path, shapes: Shapes, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype, parts: str | Path = ""
-) -> Any:
-    """The diffusers pipeline of a checkpoint with tensors of these shapes; `parts` is a diffusers folder for what it lacks."""
-    scheduler = config.scheduler
+def single_file_pipeline(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype, parts: str | Path = "") -> Any:
+    """The diffusers pipeline of a checkpoint of that family; `parts` is a diffusers folder for what the file lacks."""
+    shapes, scheduler = tensor_shapes(path), config.scheduler
     if "v_pred" in shapes:  # the community's marker tensors
         prediction = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in shapes}
         scheduler = scheduler[0], {**scheduler[1], **prediction}
@@ -87,7 +83,7 @@ def single_file_pipeline(
 
 
 def _missing_parts(
-    path: Path, family: type[DiffusersPolicy], config: ModelConfig, shapes: Shapes, parts: Path | None, dtype: torch.dtype
+    path: Path, family: type[DiffusersPolicy], config: ModelConfig, shapes: Mapping[str, Any], parts: Path | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Components that the file lacks, from the folder `parts`; None for an optional one that is nowhere."""
     given: dict[str, Any] = {}

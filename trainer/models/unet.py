@@ -22,25 +22,15 @@ from .speed import upload
 UNET = ("diffusers", "UNet2DConditionModel")
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD15_UNET: Config = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
+    **{"sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280]},
     "down_block_types": [CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, "DownBlock2D"],
     "up_block_types": ["UpBlock2D", CROSS_UP, CROSS_UP, CROSS_UP],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,  # diffusers' name; it is the number of heads
+    **{"cross_attention_dim": 768, "attention_head_dim": 8},  # diffusers' name; it is the number of heads
 }
 SD21_UNET: Config = {**SD15_UNET, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 CLIP_H: Config = {  # SD2 ends one layer before the last of 24
-    **CLIP_L,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-    "projection_dim": 512,
+    **{**CLIP_L, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+    **{"hidden_act": "gelu", "projection_dim": 512},
 }
 
 
