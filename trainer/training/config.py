@@ -152,14 +152,7 @@ class TrainConfig:
 
 
 _FILES = ("out", "save_every", "tracker", "device", "cache")
-_MEMORY = (
-    "vram",
-    "gradient_checkpointing_denoiser",
-    "gradient_checkpointing_vae",
-    "gradient_checkpointing_reward",
-    "vae_slicing",
-    "offload_encoders",
-)
+_MEMORY = ("vram", "vae_slicing", "offload_encoders", *(f"gradient_checkpointing_{part}" for part in ("denoiser", "vae", "reward")))
 _SPEED = ("merge_rollouts", "channels_last", "compile", "deterministic")
 NEUTRAL = frozenset((*_FILES, *_MEMORY, *_SPEED))
 """Settings that change neither random draws nor, except for rounding, results. A run may resume with others."""

@@ -42,32 +42,22 @@ def follow(run: Run, name: str = "") -> Iterator[Step]:
     """The steps of a run behind a progress bar; after the third one, the time per step and the time left. Ctrl-C as `steps_until`."""
     from tqdm import tqdm
 
-    c, calls = run.config, run.counted.calls
+    c, main = run.config, run.processes.main
     total, unit = (c.budget, "call") if c.budget else (c.steps, "step")
-    first, times = run.step, list[float]()
-    bar = tqdm(
-        total=total, initial=calls if c.budget else first, unit=unit, desc=name or c.objective["name"], disable=not run.processes.main
-    )
+    start, times = _position(run), list[float]()
+    bar = tqdm(total=total, initial=start, unit=unit, desc=name or c.objective["name"], disable=not main)
     with interruptible() as stopping, bar:
         for done in steps_until(run, stopping):
-            figures = {"loss": done.loss, **done.logs}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in list(figures.items())[:3]})
-            bar.update(run.counted.calls * run.processes.count - bar.n if c.budget else 1)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in [("loss", done.loss), *done.logs.items()][:3]})
+            bar.update(_position(run) - bar.n)
             times.append(time.monotonic())
-            if len(times) == 3 and run.processes.main:
-                ahead = c.steps - done.number
-                if c.budget:
-                    each = (run.counted.calls - calls) / 3
-                    ahead = min(ahead, math.ceil((c.budget - run.counted.calls) / each))
+            if len(times) == 3 and main:
+                ahead = min(c.steps - done.number, math.ceil(3 * (total - _position(run)) / (_position(run) - start)))
                 seconds = (times[2] - times[0]) / 2  # the first step also compiles and allocates
-                left = f"; {ahead} steps left take about {duration(seconds * ahead)}" if ahead > 0 else ""
-                bar.write(f"{seconds:.3g} s per step{left}")
+                bar.write(f"{seconds:.3g} s per step; {ahead} steps left take about {tqdm.format_interval(seconds * ahead)}")
             yield done
 
 
-def duration(seconds: float) -> str:
-    """1.5 h, 12 min, 40 s."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}" if unit == "h" else f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+def _position(run: Run) -> int:
+    """Progress towards the budget, in function evaluations of all processes, or towards `steps`."""
+    return run.counted.calls * run.processes.count if run.config.budget else run.step
