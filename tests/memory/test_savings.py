@@ -44,6 +44,11 @@ def test_checkpoints_make_it_less_and_are_offered(planned):
     assert all(size > before.total / 100 for size in saved.values())
 
 
+def test_full_fine_tuning_is_never_offered_bfloat16(planned):
+    flags = [saving.flag for saving in savings(config(tune="full"), planned)]
+    assert "--gradient_checkpointing_vae=true" in flags and "--model_options.dtype=bfloat16" not in flags
+
+
 def test_vram_changes_the_run_and_resuming_keeps_it(planned, tmp_path, capsys):
     c = config(out=str(tmp_path))
     limit = (planned(c).total + planned(config(gradient_checkpointing_vae=True)).total) / 2e9

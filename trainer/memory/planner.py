@@ -57,9 +57,9 @@ class Planner:
         rows += [(found.allowance, f"allowance: {beside}"), (found.total, "total")]
         lines += [f"  {name:<50}{size / GB:>9.3f}" for size, name in rows]
         lines.append("peak of each phase, GB: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.phases.items()))
-        lines.append("settings that reduce it, each by itself:")
-        for flag, cost, size in savings(config, self, self.processes.count):
-            lines.append(f"  {flag:<46}{size / GB:>9.3f} GB less ({cost})")
+        found_savings = savings(config, self, self.processes.count)
+        lines.append("settings that reduce it, each by itself:" if found_savings else "no memory setting reduces it by 1 %")
+        lines += [f"  {flag:<46}{size / GB:>9.3f} GB less ({cost})" for flag, cost, size in found_savings]
         lines.append("to measure time and memory, run a few steps: --steps=3 --out=OTHER_FOLDER instead of --plan")
         return "\n".join(lines)
 

@@ -25,10 +25,10 @@ class Setting:
     cost: str
 
     def applied(self, config: TrainConfig) -> TrainConfig | None:
-        """The config with this setting; None where it has it, or the model has no such option."""
+        """The config with this setting; None where it has it already, or cannot have it."""
         table, _, name = self.key.rpartition(".")
         options: Any = getattr(config, table) if table else config
-        if getattr(options, name, self.value) == self.value:
+        if getattr(options, name) == self.value or (table == "model_options" and config.tune == "full"):  # which is float32 only
             return None
         changed = replace(options, **{name: self.value})
         return replace(config, **{table: changed}) if table else changed
