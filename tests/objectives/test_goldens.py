@@ -23,13 +23,12 @@ def embedded():
 @pytest.mark.parametrize("name", CASES)
 def test_an_objective_has_the_loss_and_the_gradient_that_it_had(name, embedded):
     golden, found = GOLDENS[name], figures(present.run(embedded, CASES[name]))
-    precision = 1e-6 if "black-box" in name else PRECISION  # its surrogate reads features that a tower computes in float32
-    assert found["loss"] == pytest.approx(golden["loss"], abs=precision, rel=precision)
-    assert found["norm"] == pytest.approx(golden["norm"], rel=precision)
-    assert found["projections"] == pytest.approx(golden["projections"], abs=precision * golden["norm"], rel=0)
+    assert found["loss"] == pytest.approx(golden["loss"], abs=PRECISION, rel=PRECISION)
+    assert found["norm"] == pytest.approx(golden["norm"], rel=PRECISION)
+    assert found["projections"] == pytest.approx(golden["projections"], abs=PRECISION * golden["norm"], rel=0)
     assert found["logs"].keys() == golden["logs"].keys()
     for log, values in found["logs"].items():
-        assert values == pytest.approx(golden["logs"][log], abs=precision, rel=precision), log
+        assert values == pytest.approx(golden["logs"][log], abs=PRECISION, rel=PRECISION), log
 
 
 def test_every_objective_has_a_case_with_guidance_and_one_without():

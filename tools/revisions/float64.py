@@ -19,7 +19,8 @@ class Float64(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             return self._backward(args[0])
-        args, kwargs = tuple(_wide(value) for value in args), {key: _wide(value) for key, value in kwargs.items()}
+        if not func.__name__.endswith("_"):  # what is changed in place must be the tensor itself
+            args, kwargs = tuple(_wide(value) for value in args), {key: _wide(value) for key, value in kwargs.items()}
         if func in _RANDOM:
             kwargs = {**kwargs, "dtype": torch.float64}
         result = (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
@@ -35,4 +36,9 @@ class Float64(TorchFunctionMode):
 
 
 def _wide(value: Any) -> Any:
+    """A data type, a constant made before, or a list of them, in float64."""
+    if isinstance(value, list | tuple):
+        return type(value)(_wide(part) for part in value) if type(value) in (list, tuple) else value
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype is torch.float32 else value
     return torch.float64 if value is torch.float32 else value
