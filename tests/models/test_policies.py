@@ -210,6 +210,13 @@ def test_fluxs_grid_grows_with_the_image(family_folder):
     assert bool((large[1:-1] > small[1:-1]).all())
 
 
+@pytest.mark.parametrize(("family", "tokens"), [("flux-dev", 512), ("flux-schnell", 256)])
+def test_schnell_reads_half_of_devs_tokens(load, family, tokens):
+    """It was distilled with 256 (the model's card); 0.1.0 gave it 512."""
+    policy = load(family)
+    assert policy.max_tokens == tokens and embeddings(policy).shape[1] == tokens
+
+
 def test_bfloat16_weights_give_float32_predictions_close_to_float32(load):
     exact, rounded = load("sdxl"), load("sdxl", dtype=torch.bfloat16)
     a, b = outputs(exact, 3.0), outputs(rounded, 3.0)
