@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.parity import run as parity
 from trainer.__main__ import main
-from trainer.commands import train as commands
+from trainer.commands import parts as commands
 from trainer.config import build
 from trainer.memory.offload import place_rewards, tensors
 from trainer.models.diffusers_policy import DiffusersPolicy

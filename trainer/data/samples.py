@@ -87,6 +87,14 @@ class Encoder(Protocol):
         ...
 
 
+def check_sources(prompts: str, images: str) -> None:
+    """Raise ValueError where neither images nor a readable prompt file are given, before a model is loaded."""
+    if not images and not prompts:
+        raise ValueError("nothing to train on: give `images` (a folder of images with .txt captions) or `prompts` (a text file)")
+    if not images:
+        read_prompts(Path(prompts))
+
+
 def load_samples(
     policy: Encoder,
     prompts: str,
@@ -99,9 +107,8 @@ def load_samples(
 
     Each image is cropped to that of `sizes` whose aspect ratio is nearest. With a cache it is encoded once for all runs.
     """
+    check_sources(prompts, images)
     if not images:
-        if not prompts:
-            raise ValueError("nothing to train on: give `images` (a folder of images with .txt captions) or `prompts` (a text file)")
         return Samples(tuple(read_prompts(Path(prompts))))
     pairs = read_captions(images)
     sized = {source: sizes[0] if len(sizes) == 1 else nearest(size_of(source), sizes) for source, _ in pairs}

@@ -1,0 +1,100 @@
+"""From the settings of a training run to its parts: loaded, checked, and on their devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import ConfigError
+from ..data.buckets import bucket_sizes
+from ..data.cache import TensorCache
+from ..data.captions import read_prompts
+from ..data.samples import Samples, check_sources, encode_images, load_samples
+from ..lora.extract import weight_files
+from ..memory.offload import offloads, place_rewards
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.open import DTYPES, model_path, open_consistency, open_policy
+from ..models.two_unets import BASE_UNET
+from ..rewards.base import RewardModel
+from ..rewards.registry import load_features, load_reward
+from ..rewards.two_tower import TwoTower
+from ..runtime.files import file_hash
+from ..runtime.processes import Processes
+from ..training.config import TrainConfig
+from ..training.evaluation import Evaluation
+from ..training.parts import Parts, check_settings
+
+
+def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
+    """Load what a run is made of; `place_parts` finishes it. Raises ConfigError where settings and parts do not fit together."""
+    check_sources(config.prompts, config.images)
+    if config.buckets and config.images in ("", "demo"):
+        raise ConfigError("buckets = true: they are for `images` of your own")
+    if config.watch.every and not config.watch.heldout:
+        raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
+    aside = "cpu" if offloads(config) else device  # encoding prompts and images needs the device's memory
+    reward = load_reward(config.reward, config.standardise, aside, DTYPES[config.reward_dtype])
+    if config.gradient_checkpointing_reward:
+        if not reward.supports_gradient_checkpointing:
+            raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
+        reward.gradient_checkpointing(True)
+    policy = open_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
+    _set_speed(policy, config)
+    if config.consistency:
+        open_consistency(policy, config.consistency)
+    features = load_features(config.features, aside) if config.features else None
+    samples = _samples(config, policy, processes)
+    evaluation = _evaluation(config, policy, reward, samples, aside)
+    parts = Parts(policy, samples, reward, features, evaluation, processes=processes)
+    check_settings(config, parts)
+    return replace(parts, base_hash=_base_hash(config.model))
+
+
+def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
+    """Encode the prompts, and move what the training steps need to the device."""
+    assert isinstance(parts.policy, DiffusersPolicy)
+    evaluated = parts.evaluation.prompts if parts.evaluation else []
+    parts.policy.prompts.prepare([*parts.samples.prompts, "", *evaluated], _cache(config), parts.processes)
+    parts.policy.to(device)  # after encoding: encoders and denoiser need not fit in together
+    place_rewards(config, parts, device)
+
+
+def _base_hash(model: str) -> str:
+    path = model_path(model)
+    return file_hash(weight_files(path / BASE_UNET if (path / BASE_UNET).is_dir() else path)[0])
+
+
+def _cache(config: TrainConfig) -> TensorCache | None:
+    return TensorCache(Path(config.cache)) if config.cache else None
+
+
+def _samples(config: TrainConfig, policy: DiffusersPolicy, processes: Processes) -> Samples:
+    if config.images == "demo":
+        from ..demo.show import FULL
+        from ..demo.world import real_images
+
+        return encode_images(policy, *real_images(FULL.real, config.seed))
+    size = config.image_size or policy.image_size[-1]
+    sizes = bucket_sizes(size, policy.unit) if config.buckets else ((size, size),)
+    return load_samples(policy, config.prompts, config.images, sizes, _cache(config), processes)
+
+
+def _evaluation(config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, device: str) -> Evaluation | None:
+    """The evaluations of a run; diversity is measured in features of the held-out reward or, where it has none, of the training reward."""
+    if not config.watch.every:
+        return None
+    heldout = load_reward(config.watch.heldout, config.standardise, device)
+    towers = [r.raw for r in (heldout, reward) if isinstance(r.raw, TwoTower)]
+    if not towers:
+        raise ConfigError("the watch measures diversity in image features: train on a two-tower reward, or name one in watch.heldout")
+    prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
+    return Evaluation.of_run(config, policy, {"reward": reward, "heldout": heldout}, prompts, towers[0].image_features)
+
+
+def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:
+    """Apply the settings that change time and memory and, except for rounding, no result."""
+    policy.merge_rollouts, policy.autoencoder.slicing = config.merge_rollouts, config.vae_slicing
+    if config.channels_last:
+        policy.use_channels_last()
+    if config.compile:
+        policy.compile()
