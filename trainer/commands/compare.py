@@ -11,14 +11,12 @@ from ..config import ConfigError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
-    parser.add_argument(
-        "methods", nargs="+", metavar="METHOD", help="refl imagerefl draft-k draft-lv alignprop drtune direct-align srpo sqdf, or all"
-    )
-    parser.add_argument("--budget", type=int, help="denoiser calls that each method may spend on training (default 12000)")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="output folder; finished methods in it are kept, an interrupted one continues"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="training seed; the test prompts and noise are always the same")
+    methods = "refl imagerefl draft-k draft-lv alignprop drtune direct-align srpo sqdf, or all"
+    parser.add_argument("methods", nargs="+", metavar="METHOD", help=methods)
+    parser.add_argument("--budget", type=int, metavar="N", help="denoiser calls that each method may spend on training (default 12000)")
+    folder = "output folder; finished methods in it are kept, an interrupted one continues"
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=folder)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="training seed; test prompts and noise are always the same")
     parser.add_argument("--quick", action="store_true", help="everything small: checks that it runs, not that it works")
 
 

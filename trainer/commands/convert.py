@@ -19,22 +19,15 @@ from .options import add_device, device_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the args of `convert`."""
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="[IN] OUT", help="LoRA file, peft folder or delta of full fine-tuning, and the output path"
-    )
-    parser.add_argument("--to", choices=LAYOUTS, help="layout to write (default: kohya for UNets, diffusers for transformers)")
-    parser.add_argument(
-        "--base",
-        type=Path,
-        help="the model before full fine-tuning (file or folder): with --tuned and OUT alone, or to check a delta against",
-    )
-    parser.add_argument("--tuned", type=Path, help="the model after it, in the same layout")
-    parser.add_argument("--rank", type=int, default=64, help="rank of the extracted LoRA (default 64)")
-    parser.add_argument(
-        "--exact", action="store_true", help="extract by a full SVD in float64, 20 to 70 times slower (default: randomised)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    """Add the arguments of `convert`."""
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="[IN] OUT", help="LoRA file, peft folder or weight differences, and the output path")
+    add("--to", choices=LAYOUTS, help="layout to write (default: kohya for UNets, diffusers for transformers)")
+    add("--base", type=Path, metavar="MODEL", help="model before full fine-tuning: with --tuned, or to check the differences IN against")
+    add("--tuned", type=Path, metavar="MODEL", help="model after full fine-tuning, in the same layout; without IN")
+    add("--rank", type=int, default=64, metavar="N", help="rank of the extracted LoRA (default 64)")
+    add("--exact", action="store_true", help="extract by a full SVD in float64, 20 to 70 times slower (default: randomised)")
+    add("--overwrite", action="store_true", help="replace OUT")
     add_device(parser)
     parser.usage = "python -m trainer convert [-h] [IN] OUT [--base MODEL --tuned MODEL] [--to LAYOUT] [--rank N] [--exact] [--device NAME]"
 

@@ -33,29 +33,17 @@ from .options import add_generation, device_of, generation_of, policy_of, prompt
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
-    parser.add_argument(
-        "--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times"
-    )
-    parser.add_argument(
-        "--switches",
-        default="",
-        metavar="K,…",
-        help="first steps of the tuned models (default 0 and ¾ of the steps); also 75%%, sigma=0.63",
-    )
-    parser.add_argument(
-        "--reward", action="append", required=True, metavar="NAME", help="reward by name or folder; may be given several times"
-    )
-    parser.add_argument(
-        "--real", type=Path, metavar="FOLDER", help="real images that FID, KID and LogCov compare with (default: the base model's images)"
-    )
-    parser.add_argument("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
-    files = " and ".join(LPIPS)
-    parser.add_argument(
-        "--lpips", type=Path, nargs=2, metavar=("ALEXNET", "HEADS"), help=f"LPIPS weights (default: {files} in models/rewards/lpips)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file; unfinished work lies beside it in <out>.parts")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted evaluation")
-    parser.add_argument("--overwrite", action="store_true", help="replace the JSON file")
+    add = parser.add_argument
+    add("--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times")
+    add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63 (default 0,75%%)")
+    add("--reward", action="append", required=True, metavar="NAME", help="reward by name or folder; may be given several times")
+    add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
+    add("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
+    files = f"LPIPS weights (default: {' and '.join(LPIPS)} in models/rewards/lpips)"
+    add("--lpips", type=Path, nargs=2, metavar=("ALEXNET", "HEADS"), help=files)
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON file; unfinished work lies beside it in <out>.parts")
+    add("--resume", action="store_true", help="continue an interrupted evaluation")
+    add("--overwrite", action="store_true", help="replace the JSON file")
     add_generation(parser)
 
 
@@ -69,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     photos = images.find(args.real) if args.real else []
     if args.real and len(photos) < 2:
         raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
-    switches = [Switch.parse(text) for text in args.switches.split(",") if text]
+    switches = [Switch.parse(text) for text in args.switches.split(",")]
     device, loras = device_of(args), _loras(args.lora)
     judges = _judges(args, device)
     policy = policy_of(args)
@@ -77,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     for name, file in loras.items():
         load_lora(policy, file, adapter=adapters[name])
     sigmas = policy.sigmas(settings.steps)
-    steps = list(dict.fromkeys([s.index(sigmas) for s in switches] or [0, round(0.75 * settings.steps)]))
+    steps = list(dict.fromkeys(s.index(sigmas) for s in switches))
     same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(f) for n, f in loras.items()}}
     study = Study(args.out.with_name(args.out.name + ".parts"), prompts, [(name, k) for name in loras for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)

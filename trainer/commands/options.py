@@ -37,20 +37,18 @@ def finite(text: str) -> float:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the model, the prompts, the sampler and the device."""
-    parser.add_argument("--model", default="demo", metavar="PATH", help="diffusers folder, .safetensors checkpoint, or demo (default)")
+    add = parser.add_argument
+    add("--model", default="demo", metavar="PATH", help="diffusers folder, .safetensors checkpoint, or demo (default)")
     for f in fields(ModelOptions):
-        name = {"parts": "FOLDER"}.get(f.name, "NAME")
-        parser.add_argument(f"--{f.name}", default=f.default, metavar=name, help=f"{f.metadata['help']} (default {f.default or 'none'})")
-    parser.add_argument(
-        "--image-size", type=int, default=0, metavar="N", help="width and height of the images in pixels; 0: the model's own (default)"
-    )
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt per line")
-    parser.add_argument("-n", type=int, default=4, metavar="N", help="images per prompt (default 4)")
+        add(f"--{f.name}", default=f.default, metavar="X", help=f"{f.metadata['help']} (default {f.default or 'none'})")
+    add("--image-size", type=int, default=0, metavar="N", help="width and height of the images in pixels; 0: the model's own (default)")
+    add("--prompts", type=Path, metavar="FILE", help="text file, one prompt per line")
+    add("-n", type=int, default=4, metavar="N", help="images per prompt (default 4)")
     for f in fields(Generation):
         if f.name != "method":
             text = f"{f.metadata['help']} (default {f.default})"
-            parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), metavar="X", help=text)
-    parser.add_argument("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
+            add("--" + f.name.replace("_", "-"), type=type(f.default), metavar="X", help=text)
+    add("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
     add_device(parser)
 
 

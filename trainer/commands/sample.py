@@ -19,23 +19,24 @@ from .options import add_generation, finite, generation_of, policy_of, prompts_o
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sample`."""
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="LoRA of the tuned model; without one the base model takes every step")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    add("--lora", type=Path, metavar="FILE", help="LoRA of the tuned model; without one the base model takes every step")
+    add(
         "--tuned-unet",
         type=Path,
         metavar="FOLDER",
-        help="diffusers UNet of the tuned model, instead of a LoRA (default: fine_tuned_unet in the model's folder, if it is there)",
+        help="the tuned model's UNet (default: fine_tuned_unet in the model's folder, if there)",
     )
-    parser.add_argument(
+    add(
         "--switch",
         default="auto",
         metavar="WHERE",
-        help="first step of the tuned model: 15, 75%%, sigma=0.63, or auto, as the LoRA recommends (default); 0: tuned model only",
+        help="first step of the tuned model: 15, 75%%, sigma=0.63, or auto: the LoRA's (default)",
     )
-    parser.add_argument("--strength", type=finite, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add("--strength", type=finite, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
+    add("--overwrite", action="store_true", help="write into a folder that is not empty")
     add_generation(parser)
 
 

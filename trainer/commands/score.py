@@ -26,38 +26,21 @@ TIMEOUT = timedelta(days=7)  # a process with large images may keep the others w
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image folders, images, quoted globs, CSV or JSONL manifests (columns path and prompt)"
-    )
-    parser.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="one prompt for all images; default: the manifest's, the .txt file beside an image, or what ComfyUI or A1111 wrote into it",
-    )
-    parser.add_argument(
-        "--prompt-column", default="", metavar="NAME", help="the manifest's column of prompts (default prompt, caption or text)"
-    )
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME[=WEIGHT]", help="see `rewards list`; may be given several times (default demo-proxy)"
-    )
-    parser.add_argument("--raw", action="store_true", help="weight raw scores instead of standardised ones")
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="crop images to N pixels for rewards that accept any size; 0: as they are (default)",
-    )
-    parser.add_argument(
-        "--out", type=Path, action="append", metavar="FILE", help=".csv or .jsonl; may be given twice (default: CSV on the terminal)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output files")
-    parser.add_argument("--write-back", action="store_true", help="write the scores into the text chunks of each PNG")
-    parser.add_argument("--top", type=int, default=0, metavar="K", help="copy the K best images of each prompt to --top-folder")
-    parser.add_argument("--top-folder", type=Path, default=Path("best"), metavar="FOLDER", help="folder for --top (default best)")
-    parser.add_argument("--link", action="store_true", help="link the best images instead of copying them")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per batch (default 32)")
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="image folders, images, quoted globs, CSV or JSONL manifests (columns path and prompt)")
+    add("--prompt", metavar="TEXT", help="prompt of all images (default: from the manifest, a .txt file, or ComfyUI's or A1111's metadata)")
+    add("--prompt-column", default="", metavar="NAME", help="the manifest's column of prompts (default prompt, caption or text)")
+    add("--reward", action="append", metavar="NAME[=WEIGHT]", help="see `rewards list`; may be given several times (default demo-proxy)")
+    add("--raw", action="store_true", help="weight raw scores instead of standardised ones")
+    add("--size", type=int, default=0, metavar="N", help="crop to N pixels for rewards that accept any size; 0: as they are (default)")
+    add("--out", type=Path, action="append", metavar="FILE", help=".csv or .jsonl; may be given twice (default: CSV on the terminal)")
+    add("--resume", action="store_true", help="continue an interrupted run")
+    add("--overwrite", action="store_true", help="replace the output files")
+    add("--write-back", action="store_true", help="write the scores into the text chunks of each PNG")
+    add("--top", type=int, default=0, metavar="K", help="copy the K best images of each prompt to --top-folder")
+    add("--top-folder", type=Path, default=Path("best"), metavar="FOLDER", help="folder for --top (default best)")
+    add("--link", action="store_true", help="link the best images instead of copying them")
+    add("--batch", type=int, default=32, metavar="N", help="images per batch (default 32)")
     add_device(parser)
 
 
