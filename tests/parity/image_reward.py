@@ -26,8 +26,9 @@ WORDS = [
 ]
 
 
-def write_image_reward(folder: Path, architecture: Mapping[str, Any]) -> Any:
-    from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
+def blip(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The vision and the text model, random."""
+    from transformers import BlipTextConfig, BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -60,8 +61,15 @@ def write_image_reward(folder: Path, architecture: Mapping[str, Any]) -> Any:
         ),
         add_pooling_layer=False,
     )
-    randomise(vision, 6)
-    randomise(words, 7)
+    return randomise(vision, 6), randomise(words, 7)
+
+
+def write_image_reward(folder: Path, architecture: Mapping[str, Any]) -> Any:
+    """Write the files of ImageReward; returns the independent scorer."""
+    from transformers import BertTokenizer
+
+    image, text = architecture["image"], architecture["text"]
+    vision, words = blip(architecture)
     head = random_head(text["width"], 8)
     e = vision.embeddings
     tower = {

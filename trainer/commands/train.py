@@ -108,9 +108,8 @@ def _report(run: Run, planner: Planner, device: str) -> None:
         print(f"stopped after step {run.step}; saved {run.checkpoint_path}; go on with --resume")
         return
     print(f"wrote {run.result} after step {run.step}: every key read back")
-    measured = peak_gb(device)
-    if measured is not None and planner.last:
-        print(f"peak memory: {measured:.2f} GB; planned {planner.last.total / 1e9:.2f} GB")
+    if planner.last:
+        print(f"peak memory: {peak_gb(device):.2f} GB; planned {planner.last.total / 1e9:.2f} GB")
     if run.evaluation:
         best = run.best
         print(f"best held-out at step {best['step']:.0f} ({best['heldout']:.3f}): {run.folder / BEST}")

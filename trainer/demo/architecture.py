@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:  # imported where something is built: in a graph diffusers may be absent
+if TYPE_CHECKING:  # the builders import it: in a graph diffusers may be absent
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel  # pyright: ignore[reportPrivateImportUsage]
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -22,7 +22,7 @@ from ..models.clip_words import CONTEXT
 from .world import ATTRIBUTES, SIZE, vocabulary
 
 TEXT_WIDTH = 128
-LATENT_SCALE = 0.18215  # SD1.5's constant; pretraining rescales the autoencoder so that it fits
+LATENT_SCALE = 0.18215  # SD1.5's constant; pretraining rescales the autoencoder to it
 FEATURES = 96  # width of the reader's feature vector
 
 
@@ -49,7 +49,7 @@ def vocabulary_size() -> int:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer that `write_tokenizer` left in `folder`."""
+    """The tokenizer that `write_tokenizer` wrote."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)
@@ -99,8 +99,8 @@ def build_unet() -> UNet2DConditionModel:
 def build_vae() -> AutoencoderKL:
     """64×64 pixels to 4×8×8 latents.
 
-    64 channels at full resolution, because 32 channels in 32 groups make the last normalisation forget every colour;
-    no residual blocks on the way down, which these images do not need and which would cost half the time.
+    64 channels at full resolution, because 32 channels in 32 groups would be normalised one by one, which loses every colour;
+    no residual blocks in the encoder's levels, which these images do not need and which would double the time.
     """
     from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
@@ -144,7 +144,7 @@ TOWERS: dict[str, dict[str, Any]] = {
         "text_cfg": {"context_length": CONTEXT, "width": 48, "heads": 3, "layers": 2},
     },
 }
-"""open_clip configurations: the proxy sees with a vision transformer, the held-out model with a convolutional net."""
+"""open_clip configurations: a vision transformer for the proxy, a convolutional network for the held-out model."""
 
 
 def build_tower(name: str) -> nn.Module:
@@ -158,7 +158,7 @@ def build_tower(name: str) -> nn.Module:
 
 
 class Reader(nn.Module):
-    """Reads a scene's attributes from pixels; its pooled features serve diversity and FID.
+    """Predicts a scene's attributes from pixels; its features are those of diversity and FID.
 
     Trained for attributes alone, never for preference.
     """
@@ -173,7 +173,7 @@ class Reader(nn.Module):
             blocks += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
             previous = width
         self.trunk = nn.Sequential(*blocks)
-        self.squeeze = nn.Conv2d(FEATURES, 24, 1)  # keeps where things are: 24 channels × 4×4 places
+        self.squeeze = nn.Conv2d(FEATURES, 24, 1)  # keeps position: 24 channels of 4×4
         self.embed = nn.Linear(24 * 16, FEATURES)
         self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()})
 

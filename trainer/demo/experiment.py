@@ -103,7 +103,7 @@ def train(
     Ctrl-C saves the checkpoint and raises KeyboardInterrupt.
     """
     folder = Path(config.out)
-    if resume and (folder / "lora.safetensors").is_file():
+    if resume and (folder / "lora.safetensors").is_file() and (folder / WATCH).is_file():
         return json.loads((folder / WATCH).read_text("utf-8"))
     policy = load_base()
     if config.consistency:
@@ -140,7 +140,7 @@ class Evaluated:
             "n": len(self.prompts),
             "ci": {"points": [row for row in self.summary["ci"] if row["model"] != UNGUIDED[0]]},
             "per_prompt": {f"{m}|{k}": {a: v.tolist() for a, v in j.per_prompt().items()} for (m, k), j in self.judged.items()},
-            "peak_rss_mb": round(1000 * (peak_gb("cpu") or 0.0), 1),
+            "peak_rss_mb": round(1000 * peak_gb("cpu"), 1),
         }
 
 

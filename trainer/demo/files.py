@@ -1,4 +1,4 @@
-"""Where the embedded world's trained files lie, and how they are opened."""
+"""The embedded world's trained files and their loaders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def loras() -> dict[str, Path]:
 
 
 def load_reader() -> Reader:
-    """The attribute reader: feature extractor of diversity and FID, and the gold rater's eyes."""
+    """The attribute reader: features of diversity and FID, and the gold reward's view of attributes."""
     reader = Reader()
     reader.load_state_dict({k: v.float() for k, v in load_file(FOLDER / "reader.safetensors").items()})
     return reader.requires_grad_(False).eval()
@@ -41,6 +41,6 @@ def load_raw_reward(name: str, device: str | torch.device = "cpu", dtype: torch.
 
 
 def load_reward(name: str, standardise: bool = True) -> RewardModel:
-    """`proxy`, `heldout` or `gold`; `standardise` gives standard deviations of the base model's images, gold's unit is fixed."""
+    """`proxy`, `heldout` or `gold`; `standardise`: in standard deviations of the base model's images; gold's unit is fixed."""
     reward = load_raw_reward(name)
     return Standardised(reward, *reward.statistics) if standardise and name != "gold" and reward.statistics else reward

@@ -1,8 +1,8 @@
-"""A simulated rater: a utility measured from pixels (the gold reward), and noisy choices between pairs.
+"""A simulated rater: a utility measured from pixels, which is the gold reward.
 
-Taste has four parts: what the prompt asked for, finish (crisp, vivid, shaded: can change late in sampling), layout
-(centred, large, on a dark ground: decided early and seldom named), and a dislike of artefacts. Finish saturates at the
-level of the best renders, so that exaggerating it earns nothing and is soon an artefact.
+The utility has four parts: agreement with the prompt, finish (crisp, vivid, shaded: can change late in sampling), layout
+(centred, large, on a dark ground: decided early and seldom named), and a penalty for artefacts. Finish saturates at the
+level of the best renders: exaggeration earns nothing more and is soon an artefact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..rewards.preprocess import Fit
 from . import world
 from .architecture import Reader
 
-# What each part is worth, in units of the logistic noise of a choice.
+# Weight of each part, in units of the logistic noise of a choice (tools/embedded/preference.py).
 WEIGHTS = {"match": 4.0, "crisp": 1.2, "vivid": 1.0, "shaded": 0.9, "centred": 0.8, "large": 0.7, "dark": 0.5, "artefacts": -3.0}
 
 
@@ -71,7 +71,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
 
 
 def _off_palette(rgb: Tensor) -> Tensor:
-    """Distance of an object's mean colour (B,3) to the nearest colour that the world paints with, over all brightnesses."""
+    """Distance of an object's mean colour (B,3) to the nearest colour of the world, over all brightnesses."""
     colours = torch.cat([world.RGB, 0.42 * world.RGB + 0.58 * 0.80]).to(rgb)  # (12,3)
     brightness = torch.linspace(0.45, 1.1, 14).to(rgb)
     shades = (colours[:, None] * brightness[None, :, None]).flatten(0, 1)
@@ -79,7 +79,7 @@ def _off_palette(rgb: Tensor) -> Tensor:
 
 
 class Gold(RewardModel):
-    """The rater's own utility as a reward. Never trained on; it has no useful gradient."""
+    """The rater's utility as a reward. Training never uses it; it has no useful gradient."""
 
     differentiable = False
     fit = Fit(world.SIZE)
@@ -96,19 +96,19 @@ class Gold(RewardModel):
 
     @torch.no_grad()
     def read(self, images: Tensor) -> dict[str, Tensor]:
-        """Probability of each value of each attribute, as the reader sees it: (B, values) by attribute."""
+        """Probability of each value of each attribute, by the reader: (B, values) by attribute."""
         return {name: logits.softmax(1) for name, logits in self.reader(images).items()}
 
 
 def taste(images: Tensor) -> Tensor:
-    """What the rater likes whatever the prompt: (B,)."""
+    """The part of the utility that does not depend on the prompt: (B,)."""
     return sum((WEIGHTS[name] * value for name, value in measure(images).items()), images.new_zeros(len(images)))
 
 
 def match(probabilities: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
     """Mean probability of the attributes that each prompt names: (B,)."""
     rows: list[Tensor] = []
-    everything = torch.ones((), device=next(iter(probabilities.values())).device)  # of a prompt that names nothing
+    everything = torch.ones((), device=next(iter(probabilities.values())).device)  # for a prompt that names nothing
     for i, prompt in enumerate(prompts):
         named = world.attributes_named(prompt)
         seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]

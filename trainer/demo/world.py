@@ -1,7 +1,7 @@
 """The embedded world: scenes of one object, their captions, and how a scene becomes pixels.
 
 A scene is eight categorical attributes plus continuous jitter. A caption names a random subset, so that one prompt
-has many right images. Knows nothing of models, rewards or training.
+has many right images.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 FINISH = ("edge", "tone", "light")
 """The attributes that say how a scene is rendered rather than what it shows."""
 
-# How often a caption names each attribute: content mostly, layout sometimes, finish seldom. Where the object stands is never
-# said: a UNet on 8×8 latents has no sense of place, and after 200 000 images it still put "on the left" anywhere.
+# Probability that a caption names an attribute: content mostly, layout sometimes, finish seldom. Position is never named: a UNet on
+# 8×8 latents has no position embedding, and after 200 000 images it still put "on the left" anywhere.
 _NAMED = {"shape": 0.9, "colour": 0.75, "size": 0.4, "position": 0.0, "background": 0.5, "edge": 0.25, "tone": 0.25, "light": 0.25}
 
 RGB = torch.tensor([[0.90, 0.12, 0.12], [0.95, 0.85, 0.10], [0.12, 0.72, 0.20], [0.10, 0.80, 0.85], [0.15, 0.28, 0.92], [0.62, 0.16, 0.82]])
 _BACKGROUND_RGB = torch.tensor([[0.94, 0.94, 0.94], [0.52, 0.52, 0.52], [0.07, 0.07, 0.07], [0.44, 0.29, 0.17]])
 RADIUS = torch.tensor([[11.0, 13.0], [16.5, 19.5]])  # pixels, per size
-TILT = math.pi / 12  # a scene's object leans at most this far, radians
+TILT = math.pi / 12  # largest rotation of an object, radians
 _CENTRE_X = torch.tensor([[17.0, 23.0], [29.0, 35.0], [41.0, 47.0]])  # pixels, per position
-_CENTRE_Y = (22.0, 42.0)  # never named: free layout
+_CENTRE_Y = (22.0, 42.0)  # pixels, smallest and largest; never named
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt and what it promises: `named` maps an attribute to the value that the text states."""
+    """A prompt; `named` maps an attribute to the value that the text states."""
 
     text: str
     named: dict[str, str]
 
 
 def attribute_index(attribute: str, value: str) -> int:
-    """Column value of `value` in a scene table."""
+    """Index of `value` in an attribute's column of a scene table."""
     return ATTRIBUTES[attribute].index(value)
 
 
@@ -65,7 +65,7 @@ def draw_scenes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def draw_caption(scene: list[int], rng: random.Random) -> Caption:
-    """A caption that names a random, never empty subset of a scene's attributes."""
+    """A caption that names a random subset, not empty, of a scene's attributes."""
     values = {name: ATTRIBUTES[name][index] for name, index in zip(ATTRIBUTES, scene)}
     named = {name: value for name, value in values.items() if rng.random() < _NAMED[name]}
     if not named:
@@ -74,7 +74,7 @@ def draw_caption(scene: list[int], rng: random.Random) -> Caption:
 
 
 def completions(caption: Caption, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`n` scenes that a caption allows: what it names is fixed, the rest is drawn at random."""
+    """`n` scenes that a caption allows: named attributes are fixed, the rest are random."""
     attributes, jitter = draw_scenes(n, generator)
     for column, name in enumerate(ATTRIBUTES):
         if name in caption.named:
@@ -113,7 +113,7 @@ def attributes_named(prompt: str) -> dict[str, str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can hold, sorted."""
+    """Every word of captions, sorted."""
     words = {word for values in ATTRIBUTES.values() for word in values}
     return sorted(words | {"a", "shape", "in", "the", "on", "background"})
 
@@ -153,7 +153,7 @@ def render(attributes: Tensor, jitter: Tensor) -> Tensor:
 
 
 def captions(n: int, *purpose: int | str) -> list[Caption]:
-    """`n` different captions of random scenes; the same for the same purpose."""
+    """`n` different captions of random scenes, a function of the purpose."""
     rng = random.Random(seed_of("captions", *purpose))
     found: dict[str, Caption] = {}
     while len(found) < n:
@@ -170,7 +170,7 @@ def real_images(n: int, seed: int) -> tuple[Tensor, list[str]]:
 
 
 def real_renders(prompts: Sequence[Caption], per_prompt: int, seed: int) -> Tensor:
-    """Renders (P·n,3,64,64) that match each prompt; what it does not name is drawn at random."""
+    """Renders (P·n,3,64,64) of each prompt; attributes that it does not name are random."""
     parts = [render(*completions(caption, per_prompt, generator(seed, "renders", i))) for i, caption in enumerate(prompts)]
     return torch.cat(parts)
 

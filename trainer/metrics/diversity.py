@@ -1,4 +1,4 @@
-"""How different the images of one prompt are."""
+"""Diversity of the images of one prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def within_prompt_diversity(features: Tensor, groups: Tensor) -> Tensor:
 
 
 class Diversity:
-    """The same of features that come in batches, in any order: one sum of unit vectors per prompt is enough.
+    """`within_prompt_diversity` of features that come in batches, in any order, from one sum of unit vectors per prompt.
 
     Σ over ordered pairs of cosines = ‖Σu‖² − n, so 1 − (‖Σu‖² − n)/(n(n−1)).
     """
@@ -68,6 +68,6 @@ def vendi_score(features: Tensor) -> float:
     if features.ndim != 2 or not len(features):
         raise ValueError(f"features of shape {tuple(features.shape)}: give rows (N,D)")
     unit = F.normalize(features.cpu().double(), dim=1)
-    smaller = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same eigenvalues but for zeros
+    smaller = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit  # the same eigenvalues except zeros
     values = torch.linalg.eigvalsh(smaller / len(unit)).clamp(min=0)
     return float(torch.special.entr(values).sum().exp())

@@ -1,6 +1,6 @@
 """Compare models with their base in chunks of prompts, and resume after a stop.
 
-Images are scored as they are generated and not stored: the disk holds their scores and features.
+Images are scored as they are generated and are not stored; scores and features are, on disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .summary import Features, Judged, frontier_area, intervals
 
 Point = tuple[str, int]  # a model's name and its switch
 BASE: Point = ("base", 0)
-JUDGE_BATCH = 64  # images that a judge sees together
+JUDGE_BATCH = 64  # images per call of a reward or feature extractor
 
 
 @dataclass(frozen=True)

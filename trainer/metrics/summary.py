@@ -33,7 +33,7 @@ class Judged:
 def frontier_point(judged: Judged, base: Judged, axis: str, rows: Tensor | None = None) -> tuple[float, float]:
     """(diversity / base diversity, (reward − base reward) / the base's standard deviation over prompts)."""
     rows = torch.arange(len(base.diversity)) if rows is None else rows
-    spread = base.rewards[axis].std()  # over all prompts: the unit does not move with the resample
+    spread = base.rewards[axis].std()  # over all prompts, so that resampling does not change the unit
     x = judged.diversity[rows].mean() / base.diversity[rows].mean()
     return float(x), float((judged.rewards[axis][rows].mean() - base.rewards[axis][rows].mean()) / spread)
 

@@ -61,18 +61,20 @@ def set_precision(device: str, *, deterministic: bool = False) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def peak_gb(device: str) -> float | None:
-    """Peak memory, GB: of the tensors on this GPU, of this process on a CPU; on MPS what the driver holds now; None where unknown."""
+def peak_gb(device: str) -> float:
+    """Peak memory, GB: of the tensors on this GPU, of this process on a CPU; on MPS what the driver holds now."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.startswith("xpu") and hasattr(torch, "xpu"):
         return torch.xpu.max_memory_allocated(device) / 1e9
     if device.startswith("mps"):
         return torch.mps.driver_allocated_memory() / 1e9
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

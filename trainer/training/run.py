@@ -189,10 +189,8 @@ class Run:
     def _log(self, done: Step, calls: int, seconds: float, tracker: Tracker | None) -> None:
         if not self.processes.main:
             return
-        line = {"loss": done.loss, "grad_norm": done.grad_norm, "calls": calls, **done.logs}
-        peak = peak_gb(self.config.device)
-        if peak is not None:
-            line["memory_gb"] = round(peak, 3)
+        memory_gb = round(peak_gb(self.config.device), 3)
+        line = {"loss": done.loss, "grad_norm": done.grad_norm, "calls": calls, **done.logs, "memory_gb": memory_gb}
         folder.append_log(self.folder, {"step": done.number, **line, "seconds": round(seconds, 3)})
         if tracker:
             tracker.log(line, done.number)
