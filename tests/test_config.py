@@ -72,6 +72,11 @@ def test_a_number_given_for_a_text_is_its_text():
     assert build(TrainConfig, override({"out": "x"}, ["--watch.switch=12"])).watch.switch == "12"
 
 
+def test_an_objectives_name_alone_says_how_to_write_it():
+    with pytest.raises(ConfigError, match=r"objective = 'refl': expected a table, write --objective\.name=refl$"):
+        build(TrainConfig, override({"out": "x"}, ["--objective=refl"]))
+
+
 def test_keys_of_0_1_0_stay_valid_everywhere():
     old = {"out": "x", "lr": 0.5, "batch": 2, "objective": {"name": "refl", "guidance": 2.0}, "checkpoint_decoder": True}
     new = {"out": "x", "learning_rate": 0.5, "batch_size": 2, "objective": {"name": "refl", "guidance_scale": 2.0}}

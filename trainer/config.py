@@ -114,8 +114,8 @@ def _table(value: Any, hint: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(value, typing.cast(type[Any], hint)):
         return value
     if not isinstance(value, dict):
-        name = next(iter(f.name for f in fields(hint))) if is_dataclass(hint) else "name"
-        raise ConfigError(f"{where} = {value!r}: expected a table, write --{where}.{name}=…")
+        key = f"{fields(hint)[0].name}=…" if is_dataclass(hint) else f"name={value}"
+        raise ConfigError(f"{where} = {value!r}: expected a table, write --{where}.{key}")
     return build(typing.cast(type[Any], hint), typing.cast(dict[str, Any], value), where + ".") if is_dataclass(hint) else value
 
 
