@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -50,4 +51,19 @@ def test_scripts_and_tests_named_in_the_docs_exist():
             path = ROOT.joinpath(*module.split("."))
             if not path.with_suffix(".py").exists() and not (path / "__main__.py").exists():
                 missing.append(f"{page.name}: {module}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "upgrade.md"], ids=lambda path: path.name)
+def test_functions_and_classes_named_in_the_docs_exist(page):
+    """`metrics.dino.Dino`, with or without `trainer.` before it."""
+    packages = "|".join(path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py"))
+    missing = []
+    for module, thing in re.findall(rf"`(?:trainer\.)?((?:{packages})\.\w+)\.(\w+)", page.read_text("utf-8")):
+        try:
+            found = hasattr(importlib.import_module(f"trainer.{module}"), thing)
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            missing.append(f"{module}.{thing}")
     assert missing == []

@@ -44,10 +44,11 @@ ALLOWED = {
     "trainer/config.py": OLD_KEYS,
     "docs/upgrade.md": {*OLD_KEYS, "Draws"},
     "docs/nodes.md": {"checkpoint_denoiser"},  # an input of a node keeps its id
+    "web/docs/ImageReFLTrain.md": {"checkpoint_denoiser"},
 }
 FILES = [
     path
-    for pattern in ("trainer/**/*.py", "nodes/**/*.py", "docs/**/*.md", "README.md")
+    for pattern in ("trainer/**/*.py", "nodes/**/*.py", "docs/**/*.md", "web/docs/*.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
     for path in sorted(ROOT.glob(pattern))
     if "weights" not in path.parts
 ]
