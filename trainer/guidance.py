@@ -1,7 +1,9 @@
 """Guidance and combined generation: weighted sums of denoisers whose weights are a function of the sampler step.
 
 Coefficients sum to 1, so a sum of x0-predictions is the same sum of ε- or v-predictions, and models of different
-parametrisation mix. A new guider is one row of MIXES.
+parametrisation mix. A new guider is a function that returns a Mix: autoguidance (arXiv:2406.02507) is the tuned model with
+coefficient w and a weaker one with 1 − w. CFG++ (arXiv:2406.08070) is not a mix: it adds noise by another prediction than it
+denoises with, and so changes the sampler's step.
 """
 
 from __future__ import annotations
@@ -73,13 +75,6 @@ def combined(base: Slot, tuned: Slot, k: int) -> Mix:
     k = 0 is the tuned model alone, k = T the base alone.
     """
     return Mix((base, tuned), lambda i, sigma: (1.0, 0.0) if i < k else (0.0, 1.0))
-
-
-MIXES: dict[str, Callable[..., Mix]] = {
-    "cfg": cfg,
-    "combined": combined,
-}
-"""Every guider by name."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ def strip(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
 def fill(make: Callable[[], Module], state: Mapping[str, Tensor], source: Path, placement: Placement = CPU_FLOAT32) -> Module:
     """The module that `make` builds, with the weights `state`, frozen and in eval mode.
 
-    Names and shapes must match one to one. The module is built on the meta device, which skips the random initialisation.
+    Names and shapes must match one to one. The module is built on the meta device, which skips the random initialisation. A buffer
+    that files do not hold (an attention mask, transformers' `position_ids`) has no value then: the caller sets it, as `clip.build_clip`
+    does.
     """
     with torch.device("meta"):
         module = make()
