@@ -1,4 +1,4 @@
-"""Every random number of the project: a pure function of (seed, step, sample index, purpose).
+"""Every random number of the project: a pure function of (seed, step, index of sample or micro-batch, purpose).
 
 No generator state is ever stored, so resuming, splitting a batch, sweeping k and adding processes change no draw.
 """
@@ -26,11 +26,15 @@ def generator(*key: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Rng:
-    """The random numbers of one batch: `indices` are global sample numbers, one per sample."""
+    """The random numbers of one batch: `indices` are global sample numbers, one per sample.
+
+    `batch` is the number of the micro-batch, which draws for a whole micro-batch belong to; without it they belong to `step`.
+    """
 
     seed: int
     step: int
     indices: tuple[int, ...]
+    batch: int | None = None
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal noise (B,*shape), float32 on the CPU."""
@@ -55,5 +59,6 @@ class Rng:
             raise ValueError(f"empty integer range [{low}, {high}] for {purpose}")
         span = high - low + 1
         if shared:
-            return torch.full((len(self.indices),), low + seed_of(self.seed, self.step, "batch", purpose) % span)
+            number = self.step if self.batch is None else self.batch
+            return torch.full((len(self.indices),), low + seed_of(self.seed, number, "batch", purpose) % span)
         return torch.tensor([low + seed_of(self.seed, self.step, i, purpose) % span for i in self.indices])

@@ -58,7 +58,7 @@ class Samples:
         """The samples `share` (default: all) of micro-batch `number`, which has `size`; `buckets.micro_batch` chooses them."""
         share = share or range(size)
         rows = micro_batch(self.bucket, size, seed, number)[share.start : share.stop]
-        rng = Rng(seed, step, tuple(number * size + i for i in share))
+        rng = Rng(seed, step, tuple(number * size + i for i in share), number)
         prompts = tuple(self.prompts[r] for r in rows)
         if self.latents is None:
             return Prompts(prompts, rng, number)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +54,8 @@ class Run:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
         self.ema = Ema(self.policy.named_parameters(), config.ema) if config.ema > 0 else None
         self.step = 0
+        self.shared_draws = "micro-batch"
+        """What has one draw where all samples share it; `step`, the optimizer step, in runs that 0.1.0 started."""
         self.last = False
         """Whether the step that was yielded last ends the run."""
 
@@ -111,6 +114,7 @@ class Run:
             "objective": self.loss.state(),
             "points": self.evaluation.points if self.evaluation else [],
             "calls": calls,
+            "shared_draws": self.shared_draws,
             "settings": json.dumps(self.config.describe(), sort_keys=True),
             "base": self.base_hash,
         }
@@ -119,6 +123,11 @@ class Run:
         """Restore the checkpoint; ConfigError where it belongs to other settings or weights."""
         state = checkpoint.load(self.checkpoint_path)
         folder.check_resumable(self.config, state, self.base_hash, dict(self.policy.named_parameters()))
+        self.shared_draws = state.get("shared_draws", "step")
+        if self.shared_draws == "step" and self.config.gradient_accumulation_steps > 1:
+            log.warning(
+                "%s is of an earlier version: as there, all micro-batches of an optimizer step share one draw", self.checkpoint_path
+            )
         self._write(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -137,7 +146,8 @@ class Run:
         """This process's share of micro-batch `micro` of optimizer step `step`."""
         number = step * self.config.gradient_accumulation_steps + micro
         share = self.processes.share(self.config.batch_size)
-        return self.samples.batch(self.config.seed, step, number, self.config.batch_size, share)
+        batch = self.samples.batch(self.config.seed, step, number, self.config.batch_size, share)
+        return batch if self.shared_draws == "micro-batch" else replace(batch, rng=replace(batch.rng, batch=None))
 
     def steps(self) -> Iterator[Step]:
         """Train until `steps`, `budget` or the watch ends it, logging each step and saving every `save_every`.
