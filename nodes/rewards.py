@@ -54,6 +54,11 @@ class Loaded:
         """Whether gradients reach the pixels."""
         return self.reward.differentiable
 
+    @property
+    def standardised(self) -> bool:
+        """Whether a call gives standard deviations above the mean."""
+        return self.mean is not None and self.std is not None
+
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """(B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean, or raw where these are not known."""
         return self.scaled(self.raw(images, prompts))
@@ -99,6 +104,16 @@ class Combined:
     def differentiable(self) -> bool:
         """Whether every part has a gradient."""
         return all(part.differentiable for part, _ in self.parts)
+
+    @property
+    def standardised(self) -> bool:
+        """Whether every term is in standard deviations."""
+        return self.normalised and all(part.standardised for part, _ in self.parts)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the one part's raw scores; None for a sum, which has no one raw unit."""
+        return self.parts[0][0].std if len(self.parts) == 1 else None
 
     @property
     def patchers(self) -> tuple[Any, ...]:

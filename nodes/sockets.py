@@ -56,16 +56,19 @@ def widget_name(field: str) -> str:
 
 
 def widgets(cls: type[Any], skip: tuple[str, ...] = ()) -> list[Any]:
-    """One input per field of a dataclass, with its default, range and help; a field that may be None is an optional socket."""
+    """One input per field of a dataclass, with its default, range and help; a number that may be None is an optional socket.
+
+    Fields `since` a later version than 0.1.0 are optional inputs, which come last: saved graphs know widgets by position.
+    """
     hints = typing.get_type_hints(cls)
     return [_widget(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name not in skip]
 
 
 def _widget(field: Any, hint: Any) -> Any:
-    meta, tooltip = field.metadata, _sentence(field)
+    meta, tooltip, later = field.metadata, _sentence(field), "since" in field.metadata
     name, label = widget_name(field.name), NAMES.get(field.name, (None, None))[1]
     if hint is bool:
-        return io.Boolean.Input(name, display_name=label, default=field.default, tooltip=tooltip)
+        return io.Boolean.Input(name, display_name=label, optional=later, default=field.default, tooltip=tooltip)
     if hint is int:
         return io.Int.Input(
             name, display_name=label, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip
@@ -75,8 +78,10 @@ def _widget(field: Any, hint: Any) -> Any:
         # a step as fine as the default: learning rates and loss weights are small
         step = 10.0 ** -_decimals(field.default)
         return io.Float.Input(name, display_name=label, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
-    if typing.get_origin(hint) is typing.Literal:
-        return io.Combo.Input(name, display_name=label, options=list(typing.get_args(hint)), default=field.default, tooltip=tooltip)
+    choice = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal), None)
+    if choice is not None:
+        options = [*(["none"] if choice is not hint else []), *typing.get_args(choice)]
+        return io.Combo.Input(name, display_name=label, options=options, optional=later, default=field.default or "none", tooltip=tooltip)
     if typing.get_origin(hint) is tuple:
         return io.String.Input(name, default=", ".join(map(str, field.default)), tooltip=f"{tooltip} Separate by commas.")
     if type(None) in typing.get_args(hint):

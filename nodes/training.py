@@ -116,7 +116,7 @@ class AlignLoraTrain(io.ComfyNode):
         return train_in_graph(**_split(values))
 
 
-_COMMON = ("refl_share", "diffusion_weight", "guidance_scale")
+_COMMON = ("refl_share", "diffusion_weight", "guidance_scale", "refl_diffusion", "diffusion_weight_unit")
 
 
 class ImageReFLTrain(io.ComfyNode):
@@ -160,7 +160,7 @@ class ImageReFLTrain(io.ComfyNode):
     def execute(cls, sampler_steps: int, switch_at: float, **values: Any) -> io.NodeOutput:
         """Train."""
         first = min(sampler_steps - 1, round(switch_at * sampler_steps))
-        common = {name: values.pop(widget_name(name)) for name in _COMMON}
+        common = {name: values.pop(widget_name(name)) for name in _COMMON if widget_name(name) in values}
         ranges = {"grad_from": first, "grad_to": sampler_steps - 1, "start_from": first, "start_to": first}
         built = build(OBJECTIVES["imagerefl"], {"steps": sampler_steps, **ranges, **common})
         return train_in_graph(objective=("imagerefl", built), **_split(values))

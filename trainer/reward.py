@@ -35,6 +35,21 @@ class PrefixReward(Reward, Protocol):
         ...
 
 
+@runtime_checkable
+class ScaledReward(Reward, Protocol):
+    """A reward that knows the unit of its scores."""
+
+    @property
+    def standardised(self) -> bool:
+        """Whether scores are in standard deviations above a mean, rather than raw."""
+        ...
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of raw scores over images of the base model; None where it is not known, and for sums."""
+        ...
+
+
 def check_lengths(images: Tensor, prompts: Sequence[str]) -> None:
     """Raise ValueError unless there is one prompt per image."""
     if len(images) != len(prompts):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import ToyPolicy
 from helpers.losses import batch_of, loss_of
+from helpers.toys import ToyDenoiser
 
+from trainer.data.batches import Images, Prompts
 from trainer.objectives import ImageReFL, ReFL
 from trainer.rng import Rng
 from trainer.sampling import step
@@ -116,6 +121,65 @@ def test_a_noise_micro_batch_is_refl(toy_policy, toy_reward):
     torch.testing.assert_close(
         loss_of(image, toy_policy, batch(), toy_reward)[0], loss_of(ReFL(**SMALL), toy_policy, batch(), toy_reward)[0]
     )
+
+
+def official_refl(policy, b, reward, objective):
+    """A plain ReFL micro-batch as the official trainer has it: −r at m, and the noise prediction's MSE on real images noised to m."""
+    sigmas = policy.sigmas(objective.steps)
+    m = b.rng.integers("gradient step", objective.grad_from, objective.grad_to, shared=not objective.per_sample)
+    x = policy.start(b.rng.normal("start", (3, 1, 1)), objective.steps)
+    with torch.no_grad():
+        for row in range(len(x)):
+            for i in range(int(m[row])):
+                denoised = policy.guided(x[row : row + 1], sigmas[i : i + 1], objective.guidance_scale)
+                noise = Rng(3, 0, (row,)).normal(f"step {i}", (3, 1, 1)).double()
+                x[row : row + 1] = step(x[row : row + 1], denoised, sigmas[i : i + 1], sigmas[i + 1 : i + 2], noise)
+    scores = reward(policy.guided(x, sigmas[m], objective.guidance_scale), b.prompts)
+    level, noise = sigmas[m].reshape(-1, 1, 1, 1), b.rng.normal("diffusion noise", (3, 1, 1)).double()
+    noised = b.latents + level * noise
+    epsilon = (noised - policy._denoise(noised, sigmas[m], policy.weight)) / level
+    return -objective.reward_weight * scores.mean() + objective.diffusion_weight * (epsilon - noise).square().mean()
+
+
+class Guided(ToyPolicy):
+    """The toy with an unconditional branch of its own, which learns too."""
+
+    def guided(self, x, sigma, scale):
+        conditional = self._denoise(x, sigma, self.weight)
+        if scale == 1:
+            return conditional
+        unconditional = self._denoise(x, sigma, self.weight * torch.tensor([2.0, -1.0], dtype=torch.float64))
+        return unconditional + scale * (conditional - unconditional)
+
+    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0):
+        return ToyDenoiser(prompts, lambda x, sigma: self.guided(x, sigma, guidance_scale))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_refl_micro_batch_has_the_official_diffusion_loss_at_its_own_step(toy_reward, scale, per_sample, share):
+    more = {"refl_share": share, "refl_diffusion": True, "diffusion_weight": 0.3, "reward_weight": 0.7, "per_sample": per_sample}
+    objective, policy = ImageReFL(**SMALL, start_from=6, start_to=6, guidance_scale=scale, **more), Guided()
+    assert objective.data is Images
+    loss, logs = loss_of(objective, policy, batch(number=3), toy_reward)
+    expected = official_refl(policy, batch(number=3), toy_reward, objective)
+    torch.testing.assert_close(loss, expected)
+    found, by_hand = gradient(policy, loss), gradient(policy, expected)
+    torch.testing.assert_close(found, by_hand)
+    without = gradient(policy, loss_of(replace(objective, refl_diffusion=False), policy, batch(number=3), toy_reward)[0])
+    assert float((found - without).norm() / found.norm()) > 1e-3  # the term is there to be missed
+    assert logs["diffusion"].shape == (6,)
+
+
+def test_without_a_diffusion_weight_plain_refl_needs_no_images(toy_policy, toy_reward):
+    objective = ImageReFL(**SMALL, start_from=6, start_to=6, refl_share=1.0, refl_diffusion=True, diffusion_weight=0.0)
+    assert objective.data is Prompts and replace(objective, diffusion_weight=0.1).data is Images
+    loss, logs = loss_of(objective, toy_policy, batch(latents=False), toy_reward)
+    torch.testing.assert_close(loss, loss_of(ReFL(**SMALL), toy_policy, batch(latents=False), toy_reward)[0])
+    assert "diffusion" not in logs
+    with pytest.raises(ValueError, match="real images"):
+        loss_of(replace(objective, diffusion_weight=0.1), toy_policy, batch(latents=False), toy_reward)
 
 
 def test_threshold_stops_the_push_where_the_reward_is_high_enough(toy_policy, toy_reward):

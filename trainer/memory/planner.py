@@ -78,7 +78,9 @@ def meta_models(config: TrainConfig) -> MetaModels:
 def _meta_reward(spec: str, dtype: str = "float32") -> RewardModel:
     names = [name for name, _ in parse_weights(spec)]
     specs = [RewardSpec(n, UntrackedReward()) if n.endswith(".py") else load(n, "meta", DTYPES[dtype]) for n in names]
-    return specs[0].reward if len(specs) == 1 else WeightedSum(specs, raw=True)
+    reward = specs[0].reward if len(specs) == 1 else WeightedSum(specs, raw=True)
+    reward.std = 1.0  # weights in its unit need some number
+    return reward
 
 
 def _data_size(config: TrainConfig) -> tuple[int, int]:

@@ -97,6 +97,7 @@ class UntrackedReward(RewardModel):
     """Placeholder for Python-file rewards; their memory is not counted."""
 
     takes_prefixes = supports_gradient_checkpointing = True
+    std = 1.0
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W), B prompts -> (B,)."""

@@ -19,6 +19,8 @@ class RewardModel(nn.Module):
     supports_gradient_checkpointing: bool = False
     fit: Fit | None = None  # how images of any size become the square input; None: they are taken as they are
     statistics: tuple[float, float] | None = None  # mean and standard deviation that come with the weights
+    standardised: bool = False  # scores are (raw − mean)/std
+    std: float | None = None  # standard deviation of raw scores, measured or from the weights, where it is known
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""

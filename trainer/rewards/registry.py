@@ -178,7 +178,8 @@ def load(
     """
     folders = folders or WeightFolders()
     reward = _open(name_or_path, Placement(device, dtype), folders, architecture)
-    return RewardSpec(name_or_path, reward, 1.0, *(folders.read_statistics(name_or_path) or reward.statistics or (None, None)))
+    mean, reward.std = folders.read_statistics(name_or_path) or reward.statistics or (None, None)
+    return RewardSpec(name_or_path, reward, 1.0, mean, reward.std)
 
 
 def load_reward(spec: str, standardise: bool, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RewardModel:

@@ -15,20 +15,22 @@ from .preprocess import Fit
 class Standardised(RewardModel):
     """(r − mean)/std of a reward: one unit is one standard deviation over images of the base model."""
 
+    standardised = True
+
     def __init__(self, reward: RewardModel, mean: float, std: float) -> None:
         super().__init__()
-        self.reward, self.mean, self.std = reward, mean, std
+        self.reward, self.mean, self.std, self._unit = reward, mean, std, std
         self.differentiable, self.needs_prompt = reward.differentiable, reward.needs_prompt
         self.takes_prefixes, self.fit = reward.takes_prefixes, reward.fit
         self.supports_gradient_checkpointing = reward.supports_gradient_checkpointing
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,) in standard deviations above the mean."""
-        return (self.reward(images, prompts) - self.mean) / self.std
+        return (self.reward(images, prompts) - self.mean) / self._unit
 
     def scores(self, images: Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> Tensor:
         """images (B,3,H,W), B prompts, P prefixes -> (B,P) in standard deviations above the mean."""
-        return (self.reward.scores(images, prompts, prefixes) - self.mean) / self.std
+        return (self.reward.scores(images, prompts, prefixes) - self.mean) / self._unit
 
     @property
     def raw(self) -> RewardModel:
@@ -73,6 +75,7 @@ class WeightedSum(RewardModel):
         if not specs:
             raise ValueError("a weighted sum needs at least one reward")
         super().__init__()
+        self.standardised, self.std = not raw, specs[0].std if len(specs) == 1 else None
         self.weights = [spec.weight for spec in specs]
         self.rewards = nn.ModuleList(spec.reward if raw else spec.standardised for spec in specs)
         self.differentiable = all(spec.reward.differentiable for spec in specs)

@@ -6,13 +6,15 @@ They differ in where that step's state comes from: pure noise (ReFL) or a noised
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
 from ...denoiser import per_sample
-from ...sampling import alpha, end_of
+from ...reward import Reward, ScaledReward
+from ...sampling import Space, alpha, end_of
 from ..base import Logs, RunContext, Stateless
 from .shared import (
     Sampler,
@@ -24,6 +26,8 @@ from .shared import (
     training_guidance_scale,
     weight_of_reward,
 )
+
+Unit = Literal["raw", "sd"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,14 @@ class ReFL(Stateless):
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         sampler = Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
-        low, high = self.index_range(sampler.sigmas)
-        m = batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
+        m = self.gradient_step(batch, sampler.sigmas)
         x, sigma = sampler.rollout(sampler.start(), m), sampler.sigmas[m]
         return self._reward_loss(run, batch, x, sigma, sampler.denoiser(x, sigma))
+
+    def gradient_step(self, batch: Batch, sigmas: Tensor) -> Tensor:
+        """The index m (B,) of each sample's gradient step on a grid (T+1,)."""
+        low, high = self.index_range(sigmas)
+        return batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
 
     def _reward_loss(self, run: RunContext, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Logs]:
         scores = run.scores(denoised, batch.prompts)
@@ -110,7 +118,20 @@ class ImageReFL(ReFL):
     refl_share: float = field(
         default=0.25, metadata={"min": 0.0, "max": 1.0, "help": "share of micro-batches that start from noise (plain ReFL)"}
     )
-    diffusion_weight: float = field(default=0.01, metadata={"min": 0.0, "help": "weight of the diffusion loss (official 0.01)"})
+    diffusion_weight: float = field(
+        default=0.01, metadata={"min": 0.0, "help": "weight of the diffusion loss (official 0.01 beside a raw reward)"}
+    )
+    refl_diffusion: bool = field(
+        default=False,
+        metadata={"since": "0.2", "help": "diffusion loss on the plain ReFL micro-batches too, at m with fresh noise (official: true)"},
+    )
+    diffusion_weight_unit: Unit | None = field(
+        default=None,
+        metadata={
+            "since": "0.2",
+            "help": "diffusion_weight is meant beside the raw reward, or beside the standardised one; none: whichever is trained on",
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,8 +142,12 @@ class ImageReFL(ReFL):
 
     @property
     def data(self) -> type[Prompts]:
-        """Images, unless every micro-batch is plain ReFL."""
-        return Images if self.refl_share < 1 else Prompts
+        """Images, unless every micro-batch is plain ReFL without a diffusion loss."""
+        return Images if self.refl_share < 1 or self._regularises_refl else Prompts
+
+    @property
+    def _regularises_refl(self) -> bool:
+        return self.refl_diffusion and self.diffusion_weight > 0
 
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """The earliest noise level that training on images has seen."""
@@ -134,28 +159,61 @@ class ImageReFL(ReFL):
 
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        if self.takes_noise(batch.number):
+        from_noise = self.takes_noise(batch.number)
+        if from_noise and not self._regularises_refl:
             return super().loss(run, batch)
         if not isinstance(batch, Images):
             raise ValueError("ImageReFL trains on real images: give a folder of images with captions, or refl_share = 1")
+        if not from_noise:
+            return self._image_loss(run, batch)
+        loss, logs = super().loss(run, batch)
+        sigmas = run.policy.sigmas(self.steps)
+        sigma = sigmas[self.gradient_step(batch, sigmas)]
+        latents = batch.latents.to(run.policy.device)
+        noise = batch.rng.normal("diffusion noise", batch.shape(run.policy)).to(latents)
+        denoised = run.policy.denoiser(batch.prompts)(run.policy.add_noise(latents, noise, sigma), sigma)
+        return self._regularised(run, loss, logs, denoising_error(denoised, latents, sigma, run.policy.space))
+
+    def _image_loss(self, run: RunContext, batch: Images) -> tuple[Tensor, Logs]:
         policy, sampler = run.policy, Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
         sigmas, latents = sampler.sigmas, batch.latents.to(policy.device)
-        low, high = self.index_range(sigmas)
         first = batch.rng.integers("image start", self.start_from, self.start_to, shared=not self.per_sample)
-        last = batch.rng.integers("gradient step", low, high, shared=not self.per_sample).maximum(first)
-
+        last = self.gradient_step(batch, sigmas).maximum(first)
         start = policy.add_noise(latents, sampler.start_noise.to(latents), sigmas[first])
-        with torch.set_grad_enabled(self.diffusion_weight > 0 or bool((last == first).any())):
+        regularised = self.diffusion_weight > 0
+        with torch.set_grad_enabled(regularised or bool((last == first).any())):
             at_start = sampler.denoiser(start, sigmas[first])
         x, denoised = self._from_start(sampler, start, at_start, first, last)
         loss, logs = self._reward_loss(run, batch, x, sigmas[last], denoised)
-        if self.diffusion_weight > 0:
-            here = sigmas[first]
-            scale = per_sample(alpha(here, policy.space) / here, start)  # ε̂ − ε = −(x̂0 − x0)·α/σ, in either space
-            errors = ((at_start - latents) * scale).square().flatten(1).mean(1)
-            loss = loss + self.diffusion_weight * errors.mean()
-            logs["diffusion"] = errors.detach()
-        return loss, logs
+        if not regularised:
+            return loss, logs
+        return self._regularised(run, loss, logs, denoising_error(at_start, latents, sigmas[first], policy.space))
+
+    def check(self, context: RunContext) -> None:
+        """As ReFL; and refuse a unit of the diffusion weight that this reward does not have."""
+        super().check(context)
+        self.weight_beside(context.reward)
+
+    def weight_beside(self, reward: Reward | None) -> float:
+        """The diffusion weight in the unit of the scores: a raw score is std standard deviations' worth.
+
+        Raises ValueError where the conversion needs a standard deviation that the reward does not have.
+        """
+        unit, weight = self.diffusion_weight_unit, self.diffusion_weight
+        standardised, std = (reward.standardised, reward.std) if isinstance(reward, ScaledReward) else (False, None)
+        if unit is None or weight == 0 or standardised == (unit == "sd"):
+            return weight
+        if std is None and unit == "raw":
+            raise ValueError("diffusion_weight_unit = raw: a sum of standardised rewards has no raw unit; give sd, or standardise = false")
+        if std is None:
+            raise ValueError(
+                "diffusion_weight_unit = sd: the reward has no measured standard deviation; "
+                "measure it with `python -m trainer rewards calibrate`, or give raw"
+            )
+        return weight / std if unit == "raw" else weight * std
+
+    def _regularised(self, run: RunContext, loss: Tensor, logs: Logs, errors: Tensor) -> tuple[Tensor, Logs]:
+        return loss + self.weight_beside(run.reward) * errors.mean(), {**logs, "diffusion": errors.detach()}
 
     def _from_start(self, sampler: Sampler, start: Tensor, at_start: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """State and x0-prediction at the gradient step; the prediction at the start takes the first step too."""
@@ -167,6 +225,11 @@ class ImageReFL(ReFL):
         x = sampler.rollout(x, last, first + 1)
         later = sampler.denoiser.rows(onward)(x[onward], sampler.sigmas[last[onward]])
         return x, at_start.index_copy(0, onward.to(at_start.device), later)
+
+
+def denoising_error(denoised: Tensor, latents: Tensor, sigma: Tensor, space: Space) -> Tensor:
+    """Mean squared error (B,) of the noise prediction that x0-predictions of noised latents imply: ε̂ − ε = −(x̂0 − x0)·α/σ."""
+    return ((denoised - latents) * per_sample(alpha(sigma, space) / sigma, latents)).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
