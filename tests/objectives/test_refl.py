@@ -182,6 +182,23 @@ def test_without_a_diffusion_weight_plain_refl_needs_no_images(toy_policy, toy_r
         loss_of(replace(objective, diffusion_weight=0.1), toy_policy, batch(latents=False), toy_reward)
 
 
+@pytest.mark.parametrize("starts", [(6, 6), (4, 8)])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_diffusion_loss_is_on_the_unguided_prediction(toy_reward, starts, scale):
+    more = {"start_from": starts[0], "start_to": starts[1], "refl_share": 0.0, "guidance_scale": scale}
+    policy, b = Guided(), batch(10)
+    losses = [loss_of(ImageReFL(**SMALL, **more, diffusion_weight=w), policy, b, toy_reward)[0] for w in (0.3, 0.0)]
+    sigmas = policy.sigmas(10)
+    level = sigmas[b.rng.integers("image start", *starts)]
+    noise = b.rng.normal("start", (3, 1, 1)).double()
+    z = b.latents + level.reshape(-1, 1, 1, 1) * noise
+    epsilon = (z - policy._denoise(z, level, policy.weight)) / level.reshape(-1, 1, 1, 1)
+    expected = 0.3 * (epsilon - noise).square().mean()
+    torch.testing.assert_close(losses[0] - losses[1], expected)
+    found, without = (gradient(policy, loss) for loss in losses)
+    torch.testing.assert_close(found - without, gradient(policy, expected))
+
+
 def test_threshold_stops_the_push_where_the_reward_is_high_enough(toy_policy, toy_reward):
     loss, _ = loss_of(ReFL(**SMALL, threshold=-1e9), toy_policy, batch(), toy_reward)
     assert float(loss) == 0.0 and gradient(toy_policy, loss).abs().max() == 0

@@ -107,8 +107,8 @@ class ImageReFL(ReFL):
     """ImageReFL (Sorokin et al. 2025, arXiv:2505.22569, section 4): ReFL from noised real images, beside a diffusion
     loss at the start of the rollout and a share of plain ReFL micro-batches.
 
-    The diffusion loss and the first rollout step are one evaluation: it is done once, with gradient. Samples whose
-    gradient step is the start itself take their x̂0 from it too.
+    The diffusion loss is always on the unguided prediction. Without guidance the first rollout step is the same evaluation: it
+    is done once, with gradient. Samples whose gradient step is the start itself take their x̂0 from it too.
     """
 
     start_from: int = field(default=30, metadata={"min": 0, "max": 999, "help": "first index to which a real image may be noised"})
@@ -181,13 +181,18 @@ class ImageReFL(ReFL):
         last = self.gradient_step(batch, sigmas).maximum(first)
         start = policy.add_noise(latents, sampler.start_noise.to(latents), sigmas[first])
         regularised = self.diffusion_weight > 0
-        with torch.set_grad_enabled(regularised or bool((last == first).any())):
-            at_start = sampler.denoiser(start, sigmas[first])
-        x, denoised = self._from_start(sampler, start, at_start, first, last)
+        if regularised and self.guidance_scale != 1:
+            unguided = policy.denoiser(batch.prompts)(start, sigmas[first])
+            x = sampler.rollout(start, last, first)
+            denoised = sampler.denoiser(x, sigmas[last])
+        else:
+            with torch.set_grad_enabled(regularised or bool((last == first).any())):
+                unguided = sampler.denoiser(start, sigmas[first])
+            x, denoised = self._from_start(sampler, start, unguided, first, last)
         loss, logs = self._reward_loss(run, batch, x, sigmas[last], denoised)
         if not regularised:
             return loss, logs
-        return self._regularised(run, loss, logs, denoising_error(at_start, latents, sigmas[first], policy.space))
+        return self._regularised(run, loss, logs, denoising_error(unguided, latents, sigmas[first], policy.space))
 
     def check(self, context: RunContext) -> None:
         """As ReFL; and refuse a unit of the diffusion weight that this reward does not have."""
