@@ -178,3 +178,14 @@ def test_vendi_counts_different_images():
     values = torch.linalg.eigvalsh(unit @ unit.T / 9)
     expected = math.exp(-sum(float(v) * math.log(float(v)) for v in values if v > 1e-12))
     assert vendi_score(features) == pytest.approx(expected)
+
+
+def test_an_image_that_does_not_count_takes_part_in_no_pair():
+    features = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).double()
+    counts = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    streamed = Diversity().update(features[:2], [0, 0], counts[:2]).update(features[2:], [0, 0, 0], counts[2:]).values()[0]
+    unit = torch.nn.functional.normalize(features, dim=1)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    expected = sum(float(counts[i] * counts[j] * (1 - unit[i] @ unit[j])) for i, j in pairs) / len(pairs)
+    assert float(streamed) == pytest.approx(expected, abs=1e-12)
+    assert float(streamed) < float(Diversity().update(features, [0] * 5).values()[0])

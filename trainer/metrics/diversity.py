@@ -23,27 +23,30 @@ def within_prompt_diversity(features: Tensor, groups: Tensor) -> Tensor:
 class Diversity:
     """`within_prompt_diversity` of features that come in batches, in any order, from one sum of unit vectors per prompt.
 
-    Σ over ordered pairs of cosines = ‖Σu‖² − n, so 1 − (‖Σu‖² − n)/(n(n−1)).
+    Σ over ordered pairs of 1 − cosine = M² − ‖Σu‖² over M images. An image that does not count takes part in no pair, and the
+    number of pairs stays n(n−1): broken images lower the diversity instead of raising it.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[Hashable, tuple[int, Tensor]] = {}
+        self._sums: dict[Hashable, tuple[int, float, Tensor]] = {}
 
-    def update(self, features: Tensor, groups: Sequence[Hashable]) -> Diversity:
-        """Add features (N,D) and the prompt id of each."""
+    def update(self, features: Tensor, groups: Sequence[Hashable], counts: Tensor | None = None) -> Diversity:
+        """Add features (N,D), the prompt id of each, and which of them count: (N,) of 0 and 1, by default all."""
         if len(features) != len(groups):
             raise ValueError(f"{len(features)} features for {len(groups)} prompt ids")
-        for group, unit in zip(groups, F.normalize(features.detach().cpu().double(), dim=1)):
-            number, total = self._sums.get(group, (0, torch.zeros_like(unit)))
-            self._sums[group] = (number + 1, total + unit)
+        counted = torch.ones(len(features)) if counts is None else counts.cpu()
+        units = F.normalize(features.detach().cpu().double(), dim=1) * counted[:, None]
+        for group, unit, one in zip(groups, units, counted.tolist()):
+            number, right, total = self._sums.get(group, (0, 0.0, torch.zeros_like(unit)))
+            self._sums[group] = (number + 1, right + one, total + unit)
         return self
 
     def values(self) -> dict[Hashable, Tensor]:
         """Prompt id -> diversity (), in the order in which prompts came."""
-        for group, (n, _) in self._sums.items():
+        for group, (n, _, _) in self._sums.items():
             if n < 2:
                 raise ValueError(f"prompt {group} has {n} image: diversity needs at least two")
-        return {group: 1 - (total.square().sum() - n) / (n * (n - 1)) for group, (n, total) in self._sums.items()}
+        return {group: (m * m - total.square().sum()) / (n * (n - 1)) for group, (n, m, total) in self._sums.items()}
 
 
 def pairwise_diversity(distance: Callable[[Tensor, Tensor], Tensor], images: Tensor, groups: Sequence[Hashable]) -> dict[Hashable, Tensor]:

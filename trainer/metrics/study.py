@@ -32,12 +32,17 @@ JUDGE_BATCH = 64  # images per call of a reward or feature extractor
 
 @dataclass(frozen=True)
 class Judges:
-    """Rewards and feature extractors by name, and LPIPS if its weights are present; metrics of the first extractor carry no prefix."""
+    """Rewards and feature extractors by name, and LPIPS if its weights are present; metrics of the first extractor carry no prefix.
+
+    match: images (N,3,H,W), N prompts -> (N,) of 0 and 1: whether an image shows what its prompt names. Only pairs of images that do
+    add to the diversity under the first extractor, and the share that does is the figure `match`.
+    """
 
     rewards: Mapping[str, Reward]
     features: Mapping[str, Features]
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     device: str = "cpu"
+    match: Callable[[Tensor, Sequence[str]], Tensor] | None = None
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -49,6 +54,8 @@ class Judges:
                 found.setdefault(f"reward {name}", []).append(reward(part, prompts[first : first + JUDGE_BATCH]).float())
             for name, features in self.features.items():
                 found.setdefault(f"features {name}", []).append(features(part).float())
+            if self.match is not None:
+                found.setdefault("match", []).append(self.match(part, prompts[first : first + JUDGE_BATCH]).float())
         joined = {name: torch.cat(values).cpu().contiguous() for name, values in found.items()}
         if self.lpips is not None:
             by_prompt = pairwise_diversity(self.lpips, images.to(self.device), prompts)
@@ -76,7 +83,7 @@ class Study:
         if lone is not None:
             raise ValueError(f"prompt {lone!r} has 1 image: diversity needs at least two")
         self.folder, self.counts, self.points, self.judges = folder, counts, [BASE, *points], judges
-        kinds = [*judges.rewards, *judges.features, *(["lpips"] if judges.lpips else [])]
+        kinds = [*judges.rewards, *judges.features, *(["lpips"] if judges.lpips else []), *(["match"] if judges.match else [])]
         self.settings = json.loads(json.dumps({**settings, "judges": kinds, "points": self.points, "prompts": counts}))
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
@@ -197,10 +204,13 @@ class Study:
         """The figures per prompt of one point."""
         rewards = {name: torch.stack([v.double().mean() for v in self._by_prompt(point, f"reward {name}")]) for name in self.judges.rewards}
         spread: dict[str, Tensor] = {}
-        for name in self.judges.features:
+        matches = list(self._by_prompt(point, "match")) if self.judges.match is not None else None
+        if matches is not None:
+            spread["match"] = torch.stack([values.double().mean() for values in matches])
+        for i, name in enumerate(self.judges.features):
             diversity, vendi = Diversity(), list[float]()
             for number, rows in enumerate(self._by_prompt(point, f"features {name}")):
-                diversity.update(rows, [number] * len(rows))
+                diversity.update(rows, [number] * len(rows), matches[number] if matches is not None and i == 0 else None)
                 vendi.append(vendi_score(rows))
             spread[self._named(name, "diversity")] = torch.stack(list(diversity.values().values()))
             spread[self._named(name, "vendi")] = torch.tensor(vendi, dtype=torch.float64)
