@@ -18,7 +18,7 @@ ClipVision = io.Custom("CLIP_VISION")
 VISION = ClipVision.Input(
     "clip_vision",
     optional=True,
-    tooltip="What looks at the images: any CLIP Vision model (CLIP, SigLIP, DINOv2). Not connected: the demo's reader, which knows only "
+    tooltip="What looks at the images: any CLIP Vision model (CLIP, SigLIP, DINOv2). Not connected: the demo's extractor, which knows only "
     "the demo world.",
 )
 
@@ -29,8 +29,8 @@ def features(images: Tensor, clip_vision: Any) -> Tensor:
     if clip_vision is not None:
         parts = [clip_vision.encode_image(part.movedim(1, -1), crop="center")["image_embeds"] for part in images.split(64)]
         return torch.cat([part.float().cpu() for part in parts])
-    reader = files.load_reader()
-    return torch.cat([reader.features(part) for part in images.cpu().split(64)])
+    extractor = files.load_extractor()
+    return torch.cat([extractor.features(part) for part in images.cpu().split(64)])
 
 
 class Diversity(io.ComfyNode):

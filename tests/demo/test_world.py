@@ -8,8 +8,8 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from tools.embedded import preference
-from trainer.demo import architecture, rater, world
+from tools.embedded import judge_gates, preference
+from trainer.demo import architecture, files, rater, world
 from trainer.rng import generator
 
 
@@ -82,3 +82,34 @@ def test_both_tokenizers_agree_and_keep_words_whole(tmp_path):
         assert theirs([text])[0, : len(ids)].tolist() == ids
     assert len(clip("a red star").input_ids) == 5
     assert len(clip) == architecture.vocabulary_size()
+
+
+def test_an_image_is_right_if_it_shows_the_content_that_its_prompt_names_whatever_its_finish():
+    seen = {"shape": torch.tensor([[0.6, 0.4, 0, 0, 0, 0], [0.4, 0.6, 0, 0, 0, 0]]), "edge": torch.tensor([[0.1, 0.9], [0.1, 0.9]])}
+    assert rater.shows_content(seen, ["a crisp circle", "a crisp circle"]).tolist() == [1, 0]
+    assert rater.shows_content(seen, ["a crisp shape", "a square"]).tolist() == [1, 1]
+
+
+def test_the_raters_utility_has_a_finite_gradient_and_is_what_gold_scores():
+    gold, captions = files.load_reward("gold"), world.captions(6, "test gradient")
+    images = world.real_renders(captions, 1, 0).requires_grad_()
+    utility = gold.utility(images, [c.text for c in captions])
+    (gradient,) = torch.autograd.grad(utility.sum(), images)
+    assert torch.equal(utility, gold(images.detach(), [c.text for c in captions]))
+    assert gradient.isfinite().all() and float(gradient.flatten(1).norm(dim=1).min()) > 0
+
+
+def test_the_extractor_leaves_the_finish_alone_and_sees_the_layout():
+    found = judge_gates.extractor_gates(files.load_extractor().features, world.captions(24, "gates"), per_prompt=8)
+    assert found["finish"] >= 0.95 and found["layout"] <= 0.60
+
+
+def test_correlations_of_the_gates_are_within_a_prompt_and_partial_ones_hold_the_other_parts_fixed():
+    offsets = 100 * torch.arange(40).repeat_interleave(8)
+    rng = generator("gates")
+    first, second = torch.randn(320, generator=rng), torch.randn(320, generator=rng)
+    assert judge_gates._correlation(first + offsets, first - offsets, 8) == pytest.approx(1.0)
+    score = first + 0.1 * second
+    alone = judge_gates._partial(score, {"first": first, "second": second}, 8)
+    assert alone["first"] == pytest.approx(1.0) and alone["second"] == pytest.approx(1.0)
+    assert judge_gates._correlation(score, second, 8) < 0.3

@@ -20,12 +20,30 @@ from trainer.guidance import cfg
 from trainer.runtime.files import file_hash
 
 from .fit import LATENT_NOISE, TextToLatent, load_stage
+from .preference import TowerWithHeads
 
 log = logging.getLogger(__name__)
 
 
 def export(work: Path, seed: int, steps: int, **_: object) -> None:
-    """Write the trained stages as the files that the package ships, with a manifest."""
+    """Write the stages that `work` has trained as the files that the package ships, with a manifest; the other files stay."""
+    if (work / "unet.pt").is_file():
+        _export_pipeline(work)
+    for name, attributes in (("reader", tuple(world.ATTRIBUTES)), ("extractor", world.CONTENT)):
+        if (work / f"{name}.pt").is_file():
+            save_half(load_stage(work, name, architecture.Reader(attributes)), files.FOLDER / f"{name}.safetensors")
+    for name in architecture.TOWERS:
+        if (work / f"tower_{name}.pt").is_file():
+            write_tower(
+                files.FOLDER / name, load_stage(work, f"tower_{name}", TowerWithHeads(name)).tower, name, 0.0, 1.0, work / "tokenizer"
+            )
+            mean, std = _reward_statistics(name, seed)
+            path = files.FOLDER / name / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "mean": mean, "std": std}, indent=1) + "\n", "utf-8")
+    _write_manifest(work, seed)
+
+
+def _export_pipeline(work: Path) -> None:
     from diffusers import StableDiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
 
     scale = float(torch.load(work / "latents.pt", weights_only=True)["scale"])
@@ -44,22 +62,17 @@ def export(work: Path, seed: int, steps: int, **_: object) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(files.PIPELINE)
-    reader = load_stage(work, "reader", architecture.Reader())
-    save_half(reader, files.FOLDER / "reader.safetensors")
-    for name in architecture.TOWERS:
-        tower = load_stage(work, f"tower_{name}", architecture.build_tower(name))
-        write_tower(files.FOLDER / name, tower, name, 0.0, 1.0, work / "tokenizer")
-    statistics = _reward_statistics(seed)
-    for name, (mean, std) in statistics.items():
-        path = files.FOLDER / name / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "mean": mean, "std": std}, indent=1) + "\n", "utf-8")
-    stages = {}
-    for path in sorted(work.glob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        stages[path.stem] = {"steps": lines[-1]["step"], "loss": round(lines[-1]["loss"], 5)}
+
+
+def _write_manifest(work: Path, seed: int) -> None:
+    """Steps and last losses of every stage, those of `work` renewed, and the hashes of all files."""
+    path = files.FOLDER / "manifest.json"
+    stages = json.loads(path.read_text("utf-8"))["stages"] if path.is_file() else {}
+    for log_path in sorted(work.glob("*.jsonl")):
+        lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+        stages[log_path.stem] = {"steps": lines[-1]["step"], "loss": round(lines[-1]["loss"], 5)}
     hashes = {str(p.relative_to(files.FOLDER)): file_hash(p) for p in sorted(files.FOLDER.rglob("*.safetensors"))}
-    manifest = {"seed": seed, "stages": stages, "latent_scale": scale, "sha256": hashes}
-    (files.FOLDER / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps({"seed": seed, "stages": stages, "sha256": hashes}, indent=1) + "\n", "utf-8")
     log.info("%.2f MB of safetensors", sum(p.stat().st_size for p in files.FOLDER.rglob("*.safetensors")) / 1e6)
 
 
@@ -73,13 +86,13 @@ def _fold_scale(vae: Any, factor: float) -> None:
     vae.post_quant_conv.weight.div_(factor)
 
 
-def _reward_statistics(seed: int) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of each tower's raw scores over base samples: what a reward's unit is."""
+def _reward_statistics(name: str, seed: int) -> tuple[float, float]:
+    """Mean and standard deviation of a tower's raw scores over base samples: what a reward's unit is."""
     prompts = [c.text for c in world.captions(256, "statistics", seed)]
     settings = experiment.generation(seed + 99)
     images = generate(experiment.load_base(), prompts, settings, {"": cfg(settings.base)})[""]
-    scores = {name: files.load_reward(name, standardise=False)(images, prompts) for name in architecture.TOWERS}
-    return {name: (float(values.mean()), float(values.std())) for name, values in scores.items()}
+    values = files.load_reward(name, standardise=False)(images, prompts)
+    return float(values.mean()), float(values.std())
 
 
 def write_tower(folder: Path, tower: nn.Module, name: str, mean: float, std: float, words: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from torch import Tensor
 from trainer.demo import experiment, files, world
 from trainer.demo.architecture import Reader
 from trainer.demo.experiment import START, STEPS
+from trainer.demo.rater import Gold
 from trainer.generate import generate
 from trainer.guidance import cfg
 from trainer.metrics.diversity import within_prompt_diversity
 from trainer.models.unet import UNetPolicy
 from trainer.rng import Rng
 from trainer.sampling import end_of, trajectory
+
+from .judge_gates import extractor_gates, reward_gates
+
+JUDGED = 60  # prompts, of eight images each, that the rewards are measured on
 
 
 @torch.no_grad()
@@ -97,27 +103,48 @@ def measure(n: int = 1000) -> dict[str, Any]:
     features = [torch.cat([reader.features(p) for p in x.split(64)]) for x in (drawn, real)]
     diversity = [float(within_prompt_diversity(f, groups).mean()) for f in features]
 
-    rewards = experiment.rewards()
-    scores = {name: torch.cat([r(i, p) for i, p in _chunks(drawn, repeated, r)]) for name, r in rewards.items()}
-    table = {name: values.double().reshape(len(few), each) for name, values in scores.items()}
-    pairs = torch.combinations(torch.arange(each))
-    gaps = {name: (t[:, pairs[:, 0]] - t[:, pairs[:, 1]]).flatten() for name, t in table.items()}
-    agreement = {name: float((gaps[name].sign() == gaps["gold"].sign()).double().mean()) for name in ("reward", "heldout")}
-    stacked = torch.stack([t.flatten() for t in table.values()]).corrcoef()
-    names = list(table)
+    towers = {name: files.load_reward(name, standardise=False) for name in ("proxy", "heldout")}
+    asked = [c.text for c in captions[:JUDGED] for _ in range(each)]
+    judged = generate(policy, asked, settings, base)[""]
+    scores = {n: torch.cat([r(judged[i : i + 64], asked[i : i + 64]) for i in range(0, len(asked), 64)]) for n, r in towers.items()}
     return {
         "autoencoder": reconstruction(policy, reader, captions),
         "base": read_back(reader, samples, captions),
         "diversity": {"base": diversity[0], "renders": diversity[1], "ratio": diversity[0] / diversity[1]},
         "decided_after_switch": decided_after_the_switch(policy, texts[:16], 4, 4),
-        "agrees_with_rater": agreement,
-        "correlation": {f"{names[i]}–{names[j]}": float(stacked[i, j]) for i in range(3) for j in range(i + 1, 3)},
+        "rewards": reward_gates(scores, judged, asked, Gold(reader)),
+        "extractor": extractor_gates(files.load_extractor().features, few),
+        "reader": extractor_gates(reader.features, few),
         "prompts": n,
     }
 
 
-def _chunks(images: Tensor, prompts: list[str], _: object):
-    return [(images[i : i + 64], prompts[i : i + 64]) for i in range(0, len(images), 64)]
+def report(found: dict[str, Any]) -> str:
+    """Every gate as a row of Markdown: what was measured, what was wanted, and whether it was met."""
+    rewards, rows = found["rewards"], list[tuple[str, float, float, float]]()
+    rows += [
+        ("autoencoder, dB", found["autoencoder"]["psnr"], 28, math.inf),
+        ("attributes read back from reconstructions, jointly", found["autoencoder"]["rebuilt"]["joint"], 0.98, 1),
+        ("attributes read back from base samples, jointly", found["base"]["joint"], 0.90, 1),
+        ("diversity of the base, share of the renders'", found["diversity"]["ratio"], 0.80, math.inf),
+    ]
+    rows += [(f"decided after the switch: {name}", share, 0.15, 0.85) for name, share in found["decided_after_switch"].items()]
+    rows.append(("proxy's agreement with the rater", rewards["proxy"]["agreement with the rater"], 0.70, 0.85))
+    for name in ("proxy", "heldout"):
+        rows.append((f"{name}: correlation with gold", rewards[name]["correlation with gold"], 0.65, 1))
+        rows.append((f"{name}: Bradley–Terry loss above Bayes", rewards[name]["above Bayes"], -math.inf, 0.03))
+    for part, value in rewards["heldout"]["parts"].items():
+        own, alone = rewards["gold itself"][part], rewards["heldout"]["alone"][part]
+        rows.append((f"heldout sees {part} (alone {alone:.2f}; the utility itself {own:.2f})", value, 0.20, 1))
+    rows += [
+        ("extractor: diversity of renders of one finish", found["extractor"]["finish"], 0.95, math.inf),
+        ("extractor: diversity of renders of one layout", found["extractor"]["layout"], 0, 0.60),
+    ]
+    out = ["| gate | measured | wanted | |", "|---|---|---|---|"]
+    for name, value, low, high in rows:
+        wanted = f"≥ {low:g}" if high in (1, math.inf) else f"≤ {high:g}" if low in (0, -math.inf) else f"{low:g} to {high:g}"
+        out.append(f"| {name} | {value:.3g} | {wanted} | {'met' if low <= value <= high else '**missed**'} |")
+    return "\n".join(out) + f"\n\nA crowd's utility and gold correlate within a prompt by {rewards['crowd–gold']:.2f}.\n"
 
 
 if __name__ == "__main__":
@@ -127,4 +154,4 @@ if __name__ == "__main__":
     text = json.dumps(measure(), indent=1, ensure_ascii=False) + "\n"
     if out:
         out.write_text(text, "utf-8")
-    sys.stdout.write(text)
+    sys.stdout.write(report(json.loads(text)))

@@ -1,8 +1,9 @@
 """Pretrain the embedded world from nothing, stage by stage; every stage resumes where it was interrupted.
 
-    python -m tools.embedded.pretrain --work DIR STAGE...
+    python -m tools.embedded.pretrain --work DIR --steps N STAGE...
 
-Every batch is a pure function of (seed, stage, step), so a resumed stage sees the batches it would have seen.
+The gallery and the samples come from the shipped pipeline: `export` stands before and after them. Every batch is a pure function of
+(seed, stage, step), so a resumed stage sees the batches it would have seen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from trainer.runtime.processes import ALONE, Processes, joined
 from trainer.training import checkpoint
 
 from .export import export
+from .extractor import pretrain_extractor
 from .fit import DECAY, LATENT_NOISE, TextToLatent, fit, generator, load_stage
+from .pictures import cache_gallery, cache_samples
 from .preference import pretrain_tower
 
 log = logging.getLogger(__name__)
@@ -109,11 +112,6 @@ def encode(vae: Any, images: Tensor) -> Tensor:
     return vae.quant_conv(vae.encoder(images * 2 - 1))[:, :4]
 
 
-def decode(vae: Any, means: Tensor) -> Tensor:
-    """Images in [0,1] of unscaled latents."""
-    return (vae.decoder(vae.post_quant_conv(means)) / 2 + 0.5).clamp(0, 1)
-
-
 @torch.no_grad()
 def cache_latents(work: Path, seed: int, steps: int, **_: object) -> None:
     """`steps` batches of 64 scenes with their latent means, so that the UNet's training never renders."""
@@ -168,24 +166,6 @@ def pretrain_unet(work: Path, seed: int, steps: int, compiled: bool = False, bat
     fit("unet", model, loss_at, steps=steps, lr=1e-3, work=work, decay=0.9995, save_every=250, processes=processes)
 
 
-@torch.no_grad()
-def cache_gallery(work: Path, seed: int, steps: int, **_: object) -> None:
-    """`steps` batches of 64 images decoded from latents with errors of several sizes, as generated images have.
-
-    Decoding is the slow part of training on such images; this does it once.
-    """
-    vae = load_stage(work, "decoder", architecture.build_vae())
-    cache = torch.load(work / "latents.pt", weights_only=True)
-    decoded = []
-    for step in range(steps):
-        rng = generator(seed, "gallery", step)
-        means = cache["latents"][64 * step : 64 * (step + 1)]
-        off = 0.35 * torch.rand(len(means), 1, 1, 1, generator=rng).square()
-        images = decode(vae, (means + off * torch.randn(means.shape, generator=rng)) / cache["scale"])
-        decoded.append((images * 255).round().to(torch.uint8))
-    checkpoint.save({"scenes": cache["scenes"][: 64 * steps].clone(), "images": torch.cat(decoded)}, work / "gallery.pt")
-
-
 def pretrain_reader(work: Path, seed: int, steps: int, batch: int = 64, **_: object) -> None:
     """The attribute reader: half renders, half decoded images, with a little pixel noise."""
     gallery, reader = torch.load(work / "gallery.pt", weights_only=True), architecture.Reader()
@@ -209,10 +189,12 @@ STAGES: dict[str, Callable[..., None]] = {
     "decoder": pretrain_decoder,
     "unet": pretrain_unet,
     "gallery": cache_gallery,
+    "samples": cache_samples,
     "reader": pretrain_reader,
     "proxy": lambda work, seed, steps, **_: pretrain_tower("proxy", work, seed, steps),
     "export": export,
-    "heldout": lambda work, seed, steps, **_: pretrain_tower("heldout", work, seed + 1, steps),
+    "heldout": lambda work, seed, steps, **_: pretrain_tower("heldout", work, seed, steps),
+    "extractor": pretrain_extractor,
 }
 
 

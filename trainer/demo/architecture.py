@@ -7,6 +7,7 @@ channels, 77 tokens), so that its own classes load the same files.
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,16 +136,16 @@ def build_scheduler() -> DDPMScheduler:
 TOWERS: dict[str, dict[str, Any]] = {
     "proxy": {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16},
+        "vision_cfg": {"image_size": SIZE, "layers": (1, 1, 1, 1), "width": 12, "head_width": 32},
         "text_cfg": {"context_length": CONTEXT, "width": 64, "heads": 4, "layers": 2},
     },
     "heldout": {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": SIZE, "layers": (1, 1, 1, 1), "width": 8, "head_width": 32},
+        "vision_cfg": {"image_size": SIZE, "layers": (2, 2, 2, 2), "width": 8, "head_width": 32},
         "text_cfg": {"context_length": CONTEXT, "width": 48, "heads": 3, "layers": 2},
     },
 }
-"""open_clip configurations: a vision transformer for the proxy, a convolutional network for the held-out model."""
+"""open_clip configurations: residual networks, the proxy's wide, the held-out model's deep."""
 
 
 def build_tower(name: str) -> nn.Module:
@@ -163,7 +164,7 @@ class Reader(nn.Module):
     Trained for attributes alone, never for preference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> None:
         super().__init__()
         widths = (24, 48, 96, FEATURES)
         blocks: list[nn.Module] = []
@@ -175,14 +176,17 @@ class Reader(nn.Module):
         self.trunk = nn.Sequential(*blocks)
         self.squeeze = nn.Conv2d(FEATURES, 24, 1)  # keeps position: 24 channels of 4×4
         self.embed = nn.Linear(24 * 16, FEATURES)
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(ATTRIBUTES[name])) for name in attributes})
 
     def features(self, images: Tensor) -> Tensor:
         """(B,3,64,64) in [0,1] -> (B,96)."""
         images = images if images.shape[-1] == SIZE else F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True)
         return self.embed(self.squeeze(self.trunk(images * 2 - 1)).flatten(1))
 
+    def read(self, features: Tensor) -> dict[str, Tensor]:
+        """(B,96) -> logits (B, values) per attribute."""
+        return {name: head(F.silu(features)) for name, head in self.heads.items()}
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B,3,64,64) in [0,1] -> logits (B, values) per attribute."""
-        features = F.silu(self.features(images))
-        return {name: head(features) for name, head in self.heads.items()}
+        return self.read(self.features(images))

@@ -29,6 +29,7 @@ from ..training.folder import CHECKPOINT, WATCH
 from ..training.parts import Parts
 from ..training.run import Run
 from . import files, world
+from .rater import shows_content
 
 STEPS = 20  # sampler steps of the embedded world, in training and generation
 # Where training starts from images, and the headline k. The paper's 30 of 40 would be 15 of 20, but images of 64×64 pixels have little
@@ -36,11 +37,17 @@ STEPS = 20  # sampler steps of the embedded world, in training and generation
 START = 12
 GUIDANCE = 2.0  # of the base model: 3 follows the prompt better still, and loses a tenth of the variety
 
-LATE = {"grad_from": START, "grad_to": STEPS - 1}
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "refl": LATE,
-    "imagerefl": {**LATE, "start_from": START, "start_to": START, "refl_share": 0.25, "diffusion_weight": 0.05},
+LATE: dict[str, Any] = {"grad_from": START, "grad_to": STEPS - 1}
+IMAGEREFL: dict[str, Any] = {
+    **LATE,
+    "start_from": START,
+    "start_to": START,
+    "refl_share": 0.25,
+    "refl_diffusion": True,
+    "diffusion_weight": 0.3,
+    "diffusion_weight_unit": "sd",
 }
+OBJECTIVES: dict[str, dict[str, Any]] = {"refl": LATE, "imagerefl": IMAGEREFL}
 """The two methods of the paper in the embedded world's steps; docs/results.md says how the weights were chosen."""
 
 UNGUIDED: Point = ("base_unguided", STEPS)
@@ -49,6 +56,16 @@ UNGUIDED: Point = ("base_unguided", STEPS)
 def rewards() -> dict[str, Reward]:
     """The reward of training (`reward`), the held-out one and the gold one, as results name them."""
     return {"reward": files.load_reward("proxy"), "heldout": files.load_reward("heldout"), "gold": files.load_reward("gold")}
+
+
+def judges(rewards: Mapping[str, Reward]) -> Judges:
+    """What an evaluation measures: rewards, diversity and distances under both extractors, and whether an image is right."""
+    reader = files.load_reader()
+
+    def match(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return shows_content({name: logits.softmax(1) for name, logits in reader(images).items()}, prompts)
+
+    return Judges(rewards, {"content": files.load_extractor().features, "reader": reader.features}, match=match)
 
 
 def load_base() -> UNetPolicy:
@@ -97,10 +114,11 @@ def train(
     on_step: Callable[[Run], object] = lambda run: None,
     *,
     resume: bool = True,
+    reward: Reward | None = None,
 ) -> list[dict[str, float]]:
     """Train, with a progress bar; returns the evaluations. With `resume` a finished run is kept and an interrupted one continues.
 
-    Ctrl-C saves the checkpoint and raises KeyboardInterrupt.
+    Ctrl-C saves the checkpoint and raises KeyboardInterrupt. reward: what is trained on, the proxy by default.
     """
     folder = Path(config.out)
     if resume and (folder / "lora.safetensors").is_file() and (folder / WATCH).is_file():
@@ -108,9 +126,9 @@ def train(
     policy = load_base()
     if config.consistency:
         load_consistency(policy, files.CONSISTENCY)
-    evaluation = Evaluation.of_run(config, policy, rewards, prompts, files.load_reader().features)
+    evaluation = Evaluation.of_run(config, policy, rewards, prompts, files.load_extractor().features)
     base = file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors")
-    parts = Parts(policy, samples, files.load_reward("proxy"), evaluation=evaluation, base_hash=base)
+    parts = Parts(policy, samples, reward or files.load_reward("proxy"), evaluation=evaluation, base_hash=base)
     run = Run.start(config, parts, overwrite=True, resume=resume and (folder / CHECKPOINT).is_file())
     for _ in follow(run):
         on_step(run)
@@ -155,7 +173,11 @@ def evaluate(
     seed: int,
     renders_seed: int = 1,
 ) -> Evaluated:
-    """Generate by the guided base, the unguided base and `mixes`, and judge; FID and LogCov are against renders of the same prompts."""
+    """Generate by the guided base, the unguided base and `mixes`, and judge; FID and LogCov are against renders of the same prompts.
+
+    `diversity` is of content, among images that show the content that their prompt names; `reader_diversity` is of all
+    attributes, the finish included, whatever an image shows.
+    """
     from tqdm import tqdm
 
     prompts = [c.text for c in captions for _ in range(per_prompt)]
@@ -163,13 +185,13 @@ def evaluate(
     mixes = {BASE: cfg(settings.base), UNGUIDED: cfg(Slot("base")), **mixes}
     with tqdm(total=len(prompts) * len(mixes), desc="generating", unit="image") as bar:
         images = generate(policy, prompts, settings, mixes, progress=bar.update)
-    features = files.load_reader().features
-    study = Study(folder / "scores", prompts, list(mixes)[1:], Judges(rewards, {"reader": features}), {})
+    study = Study(folder / "scores", prompts, list(mixes)[1:], judges(rewards), {})
     study.open(resume=False, overwrite=True)
     for part in study.parts(len(prompts)):
         study.add(part, images)
     real = world.real_renders(captions, 4 * per_prompt, renders_seed)
-    summary = study.summarise({"reader": (features(part) for part in real.split(64))})
+    extractors = study.judges.features
+    summary = study.summarise({name: (features(part) for part in real.split(64)) for name, features in extractors.items()})
     judged = {point: study.judged(point) for point in study.points}
     study.clear()
     return Evaluated(prompts, images, judged, summary)

@@ -10,11 +10,20 @@ from safetensors.torch import load_file
 from ..rewards.base import RewardModel
 from ..rewards.two_tower import TwoTower
 from ..rewards.weighted import Standardised
+from . import world
 from .architecture import Reader
 from .rater import Gold
 
 FOLDER = Path(__file__).parent / "weights"
 PIPELINE = FOLDER / "pipeline"
+HASHED = (
+    "pipeline/unet/diffusion_pytorch_model.safetensors",
+    "proxy/model.safetensors",
+    "heldout/model.safetensors",
+    "reader.safetensors",
+    "extractor.safetensors",
+)
+"""The files that every figure of the embedded world depends on."""
 CONSISTENCY = FOLDER / "consistency.safetensors"
 
 
@@ -24,9 +33,17 @@ def loras() -> dict[str, Path]:
 
 
 def load_reader() -> Reader:
-    """The attribute reader: features of diversity and FID, and the gold reward's view of attributes."""
-    reader = Reader()
-    reader.load_state_dict({k: v.float() for k, v in load_file(FOLDER / "reader.safetensors").items()})
+    """The attribute reader: the gold rater's eyes, and what tells whether an image shows what its prompt names."""
+    return _load(Reader(), "reader")
+
+
+def load_extractor() -> Reader:
+    """The extractor of diversity and FID: it reads content, and the finish moves its features little."""
+    return _load(Reader(world.CONTENT), "extractor")
+
+
+def _load(reader: Reader, name: str) -> Reader:
+    reader.load_state_dict({k: v.float() for k, v in load_file(FOLDER / f"{name}.safetensors").items()})
     return reader.requires_grad_(False).eval()
 
 

@@ -21,6 +21,9 @@ from .architecture import Reader
 # Weight of each part, in units of the logistic noise of a choice (tools/embedded/preference.py).
 WEIGHTS = {"match": 4.0, "crisp": 1.2, "vivid": 1.0, "shaded": 0.9, "centred": 0.8, "large": 0.7, "dark": 0.5, "artefacts": -3.0}
 
+# A crowd's taste: colour and composition catch the eye, flaws are forgiven. Its choices train the proxy, never a judge.
+CROWD = {"match": 4.0, "crisp": 0.8, "vivid": 2.0, "shaded": 0.9, "centred": 1.2, "large": 1.2, "dark": 1.2, "artefacts": -1.0}
+
 
 def _share(value: Tensor, low: float, high: float) -> Tensor:
     """0 at `low`, 1 at `high`, clamped between."""
@@ -43,16 +46,18 @@ def measure(images: Tensor) -> dict[str, Tensor]:
         return (values * weight).sum((1, 2)) / mass
 
     slope_y, slope_x = relative[:, 1:, :-1] - relative[:, :-1, :-1], relative[:, :-1, 1:] - relative[:, :-1, :-1]
-    steepness = (slope_y.square() + slope_x.square()).sqrt().flatten(1).quantile(0.985, dim=1)
+    steepness = torch.stack([slope_y, slope_x]).norm(dim=0).flatten(1).quantile(0.985, dim=1)  # a norm has a gradient at 0, a root not
     chroma = images.amax(1) - images.amin(1)
     luminance = (images * torch.tensor([0.3, 0.59, 0.11])[None, :, None, None].to(images)).sum(1)
     core = torch.sigmoid((relative - 0.62) * 20)
     core_mass = core.sum((1, 2)).clamp(min=1.0)
     level = (luminance * core).sum((1, 2)) / core_mass
-    variation = ((luminance - level[:, None, None]).square() * core).sum((1, 2)).div(core_mass).sqrt() / level.clamp(min=0.1)
+    variation = ((luminance - level[:, None, None]).square() * core).sum((1, 2)).div(core_mass).clamp(min=1e-12).sqrt() / level.clamp(
+        min=0.1
+    )
     places = torch.arange(world.SIZE).to(images) + 0.5
     centre_x, centre_y = inside(places[None, None, :].expand_as(weight)), inside(places[None, :, None].expand_as(weight))
-    offset = ((centre_x - 32).square() + (centre_y - 32).square()).sqrt()
+    offset = torch.stack([centre_x - 32, centre_y - 32]).norm(dim=0)
 
     smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     empty = torch.sigmoid((0.12 - relative) * 40)
@@ -92,9 +97,12 @@ class Gold(RewardModel):
     @torch.no_grad()
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,64,64) in [0,1], B prompts -> (B,) float32."""
+        return self.utility(images, prompts)
+
+    def utility(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The same with its graph."""
         return taste(images) + WEIGHTS["match"] * match(self.read(images), prompts)
 
-    @torch.no_grad()
     def read(self, images: Tensor) -> dict[str, Tensor]:
         """Probability of each value of each attribute, by the reader: (B, values) by attribute."""
         return {name: logits.softmax(1) for name, logits in self.reader(images).items()}
@@ -114,3 +122,10 @@ def match(probabilities: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
         seen = [probabilities[a][i, world.attribute_index(a, v)] for a, v in named.items()]
         rows.append(torch.stack(seen).mean() if seen else everything)
     return torch.stack(rows)
+
+
+def shows_content(probabilities: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    """1 for an image in which every attribute of content that its prompt names is as likely as not, else 0: (B,)."""
+    content = [{name: value for name, value in world.attributes_named(p).items() if name in world.CONTENT} for p in prompts]
+    right = [all(probabilities[a][i, world.attribute_index(a, v)] >= 0.5 for a, v in named.items()) for i, named in enumerate(content)]
+    return torch.tensor(right, dtype=torch.float32)

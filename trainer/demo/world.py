@@ -30,6 +30,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """Every attribute with its values, in the order of the columns of a scene table."""
 
+CONTENT = ("shape", "colour", "size", "position", "background")
+"""The attributes that say what a scene shows: the ones that variety means."""
+
 FINISH = ("edge", "tone", "light")
 """The attributes that say how a scene is rendered rather than what it shows."""
 
@@ -71,6 +74,11 @@ def draw_caption(scene: list[int], rng: random.Random) -> Caption:
     if not named:
         named = {"shape": values["shape"]}
     return Caption(_phrase(named, rng), named)
+
+
+def full_caption(scene: list[int], rng: random.Random) -> str:
+    """A caption that names all eight attributes, the position included."""
+    return _phrase({name: ATTRIBUTES[name][index] for name, index in zip(ATTRIBUTES, scene)}, rng)
 
 
 def completions(caption: Caption, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
