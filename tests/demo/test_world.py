@@ -104,6 +104,12 @@ def test_the_extractor_leaves_the_finish_alone_and_sees_the_layout():
     assert found["finish"] >= 0.95 and found["layout"] <= 0.60
 
 
+def test_the_extractors_features_have_no_common_mean_that_hides_differences():
+    features = files.load_extractor().features(world.render(*world.draw_scenes(512, generator("test features"))))
+    assert float(features.mean(0).norm()) < 0.2 * float(features.norm(dim=1).mean())
+    assert 0.5 < float(features.square().mean()) < 2
+
+
 def test_correlations_of_the_gates_are_within_a_prompt_and_partial_ones_hold_the_other_parts_fixed():
     offsets = 100 * torch.arange(40).repeat_interleave(8)
     rng = generator("gates")

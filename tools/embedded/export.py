@@ -19,6 +19,7 @@ from trainer.generate import generate
 from trainer.guidance import cfg
 from trainer.runtime.files import file_hash
 
+from .extractor import centred
 from .fit import LATENT_NOISE, TextToLatent, load_stage
 from .preference import TowerWithHeads
 
@@ -29,9 +30,10 @@ def export(work: Path, seed: int, steps: int, **_: object) -> None:
     """Write the stages that `work` has trained as the files that the package ships, with a manifest; the other files stay."""
     if (work / "unet.pt").is_file():
         _export_pipeline(work)
-    for name, attributes in (("reader", tuple(world.ATTRIBUTES)), ("extractor", world.CONTENT)):
-        if (work / f"{name}.pt").is_file():
-            save_half(load_stage(work, name, architecture.Reader(attributes)), files.FOLDER / f"{name}.safetensors")
+    if (work / "reader.pt").is_file():
+        save_half(load_stage(work, "reader", architecture.Reader()), files.FOLDER / "reader.safetensors")
+    if (work / "extractor.pt").is_file():
+        save_half(centred(work), files.FOLDER / "extractor.safetensors")
     for name in architecture.TOWERS:
         if (work / f"tower_{name}.pt").is_file():
             write_tower(

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.demo import world
-from trainer.demo.architecture import Reader
+from trainer.demo.architecture import Extractor, Reader
 
-from .fit import fit, generator
+from .fit import fit, generator, load_stage
 from .pictures import CHUNK
 
 ALIGNMENT = 4.0  # weight of 1 − cosine of two views of one content
@@ -77,3 +77,20 @@ def pretrain_extractor(work: Path, seed: int, steps: int, batch: int = 64, **_: 
         return torch.stack(losses).mean() + ALIGNMENT * (1 - F.cosine_similarity(ours, theirs)).mean()
 
     fit("extractor", network, loss_at, steps=steps, lr=2e-3, work=work, decay=0.995, weight_decay=1e-3)
+
+
+@torch.no_grad()
+def centred(work: Path, images: int = 4096) -> Extractor:
+    """The trained extractor without its heads, its features of mean 0 and of unit variance in the mean over their dimensions.
+
+    As trained, features share a large mean, which makes every cosine nearly 1.
+    """
+    network, extractor = load_stage(work, "extractor", Reader(world.CONTENT)), Extractor()
+    extractor.load_state_dict({name: value for name, value in network.state_dict().items() if not name.startswith("heads.")})
+    gallery = torch.load(work / "gallery.pt", weights_only=True)["images"][:images]
+    features = torch.cat([extractor.features(part.float() / 255) for part in gallery.split(256)])
+    mean = features.mean(0)
+    scale = (features - mean).square().mean().rsqrt()
+    extractor.embed.weight.mul_(scale)
+    extractor.embed.bias.sub_(mean).mul_(scale)
+    return extractor

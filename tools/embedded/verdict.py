@@ -48,7 +48,8 @@ class Curves:
 
     def __init__(self, record: Record) -> None:
         self.values = {
-            point: {a: torch.tensor(v) for a, v in row.items() if isinstance(v, list)} for point, row in record["points"].items()
+            point: {a: torch.tensor(v, dtype=torch.float64) for a, v in row.items() if isinstance(v, list)}
+            for point, row in record["points"].items()
         }
         self.prompts = len(self.values["base|0"]["gold"])
 

@@ -158,13 +158,10 @@ def build_tower(name: str) -> nn.Module:
     return build(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text)
 
 
-class Reader(nn.Module):
-    """Predicts a scene's attributes from pixels; its features are those of diversity and FID.
+class Extractor(nn.Module):
+    """Features of images; a convolutional network that keeps position."""
 
-    Trained for attributes alone, never for preference.
-    """
-
-    def __init__(self, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> None:
+    def __init__(self) -> None:
         super().__init__()
         widths = (24, 48, 96, FEATURES)
         blocks: list[nn.Module] = []
@@ -176,12 +173,19 @@ class Reader(nn.Module):
         self.trunk = nn.Sequential(*blocks)
         self.squeeze = nn.Conv2d(FEATURES, 24, 1)  # keeps position: 24 channels of 4×4
         self.embed = nn.Linear(24 * 16, FEATURES)
-        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(ATTRIBUTES[name])) for name in attributes})
 
     def features(self, images: Tensor) -> Tensor:
         """(B,3,64,64) in [0,1] -> (B,96)."""
         images = images if images.shape[-1] == SIZE else F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True)
         return self.embed(self.squeeze(self.trunk(images * 2 - 1)).flatten(1))
+
+
+class Reader(Extractor):
+    """Reads a scene's attributes from its features. Trained for attributes alone, never for preference."""
+
+    def __init__(self, attributes: Sequence[str] = tuple(ATTRIBUTES)) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(ATTRIBUTES[name])) for name in attributes})
 
     def read(self, features: Tensor) -> dict[str, Tensor]:
         """(B,96) -> logits (B, values) per attribute."""

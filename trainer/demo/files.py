@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -10,9 +11,10 @@ from safetensors.torch import load_file
 from ..rewards.base import RewardModel
 from ..rewards.two_tower import TwoTower
 from ..rewards.weighted import Standardised
-from . import world
-from .architecture import Reader
+from .architecture import Extractor, Reader
 from .rater import Gold
+
+E = TypeVar("E", bound=Extractor)
 
 FOLDER = Path(__file__).parent / "weights"
 PIPELINE = FOLDER / "pipeline"
@@ -37,14 +39,14 @@ def load_reader() -> Reader:
     return _load(Reader(), "reader")
 
 
-def load_extractor() -> Reader:
-    """The extractor of diversity and FID: it reads content, and the finish moves its features little."""
-    return _load(Reader(world.CONTENT), "extractor")
+def load_extractor() -> Extractor:
+    """The extractor of diversity and FID: content decides its features, which have mean 0 over scenes; the finish moves them little."""
+    return _load(Extractor(), "extractor")
 
 
-def _load(reader: Reader, name: str) -> Reader:
-    reader.load_state_dict({k: v.float() for k, v in load_file(FOLDER / f"{name}.safetensors").items()})
-    return reader.requires_grad_(False).eval()
+def _load(network: E, name: str) -> E:
+    network.load_state_dict({k: v.float() for k, v in load_file(FOLDER / f"{name}.safetensors").items()})
+    return network.requires_grad_(False).eval()
 
 
 def load_tower(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TwoTower:
