@@ -6,12 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import comfy.ldm.modules.attention
 import comfy.lora
-import comfy.model_management
-import comfy.model_sampling
-import comfy.sampler_helpers
-import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor, nn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +32,13 @@ from ..trainer.training.evaluation import Evaluation
 from ..trainer.training.loop import NonFinite
 from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
+from .lora import TrainedLora
 from .policy import ComfyPolicy
 from .scoring import prompt_per_image
 from .sockets import figure, image, pixels
 from .switch import ATTACHMENT
 
-NEW = "a new run"
+NEW, LAST = "a new run", "the last run of this name"
 
 
 def runs_folder() -> Path:
@@ -50,13 +52,20 @@ def resumable() -> list[str]:
     return [p.parent.name for p in found]
 
 
-def new_folder(name: str) -> Path:
-    """A folder that no run has used: name, name_2, name_3, …"""
+def run_folder(name: str, resume: str) -> Path:
+    """The folder of the run to resume, or one that no run has used: name, name_2, name_3, …"""
     plain_name = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ") or "run"
-    number = 1
-    while (folder := runs_folder() / (plain_name if number == 1 else f"{plain_name}_{number}")).exists():
-        number += 1
-    return folder
+    if resume == NEW:
+        number = 1
+        while (folder := runs_folder() / (plain_name if number == 1 else f"{plain_name}_{number}")).exists():
+            number += 1
+        return folder
+    runs = resumable()
+    found = [run for run in runs if run == resume or (resume == LAST and re.fullmatch(rf"{re.escape(plain_name)}(_\d+)?", run))]
+    if not found:
+        wanted = f"named {plain_name!r}" if resume == LAST else repr(resume)
+        raise ValueError(f"no run {wanted} to resume: choose one of {', '.join(runs) or 'none yet'}")
+    return runs_folder() / found[0]
 
 
 def _evaluation(policy: ComfyPolicy, objective: Any, prompts: Sequence[str], rewards: dict[str, Any], guidance_scale: float) -> Evaluation:
@@ -131,7 +140,7 @@ def _fitted(images: Tensor, size: int) -> Tensor:
     return images[:, :, top : top + tall, left : left + wide]
 
 
-def _check(texts: Sequence[str], objective: Any, reward: Any, features: Any, images: Tensor | None, resume: str) -> None:
+def _check(texts: Sequence[str], objective: Any, reward: Any, features: Any, images: Tensor | None) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     if not texts:
         raise ValueError("no prompt: write one per line, the caption of each image where images are connected")
@@ -145,8 +154,6 @@ def _check(texts: Sequence[str], objective: Any, reward: Any, features: Any, ima
         raise ValueError(
             f"{type(objective).__name__} trains on real images as it is set: connect some, or choose settings that start from noise"
         )
-    if resume != NEW and resume not in resumable():
-        raise ValueError(f"no run {resume!r} to resume: choose one of {', '.join(resumable()) or 'none yet'}")
 
 
 def _latent_shape(model: Any, vae: Any, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -180,8 +187,10 @@ def train_in_graph(
 ) -> io.NodeOutput:
     """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
     texts = [line.strip() for line in prompts.splitlines() if line.strip()]
-    _check(texts, objective[1], reward, features, images, resume)
-    folder = runs_folder() / resume if resume != NEW else new_folder(name)
+    _check(texts, objective[1], reward, features, images)
+    folder = run_folder(name, resume)
+    if resume != NEW:  # the browser draws another seed after each run
+        settings = {**settings, "seed": json.loads((folder / "config.json").read_text("utf-8"))["seed"]}
     method, built = objective
     table = {"name": method, **plain(built)}
     # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
@@ -203,13 +212,13 @@ def train_in_graph(
             parts = Parts(policy, samples, reward, None if features is None else features.reward)
             run = Run.start(config, parts, resume=resume != NEW)
             if run.step >= config.steps:
-                raise ValueError(f"{resume} is at step {run.step} already: raise steps to go on")
+                raise ValueError(f"{folder.name} is at step {run.step} already: raise steps to go on")
             evaluation = _evaluation(policy, built, texts, judges, preview_cfg)
             report = _run(run, evaluation, preview_every)
             log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
             losses, rewards = [line["loss"] for line in log], [line["reward"] for line in log]
-            weights = lora_tensors(policy, run.ema.values if run.ema else None)
             metadata = run.metadata()
+            weights = TrainedLora(lora_tensors(policy, run.ema.values if run.ema else None), metadata)
     tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
     tuned.set_attachments(ATTACHMENT, metadata)
     shown = evaluation.images if evaluation.images is not None else torch.zeros(1, 3, 8, 8)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.demo import files
 from ..trainer.metrics.distances import frechet_distance, log_covariance_distance
 from ..trainer.metrics.diversity import within_prompt_diversity
 from .scoring import prompt_per_image, table
-from .sockets import CATEGORY, pixels, schema
+from .sockets import CATEGORY, pixels, schema, show_text
 
 ClipVision = io.Custom("CLIP_VISION")
 VISION = ClipVision.Input(
@@ -69,7 +69,7 @@ class Diversity(io.ComfyNode):
         groups = torch.tensor([distinct.index(t) for t in texts])
         values = within_prompt_diversity(features(batch, clip_vision[0] if clip_vision else None), groups)
         text = table(("prompt", "images", "diversity"), [(p, texts.count(p), f"{v:.4f}") for p, v in zip(distinct, values.tolist())])
-        return io.NodeOutput(float(values.mean()), text, ui=ui.PreviewText(text))
+        return io.NodeOutput(float(values.mean()), text, ui=show_text(cls, f"diversity {values.mean():.4f}"))
 
 
 class Distance(io.ComfyNode):
@@ -102,7 +102,7 @@ class Distance(io.ComfyNode):
         ours, theirs = features(pixels(images), clip_vision), features(pixels(reference), clip_vision)
         fid, logcov = frechet_distance(ours, theirs), log_covariance_distance(ours, theirs)
         text = f"FID {fid:.3f}, LogCov {logcov:.3f}, {len(ours)} images against {len(theirs)}"
-        return io.NodeOutput(fid, logcov, ui=ui.PreviewText(text))
+        return io.NodeOutput(fid, logcov, ui=show_text(cls, text))
 
 
 NODES = [Diversity, Distance]

@@ -1,7 +1,9 @@
-"""Loading a reward LoRA together with what its file says of itself."""
+"""Loading and saving a reward LoRA together with what its file says of its training."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,21 @@ import comfy.lora
 import comfy.lora_convert
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..trainer.demo import files
-from ..trainer.lora.file import read_lora
+from ..trainer.lora.file import read_lora, write_tensors
 from ..trainer.lora.names import is_delta
-from .sockets import CATEGORY, schema
+from .sockets import CATEGORY, LoraWeights, schema
 from .switch import ATTACHMENT
+
+
+class TrainedLora(dict[str, Tensor]):
+    """LORA_MODEL: tensors by their names, as the stock nodes take them, with the metadata of the run that trained them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self.header = {"imagerefl": json.dumps(metadata, sort_keys=True)}
 
 
 def names() -> list[str]:
@@ -79,4 +90,37 @@ class LoadRewardLora(io.ComfyNode):
         return io.NodeOutput(tuned, float(metadata.get("switch_sigma", 0.0)), "\n".join(lines))
 
 
-NODES = [LoadRewardLora]
+class SaveRewardLora(io.ComfyNode):
+    """LORA_MODEL -> a file. The stock node writes no metadata, and has another id in each version of ComfyUI."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return schema(
+            node_id="ImageReFLSaveLora",
+            display_name="Save Reward LoRA",
+            category=f"{CATEGORY}/training",
+            description="Saves a trained LoRA with its switch and settings, so that Load Reward LoRA can set a switch to auto.",
+            search_aliases=["save lora weights", "export lora"],
+            is_output_node=True,
+            inputs=[
+                LoraWeights.Input("lora", tooltip="LORA_MODEL of a training node."),
+                io.String.Input(
+                    "prefix",
+                    default="loras/imagerefl",
+                    tooltip="File below ComfyUI's output folder; loras/… is in every LoRA loader's list.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, lora: dict[str, Tensor], prefix: str) -> io.NodeOutput:
+        """Save."""
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+        path = Path(folder, f"{name}_{counter:05}_.safetensors")
+        write_tensors(lora, path, getattr(lora, "header", {}), lambda _: None)
+        return io.NodeOutput()
+
+
+NODES = [LoadRewardLora, SaveRewardLora]

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.ldm.modules.attention
-import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor, nn
 

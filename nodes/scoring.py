@@ -10,12 +10,12 @@ from typing import Any
 import comfy.model_management
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL.PngImagePlugin import PngInfo
 
 from ..trainer.data.images import to_pil
 from .rewards import Loaded
-from .sockets import CATEGORY, Reward, pixels, schema
+from .sockets import CATEGORY, Reward, pixels, schema, show_text
 
 
 def prompt_per_image(prompts: Sequence[str], n: int) -> list[str]:
@@ -91,7 +91,9 @@ class RewardScorer(io.ComfyNode):
         raw, scaled = score(reward[0], batch, texts)
         rows = [(i, f"{z:.4f}", f"{r:.4f}", text) for i, (z, r, text) in enumerate(zip(scaled.tolist(), raw.tolist(), texts))]
         text = table(("image", "z", "raw", "prompt"), rows)
-        return io.NodeOutput(scaled.tolist(), raw.tolist(), text, float(scaled.mean()), ui=ui.PreviewText(text))
+        lines = [f"mean {scaled.mean():.3f}", *(f"image {i}: {z:.3f}" for i, z in enumerate(scaled[:16].tolist()))]
+        shown = show_text(cls, "\n".join(lines))
+        return io.NodeOutput(scaled.tolist(), raw.tolist(), text, float(scaled.mean()), ui=shown)
 
 
 def best(scores: Sequence[float], k: int, threshold: float | None) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..trainer.config import NAMES, RENAMED, build
 
@@ -21,8 +22,19 @@ Losses = io.Custom("LOSS_MAP")
 
 def schema(**keywords: Any) -> io.Schema:
     """A node's schema, without the keywords that this ComfyUI does not know."""
+    if keywords.get("is_output_node"):
+        keywords["hidden"] = [*keywords.get("hidden", []), io.Hidden.unique_id]  # show_text needs it
     known = {f.name for f in dataclasses.fields(io.Schema)}
     return io.Schema(**{name: value for name, value in keywords.items() if name in known})
+
+
+def show_text(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
+    """The node's output `text`; also draws it on the node, which the browser does by itself for Preview as Text alone."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)  # none where a script calls the node
+    number = getattr(getattr(node, "hidden", None), "unique_id", None)
+    if server is not None and number:
+        server.send_progress_text(text, number[0] if isinstance(number, list) else number)
+    return ui.PreviewText(text)
 
 
 def pixels(image: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.data.images import grid
@@ -25,7 +25,7 @@ from ..trainer.sampling import METHODS
 from .combined import guider
 from .judging import VISION, features
 from .scoring import score, table
-from .sockets import CATEGORY, Reward, figure, image, pixels, schema
+from .sockets import CATEGORY, Reward, figure, image, pixels, schema, show_text
 from .switch import switched
 
 
@@ -200,7 +200,8 @@ class TradeOffSweep(io.ComfyNode):
         text = table(("switch at step", *scores, "diversity"), rows)
         shown = image(grid(images, seeds)[None])
         plot = _plot(chosen, {n: s.mean(1).tolist() for n, s in scores.items()}, diversity)
-        return io.NodeOutput(shown, plot, text, image(images), ui=ui.PreviewText(text))
+        lines = [", ".join(f"{name} {value}" for name, value in zip(("step", *scores, "diversity"), row)) for row in rows]
+        return io.NodeOutput(shown, plot, text, image(images), ui=show_text(cls, "\n".join(lines)))
 
 
 def _plot(switches: Sequence[int], scores: dict[str, list[float]], diversity: list[float]) -> Tensor:

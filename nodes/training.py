@@ -11,8 +11,8 @@ from ..trainer.config import build
 from ..trainer.objectives import OBJECTIVES, ImageReFL
 from ..trainer.policy import ATTENTION, Lora
 from ..trainer.training.config import TrainConfig
-from .graph_run import NEW, resumable, train_in_graph
-from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, schema, widget_name, widgets
+from .graph_run import LAST, NEW, resumable, train_in_graph
+from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, schema, show_text, widget_name, widgets
 
 _OURS = (
     "steps",
@@ -40,9 +40,10 @@ def _run_inputs() -> list[Any]:
         io.String.Input("name", default="imagerefl", tooltip="Folder of the run, below output/imagerefl; a number is added if it exists."),
         io.Combo.Input(
             "resume",
-            options=[NEW, *resumable()],
+            options=[NEW, LAST, *resumable()],
             default=NEW,
-            tooltip="Go on from the state of a run that was cancelled, or give a finished one more steps. Settings must be the same.",
+            tooltip="Go on from the state of a cancelled run, or give a finished one more steps. It keeps its seed; other settings must be "
+            "the same.",
         ),
         io.Int.Input("preview_every", default=10, min=0, max=10000, tooltip="Steps between previews and their scores; 0 makes none."),
         io.Float.Input("preview_cfg", default=7.5, min=0.0, max=30.0, step=0.1, tooltip="Guidance of the base's part of the preview."),
@@ -76,7 +77,7 @@ _FEATURES = Reward.Input(
 )
 _OUTPUTS = [
     io.Model.Output("tuned", display_name="MODEL", tooltip="The tuned model: connect it as the tuned part of a Combined KSampler."),
-    LoraWeights.Output("lora", display_name="LORA_MODEL", tooltip="For the stock Save LoRA Weights and Load LoRA Model."),
+    LoraWeights.Output("lora", display_name="LORA_MODEL", tooltip="For Save Reward LoRA, and the stock Load LoRA Model."),
     Losses.Output("loss", display_name="LOSS_MAP", tooltip="For the stock Plot Loss Graph."),
     io.Image.Output("curves", display_name="curves", tooltip="Reward and held-out reward over training."),
     io.Image.Output("preview", display_name="preview", tooltip="The last preview images."),
@@ -90,6 +91,12 @@ def _split(values: dict[str, Any]) -> dict[str, Any]:
     targets = [t.strip() for t in values.pop("targets").split(",") if t.strip()]
     lora = build(Lora, {"rank": values.pop("rank"), "alpha": values.pop("alpha"), "targets": targets}, "lora.")
     return {"settings": settings, "lora": lora, **values}
+
+
+def _shown(node: type[io.ComfyNode], trained: io.NodeOutput) -> io.NodeOutput:
+    """With the report drawn on the node."""
+    show_text(node, trained.args[-1])
+    return trained
 
 
 class AlignLoraTrain(io.ComfyNode):
@@ -113,7 +120,7 @@ class AlignLoraTrain(io.ComfyNode):
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
         """Train."""
-        return train_in_graph(**_split(values))
+        return _shown(cls, train_in_graph(**_split(values)))
 
 
 _COMMON = ("refl_share", "diffusion_weight", "guidance_scale", "refl_diffusion", "diffusion_weight_unit")
@@ -163,7 +170,7 @@ class ImageReFLTrain(io.ComfyNode):
         common = {name: values.pop(widget_name(name)) for name in _COMMON if widget_name(name) in values}
         ranges = {"grad_from": first, "grad_to": sampler_steps - 1, "start_from": first, "start_to": first}
         built = build(OBJECTIVES["imagerefl"], {"steps": sampler_steps, **ranges, **common})
-        return train_in_graph(objective=("imagerefl", built), **_split(values))
+        return _shown(cls, train_in_graph(objective=("imagerefl", built), **_split(values)))
 
 
 NODES = [ImageReFLTrain, AlignLoraTrain]

@@ -126,7 +126,7 @@ def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_
 @comfyui
 @pytest.mark.slow
 def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
-    assert len(exactness["registered"]) == 26, exactness["registered"]
+    assert len(exactness["registered"]) == 27, exactness["registered"]
     assert exactness["described"]
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 
@@ -157,7 +157,7 @@ def test_reward_nodes_score_combine_pick_and_save(graph):
 def test_training_in_a_graph_shows_progress_and_gives_a_lora_that_every_loader_takes(graph):
     assert graph["progress"][:5] == [0, 1, 2, 3, 4] and graph["previews"] == 3
     assert graph["losses"] == 4 and graph["curves"][0] == 1 and graph["preview"] == [8, 64, 64, 3] and "4 steps" in graph["report"]
-    assert graph["file equals MODEL"] and graph["LoRA has an effect"] and graph["unmatched"] == 0
+    assert graph["file equals MODEL"] and graph["saved file equals MODEL"] and graph["LoRA has an effect"] and graph["unmatched"] == 0
     assert graph["ReFL without images or clip"] == 4
 
 
@@ -166,6 +166,7 @@ def test_training_in_a_graph_shows_progress_and_gives_a_lora_that_every_loader_t
 def test_cancel_saves_within_a_step_and_resuming_equals_an_uninterrupted_run(graph):
     assert graph["cancelled after"] == 2 and set(graph["resumable"]) == {"cut", "whole"}
     assert graph["resumed equals uninterrupted"] and graph["resumed losses"] == 4
+    assert graph["the last run of a name"] == "cut" and graph["a seed of its own"] == 0
     kinds = ["BlackBoxSQDF", "DRTune", "DRaFTLV", "SQDF", "SRPO"]
     assert graph["only finished or cancelled runs on disk"] == sorted(["broken", "cut", "refl", "whole", *kinds])
 
@@ -214,6 +215,7 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
         "no clip": "connect a clip",
         "no such module": "nothing to train",
         "changed settings": "another learning_rate",
+        "no run of this name": "no run named 'never' to resume: choose one of ",
         "below the threshold": "the best score is 2",
         "switches beyond": "from 0 to 6",
         "broken LoRA": "not a readable safetensors",
@@ -289,7 +291,14 @@ def test_loading_the_pack_imports_nothing_heavy(executor):
 @pytest.mark.slow
 def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hundred_prompts(place, tmp_path):
     told = run_inside(place, "live.py", cwd=tmp_path)
-    for claim in ("every workflow is a template", "help page", "progress", "previews", "lora saved by the stock node"):
+    for claim in (
+        "every workflow is a template",
+        "help page",
+        "progress",
+        "previews",
+        "lora saved with its switch",
+        "scores drawn on the node",
+    ):
         assert told[claim] is True, (claim, told)
     for name in ("combined", "demo-two-checkpoints", "demo-score-and-pick-best", "demo-train-imagerefl", "demo-trade-off-sweep"):
         assert told[name] == "execution_success", (name, told)

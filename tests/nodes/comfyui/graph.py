@@ -111,7 +111,9 @@ with torch.inference_mode():
     comfy.model_management.interrupt_current_processing(False)
     results["base untouched by Cancel"] = bool(torch.equal(plain_sample()["samples"], before["samples"]))
     results["resumable"] = training.resumable()
-    resumed = call("Train", name="", **own, **{**settings, "resume": "cut"})
+    results["the last run of a name"] = training.run_folder("cut", training.LAST).name
+    resumed = call("Train", name="cut", **own, **{**settings, "resume": training.LAST, "seed": 5})
+    results["a seed of its own"] = json.loads((training.runs_folder() / "cut" / "config.json").read_text("utf-8"))["seed"]
     results["resumed equals uninterrupted"] = all(torch.equal(lora[k], resumed[1][k]) for k in lora)
     results["resumed losses"] = len(resumed[2]["loss"])
 
@@ -124,6 +126,9 @@ with torch.inference_mode():
     switched = automatic(tuned)
     again = automatic(embedded.ours("nodes.lora").load(model, training.runs_folder() / "whole" / "lora.safetensors", 1.0)[0])
     results["file equals MODEL"] = bool(torch.equal(switched["samples"], again["samples"]))
+    call("SaveLora", lora, "loras/mine")
+    once_more = automatic(embedded.ours("nodes.lora").load(model, Path("output/loras/mine_00001_.safetensors"), 1.0)[0])
+    results["saved file equals MODEL"] = bool(torch.equal(switched["samples"], once_more["samples"]))
     results["LoRA has an effect"] = float((switched["samples"] - before["samples"]).abs().max()) > 1e-3
     through_stock, unmatched = embedded.with_lora(model, lora)
     results["unmatched"] = unmatched
@@ -179,6 +184,7 @@ with torch.inference_mode():
     refused("no clip", lambda: call("Train", name="x", **own, **{**settings, "clip": None}))
     refused("no such module", lambda: call("Train", name="x", **own, **{**settings, "targets": "nothing"}))
     refused("changed settings", lambda: call("Train", name="x", **own, **{**settings, "resume": "cut", "lr": 1e-3}))
+    refused("no run of this name", lambda: call("Train", name="never", **own, **{**settings, "resume": training.LAST}))
     refused("below the threshold", lambda: call("PickBest", [images], [0.0, 1.0, 2.0], [1], None, [5.0]))
     refused("switches beyond", lambda: embedded.ours("nodes.sweep").parse_switches("0, 7", 6))
     training.runs_folder().joinpath("zero.safetensors").write_bytes(b"broken")

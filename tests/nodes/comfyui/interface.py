@@ -34,7 +34,10 @@ async def main():
     known = {name: {"input": cls.INPUT_TYPES()} for name, cls in stock.NODE_CLASS_MAPPINGS.items()}
     errors = {}
     for path in sorted(Path(embedded.arguments[0]).glob("*.json")):
-        validity = await execution.validate_prompt(path.stem, api_form(json.loads(path.read_text("utf-8")), known), None)
+        text = path.read_text("utf-8")
+        if "SaveLoRANode" not in known:  # ComfyUI's own, which later versions call SaveLoRA
+            text = text.replace('"SaveLoRANode"', '"SaveLoRA"')
+        validity = await execution.validate_prompt(path.stem, api_form(json.loads(text), known), None)
         kinds = {error["type"] for node in validity[3].values() for error in node["errors"]}
         errors[path.stem] = sorted(kinds)
     return {"nodes": ours, "errors": errors}

@@ -20,6 +20,7 @@ import aiohttp
 from workflows import api_form, changed
 
 comfy_path, pack = (Path(p) for p in sys.argv[1:3])
+TEXT = (3).to_bytes(4, "big")  # the kind of a binary message that draws text on a node
 
 
 def start(folder, port, models=None):
@@ -52,12 +53,14 @@ class Client:
 
     def __init__(self, session, base):
         self.session, self.base, self.id = session, base, uuid.uuid4().hex
-        self.seen, self.previews = [], 0
+        self.seen, self.texts, self.previews = [], [], 0
 
     async def listen(self):
         async with self.session.ws_connect(f"{self.base}/ws?clientId={self.id}", max_msg_size=0) as stream:
             async for message in stream:
-                if message.type == aiohttp.WSMsgType.BINARY:
+                if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == TEXT:
+                    self.texts.append(message.data)
+                elif message.type == aiohttp.WSMsgType.BINARY:
                     self.previews += 1
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     self.seen.append(json.loads(message.data))
@@ -127,7 +130,9 @@ async def check(folder, process, port):
         for name, prompt in {**prompts, "demo-train-imagerefl": short}.items():
             if name.startswith("demo-") and name != "demo-combined-generation":
                 results[name] = (await client.run(prompt))["type"]
-        results["lora saved by the stock node"] = len(list((folder / "output" / "loras").glob("*.safetensors"))) == 1
+        saved = [p.read_bytes() for p in (folder / "output" / "loras").glob("*.safetensors")]
+        results["lora saved with its switch"] = len(saved) == 1 and b"switch_sigma" in saved[0]
+        results["scores drawn on the node"] = any(b"mean " in text and b"image 0: " in text for text in client.texts)
 
         long = changed(short, "ImageReFLTrain", steps=500, name="cancelled")
         client.seen.clear()
