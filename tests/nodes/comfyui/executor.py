@@ -4,6 +4,7 @@ Usage: executor.py COMFYUI PACK. Prints one JSON line.
 """
 
 import asyncio
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ class Server:
         self.sent.append((event, data))
 
 
+def caching():
+    """Settings of the cache that later versions read while they run a graph: nothing is dropped for want of memory."""
+    known = inspect.signature(execution.PromptExecutor).parameters
+    return {"cache_args": {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}} if "cache_args" in known else {}
+
+
 def plain_sample():
     demo = embedded.ours("nodes.demo")
     with torch.inference_mode():
@@ -51,7 +58,7 @@ async def main():
     results["plain sample in a fresh process"] = plain_sample()
     described = {name: {"input": kind.INPUT_TYPES()} for name, kind in stock.NODE_CLASS_MAPPINGS.items()}
     server = Server()
-    executor = execution.PromptExecutor(server)
+    executor = execution.PromptExecutor(server, **caching())
 
     async def run(name, prompt):
         validity = await execution.validate_prompt(name, prompt, None)
