@@ -60,6 +60,8 @@ def test_command_line_overrides_toml(tmp_path):
     assert build(Outer, values) == Outer("plain text", 1e-3, inner=Inner(4))
     with pytest.raises(ConfigError, match="write --key=value"):
         override({}, ["rate"])
+    (tmp_path / "windows.toml").write_bytes("name = 'ü'\r\n[inner]\r\nsize = 2\r\n".encode("utf-8-sig"))
+    assert build(Outer, read_toml(tmp_path / "windows.toml")) == Outer("ü", inner=Inner(2))
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_toml(tmp_path / "bad.toml")
@@ -94,6 +96,10 @@ def test_keys_of_0_1_0_stay_valid_everywhere():
 def test_objective_table_is_checked_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="use one of refl, imagerefl"):
         TrainConfig(out="x", objective={"name": "refle"})
+    with pytest.raises(ConfigError, match="use one of refl, imagerefl"):
+        TrainConfig(out="x", objective={"name": ["refl"]})
+    with pytest.raises(ConfigError, match="out is empty: give the output folder"):
+        TrainConfig(out="")
     with pytest.raises(ConfigError, match=r"unknown key 'objective.stepz'"):
         TrainConfig(out="x", objective={"name": "refl", "stepz": 3})
     with pytest.raises(ConfigError, match="objective: gradient range"):

@@ -6,8 +6,11 @@ import re
 import signal
 
 import pytest
+import torch
 from helpers.processes import log_of, toy_run
+from helpers.runs import same_lora
 
+from trainer.config import ConfigError
 from trainer.training import checkpoint
 from trainer.training.console import follow, steps_until
 from trainer.training.loop import NonFinite
@@ -28,6 +31,28 @@ def test_a_stop_in_the_last_step_finishes_the_run(tmp_path):
     run = toy_run("refl", tmp_path, steps=2)
     run.open_folder(overwrite=False, resume=False)
     assert len(list(steps_until(run, lambda: run.step == 2))) == 2 and run.last and run.result.is_file()
+
+
+@pytest.mark.parametrize("end", [{"steps": 4}, {"steps": 1000, "budget": 150}])
+def test_a_run_killed_after_its_last_checkpoint_resumes_to_its_result(end, tmp_path):
+    run = toy_run("refl", tmp_path, **end)
+    run.open_folder(overwrite=False, resume=False)
+    list(follow(run))
+    run.result.rename(tmp_path / "whole.safetensors")
+    again = toy_run("refl", tmp_path, **end)
+    again.open_folder(overwrite=False, resume=True)
+    assert list(follow(again)) == [] and again.last and again.step == run.step > 1
+    same_lora(again.result, tmp_path / "whole.safetensors")
+    assert len(log_of(tmp_path)) == run.step
+    with pytest.raises(ConfigError, match=rf"steps = 1: .* is at step {run.step}; give at least as many"):
+        toy_run("refl", tmp_path, steps=1).open_folder(overwrite=False, resume=True)
+
+
+@pytest.mark.parametrize("state", [torch.zeros(2), {"model": torch.zeros(2)}])
+def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="is not a checkpoint of a training run; start again with --overwrite"):
+        toy_run("refl", tmp_path).open_folder(overwrite=False, resume=True)
 
 
 def test_the_pace_is_printed_once_after_the_third_step(tmp_path, capsys):

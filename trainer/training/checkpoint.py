@@ -25,4 +25,5 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        reason = next(iter(str(error).splitlines()), "the file is empty")
+        raise ValueError(f"{path} is not a readable checkpoint: {reason}; start again with --overwrite") from error

@@ -134,7 +134,9 @@ class TrainConfig:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps or xpu"})
 
     def __post_init__(self) -> None:
-        """Refuse a table that describes no objective."""
+        """Refuse a table that describes no objective, and a folder without a name: it would be the current one."""
+        if not self.out:
+            raise ConfigError("out is empty: give the output folder")
         _ = self.method
 
     @cached_property
@@ -142,7 +144,7 @@ class TrainConfig:
         """The objective that the table names."""
         table = dict(self.objective)
         name = table.pop("name", None)
-        if name not in OBJECTIVES:
+        if not isinstance(name, str) or name not in OBJECTIVES:
             raise ConfigError(f"objective.name = {name!r}: use one of {', '.join(OBJECTIVES)}")
         return build(OBJECTIVES[name], table, "objective.")
 

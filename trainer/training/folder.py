@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT, LOG, CONFIG, WATCH, BEST = "checkpoint.pt", "log.jsonl", "config.json", "watch.json", "best.safetensors"
 LOCK = ".lock"
+_STATE = {"step", "adapter", "optimizer", "ema", "objective", "points", "calls", "settings", "base"}
 _OF_A_RUN = (LOG, CHECKPOINT, "lora.safetensors", "delta.safetensors", WATCH, BEST)
 
 
@@ -93,6 +94,8 @@ def check_resumable(config: TrainConfig, state: Mapping[str, Any], base_hash: st
     draws once per micro-batch is drawn anew.
     """
     path = Path(config.out) / CHECKPOINT
+    if not isinstance(state, dict) or not state.keys() >= _STATE:
+        raise ConfigError(f"{path} is not a checkpoint of a training run; start again with --overwrite")
     if state["base"] != base_hash:
         raise ConfigError(f"{path} was written over other weights than those of {config.model}")
     before = build(TrainConfig, {"out": config.out, **present_names(json.loads(state["settings"]))})
@@ -107,6 +110,8 @@ def check_resumable(config: TrainConfig, state: Mapping[str, Any], base_hash: st
         raise ConfigError(f"{path} was written with another {key}: {then.get(key)!r}, now {now.get(key)!r}")
     if state["adapter"].keys() != set(parameters):
         raise ConfigError(f"{path} was written with another adapter: give the lora.targets of that run")
+    if state["step"] > config.steps:
+        raise ConfigError(f"steps = {config.steps}: {path} is at step {state['step']}; give at least as many, or --overwrite")
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

@@ -136,9 +136,15 @@ class Run:
         if self.evaluation:
             self.evaluation.points = state["points"]
         self.step = state["step"]
+        self.last = self._ends(state["calls"])
         if self.processes.main:
             self.counted.calls = state["calls"]
             folder.trim_log(self.folder, self.step)
+
+    def _ends(self, calls: int) -> bool:
+        """Whether `steps`, `budget` or the watch ends the run at this step."""
+        c, points = self.config, self.evaluation.points if self.evaluation else []
+        return self.step == c.steps or 0 < c.budget <= calls or over_optimised(points, c.watch.diversity, c.watch.patience)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -163,16 +169,16 @@ class Run:
                 stack.callback(tracker.close)
             if self.evaluation and not self.evaluation.points:
                 self._evaluate(None)  # before training: the reference of `watch.diversity`
-            for done in self._optimizer_steps():
+            for done in () if self.last else self._optimizer_steps():  # a kill may leave the last checkpoint without its result
                 self.step = done.number
                 if self.ema:
                     self.ema.update(self.policy.named_parameters())
                 calls = self._calls()
                 self._log(done, calls, time.monotonic() - begin, tracker)
-                self.last = done.number == c.steps or 0 < c.budget <= calls
+                self.last = self._ends(calls)
                 if self.evaluation and (self.last or done.number % c.watch.every == 0):
                     self._evaluate(tracker)
-                    self.last = self.last or over_optimised(self.evaluation.points, c.watch.diversity, c.watch.patience)
+                    self.last = self._ends(calls)
                 if self.last or done.number % c.save_every == 0:
                     self.save()
                 yield done
