@@ -89,6 +89,9 @@ def test_folders_files_globs_and_manifests_are_found_in_order_and_once(folder):
         ("m.jsonl", "[1]\n", "line 1: give one JSON object per line"),
         ("m.jsonl", "{", "m.jsonl is not a readable manifest"),
         ("m.csv", b"path\n\xff\n", "m.csv is not a readable manifest"),
+        ("m.jsonl", "[" * 100_000, "m.jsonl is not a readable manifest"),
+        ("m.csv", "0.png,a star\n", "m.csv names no image: write a line with the columns"),
+        ("m.jsonl", "", "m.jsonl names no image"),
     ],
 )
 def test_faulty_manifests_are_said_to_be(name, content, message, tmp_path):
@@ -104,7 +107,12 @@ def test_a_missing_prompt_column_is_said_with_what_there_is(tmp_path):
 
 
 def test_nothing_to_score_is_an_error(tmp_path):
-    for path, message in ((tmp_path, "holds no image"), (tmp_path / "*.png", "no image matches"), (tmp_path / "x", "no image folder")):
+    for path, message in (
+        ("", "an empty path"),
+        (tmp_path, "holds no image"),
+        (tmp_path / "*.png", "no image matches"),
+        (tmp_path / "x", "no image folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             find_items([str(path)])
 
@@ -418,6 +426,30 @@ def test_a_stopped_run_goes_on_where_it_was(folder, capsys):
     assert [int(n) for n in log.read_text().split()] == [2, 2, 2, 2]  # the second pair was lost, no other was scored twice
     rows = list(csv.DictReader((folder / "s.csv").open()))
     assert [Path(r["path"]).name for r in rows] == [f"{i}.png" for i in range(6)] and not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("left", ["", '{"rewards": ["bri', '\n{"path": "1.png", "prompt": "", "raw": {}, "error": ""}\n'])
+def test_a_journal_killed_in_its_first_line_is_begun_anew(left, tmp_path):
+    journal = Journal(tmp_path / "s.csv", 0, {"size": 0})
+    journal.path.write_text(left)
+    list(journal.append(iter([ScoredImage("0.png", "a", {"bright": 1.0})])))
+    assert [row.path for row in journal.rows()] == ["0.png"]
+    with pytest.raises(ValueError, match="was scored with size 0, now 8"):
+        list(Journal(tmp_path / "s.csv", 0, {"size": 8}).rows())
+
+
+def test_an_output_named_like_a_glob_gets_its_scores(folder):
+    assert run(folder, "--out", folder / "s[1].csv") == 0
+    assert len(list(csv.DictReader((folder / "s[1].csv").open()))) == 6 and not list(folder.glob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+def test_a_file_name_that_is_not_utf_8_costs_no_other_image_its_score(folder):
+    (folder / "in" / "0.png").rename(os.fsdecode(bytes(folder / "in") + b"/odd\xff.png"))
+    assert run(folder, "--prompt", "a square", "--out", folder / "s.csv", "--out", folder / "s.jsonl") == 0
+    assert len(list(csv.DictReader((folder / "s.csv").open(encoding="utf-8")))) == 6
+    paths = [json.loads(line)["path"] for line in (folder / "s.jsonl").read_text("utf-8").splitlines()]
+    assert len(paths) == 6 and all(Path(path).is_file() for path in paths)
 
 
 def test_a_picture_that_fails_under_one_prompt_is_listed_though_it_has_a_score_under_another(tmp_path):

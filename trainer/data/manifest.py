@@ -41,5 +41,5 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"{path}, line {number}: give one JSON object per line")
                     yield cast(dict[str, Any], row)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} is not a readable manifest: {error}") from error

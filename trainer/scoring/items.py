@@ -31,8 +31,13 @@ def find_items(paths: Sequence[str], prompt: str | None = None, prompt_column: s
 
 def _expand(text: str, prompt_column: str) -> Iterator[Item]:
     path = Path(text)
+    if not text:
+        raise ValueError("an empty path: give an image, a folder or a manifest")
     if is_listing(path):
-        yield from (Item(*pair) for pair in list_images(path, prompt_column))
+        pairs = list(list_images(path, prompt_column))
+        if not pairs:
+            raise ValueError(f"{path} names no image: write a line with the columns, such as path,prompt, and one per image below it")
+        yield from (Item(*pair) for pair in pairs)
     elif path.is_file():
         yield Item(path)
     elif glob.has_magic(text):

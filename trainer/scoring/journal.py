@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .items import Item
 from .scorer import ScoredImage
@@ -24,20 +25,16 @@ class Journal:
 
     def all(self) -> list[Path]:
         """The journals of every process of this output."""
-        return sorted(self.out.parent.glob(f"{self.out.name}.*.partial"))
+        return sorted(self.out.parent.glob(f"{glob.escape(self.out.name)}.*.partial"))
 
     def rows(self) -> Iterator[ScoredImage]:
         """Every line of every process; one that was cut short by a kill is skipped."""
         for path in self.all():
-            for number, line in enumerate(path.read_text("utf-8").splitlines()):
-                try:
-                    read = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if number == 0:
-                    self._check(read, path)
-                else:
-                    yield ScoredImage(**read)
+            settings, *lines = map(_parsed, path.read_text("utf-8").splitlines() or [""])
+            if settings is None:
+                continue  # killed in its first line
+            self._check(settings, path)
+            yield from (ScoredImage(**line) for line in lines if line is not None)
 
     def left(self, items: Sequence[Item]) -> list[Item]:
         """The items without a score; failed items are retried."""
@@ -63,9 +60,9 @@ class Journal:
 
     def append(self, rows: Iterator[ScoredImage]) -> Iterator[ScoredImage]:
         """Pass the rows on, each after it was written."""
-        fresh = not self.path.is_file()
-        torn = not fresh and not self.path.read_bytes().endswith(b"\n")
-        with open(self.path, "a", encoding="utf-8") as file:
+        text = self.path.read_text("utf-8") if self.path.is_file() else ""
+        fresh, torn = _parsed(text.partition("\n")[0]) is None, not text.endswith("\n")
+        with open(self.path, "w" if fresh else "a", encoding="utf-8") as file:
             if fresh:
                 file.write(json.dumps(self.settings) + "\n")
             elif torn:
@@ -74,3 +71,12 @@ class Journal:
                 file.write(json.dumps(asdict(row)) + "\n")
                 file.flush()
                 yield row
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line's JSON object; None for a line that was cut short."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return cast(dict[str, Any], value) if isinstance(value, dict) else None

@@ -53,7 +53,7 @@ class Table:
         """All rows, as CSV or JSONL by the file's suffix."""
         partial = path.with_name(path.name + ".writing")
         try:
-            with open(partial, "w", newline="", encoding="utf-8") as file:
+            with open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # file names may be no UTF-8
                 self.write_to(rows, file, path.suffix.lower() == ".jsonl")
             os.replace(partial, path)
         except OSError as error:
