@@ -98,5 +98,8 @@ def test_switches_say_what_is_wrong():
         Switch(step=11).index(sigmas)
     with pytest.raises(ValueError, match="write a step"):
         Switch.parse("late")
+    for text in ("sigma=nan", "sigma=-1", "sigma=inf", "nan%"):
+        with pytest.raises(ValueError, match="write a step"):
+            Switch.parse(text)
     with pytest.raises(ValueError, match="one of step, percent or sigma"):
         Switch(step=1, sigma=0.5)

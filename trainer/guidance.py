@@ -8,6 +8,7 @@ denoises with, and so changes the sampler's step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -95,6 +96,8 @@ class Switch:
             raise ValueError("a switch is given as one of step, percent or sigma")
         if self.percent is not None and not 0 <= self.percent <= 1:
             raise ValueError(f"switch percent {self.percent}: give a share of the steps between 0 and 1")
+        if self.sigma is not None and not 0 <= self.sigma < math.inf:
+            raise ValueError(f"switch sigma {self.sigma}: give a noise level of 0 or more")
 
     def index(self, sigmas: Tensor) -> int:
         """The first step that the tuned model takes, for a decreasing grid sigmas (T+1,)."""

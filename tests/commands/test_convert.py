@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
+from trainer.config import ConfigError
 from trainer.lora import names as lora_names
-from trainer.lora.extract import low_rank
+from trainer.lora.extract import extract_delta, low_rank
 from trainer.lora.file import load_lora, read_adapter, save_lora
 from trainer.lora.layouts import parse
 from trainer.models.flux import FLUX_DEV
@@ -231,11 +232,22 @@ def test_what_is_no_plain_lora_of_this_model_is_refused_with_one_line(family_fol
         (down, "is incomplete: lora_unet_mid_block_x has down without its other half"),
         ({**down, "lora_unet_mid_block_x.lora_up.weight": torch.zeros(4, 3)}, "is incomplete: lora_unet_mid_block_x has halves of shapes"),
         ({**down, **up, "lora_unet_y.alpha": torch.tensor(1.0)}, "1 modules have an alpha alone, first lora_unet_y"),
+        ({k: v[:0] if k in down else v[:, :0] for k, v in {**down, **up}.items()}, "has halves of shapes (0, 4) and (4, 0)"),
+        ({k: v.flatten() for k, v in {**down, **up}.items()}, "has halves of shapes (8,) and (8,)"),
+        ({**down, **{k: v / 0 for k, v in up.items()}}, "is damaged: lora_unet_mid_block_x has values that are not finite"),
+        ({**down, **up, "lora_unet_mid_block_x.alpha": torch.ones(2)}, "lora_unet_mid_block_x.alpha is not one finite number"),
+        ({**down, **up, "lora_unet_mid_block_x.alpha": torch.tensor(float("nan"))}, "alpha is not one finite number"),
+        ({k.replace("mid_block_x", "input_blocks"): v for k, v in {**down, **up}.items()}, "adapts lora_unet_input_blocks, which no known"),
     ]
     for tensors, message in cases:
-        save_file(tensors, file)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file)
         error = error_of(capsys, "convert", file, out)
         assert message in error and error.count("\n") == 1 and not out.exists()
+    for key, value in {"imagerefl": "{", "lora_adapter_metadata": "[]"}.items():
+        save_file({**down, **up}, file, {key: value})
+        error = error_of(capsys, "convert", file, out)
+        assert f"{file}, metadata `{key}` is not " in error and error.count("\n") == 1 and not out.exists()
+    save_file({**down, **up}, file)
     file.write_bytes(file.read_bytes()[:-20])
     assert "is not a readable safetensors file" in error_of(capsys, "convert", file, out)
     text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}
@@ -302,6 +314,11 @@ def test_a_low_rank_fine_tune_is_recovered_from_its_weights(family_folder, tmp_p
     assert 0.3 < held < 0.99
     assert "nothing to extract" in error_of(capsys, *arguments[:4], "--tuned", family_folder("sd15"), "--overwrite")
     assert "differ in" in error_of(capsys, *arguments[:4], "--tuned", family_folder("sdxl"), "--overwrite")
+
+
+def test_a_change_that_is_not_finite_is_refused():
+    with pytest.raises(ConfigError, match="the change of mid_block.x.weight is not finite: one of the models is damaged"):
+        extract_delta({"lora_unet_mid_block_x.diff": torch.full((4, 4), float("inf"))}, rank=2)
 
 
 def read_header(path):

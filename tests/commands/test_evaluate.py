@@ -38,6 +38,8 @@ def files(pipeline_folder, tmp_path_factory):
 
 def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, reward_folder, files, tmp_path, monkeypatch):
     drawn, opened, opener, add = {}, [], options.open_policy, Study.add
+    assert main(["convert", str(files["small"]), str(tmp_path / "small"), "--to", "peft"]) == 0
+    files = {**files, "small": tmp_path / "small"}  # a peft folder is a LoRA too
     monkeypatch.setattr(options, "open_policy", lambda *a: opened.append(a[0]) or opener(*a))
     monkeypatch.setattr(Study, "add", lambda self, part, images: drawn.update(images) or add(self, part, images))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

@@ -16,7 +16,7 @@ from ..config import ConfigError, plain
 from ..data import images
 from ..generate import Generation, generate
 from ..guidance import Switch, cfg, combined
-from ..lora.file import load_lora
+from ..lora.file import load_lora, lora_weights
 from ..metrics.dino import DINO, Dino
 from ..metrics.lpips import FILES as LPIPS
 from ..metrics.lpips import Lpips
@@ -27,7 +27,7 @@ from ..rewards.files import find, verify, weight_folders
 from ..rewards.registry import load_reward
 from ..rewards.two_tower import TwoTower
 from ..rewards.weights import Placement
-from ..runtime.files import file_hash
+from ..runtime.files import file_hash, write_text
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 
 
@@ -66,13 +66,13 @@ def run(args: argparse.Namespace) -> int:
         load_lora(policy, file, adapter=adapters[name])
     sigmas = policy.sigmas(settings.steps)
     steps = list(dict.fromkeys(s.index(sigmas) for s in switches))
-    same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(f) for n, f in loras.items()}}
+    same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(lora_weights(f)) for n, f in loras.items()}}
     study = Study(args.out.with_name(args.out.name + ".parts"), prompts, [(name, k) for name in loras for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
     _draw(study, policy, adapters, steps, settings)
     real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
     results: dict[str, Any] = {**study.summarise(real), "config": {**plain(settings), "switches": steps, "n": len(prompts)}}
-    args.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    write_text(json.dumps(results, indent=1) + "\n", args.out)
     study.clear()
     shown: list[dict[str, Any]] = [{"model": "base", "k": settings.steps, **results["base"]}, *results["points"]]
     for point in shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def _low_rank_adapter(
         total += energy
         if energy == 0:
             continue
+        if not math.isfinite(energy):
+            raise ConfigError(f"the change of {name} is not finite: one of the models is damaged")
         if change.ndim < 2 or not name.endswith(".weight"):
             vectors += energy
             continue

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,9 +138,14 @@ def _check_modules(written: Path, adapter: Adapter) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+def lora_weights(path: Path) -> Path:
+    """The file with the weights of a LoRA: a peft folder's, or the file itself."""
+    return path / PEFT_WEIGHTS if path.is_dir() else path
+
+
 def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """Tensors, our metadata ({} of foreign files) and the whole header of a LoRA file or peft folder."""
-    path = path / PEFT_WEIGHTS if path.is_dir() else path
+    path = lora_weights(path)
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA file {path}")
     try:
@@ -149,12 +154,23 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    return tensors, json.loads(header.get("imagerefl", "{}")), header
+    return tensors, _object(header.get("imagerefl", "{}"), f"{path}, metadata `imagerefl`"), header
+
+
+def _object(text: str, source: str) -> dict[str, Any]:
+    """A JSON object; ValueError that names its source for anything else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{source} is not a JSON object")
+    return cast(dict[str, Any], value)
 
 
 def read_adapter(path: Path) -> Adapter:
     """A LoRA file of any known layout, or a peft folder; raises ValueError with one line for anything else."""
-    path = path / PEFT_WEIGHTS if path.is_dir() else path
+    path = lora_weights(path)
     tensors, _, header = read_lora(path)
     return _adapter(tensors, header, path)
 
@@ -162,9 +178,10 @@ def read_adapter(path: Path) -> Adapter:
 def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> Adapter:
     settings: dict[str, Any] = {}
     if path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file():
-        settings = json.loads(path.with_name(PEFT_CONFIG).read_text("utf-8"))
+        settings = _object(path.with_name(PEFT_CONFIG).read_text("utf-8"), str(path.with_name(PEFT_CONFIG)))
     elif "lora_adapter_metadata" in header:  # diffusers' own: peft's configuration, each key after the denoiser's name
-        settings = {k.split(".", 1)[1]: v for k, v in json.loads(header["lora_adapter_metadata"]).items() if not k.startswith("text_")}
+        given = _object(header["lora_adapter_metadata"], f"{path}, metadata `lora_adapter_metadata`")
+        settings = {k.partition(".")[2]: v for k, v in given.items() if not k.startswith("text_")}
     if settings.get("use_dora"):
         raise ValueError(f"{path} holds more than plain LoRA: DoRA")
 
@@ -179,7 +196,7 @@ def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Pat
         if names.is_delta(tensors):
             raise ValueError("holds full weight differences, not a LoRA: `python -m trainer convert` extracts one")
         return parse(tensors, alpha_of)
-    except ValueError as error:
+    except (ValueError, re.error) as error:  # alpha_pattern is of regular expressions
         raise ValueError(f"{path} {error}") from error
 
 
@@ -206,7 +223,7 @@ def load_lora(policy: Adaptable, path: Path, strength: float = 1.0, adapter: str
         policy.add_lora(lora)
         return dict(policy.named_parameters())
 
-    _attach(policy, _adapter(tensors, header, path / PEFT_WEIGHTS if path.is_dir() else path), path, strength, attach)
+    _attach(policy, _adapter(tensors, header, lora_weights(path)), path, strength, attach)
     return metadata
 
 

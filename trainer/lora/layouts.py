@@ -65,7 +65,7 @@ def parse(tensors: Mapping[str, Tensor], alpha_of: Callable[[str, int], float] =
         if suffix:
             halves.setdefault(key.removesuffix(suffix), {})[names.SUFFIXES[suffix]] = value
         elif key.endswith(".alpha"):
-            scales[key.removesuffix(".alpha")] = float(value)
+            scales[key.removesuffix(".alpha")] = _alpha(key, value)
         else:
             strange.append(key)
     if not halves:
@@ -84,13 +84,25 @@ def parse(tensors: Mapping[str, Tensor], alpha_of: Callable[[str, int], float] =
         if stem in text:
             continue
         down, up = pair["down"].float(), pair["up"].float()
-        if up.ndim != down.ndim or up.shape[1] != down.shape[0]:
+        if down.ndim < 2 or up.ndim != down.ndim or up.shape[1] != down.shape[0] or len(down) == 0:
             raise ValueError(f"is incomplete: {stem} has halves of shapes {tuple(down.shape)} and {tuple(up.shape)}")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"is damaged: {stem} has values that are not finite")
         name = names.plain(stem)
         alpha = scales[stem] if stem in scales else alpha_of(name, len(down))
-        for part, rows in names.canonical(name, len(up), down.shape[1]).items():
+        try:
+            parts = names.canonical(name, len(up), down.shape[1])
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"adapts {stem}, which no known model has") from error
+        for part, rows in parts.items():
             updates[part] = Update(down, up[rows], alpha)
     return Adapter(updates, text)
+
+
+def _alpha(key: str, value: Tensor) -> float:
+    if value.numel() != 1 or not bool(value.float().isfinite().all()):
+        raise ValueError(f"is damaged: {key} is not one finite number")
+    return float(value)
 
 
 def tensors_of(adapter: Adapter, layout: str) -> dict[str, Tensor]:
