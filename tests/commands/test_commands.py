@@ -11,7 +11,7 @@ from trainer.__main__ import main
 
 
 @pytest.mark.slow
-def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
+def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys, monkeypatch):
     run, images = tmp_path / "run", tmp_path / "images"
     small = ["--steps=2", "--batch_size=2", "--images=demo", f"--out={run}", "--objective.name=imagerefl", "--objective.steps=20"]
     ranges = ["--objective.grad_from=12", "--objective.grad_to=19", "--objective.start_from=12", "--objective.start_to=12"]
@@ -22,6 +22,12 @@ def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys):
     assert "base for 12 of 20 steps" in out  # auto: the level that training started from, as the LoRA's metadata says
     assert main(["sample", "--prompt", "a red star", "--out", str(images)]) == 2
     assert "exists: add --overwrite" in capsys.readouterr().err
+    assert main(["sample", "--lora", str(lora), "--prompt", "a red star", "--strength", "1e30", "--out", str(tmp_path / "black")]) == 2
+    assert "values that are not finite" in capsys.readouterr().err and not list((tmp_path / "black").iterdir())
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["sample", "--prompt", "a red star", "-n", "1", "--steps", "2", "--out", "."]) == 0
+    assert (tmp_path / "here" / "00000.png").is_file() and (tmp_path / "here-grid.png").is_file()
     assert main(["score", str(images), "--reward", "demo-proxy", "--reward", "demo-gold", "--out", str(tmp_path / "s.csv")]) == 0
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
     assert len(rows) == 2 and {"path", "prompt", "demo-proxy", "demo-gold"} < set(rows[0]) and rows[0]["prompt"] == "a red star"

@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     models = {"tuned": with_unet(policy, unet)} if unet else {}
     mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k)
     drawn = generate(policy, prompts, settings, {"": mix}, models)[""]
+    if not bool(drawn.isfinite().all()):
+        raise ValueError("the model gave values that are not finite, which would be black images: lower --strength, or give another LoRA")
     facts = {"model": args.model, "lora": str(args.lora or ""), "tuned_unet": str(unet or ""), "k": k}
     _write(drawn, prompts, args, {**plain(settings), **facts})
     print(f"wrote {len(drawn)} images to {args.out}" + (f" (base for {k} of {settings.steps} steps)" if k is not None else ""))
@@ -81,7 +83,7 @@ def _switch(args: argparse.Namespace, unet: Path | None) -> Switch | None:
         return Switch.parse(args.switch)
     if unet is not None:
         raise ConfigError(f"{unet} recommends no switch: give --switch (its authors: 75% for SD1.5, 87.5% for SDXL)")
-    if "switch_sigma" not in metadata:
+    if not isinstance(metadata.get("switch_sigma"), int | float):
         raise ConfigError(f"{args.lora} recommends no switch: give --switch")
     return Switch(sigma=metadata["switch_sigma"])
 
@@ -92,6 +94,7 @@ def _write(drawn: Tensor, prompts: list[str], args: argparse.Namespace, settings
         path = args.out / f"{i:05d}.png"
         images.to_pil(image).save(path)
         path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
-    sheet = args.out.with_name(args.out.name + "-grid.png")  # outside: every image inside has a prompt
+    folder = args.out.resolve()  # `.` has no name
+    sheet = folder.with_name(folder.name + "-grid.png")  # outside: every image inside has a prompt
     images.to_pil(images.grid(drawn, args.n)).save(sheet)
     (args.out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
