@@ -143,8 +143,10 @@ class Run:
 
     def _ends(self, calls: int) -> bool:
         """Whether `steps`, `budget` or the watch ends the run at this step."""
-        c, points = self.config, self.evaluation.points if self.evaluation else []
-        return self.step == c.steps or 0 < c.budget <= calls or over_optimised(points, c.watch.diversity, c.watch.patience)
+        c = self.config
+        if self.step == c.steps or 0 < c.budget <= calls:
+            return True
+        return self.evaluation is not None and over_optimised(self.evaluation.points, c.watch.diversity, c.watch.patience)
 
     # -- training ------------------------------------------------------------------------------------------------
 
