@@ -119,7 +119,9 @@ def reward_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     torch.manual_seed(1)
     architecture.write_tokenizer(folder / "words")
-    write_tower(folder / "tower", architecture.build_tower("proxy"), "proxy", 0.0, 1.0, folder / "words")
+    vision = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16}  # a transformer, as released rewards are
+    config = {**architecture.TOWERS["proxy"], "vision_cfg": vision}
+    write_tower(folder / "tower", architecture.build_tower(config), config, 0.0, 1.0, folder / "words")
     return folder / "tower"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,10 @@ def export(work: Path, seed: int, steps: int, **_: object) -> None:
         save_half(load_stage(work, "reader", architecture.Reader()), files.FOLDER / "reader.safetensors")
     if (work / "extractor.pt").is_file():
         save_half(centred(work), files.FOLDER / "extractor.safetensors")
-    for name in architecture.TOWERS:
+    for name in TOWERS:
         if (work / f"tower_{name}.pt").is_file():
-            write_tower(
-                files.FOLDER / name, load_stage(work, f"tower_{name}", TowerWithHeads(name)).tower, name, 0.0, 1.0, work / "tokenizer"
-            )
+            tower = load_stage(work, f"tower_{name}", TowerWithHeads(name)).tower
+            write_tower(files.FOLDER / name, tower, TOWERS[name], 0.0, 1.0, work / "tokenizer")
             mean, std = _reward_statistics(name, seed)
             path = files.FOLDER / name / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "mean": mean, "std": std}, indent=1) + "\n", "utf-8")
@@ -97,15 +97,15 @@ def _reward_statistics(name: str, seed: int) -> tuple[float, float]:
     return float(values.mean()), float(values.std())
 
 
-def write_tower(folder: Path, tower: nn.Module, name: str, mean: float, std: float, words: Path) -> None:
-    """A reward folder as `TwoTower.load` reads it; `words` is a folder that `write_tokenizer` filled."""
+def write_tower(folder: Path, tower: nn.Module, config: Mapping[str, Any], mean: float, std: float, words: Path) -> None:
+    """A reward folder as `TwoTower.load` reads it, of a tower of this configuration; `words` is a folder that `write_tokenizer` filled."""
     folder.mkdir(parents=True, exist_ok=True)
     state = _half(tower)
     save_file({k: v for k, v in state.items() if k != "attn_mask"}, folder / "model.safetensors")
     scale = float(state["logit_scale"].float().exp())
-    sized = {**TOWERS[name], "text_cfg": {**TOWERS[name]["text_cfg"], "vocab_size": vocabulary_size()}}
-    config = {**sized, "scale": scale, "mean": mean, "std": std}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+    sized = {**config, "text_cfg": {**config["text_cfg"], "vocab_size": vocabulary_size()}}
+    described = {**sized, "scale": scale, "mean": mean, "std": std}
+    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", "utf-8")
     (folder / "merges.txt.gz").write_bytes((words / "merges.txt.gz").read_bytes())
 
 

@@ -30,7 +30,7 @@ class TowerWithHeads(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.tower = architecture.build_tower(name)
+        self.tower = architecture.build_tower(architecture.TOWERS[name])
         width = architecture.TOWERS[name]["embed_dim"]
         self.heads = nn.ModuleDict({a: nn.Linear(width, len(values)) for a, values in world.ATTRIBUTES.items()})
 

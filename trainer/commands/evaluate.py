@@ -106,7 +106,7 @@ def _draw(study: Study, policy: DiffusersPolicy, adapters: Mapping[str, str], st
 
 
 def _judges(args: argparse.Namespace, device: str) -> Judges:
-    """The rewards; image features of the embedded model's extractor and reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
+    """The rewards; features of the embedded extractor and reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
     placement, folders = Placement(device), weight_folders()
     rewards = {name: load_reward(name, True, device) for name in args.reward}
     towers = {name: r.raw.image_features for name, r in rewards.items() if isinstance(r.raw, TwoTower)}

@@ -7,7 +7,7 @@ channels, 77 tokens), so that its own classes load the same files.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,11 +148,10 @@ TOWERS: dict[str, dict[str, Any]] = {
 """open_clip configurations: residual networks, the proxy's wide, the held-out model's deep."""
 
 
-def build_tower(name: str) -> nn.Module:
-    """An untrained open_clip two-tower model; `name` is a key of TOWERS."""
+def build_tower(config: Mapping[str, Any]) -> nn.Module:
+    """An untrained open_clip two-tower model of a configuration like those of TOWERS."""
     import open_clip
 
-    config = TOWERS[name]
     text = {**config["text_cfg"], "vocab_size": vocabulary_size()}
     build: Any = open_clip.CLIP
     return build(embed_dim=config["embed_dim"], vision_cfg=config["vision_cfg"], text_cfg=text)

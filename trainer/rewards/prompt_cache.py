@@ -23,7 +23,6 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
     brings it to the image tower's device and back.
     """
 
-    supports_gradient_checkpointing = True
     prompts_kept: int
     """Encoded prompts that stay in memory; older ones are dropped."""
 
@@ -33,6 +32,9 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
         clip.requires_grad_(False).eval()
         self.visual: Any = clip.visual
         self.text: Any = clip.text
+        self.supports_gradient_checkpointing = hasattr(
+            clip.visual, "transformer"
+        )  # open_clip's residual networks take the call and do nothing
         self.tokenize, self.fit = tokenize, fit
         self._encoded: dict[str, Encoding] = {}
 
