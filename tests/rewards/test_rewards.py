@@ -335,6 +335,35 @@ def test_a_config_names_sums_and_rewards_of_ones_own(tmp_path):
         load_reward(str(tmp_path / "mine.py"), True)
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"mean": 1}', '{"mean": 1, "std": 0}', '{"mean": "x", "std": 1}', '{"mean": NaN, "std": 1}'])
+def test_broken_statistics_are_refused_with_their_file_and_the_remedy(text, tmp_path):
+    from trainer.rewards.registry import WeightFolders
+
+    (tmp_path / "own.statistics.json").write_text(text)
+    with pytest.raises(ValueError, match="own.statistics.json does not hold .*`rewards calibrate`"):
+        WeightFolders([tmp_path]).read_statistics(str(tmp_path / "own.py"))
+
+
+def test_weights_that_are_no_numbers_and_files_that_nothing_reads_are_refused(tmp_path):
+    from trainer.rewards.registry import load
+    from trainer.rewards.weighted import parse_weights
+
+    for weight in ("nan", "inf", "-inf"):
+        with pytest.raises(ValueError, match="weight of demo-proxy is not a finite number"):
+            parse_weights(f"demo-proxy={weight}")
+    with pytest.raises(ValueError, match="takes no weight file"):
+        load(f"demo-proxy@{tmp_path / 'x.safetensors'}")
+
+
+def test_a_mistake_in_a_reward_of_ones_own_names_the_file_and_the_exception(tmp_path):
+    from trainer.rewards.python_file import PythonReward
+
+    path = tmp_path / "own.py"
+    path.write_text("def reward(images, prompts):\n    return {}['missing']\n")
+    with pytest.raises(ValueError, match=r"own.py: reward\(\) failed: KeyError: 'missing'"):
+        PythonReward.load(path)(torch.rand(1, 3, 8, 8), ["a"])
+
+
 def test_a_sum_recomputes_activations_in_every_part_that_can(reward_folder):
     from trainer.rewards.registry import load_reward
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..runtime.files import write_text
+
 
 def measure(scores: Iterable[float]) -> tuple[float, float, int]:
     """Scores -> mean, standard deviation, number (Welford 1962). Raises ValueError unless at least two scores differ."""
@@ -24,4 +26,4 @@ def measure(scores: Iterable[float]) -> tuple[float, float, int]:
 def write(path: Path, mean: float, std: float, number: int) -> None:
     """Write the file that `registry.WeightFolders.read_statistics` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"mean": mean, "std": std, "images": number}, indent=1) + "\n", "utf-8")
+    write_text(json.dumps({"mean": mean, "std": std, "images": number}, indent=1) + "\n", path)

@@ -49,7 +49,10 @@ class PythonReward(RewardModel):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""
-        scores = self.function(images, prompts)
+        try:
+            scores = self.function(images, prompts)
+        except (LookupError, TypeError, AttributeError, NameError, ArithmeticError) as error:  # a mistake in the file, in one line
+            raise ValueError(f"{self.source}: reward() failed: {type(error).__name__}: {error}") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"{self.source}: reward() returned {shape} for {len(images)} images: return a tensor of one score per image")

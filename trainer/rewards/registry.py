@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -160,8 +161,16 @@ class WeightFolders:
         path = self.statistics(name_or_path)
         if not path.is_file():
             return None
-        values = json.loads(path.read_text("utf-8"))
-        return values["mean"], values["std"]
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            mean, std = float(values["mean"]), float(values["std"])
+        except (ValueError, KeyError, TypeError):  # broken JSON is a ValueError
+            mean, std = math.nan, math.nan
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(
+                f"{path} does not hold a mean and a standard deviation above 0: measure again with `rewards calibrate`, or delete it"
+            )
+        return mean, std
 
 
 def load(
@@ -202,6 +211,8 @@ def _open(name_or_path: str, placement: Placement, folders: WeightFolders, archi
     name, at, file = name_or_path.partition("@")
     if name in REWARDS and (at or not Path(name).is_dir()):
         entry = REWARDS[name]
+        if at and "weights" not in entry.files:
+            raise ValueError(f"{name_or_path}: {name} takes no weight file of one's own")
         if placement.is_meta:
             paths = {role: Path(f.name) for role, f in entry.files.items()}
         else:

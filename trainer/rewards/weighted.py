@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,9 @@ def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
         if not parsed[-1][0]:
             raise ValueError(f"{item!r} has no reward name: write NAME or NAME=WEIGHT")
     names = [name for name, _ in parsed]
+    endless = next((name for name, weight in parsed if not math.isfinite(weight)), None)
+    if endless is not None:
+        raise ValueError(f"the weight of {endless} is not a finite number")
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ValueError(f"reward {sorted(repeated)[0]} is given twice")
