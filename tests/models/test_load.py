@@ -41,7 +41,7 @@ def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_pa
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         load_policy(folder)
     (folder / "model_index.json").write_text('{"_class_name": "WuerstchenPipeline"}')
-    with pytest.raises(ValueError, match="is a WuerstchenPipeline: known are Stable Diffusion 1.x and 2.x, SDXL"):
+    with pytest.raises(ValueError, match="is a WuerstchenPipeline: known are StableDiffusionPipeline, StableDiffusionXLPipeline, "):
         load_policy(folder)
     with pytest.raises(FileNotFoundError, match="no model at"):
         load_policy(tmp_path / "none.safetensors")

@@ -146,3 +146,19 @@ def test_each_prompt_is_encoded_once(policy):
     policy.prompts.conditioning(["a star", "a ring", "a star"])
     policy.prompts.conditioning(["a ring", "a star"])
     assert len(calls) == 2
+
+
+def test_masks_of_prompts_keep_their_dtype(pipeline_folder, monkeypatch):
+    """Embeddings are in the network's dtype; a boolean mask or numbers of tokens, which some families have, are not."""
+    policy = UNetPolicy.load(pipeline_folder, dtype=torch.bfloat16)
+    embed = policy.encode_prompts
+
+    def encode(prompts):
+        tokens = embed(prompts)["encoder_hidden_states"]
+        return {"encoder_hidden_states": tokens, "mask": torch.ones(tokens.shape[:2], dtype=torch.bool), "length": torch.tensor([1001])}
+
+    monkeypatch.setattr(policy, "encode_prompts", encode)
+    for scale in (1.0, 2.0):
+        found = policy.denoiser(PROMPTS, guidance_scale=scale).conditioning
+        assert [found[key].dtype for key in ("encoder_hidden_states", "mask", "length")] == [torch.bfloat16, torch.bool, torch.int64]
+        assert found["length"].tolist() == [1001] * (2 if scale == 1 else 4)  # bfloat16 would make 1000 of it

@@ -31,9 +31,7 @@ def test_an_objective_has_the_loss_and_the_gradient_that_it_had(name, embedded):
         assert values == pytest.approx(golden["logs"][log], abs=PRECISION, rel=PRECISION), log
 
 
-def test_every_objective_has_a_case_with_guidance_and_one_without():
-    from trainer.objectives import OBJECTIVES
-
+def test_every_objective_of_that_version_has_a_case_with_guidance_and_one_without():
     guided = {case.objective for case in CASES.values() if case.settings.get("guidance") == 2.0}
     plain = {case.objective for case in CASES.values() if case.settings.get("guidance", 1.0) == 1.0}
-    assert guided == plain == set(OBJECTIVES)
+    assert guided == plain == {case.objective for case in CASES.values()}

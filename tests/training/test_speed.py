@@ -194,6 +194,13 @@ def test_blocks_of_every_family_are_compiled(family, tuned):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+def test_a_family_that_names_no_block_is_refused(tuned, monkeypatch):
+    policy = tuned("sd15")
+    monkeypatch.setattr(type(policy), "blocks", ())
+    with pytest.raises(ValueError, match="no block of UNet2DConditionModel"):
+        policy.compile(backend="eager")
+
+
 def test_compiled_blocks_serve_every_adapter_state_and_keep_every_name(tuned, tmp_path):
     """Tracing alone (the backend eager): what a backend makes of the traced program is torch's own matter."""
     plain, policy = tuned("sd3"), tuned("sd3")

@@ -78,7 +78,8 @@ class DiffusersPolicy:
     def predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x0-prediction (B,C,h,w) in float32 of states x at noise levels sigma (B,).
 
-        x and the conditioning are on `device`, the conditioning in the network's dtype; sigma may be on the CPU.
+        x and the conditioning are on `device`; its floating-point tensors are in the network's dtype, masks in their own. sigma may be on
+        the CPU.
         """
         raise NotImplementedError
 
@@ -184,7 +185,8 @@ class DiffusersPolicy:
         if guidance_scale != 1:
             empty = self.unconditional(len(prompts))
             conditioning = {key: torch.cat([value, empty[key]]) for key, value in conditioning.items()}
-        uploaded = {key: value.to(self.device).to(self.dtype) for key, value in conditioning.items()}
+        # masks and token numbers are not the network's floating-point input: they keep their dtype
+        uploaded = {k: v.to(self.device).to(self.dtype if v.is_floating_point() else v.dtype) for k, v in conditioning.items()}
         return PromptedDenoiser(self, adapter, guidance_scale, uploaded)
 
     def merged(self) -> AbstractContextManager[None]:

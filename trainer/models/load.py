@@ -29,8 +29,6 @@ MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
 }
 """Published models by name."""
 
-_KNOWN = "Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and 3.5, FLUX.1"
-
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -93,7 +91,7 @@ def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:
         name = str(json.loads(index.read_text("utf-8")).get("_class_name"))
     family = next((family for family in FAMILIES if family.pipeline_name == name), None)
     if family is None:
-        raise ValueError(f"{path} is a {name}: known are {_KNOWN}")
+        raise ValueError(f"{path} is a {name}: known are {', '.join(family.pipeline_name for family in FAMILIES)}")
     return family, None
 
 
@@ -104,7 +102,7 @@ def detect(shapes: Mapping[str, Sequence[int]]) -> str:
         raise ValueError("it is a LoRA, not a model")
     name = next((name for family in FAMILIES if (name := family.detect(inside))), None)
     if name is None:
-        raise ValueError(f"it is not a known model: known are {_KNOWN}")
+        raise ValueError(f"it is not a known model: known are {', '.join(MODELS)}")
     return name
 
 

@@ -17,7 +17,10 @@ from ..runtime.progress import progress_bar
 from .speed import on_device
 
 Conditioning = dict[str, Tensor]
-"""Text conditioning of B prompts: tensors (B,…) by argument name, `encoder_hidden_states` (B,tokens,width) among them."""
+"""Text conditioning of B prompts: tensors (B,…) by argument name, `encoder_hidden_states` (B,tokens,width) among them.
+
+Every prompt has the same shapes: encoders pad. A mask (B,tokens) is a tensor of its own, boolean or of integers.
+"""
 
 # Entries of a text encoder's configuration that its output does not depend on; the weights are hashed with their precision
 _IRRELEVANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}

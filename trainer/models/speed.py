@@ -43,15 +43,18 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 def compile_blocks(network: nn.Module, blocks: Collection[str], **options: Any) -> None:
     """torch.compile the blocks whose class is in `blocks`, with its `options`; names of modules and parameters stay.
 
-    One compilation serves all blocks of a class, and gradient checkpointing recomputes compiled blocks.
+    One compilation serves all blocks of a class, and gradient checkpointing recomputes compiled blocks. Raises ValueError where
+    the network has none.
     """
+    chosen = [module for module in network.modules() if type(module).__name__ in blocks]
+    if not chosen:
+        raise ValueError(f"compile = true: the family names no block of {type(network).__name__}; give compile = false")
     limits: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
     # each width, adapter and gradient mode is one program, and all blocks count as one function
     name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(limits, name, max(getattr(limits, name), 128))
-    for module in network.modules():
-        if type(module).__name__ in blocks:
-            module.compile(**options)
+    for module in chosen:
+        module.compile(**options)
 
 
 def shard(network: Any, mesh: Any) -> None:
