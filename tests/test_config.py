@@ -35,8 +35,8 @@ def test_values_reach_their_fields_and_come_back_plain():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"nme": "x"}, "unknown key 'nme'; valid keys are inner, limit, name"),
-        ({"name": "x", "inner": {"sise": 2}}, "unknown key 'inner.sise'"),
+        ({"nme": "x"}, "unknown key 'nme'; did you mean name"),
+        ({"name": "x", "inner": {"sise": 2}}, "unknown key 'inner.sise'; did you mean inner.size"),
         ({"name": True}, "name = True: expected str, got bool"),
         ({"name": "x", "on": 1}, "expected bool, got int"),
         ({"name": "x", "rate": "fast"}, "expected float, got str"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -51,6 +53,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
         description="Align a diffusion model with a reward and keep its diversity: train, sample, score, evaluate.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    flags: list[str] = []
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name,
@@ -61,13 +64,18 @@ def _parse(given: list[str]) -> argparse.Namespace:
         )
         if given[:1] == [name]:
             import_module(f".commands.{name}", __package__).configure(command)
+            flags = re.findall(r"(?<= )--([\w.-]+)", command.format_help())
     # settings never reach argparse, which takes one that holds a space for a file
     settings = [a for a in given if given[0] == "train" and a.startswith("--") and "=" in a]
     args, unknown = parser.parse_known_args([a for a in given if a not in settings])
-    if unknown and args.command == "train":
-        raise ConfigError(_with_equals_sign(given, unknown[0]))
     if unknown:
-        raise ConfigError(f"unknown argument {unknown[0]}; see `python -m trainer {args.command} --help`")
+        like = difflib.get_close_matches(unknown[0].split("=")[0].lstrip("-"), flags, 1, 0.7)
+        if args.command == "train" and (not like or unknown[0] == f"--{like[0]}"):
+            raise ConfigError(_with_equals_sign(given, unknown[0]))
+        hint = f"did you mean --{like[0]}?" if like else f"see `python -m trainer {args.command} --help`"
+        raise ConfigError(f"unknown argument {unknown[0]}; {hint}")
+    if getattr(args, "resume", False) and getattr(args, "overwrite", False):
+        raise ConfigError("give --resume to continue, or --overwrite to start again, not both")
     args.settings = settings
     return args
 

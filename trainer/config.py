@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import sys
 import types
@@ -49,7 +50,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     values = renamed(values, known, where)
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown key {where + key!r}; valid keys are {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown key {where + key!r}; {_nearest(key, known, hints, where)}")
     given: dict[str, Any] = {}
     for name, value in values.items():
         given[name] = _convert(value, hints[name], where + name)
@@ -63,6 +64,15 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise
     except ValueError as error:
         raise ConfigError(f"{where.rstrip('.') or 'config'}: {error}") from error
+
+
+def _nearest(key: str, known: Collection[str], hints: Mapping[str, Any], where: str) -> str:
+    """The valid key, of this dataclass or of a table in it, that is most like `key`; all keys where none is."""
+    names = {f.name: f"{table}.{f.name}" for table in known if is_dataclass(hints[table]) for f in fields(hints[table])}
+    names |= {old: new for old, new in RENAMED.items() if new in known}
+    names |= {name: name for name in known}
+    like = difflib.get_close_matches(key, names, 1, 0.7)
+    return f"did you mean {where}{names[like[0]]}?" if like else f"valid keys are {', '.join(sorted(known))}"
 
 
 def renamed(values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from trainer.__main__ import main
 from trainer.commands import options
+from trainer.commands.evaluate import _warn_of_few_images
 from trainer.generate import Generation, generate
 from trainer.guidance import cfg, combined
 from trainer.lora.file import load_lora, save_delta, save_lora
@@ -36,7 +37,16 @@ def files(pipeline_folder, tmp_path_factory):
     return {name: folder / f"{name}.safetensors" for name in kinds}
 
 
-def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, reward_folder, files, tmp_path, monkeypatch):
+def test_distances_of_fewer_images_than_features_are_warned_of(capsys):
+    _warn_of_few_images(8, {"narrow": 8, "wide": 9, "dino": 384})
+    said = capsys.readouterr().err
+    assert said.startswith("warning: FID, KID and LogCov of 8 images: ") and said.count("\n") == 1
+    assert "(wide has 9, dino has 384)" in said and "narrow" not in said
+    _warn_of_few_images(384, {"wide": 9, "dino": 384})
+    assert capsys.readouterr().err == ""
+
+
+def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, reward_folder, files, tmp_path, monkeypatch, capsys):
     drawn, opened, opener, add = {}, [], options.open_policy, Study.add
     assert main(["convert", str(files["small"]), str(tmp_path / "small"), "--to", "peft"]) == 0
     files = {**files, "small": tmp_path / "small"}  # a peft folder is a LoRA too
@@ -47,7 +57,7 @@ def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, rew
     shown = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "2", "--steps", "4", "--switches", "0,2"]
     command = ["evaluate", "--model", str(pipeline_folder), *names, "--reward", str(reward_folder), *shown]
     assert main([*command, "--out", str(tmp_path / "x.json")]) == 0
-    assert opened == [str(pipeline_folder)]
+    assert opened == [str(pipeline_folder)] and capsys.readouterr().err.count("FID, KID and LogCov of 4 images") == 1
 
     settings, prompts = Generation(steps=4), [p for p in PROMPTS for _ in range(2)]
     points = [(name, k) for name in files for k in (0, 2)]

@@ -100,7 +100,7 @@ def test_offloading_leaves_encoders_text_towers_and_the_held_out_reward_on_the_c
 
 
 def test_the_report_has_components_phases_and_savings(capsys):
-    assert main(["train", "--plan", "--out=none", "--batch_size=2", "--steps=3", "--objective.name=draft-k", "--objective.steps=3"]) == 0
+    assert main(["train", "--plan", "--batch_size=2", "--steps=3", "--objective.name=draft-k", "--objective.steps=3"]) == 0
     report = capsys.readouterr().out
     lines = report.splitlines()
     sizes = {line[2:52].strip(): float(line[52:]) for line in lines if re_size(line)}

@@ -422,6 +422,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder, capsys):
     assert "add --resume to continue it" in capsys.readouterr().err
     assert main(["score", str(folder / "in"), "--reward", "compressibility", "--resume", "--out", str(folder / "s.csv")]) == 2
     assert "was scored with rewards" in capsys.readouterr().err
+    (folder / "s.csv").write_text("of an earlier run")  # which the stopped run was told to replace
     assert run(folder, "--batch", 2, "--resume", "--out", folder / "s.csv") == 0
     assert [int(n) for n in log.read_text().split()] == [2, 2, 2, 2]  # the second pair was lost, no other was scored twice
     rows = list(csv.DictReader((folder / "s.csv").open()))

@@ -62,7 +62,7 @@ def broken(tmp_path_factory, image_folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lrr": 1}, "unknown key 'lrr'; valid keys are"),
+        ({"lrr": 1}, "unknown key 'lrr'; did you mean learning_rate"),
         ({"objective.stepz": 1}, "unknown key 'objective.stepz'"),
         ({"reward": "hpsv9"}, "unknown reward 'hpsv9': use demo-proxy"),
         ({"reward": "demo-gold"}, "has no gradient"),

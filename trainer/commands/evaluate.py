@@ -49,7 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate with every tuned model and switch, and compare with the base model; returns the exit status."""
-    if args.out.exists() and not args.overwrite:
+    parts = args.out.with_name(args.out.name + ".parts")
+    if args.out.exists() and not args.overwrite and not (args.resume and parts.is_dir()):
         raise ConfigError(f"{args.out} exists: add --overwrite to replace it")
     settings, prompts = generation_of(args), prompts_of(args)
     if args.n < 2:
@@ -67,17 +68,29 @@ def run(args: argparse.Namespace) -> int:
     sigmas = policy.sigmas(settings.steps)
     steps = list(dict.fromkeys(s.index(sigmas) for s in switches))
     same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(lora_weights(f)) for n, f in loras.items()}}
-    study = Study(args.out.with_name(args.out.name + ".parts"), prompts, [(name, k) for name in loras for k in steps], judges, same)
+    study = Study(parts, prompts, [(name, k) for name in loras for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
     _draw(study, policy, adapters, steps, settings)
     real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
     results: dict[str, Any] = {**study.summarise(real), "config": {**plain(settings), "switches": steps, "n": len(prompts)}}
+    _warn_of_few_images(min(len(prompts), len(photos) or len(prompts)), study.widths)
     write_text(json.dumps(results, indent=1) + "\n", args.out)
     study.clear()
     shown: list[dict[str, Any]] = [{"model": "base", "k": settings.steps, **results["base"]}, *results["points"]]
     for point in shown:
         print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
     return 0
+
+
+def _warn_of_few_images(number: int, widths: Mapping[str, int]) -> None:
+    """Say on stderr that distances of fewer images than features say little of the model."""
+    few = ", ".join(f"{name} has {width}" for name, width in widths.items() if number < width)
+    if few:
+        print(
+            f"warning: FID, KID and LogCov of {number} images: give at least as many images as features ({few}); "
+            "with fewer, FID and LogCov measure the number of images, and KID is mostly noise",
+            file=sys.stderr,
+        )
 
 
 def _loras(given: Sequence[str]) -> dict[str, Path]:

@@ -57,8 +57,9 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     if args.batch < 1 or args.top < 0 or args.size < 0:
         raise ConfigError("--batch needs at least 1; --top and --size at least 0")
     outs: list[Path] = args.out or []
+    resumed = args.resume and bool(outs) and bool(Journal(outs[0], 0, {}).all())
     for out in outs:
-        _check_output(out, args)
+        _check_output(out, replaced=args.overwrite or resumed)
     if processes.count > 1 and not outs:
         raise ConfigError("several processes write to a file: give --out")
     device = processes.device(args.device)
@@ -94,10 +95,10 @@ def _settings(args: argparse.Namespace, parts: Sequence[RewardSpec]) -> dict[str
     return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column}
 
 
-def _check_output(out: Path, args: argparse.Namespace) -> None:
+def _check_output(out: Path, replaced: bool) -> None:
     if out.suffix.lower() not in (".csv", ".jsonl"):
         raise ConfigError(f"--out {out}: give a .csv or a .jsonl file")
-    if out.exists() and not args.overwrite:
+    if out.exists() and not replaced:
         raise ConfigError(f"{out} exists: add --overwrite to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)
 

@@ -67,6 +67,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     values = override(read_toml(args.config) if args.config else {}, args.settings)
     if args.vram is not None:
         values["vram"] = args.vram
+    if args.plan and not args.resume:
+        values.setdefault("out", "")  # a plan writes nothing
     config = build(TrainConfig, values)
     quiet_libraries()
     planner = Planner(processes)

@@ -131,6 +131,11 @@ class Study:
         with safe_open(self._path(0), "pt") as file:
             return int(file.metadata()["pixels"])
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of features of each extractor."""
+        return {name: next(self._read(BASE, f"features {name}")).shape[1] for name in self.judges.features}
+
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
 
