@@ -68,7 +68,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     if args.vram is not None:
         values["vram"] = args.vram
     if args.plan and not args.resume:
-        values.setdefault("out", "")  # a plan writes nothing
+        values.setdefault("out", ".")  # a plan writes nothing
     config = build(TrainConfig, values)
     quiet_libraries()
     planner = Planner(processes)
