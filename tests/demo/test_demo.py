@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tools.embedded import gates
 from trainer.demo import experiment, files, show, world
+from trainer.metrics.distances import frechet_distance
 from trainer.runtime.files import file_hash
 
 DISTANCES = {"diversity", "vendi", "fid", "kid", "logcov"}
@@ -53,6 +54,16 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
         show.show(tmp_path / "demo", quick=True)
     again = show.show(tmp_path / "demo", quick=True, resume=True)  # trained already: the same figures come out
     assert again["points"] == results["points"]
+
+
+@pytest.mark.slow
+def test_distances_are_to_renders_under_the_same_features(tmp_path):
+    captions = world.captions(4, "test distances")
+    found = experiment.evaluate(tmp_path, experiment.load_base(), {}, captions, 4, experiment.rewards(), 0)
+    real = world.real_renders(captions, 16, 1)
+    for prefix, network in (("", files.load_extractor()), ("reader_", files.load_reader())):
+        ours, theirs = network.features(found.images[experiment.BASE]), network.features(real)
+        assert found.summary["base"][f"{prefix}fid"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-4)
 
 
 @pytest.mark.slow

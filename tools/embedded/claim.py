@@ -126,7 +126,7 @@ def judge(folder: Path, loras: Mapping[str, Path], mixes: Mapping[Point, Mix], s
         study.add(part, generate(policy, part.prompts, settings, every, first=part.first))
         log.info("judged chunk %d, %d of %d images", part.number, part.first + len(part.prompts), len(prompts))
     real = world.real_renders(captions, 4 * PER_PROMPT, 1)
-    summary = study.summarise({name: (features(x) for x in real.split(64)) for name, features in study.judges.features.items()})
+    summary = study.summarise({name: map(features, real.split(64)) for name, features in study.judges.features.items()})
     figures = {BASE: summary["base"], **{(p["model"], p["k"]): p for p in summary["points"]}}
     rows: dict[str, Any] = {}
     for point in study.points:

@@ -190,8 +190,7 @@ def evaluate(
     for part in study.parts(len(prompts)):
         study.add(part, images)
     real = world.real_renders(captions, 4 * per_prompt, renders_seed)
-    extractors = study.judges.features
-    summary = study.summarise({name: (features(part) for part in real.split(64)) for name, features in extractors.items()})
+    summary = study.summarise({name: map(features, real.split(64)) for name, features in study.judges.features.items()})
     judged = {point: study.judged(point) for point in study.points}
     study.clear()
     return Evaluated(prompts, images, judged, summary)
