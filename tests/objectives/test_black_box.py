@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from helpers.family import Family
 
-from trainer.objectives import BlackBoxSQDF
-from trainer.objectives.reward_gradient.black_box import Surrogate, joined
+from trainer.objectives import BlackBoxSQDF, RunContext
+from trainer.objectives.reward_gradient.black_box import Surrogate, bonus, joined, regularised_covariance
 
 
 class Features:
@@ -53,13 +55,36 @@ def test_ucb_adds_the_weighted_root_of_a_quadratic_form_that_grows_away_from_the
     bonuses = []
     for head in surrogate.heads:
         inner = head[:4](x)
-        inverse = torch.linalg.inv(inner.T @ inner + 1e-3 * torch.eye(16))
+        inverse = torch.linalg.inv(torch.cov(inner.T) + 1e-3 * torch.eye(16))
         bonuses.append(torch.einsum("bi,ij,bj->b", inner, inverse, inner).clamp(min=0).sqrt().clamp(max=10))
     expected = outputs(surrogate, x).mean(0) + 0.5 * torch.stack(bonuses).mean(0)
     torch.testing.assert_close(surrogate(images, prompts), expected, rtol=1e-2, atol=1e-3)
     far = surrogate(20 * images, prompts) - outputs(surrogate, joined(20 * images.mean((2, 3)), Features().text_features(prompts))).mean(0)
     near = surrogate(images, prompts) - outputs(surrogate, x).mean(0)
-    assert float(far.mean()) > 2 * float(near.mean()) > 0
+    assert 5.0 >= float(far.mean()) > float(near.mean()) > 0  # the limit of 10, times the weight
+
+
+def test_the_bonus_does_not_shrink_with_the_number_of_labels():
+    """For features of mean 0 it is √16 on average; 0.1.0's, of the sum of outer products, was 1/√N of that."""
+    for n in (1024, 15360):
+        inner = torch.randn(n, 16, generator=torch.Generator().manual_seed(n))
+        official, old = (float(bonus(inner, regularised_covariance(inner, kind)).square().mean()) ** 0.5 for kind in ("mean", "sum"))
+        assert official == pytest.approx(4, rel=0.02) and old == pytest.approx(4 / n**0.5, rel=0.02)
+    assert float(bonus(100 * inner[:5], regularised_covariance(inner, "mean")).max()) == 10
+
+
+def test_a_state_without_a_covariance_is_0_1_0s():
+    run = RunContext(Family(), features=Features())
+    loss = BlackBoxSQDF(queries=(8,), heads=2).begin(run)
+    x = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    surrogate = Surrogate(Features(), loss.objective, 9)
+    state = {"loop": 0, "images": x, "prompts": ["a"] * 8, "labels": torch.rand(8), "heads": surrogate.heads.state_dict(), "inner": {}}
+    for known, kind in (({}, "sum"), ({"covariance": "mean"}, "mean")):
+        loss.restore({**state, **known})
+        inner = loss.surrogate.heads[0][:4](joined(x, Features().text_features(["a"] * 8)))
+        expected = (torch.cov(inner.T) if kind == "mean" else inner.T @ inner) + 1e-3 * torch.eye(16)
+        torch.testing.assert_close(loss.surrogate.covariances[0], expected)
+        assert loss.state()["covariance"] == kind
 
 
 def test_every_loop_starts_from_the_same_networks_whatever_was_drawn_before():

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.family import Family, Towers, batch
+from helpers.losses import batch_of
 from helpers.runs import command, finish, same_lora, settings, wait_for_steps
 
+from trainer.objectives import SQDF, RunContext
 from trainer.objectives.reward_gradient.replay import Replay, free_bytes, trajectory_bytes
+from trainer.rng import Rng
 
 
 def filled(folder, rewards, capacity=100, steps=4):
@@ -20,14 +24,14 @@ def filled(folder, rewards, capacity=100, steps=4):
     return replay
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "prioritised", "newest"])
+@pytest.mark.parametrize("sampling", ["uniform", "prioritised"])
 def test_draws_follow_the_sampling_distribution(sampling, tmp_path):
     rewards, gamma, steps, n = [0.5, -1.0, 2.0, 1.0], 0.7, 4, 40_000
     replay = filled(tmp_path, rewards)
     expected = torch.zeros(4, steps, dtype=torch.float64)
     for j, reward in enumerate(rewards):  # the definition, entry by entry
         for i in range(steps):
-            weight = {"uniform": 1.0, "prioritised": max(reward, 0.0) * gamma ** (steps - 1 - i), "newest": float(j == 3)}
+            weight = {"uniform": 1.0, "prioritised": max(reward, 0.0) * gamma ** (steps - 1 - i)}
             expected[j, i] = weight[sampling]
     expected = expected / expected.sum()
     drawn = replay.draw(torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64), sampling, steps, gamma)
@@ -36,6 +40,36 @@ def test_draws_follow_the_sampling_distribution(sampling, tmp_path):
         counts[trajectory.number, index] += 1
     assert bool((counts[expected == 0] == 0).all())
     assert bool(((counts / n - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all())
+
+
+def test_newest_takes_a_state_of_each_of_the_last_trajectories(tmp_path):
+    """As the official code's: N draws have N trajectories, the most recent, and over many draws every state of each."""
+    replay, steps, size = filled(tmp_path, [0.0] * 7), 4, 5
+    seen = torch.zeros(7, steps)
+    for seed in range(400):
+        uniform = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+        drawn = replay.newest(uniform, range(size), size, steps)
+        assert [t.number for t, _ in drawn] == [2, 3, 4, 5, 6]
+        parts = [replay.newest(uniform[part], rows, size, steps) for part, rows in ((slice(0, 2), (0, 1)), (slice(2, 5), (2, 3, 4)))]
+        assert [*parts[0], *parts[1]] == drawn  # two processes draw what one does
+        for trajectory, index in drawn:
+            seen[trajectory.number, index] += 1
+    assert seen[:2].sum() == 0
+    assert bool((seen[2:] - 100).abs().max() < 5 * (400 * 0.25 * 0.75) ** 0.5), seen
+    few = replay.newest(torch.zeros(9), range(9), 9, steps)
+    assert [t.number for t, _ in few] == [5, 6, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_on_the_newest_rollouts_trains_on_its_own_prompts(tmp_path):
+    """Collected anew for every micro-batch, the newest N states are those of its own N rollouts."""
+    objective = SQDF(steps=6, guidance_scale=1.0, buffer_gb=1e-5, replay="newest")
+    loss, seen = objective.begin(RunContext(Family(), Towers(), folder=tmp_path)), []
+    loss.replay.newest, plain = lambda *a: seen.append(plain(*a)) or seen[-1], loss.replay.newest
+    for number in range(3):
+        b = batch(number=number)
+        loss(batch_of(b.prompts, Rng(3, number, tuple(range(4 * number, 4 * number + 4))), number))
+    assert [[t.prompt for t, _ in drawn] for drawn in seen] == [list("abcd")] * 3
+    assert [[t.number for t, _ in drawn] for drawn in seen] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_without_a_positive_reward_prioritised_is_uniform_over_trajectories(tmp_path):

@@ -16,7 +16,9 @@ from ..base import ImageFeatures, Logs, Loss, RunContext
 from .sqdf import SQDF, SoftQ, rollouts
 
 Optimism = Literal["bootstrap", "ucb"]
-_RIDGE = 1e-3  # official: λ of the covariance under the square root
+Covariance = Literal["mean", "sum"]
+"""Of the surrogate's inner features: their sample covariance, or 0.1.0's sum of outer products, √N times too large in the bonus."""
+_RIDGE = 1e-3  # official: λ added to the covariance Σ
 _BONUS_LIMIT = 10.0  # official: clip of that root
 
 
@@ -70,9 +72,10 @@ class Surrogate(nn.Module):
 
     differentiable = True
 
-    def __init__(self, features: ImageFeatures, objective: BlackBoxSQDF, width: int) -> None:
+    def __init__(self, features: ImageFeatures, objective: BlackBoxSQDF, width: int, covariance: Covariance = "mean") -> None:
         super().__init__()
         self.objective = objective
+        self.covariance: Covariance = covariance
         self.image_features, self.text_features = features.image_features, features.text_features  # no submodule: `to` leaves it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # every loop begins with the same networks; their data tell them apart
@@ -86,9 +89,7 @@ class Surrogate(nn.Module):
         outputs = torch.stack([_outer(head, h) for head, h in zip(self.heads, inner)])
         if self.objective.optimism == "bootstrap":
             return outputs.amax(0)
-        bonuses = [
-            (h * torch.linalg.solve(c, h.T).T).sum(1).clamp(min=0).sqrt().clamp(max=_BONUS_LIMIT) for h, c in zip(inner, self.covariances)
-        ]
+        bonuses = [bonus(h, covariance) for h, covariance in zip(inner, self.covariances)]
         return outputs.mean(0) + self.objective.ucb_weight * torch.stack(bonuses).mean(0)
 
     def fit(self, x: Tensor, labels: Tensor, seed: int) -> None:
@@ -107,10 +108,19 @@ class Surrogate(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Freeze the heads and compute the covariances of their inner features over all labelled images, for the bonus."""
+        """Freeze the heads and compute the covariances Σ + λ of their inner features over all labelled images, for the bonus."""
         self.heads.requires_grad_(False)
-        inner = [_inner(head, x) for head in self.heads]
-        self.covariances = torch.stack([h.T @ h + _RIDGE * torch.eye(16) for h in inner])
+        self.covariances = torch.stack([regularised_covariance(_inner(head, x), self.covariance) for head in self.heads])
+
+
+def regularised_covariance(inner: Tensor, kind: Covariance) -> Tensor:
+    """Σ + λ of features (N,16)."""
+    return (torch.cov(inner.T) if kind == "mean" else inner.T @ inner) + _RIDGE * torch.eye(16)
+
+
+def bonus(inner: Tensor, covariance: Tensor) -> Tensor:
+    """√(hᵀΣ⁻¹h) of features (B,16), at most 10: (B,)."""
+    return (inner * torch.linalg.solve(covariance, inner.T).T).sum(1).clamp(min=0).sqrt().clamp(max=_BONUS_LIMIT)
 
 
 def _head(width: int) -> nn.Module:
@@ -143,6 +153,7 @@ class BlackBox(Loss):
         self.prompts: list[str] = []
         self.labels = torch.empty(0)
         self.surrogate: Surrogate | None = None
+        self.covariance: Covariance = "mean"
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,); `reward` is the surrogate's, `oracle` the last loop's mean label."""
@@ -181,7 +192,7 @@ class BlackBox(Loss):
 
     def _renew(self, prepare: Callable[[Surrogate, Tensor], None]) -> None:
         """A new surrogate, prepared on the inputs (N,3D) of all labelled images, on the device of the features."""
-        surrogate = Surrogate(self.features, self.objective, 3 * self.images.shape[1])
+        surrogate = Surrogate(self.features, self.objective, 3 * self.images.shape[1], self.covariance)
         texts = self.features.text_features(self.prompts)
         prepare(surrogate, joined(self.images, texts.float().cpu()))
         self.surrogate = surrogate.to(texts.device)
@@ -189,12 +200,13 @@ class BlackBox(Loss):
     def state(self) -> dict[str, Any]:
         """Labels, the surrogate's weights, and the buffer's list."""
         heads = {k: v.cpu() for k, v in self.surrogate.heads.state_dict().items()} if self.surrogate else {}
-        kept = {"loop": self.loop, "images": self.images, "prompts": self.prompts, "labels": self.labels}
+        kept = {"loop": self.loop, "images": self.images, "prompts": self.prompts, "labels": self.labels, "covariance": self.covariance}
         return {**kept, "heads": heads, "inner": self.inner.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by `state()`, without oracle calls."""
         self.loop, self.images, self.prompts, self.labels = state["loop"], state["images"], state["prompts"], state["labels"]
+        self.covariance = state.get("covariance", "sum")  # a run that 0.1.0 started keeps its bonus
         self.inner.restore(state["inner"])
 
         def load(surrogate: Surrogate, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,15 +74,11 @@ class Replay:
         """Chance (n,T) float64 of every state of every trajectory.
 
         uniform: all alike. prioritised: in proportion to max(reward, 0)·γ^(T−1−i) (SQDF, arXiv:2512.04559, official code's
-        rule; uniform over trajectories where no reward is positive). newest: uniform over the last trajectory alone.
+        rule; uniform over trajectories where no reward is positive). newest has none: see `newest`.
         """
         n = len(self.trajectories)
         if sampling == "uniform":
             return torch.full((n, steps), 1 / (n * steps), dtype=torch.float64)
-        if sampling == "newest":
-            chances = torch.zeros(n, steps, dtype=torch.float64)
-            chances[-1] = 1 / steps
-            return chances
         worth = torch.tensor([max(t.reward, 0.0) for t in self.trajectories], dtype=torch.float64)
         if float(worth.sum()) == 0:
             worth = torch.ones_like(worth)
@@ -95,6 +91,15 @@ class Replay:
         chances = self.probabilities(sampling, steps, gamma).flatten().cumsum(0)
         rows = torch.searchsorted(chances, uniform.double() * chances[-1], right=True).clamp(max=len(chances) - 1)
         return [(self.trajectories[int(row) // steps], int(row) % steps) for row in rows]
+
+    def newest(self, uniform: Tensor, rows: Sequence[int], size: int, steps: int) -> list[tuple[Trajectory, int]]:
+        """A state of each of the `size` most recent trajectories, those at `rows` of them: `uniform` in [0,1) draws its index.
+
+        A buffer with fewer trajectories gives several states of one.
+        """
+        n = len(self.trajectories)
+        index = (uniform.double() * steps).long().clamp(max=steps - 1).tolist()
+        return [(self.trajectories[(n - size + row) % n], i) for row, i in zip(rows, index, strict=True)]
 
     # -- on disk -------------------------------------------------------------------------------------------------
 

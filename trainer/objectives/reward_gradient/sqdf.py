@@ -42,7 +42,9 @@ class SQDF(Objective):
         metadata={"min": 0.0, "help": "weight α of the KL per latent element (official 2.0 or 0.005 without the ½: 4.0 or 0.01 here)"},
     )
     estimator: Estimator = field(default="base", metadata={"help": "x0 after the transition: the base model, or a consistency adapter"})
-    replay: Sampling = field(default="uniform", metadata={"help": "how states are sampled: uniform, prioritised (reward·γ^…) or newest"})
+    replay: Sampling = field(
+        default="uniform", metadata={"help": "states drawn: uniform, prioritised (reward·γ^…), or newest: one of each of the last rollouts"}
+    )
     buffer_gb: float = field(
         default=2.0, metadata={"min": 0.0, "help": "size of the replay buffer on disk; 0 trains on new rollouts alone"}
     )
@@ -124,7 +126,11 @@ class SoftQ(Loss):
                     self.replay.add(prompt, score, states[row] if rank == self.run.processes.rank else None)
             exchange(None)  # all files are written before one is read
         uniform = batch.rng.uniform("replay").float()  # float32 as in 0.1.0, so that the same states are drawn
-        drawn = self.replay.draw(uniform, o.replay, o.steps, o.gamma)
+        if o.replay == "newest":
+            size = len(batch.prompts) * self.run.processes.count
+            drawn = self.replay.newest(uniform, [i % size for i in batch.rng.indices], size, o.steps)
+        else:
+            drawn = self.replay.draw(uniform, o.replay, o.steps, o.gamma)
         x = torch.stack([self.replay.read(t, i) for t, i in drawn]).to(policy.device)
         return x, [t.prompt for t, _ in drawn], torch.tensor([i for _, i in drawn]), collected
 
