@@ -82,9 +82,8 @@ def _widget(field: Any, hint: Any) -> Any:
     if hint is bool:
         return io.Boolean.Input(name, display_name=label, optional=later, default=field.default, tooltip=tooltip)
     if hint is int:
-        return io.Int.Input(
-            name, display_name=label, default=field.default, min=meta.get("min", 0), max=meta.get("max", 2**31 - 1), tooltip=tooltip
-        )
+        low, high = meta.get("min", 0), meta.get("max", 2**31 - 1)
+        return io.Int.Input(name, display_name=label, optional=later, default=field.default, min=low, max=high, tooltip=tooltip)
     if hint is float:
         low, high = float(meta.get("min", -1e6)), float(meta.get("max", 1e6))
         # a step as fine as the default: learning rates and loss weights are small

@@ -62,3 +62,12 @@ class Rng:
             number = self.step if self.batch is None else self.batch
             return torch.full((len(self.indices),), low + seed_of(self.seed, number, "batch", purpose) % span)
         return torch.tensor([low + seed_of(self.seed, self.step, i, purpose) % span for i in self.indices])
+
+    def in_turn(self, purpose: str, low: int, high: int, turns: Sequence[int]) -> Tensor:
+        """Integers in [low, high], both ends included, one for each of `turns`: (B,) int64.
+
+        Every round of high − low + 1 turns has each integer once, in an order of its own.
+        """
+        rounds = {turn // (high - low + 1) for turn in turns}
+        orders = {i: torch.randperm(high - low + 1, generator=generator(self.seed, "round", i, purpose)) for i in rounds}
+        return torch.tensor([low + int(orders[turn // (high - low + 1)][turn % (high - low + 1)]) for turn in turns])

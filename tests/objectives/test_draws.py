@@ -6,11 +6,13 @@ import logging
 
 import pytest
 import torch
-from helpers.family import Towers
+from helpers.family import Family, Towers
+from helpers.losses import batch_of
 from helpers.processes import Trained
 
 from trainer.config import build
 from trainer.data.samples import Samples
+from trainer.objectives import ImageReFL, ReFL
 from trainer.rng import Rng
 from trainer.training import checkpoint
 from trainer.training.config import TrainConfig
@@ -88,3 +90,37 @@ def test_a_new_run_resumes_with_its_own_draws_and_no_warning(tmp_path, caplog):
     found = finished(run_of(tmp_path / "cut", gradient_accumulation_steps=3, steps=4), resume=True)
     assert torch.equal(found, finished(run_of(tmp_path / "whole", gradient_accumulation_steps=3, steps=4)))
     assert "earlier version" not in caplog.text
+
+
+def test_turns_visit_every_integer_once_a_round_in_an_order_of_each_round():
+    rng = Rng(5, 0, (0,))
+    rounds = [rng.in_turn("m", 3, 9, range(7 * r, 7 * r + 7)).tolist() for r in range(200)]
+    assert all(sorted(one) == list(range(3, 10)) for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 150
+    first = torch.tensor(rounds)[:, 0].sub(3).bincount(minlength=7)
+    assert bool((first - 200 / 7).abs().max() < 5 * (200 / 7 * 6 / 7) ** 0.5), first
+    assert rng.in_turn("m", 3, 9, [8, 0, 8]).tolist() == [rounds[1][1], rounds[0][0], rounds[1][1]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.4])
+def test_stratified_draws_visit_every_m_equally_often_in_both_kinds_of_micro_batch(share):
+    """Over whole rounds of each kind, whatever their order; drawn at random, some would be met twice and others never."""
+    objective = ImageReFL(steps=10, grad_from=6, grad_to=9, start_from=6, start_to=6, refl_share=share, per_sample=False, stratified=True)
+    sigmas, seen = Family().sigmas(10), {True: [], False: []}
+    for number in range(80):
+        m = objective.gradient_step(batch_of(("a", "b"), Rng(1, number // 4, (2 * number, 2 * number + 1), number), number), sigmas)
+        assert int(m[0]) == int(m[1])
+        seen[objective.takes_noise(number)].append(int(m[0]))
+    for found in seen.values():
+        whole = found[: len(found) // 4 * 4]
+        assert torch.tensor(whole, dtype=torch.long).bincount(minlength=10)[6:].tolist() == [len(whole) // 4] * 4
+    assert len(seen[True]) == int(80 * share)
+
+
+def test_stratified_draws_of_samples_spread_over_a_batch():
+    objective, sigmas = ReFL(steps=10, grad_from=2, grad_to=9, stratified=True), Family().sigmas(10)
+    for number in range(20):
+        m = objective.gradient_step(
+            batch_of(tuple("abcdefgh" * 2), Rng(1, number, tuple(range(16 * number, 16 * number + 16))), number), sigmas
+        )
+        assert m.bincount(minlength=10)[2:].tolist() == [2] * 8

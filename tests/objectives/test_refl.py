@@ -11,7 +11,7 @@ from helpers.losses import batch_of, loss_of
 from helpers.toys import ToyDenoiser
 
 from trainer.data.batches import Images, Prompts
-from trainer.objectives import ImageReFL, ReFL
+from trainer.objectives import ImageReFL, ReFL, RunContext
 from trainer.rng import Rng
 from trainer.sampling import step
 
@@ -241,3 +241,51 @@ def test_one_draw_per_batch_is_one_value(toy_policy):
 def test_impossible_ranges_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ImageReFL(**wrong)
+
+
+def at_each(objective, policy, b, reward, indices):
+    """Mean loss of the objective with its gradient step fixed at each index in turn: rollouts share all noise."""
+    fixed = [replace(objective, grad_steps=1, grad_from=i, grad_to=i) for i in indices]
+    return torch.stack([loss_of(one, policy, b, reward)[0] for one in fixed]).mean()
+
+
+@pytest.mark.parametrize("kind", ["refl", "images"])
+@pytest.mark.parametrize(("count", "low", "high"), [(2, 6, 9), (3, 5, 9), (4, 6, 9)])
+def test_several_gradient_steps_of_a_rollout_are_the_mean_of_their_losses(toy_policy, toy_reward, kind, count, low, high):
+    images = {"start_from": low, "start_to": low, "refl_share": 0.0, "diffusion_weight": 0.3}
+    kept = {"steps": 10, "grad_from": low, "grad_to": high, "per_sample": False, "kl_weight": 0.1}
+    objective = ImageReFL(**kept, **images) if kind == "images" else ReFL(**kept)
+    several, b = replace(objective, grad_steps=count), batch()
+    steps = several.gradient_steps(b, toy_policy.sigmas(10))
+    assert steps.shape == (count, 6) and int(objective.gradient_step(b, toy_policy.sigmas(10))[0]) in steps[:, 0]
+    assert len(set(steps[:, 0].tolist())) == count and bool((steps.diff(dim=0) > 0).all())
+    loss, logs = loss_of(several, toy_policy, b, toy_reward)
+    expected = at_each(objective, toy_policy, b, toy_reward, steps[:, 0].tolist())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(toy_policy, loss), gradient(toy_policy, expected))
+    assert logs["reward"].shape == (6,)
+
+
+def test_gradient_steps_of_samples_apart_are_those_of_each_alone(toy_policy, toy_reward):
+    objective = ImageReFL(**SMALL, start_from=6, start_to=6, refl_share=0.0, diffusion_weight=0.3, grad_steps=2)
+    whole, _ = loss_of(objective, toy_policy, batch(), toy_reward)
+    alone = []
+    for row in range(6):
+        b = batch()
+        one = batch_of((b.prompts[row],), Rng(3, 0, (row,)), 0, b.latents[row : row + 1])
+        steps = objective.gradient_steps(one, toy_policy.sigmas(10))[:, 0].tolist()
+        alone.append(at_each(objective, toy_policy, one, toy_reward, steps))
+    expected = torch.stack(alone).mean()
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(gradient(toy_policy, whole), gradient(toy_policy, expected))
+
+
+def test_a_rollout_is_shared_by_its_gradient_steps(toy_policy, toy_reward):
+    """From 6 to 9 in four steps: nine of the rollout, four with a gradient, where four rollouts take 6+7+8+9 and four."""
+    loss_of(ReFL(**SMALL, grad_steps=4), toy_policy, batch(latents=False), toy_reward)
+    assert toy_policy.calls == 6 * (9 + 4)
+
+
+def test_more_gradient_steps_than_the_range_has_are_refused(toy_policy, toy_reward):
+    with pytest.raises(ValueError, match="grad_steps = 5 of a range that has 4 steps"):
+        ReFL(**SMALL, grad_steps=5).check(RunContext(toy_policy, toy_reward))

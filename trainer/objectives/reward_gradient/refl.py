@@ -6,6 +6,7 @@ They differ in where that step's state comes from: pure noise (ReFL) or a noised
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -51,6 +52,18 @@ class ReFL(Stateless):
     kl_weight: float = field(
         default=0.0, metadata={"min": 0.0, "help": "weight of the squared distance to the base model's noise prediction at m"}
     )
+    stratified: bool = field(
+        default=False, metadata={"since": "0.2", "help": "draw every m equally often: each once per round of draws, in random order"}
+    )
+    grad_steps: int = field(
+        default=1,
+        metadata={
+            "since": "0.2",
+            "min": 1,
+            "max": 1000,
+            "help": "gradient steps on one rollout, evenly spaced over the range, m one of them",
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.grad_from <= self.grad_to < self.steps:
@@ -59,7 +72,11 @@ class ReFL(Stateless):
             raise ValueError(f"sigma_low {self.sigma_low} lies above sigma_high {self.sigma_high}")
 
     def check(self, context: RunContext) -> None:
-        """Refuse settings that give each process another number of evaluations where that number must be equal."""
+        """Refuse more gradient steps than the range has, and settings that give each process another number of evaluations where
+        that number must be equal."""
+        low, high = self.index_range(context.policy.sigmas(self.steps))
+        if self.grad_steps > high - low + 1:
+            raise ValueError(f"grad_steps = {self.grad_steps} of a range that has {high - low + 1} steps ({low}–{high})")
         if self.per_sample and context.processes.sharded:
             raise ValueError(
                 "per_sample = true evaluates the network more often in one process than in another, "
@@ -82,14 +99,39 @@ class ReFL(Stateless):
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         sampler = Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
-        m = self.gradient_step(batch, sampler.sigmas)
-        x, sigma = sampler.rollout(sampler.start(), m), sampler.sigmas[m]
-        return self._reward_loss(run, batch, x, sigma, sampler.denoiser(x, sigma))
+        m = self.gradient_steps(batch, sampler.sigmas)
+        x = sampler.rollout(sampler.start(), m[0])
+        return self._reward_losses(run, batch, sampler, m, x, sampler.denoiser(x, sampler.sigmas[m[0]]))
 
     def gradient_step(self, batch: Batch, sigmas: Tensor) -> Tensor:
-        """The index m (B,) of each sample's gradient step on a grid (T+1,)."""
+        """The index m (B,) that is drawn for each sample on a grid (T+1,)."""
         low, high = self.index_range(sigmas)
-        return batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
+        if not self.stratified:
+            return batch.rng.integers("gradient step", low, high, shared=not self.per_sample)
+        turns = batch.rng.indices if self.per_sample else [self.turn(batch.number)] * len(batch.prompts)
+        return batch.rng.in_turn("gradient step", low, high, turns)
+
+    def gradient_steps(self, batch: Batch, sigmas: Tensor) -> Tensor:
+        """The indices (grad_steps,B), ascending, of each sample's gradient steps: m, and others evenly spaced over the range."""
+        low, high = self.index_range(sigmas)
+        span = high - low + 1
+        ahead = torch.tensor([j * span // self.grad_steps for j in range(self.grad_steps)])
+        return (low + (self.gradient_step(batch, sigmas) - low + ahead[:, None]) % span).sort(0).values
+
+    def turn(self, number: int) -> int:
+        """How many micro-batches of the kind of micro-batch `number` came before it."""
+        return number
+
+    def _reward_losses(
+        self, run: RunContext, batch: Batch, sampler: Sampler, m: Tensor, x: Tensor, denoised: Tensor
+    ) -> tuple[Tensor, Logs]:
+        """Mean reward loss at the indices m (n,B), ascending, of one rollout; x and its prediction are those at m[0]."""
+        found = [self._reward_loss(run, batch, x, sampler.sigmas[m[0]], denoised)]
+        for before, here in pairwise(m.unbind()):
+            x, sigma = sampler.rollout(x, here, before), sampler.sigmas[here]
+            found.append(self._reward_loss(run, batch, x, sigma, sampler.denoiser(x, sigma)))
+        logs = {name: torch.stack([one[name] for _, one in found]).mean(0) for name in found[0][1]}
+        return torch.stack([loss for loss, _ in found]).mean(), logs
 
     def _reward_loss(self, run: RunContext, batch: Batch, x: Tensor, sigma: Tensor, denoised: Tensor) -> tuple[Tensor, Logs]:
         scores = run.scores(denoised, batch.prompts)
@@ -157,6 +199,11 @@ class ImageReFL(ReFL):
         """Whether micro-batch `number` is a plain ReFL one: evenly spaced, and a function of the number alone."""
         return int((number + 1) * self.refl_share) > int(number * self.refl_share)
 
+    def turn(self, number: int) -> int:
+        """How many micro-batches from noise, or from images, came before micro-batch `number`."""
+        from_noise = int(number * self.refl_share)
+        return from_noise if self.takes_noise(number) else number - from_noise
+
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         from_noise = self.takes_noise(batch.number)
@@ -178,7 +225,8 @@ class ImageReFL(ReFL):
         policy, sampler = run.policy, Sampler(run, batch, self.steps, self.guidance_scale, self.eta)
         sigmas, latents = sampler.sigmas, batch.latents.to(policy.device)
         first = batch.rng.integers("image start", self.start_from, self.start_to, shared=not self.per_sample)
-        last = self.gradient_step(batch, sigmas).maximum(first)
+        m = self.gradient_steps(batch, sigmas).maximum(first)
+        last = m[0]
         start = policy.add_noise(latents, sampler.start_noise.to(latents), sigmas[first])
         regularised = self.diffusion_weight > 0
         if regularised and self.guidance_scale != 1:
@@ -189,7 +237,7 @@ class ImageReFL(ReFL):
             with torch.set_grad_enabled(regularised or bool((last == first).any())):
                 unguided = sampler.denoiser(start, sigmas[first])
             x, denoised = self._from_start(sampler, start, unguided, first, last)
-        loss, logs = self._reward_loss(run, batch, x, sigmas[last], denoised)
+        loss, logs = self._reward_losses(run, batch, sampler, m, x, denoised)
         if not regularised:
             return loss, logs
         return self._regularised(run, loss, logs, denoising_error(unguided, latents, sigmas[first], policy.space))
