@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from tools.embedded import claim, distil, pretrain, results, tables, verdict
+from tools.embedded import claim, distil, pretrain, results, tables
+from trainer.metrics.frontier import Curves
 
 STAGES = ("vae", "latents", "decoder", "unet", "gallery", "samples", "reader", "proxy", "heldout", "extractor")
 
@@ -74,53 +75,5 @@ def test_a_seed_of_the_claim_is_trained_judged_and_continues_after_a_stop(tmp_pa
     expected = {"base|0", "base_unguided|20", "refl 2 at 50 %|0"}
     assert set(record["points"]) == expected | {f"refl 2|{k}" for k in claim.SWITCHES} | {f"refl 1|{k}" for k in claim.FEW_SWITCHES}
     assert all(len(row["gold"]) == 2 for row in record["points"].values())
-    curves = verdict.Curves(record)
+    curves = Curves(record["points"])
     assert curves.lead(["refl 2"], ["refl 2"], "gold") == (0.0, 0.0, 0.0)
-
-
-def _record(gains, shares, prompts=8):
-    """A record in which every prompt has the same figures; gains and shares by model and switch."""
-    points = {"base|0": (0.0, 1.0)}
-    for model, values in gains.items():
-        points |= {f"{model}|{k}": (gain, shares[model][i]) for i, (k, gain) in enumerate(values.items())}
-    axes = ("heldout", "gold", "reward")
-    return {
-        "seed": 0,
-        "points": {
-            name: {**{a: [gain] * prompts for a in axes}, "diversity": [0.5 * share] * prompts, "match": [1.0] * prompts}
-            for name, (gain, share) in points.items()
-        },
-    }
-
-
-def test_the_best_gain_at_a_share_of_diversity_lies_on_lines_between_switches():
-    assert verdict.best_gain([(0.5, 2.0), (0.9, 1.0), (1.0, 0.0)], 0.85) == pytest.approx(1.0 + 0.05 / 0.4)
-    assert verdict.best_gain([(0.9, 2.0), (0.95, 1.0), (1.0, 0.0)], 0.85) == 2.0  # never below: the highest point
-    assert verdict.best_gain([(0.5, -1.0), (0.9, -0.5), (1.0, 0.0)], 0.85) == 0.0  # nothing better than the base
-
-
-def test_leads_and_equal_proxy_follow_the_curves_by_hand():
-    record = _record({"a": {0: 2.0, 12: 1.0}, "b": {0: 1.6, 12: 1.2}}, {"a": (0.5, 0.9), "b": (0.6, 0.95)})
-    curves = verdict.Curves(record)
-    theirs, ours = 1.0 + 0.05 / 0.4, 1.2 + 0.10 / 0.35 * 0.4
-    assert curves.lead(["b"], ["a"], "gold") == pytest.approx((ours - theirs,) * 3)
-    equal = curves.at_equal_proxy("b", "a", 12)  # b has a's proxy of 1.0 a sixth of the way from k = 12 to the base
-    assert equal["gold"] == pytest.approx(0.0) and equal["diversity"] == pytest.approx(0.95 + 0.05 / 6 - 0.9)
-
-
-@pytest.mark.parametrize(
-    ("interval", "seeds", "word"),
-    [
-        ((0.2, 0.1, 0.3), 5, "true"),
-        ((-0.2, -0.3, -0.1), 5, "false"),
-        ((0.0, -0.05, 0.05), 5, "no difference"),
-        ((0.1, -0.05, 0.3), 5, "undecided"),
-        ((0.2, 0.1, 0.3), 4, "undecided (n = 4)"),
-    ],
-)
-def test_the_verdict_is_the_protocols(interval, seeds, word):
-    leads = {axis: [interval] * seeds for axis in verdict.CO_PRIMARY}
-    assert verdict.decide(leads) == word
-    if word == "true":
-        leads["gold"][2] = (0.1, -0.01, 0.3)
-        assert verdict.decide(leads) == "undecided"

@@ -7,7 +7,6 @@ the base and every curve are interpolated anew for each resample.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,87 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer.metrics.intervals import bootstrap
+from trainer.demo.verdict import CO_PRIMARY, FILE, decide
+from trainer.metrics.frontier import SHARE, Curves
+from trainer.runtime.files import write_text
 
-from .claim import ARMS, CHECKPOINTS, EQUAL_CALLS, STRENGTHS, SWITCHES, UPDATES
+from .claim import ARMS, CHECKPOINTS, EQUAL_CALLS, STRENGTHS, UPDATES
 
 AXES = {"heldout": "held-out", "gold": "gold", "reward": "proxy"}
-CO_PRIMARY = ("heldout", "gold")
-SHARE = 0.85  # of the guided base's diversity
-SEEDS = 5
-NO_DIFFERENCE = 0.1
 
 Record = Mapping[str, Any]
-Points = Sequence[tuple[float, float]]
-
-
-def best_gain(curve: Points, share: float) -> float:
-    """The highest gain on a curve where diversity is at least `share`; curve: (diversity, gain) over the switches, the base last.
-
-    Between neighbours the curve is a straight line. The base itself is a point, so that there always is one.
-    """
-    found = [gain for diversity, gain in curve if diversity >= share]
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if (x0 - share) * (x1 - share) < 0:
-            found.append(y0 + (share - x0) / (x1 - x0) * (y1 - y0))
-    return max(found)
-
-
-class Curves:
-    """Gain against diversity of every model of one record, on any resample of its prompts."""
-
-    def __init__(self, record: Record) -> None:
-        self.values = {
-            point: {a: torch.tensor(v, dtype=torch.float64) for a, v in row.items() if isinstance(v, list)}
-            for point, row in record["points"].items()
-        }
-        self.prompts = len(self.values["base|0"]["gold"])
-
-    def means(self, point: str, axis: str, rows: Tensor) -> float:
-        """(gain, or the share of the base's diversity) of one point on some prompts."""
-        value, base = self.values[point][axis][rows].mean(), self.values["base|0"][axis][rows].mean()
-        return float(value / base if "diversity" in axis else value - base)
-
-    def curve(self, model: str, axis: str, rows: Tensor, against: str = "diversity") -> Points:
-        """(diversity, gain) at every switch that was judged, the base last."""
-        switches = [k for k in SWITCHES if f"{model}|{k}" in self.values]
-        points = [(self.means(f"{model}|{k}", against, rows), self.means(f"{model}|{k}", axis, rows)) for k in switches]
-        return [*points, (1.0 if "diversity" in against else 0.0, 0.0)]
-
-    def gain(self, models: Sequence[str], axis: str, share: float, rows: Tensor) -> float:
-        """The highest gain of any of some models at this share of the diversity."""
-        return max(best_gain(self.curve(model, axis, rows), share) for model in models)
-
-    def lead(self, ours: Sequence[str], theirs: Sequence[str], axis: str, share: float = SHARE) -> tuple[float, float, float]:
-        """Difference of two gains with its 95 % interval."""
-
-        def difference(rows: Tensor) -> Tensor:
-            return torch.tensor(self.gain(ours, axis, share, rows) - self.gain(theirs, axis, share, rows))
-
-        low, high = bootstrap(difference, self.prompts, resamples=500)
-        return float(difference(torch.arange(self.prompts))), float(low), float(high)
-
-    def at_equal_proxy(self, ours: str, theirs: str, k: int) -> dict[str, float]:
-        """Where our curve has the proxy gain that theirs has at switch k: our figures minus theirs, by interpolation."""
-        rows = torch.arange(self.prompts)
-        goal = self.means(f"{theirs}|{k}", "reward", rows)
-        found: dict[str, float] = {}
-        for axis in ("heldout", "gold", "diversity"):
-            flipped = [(gain, value) for value, gain in self.curve(ours, "reward", rows, against=axis)]
-            value = _crossing(flipped, goal)
-            if value is not None:
-                found[axis] = value - self.means(f"{theirs}|{k}", axis, rows)
-        return found
-
-
-def _crossing(curve: Points, goal: float) -> float | None:
-    """The second coordinate where the first one passes `goal`, nearest to the end of the curve."""
-    for (x0, y0), (x1, y1) in reversed(list(itertools.pairwise(curve))):
-        if min(x0, x1) <= goal <= max(x0, x1):
-            return y0 if x0 == x1 else y0 + (goal - x0) / (x1 - x0) * (y1 - y0)
-    return None
 
 
 def last(arm: str) -> str:
@@ -103,26 +31,20 @@ def last(arm: str) -> str:
     return f"{arm} {UPDATES}"
 
 
-def decide(leads: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
-    """True, false, no difference or undecided, from the co-primary leads of all seeds."""
-    every = [interval for axis in CO_PRIMARY for interval in leads[axis]]
-    seeds = len(leads[CO_PRIMARY[0]])
-    if seeds < SEEDS:
-        return f"undecided (n = {seeds})"
-    if all(low > 0 for _, low, _ in every):
-        return "true"
-    if all(high < 0 for _, _, high in every):
-        return "false"
-    return "no difference" if all(low > -NO_DIFFERENCE and high < NO_DIFFERENCE for _, low, high in every) else "undecided"
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """What the demo's page says of the experiment."""
+    curves = [Curves(record["points"]) for record in records]
+    leads = {axis: [c.lead([last("imagerefl")], [last("refl")], axis) for c in curves] for axis in AXES}
+    beside = {axis: [c.lead([last("imagerefl")], [last("refl+diffusion")], axis) for c in curves] for axis in CO_PRIMARY}
+    tie = bool(records) and not any(all(low > 0 for _, low, _ in beside[axis]) for axis in CO_PRIMARY)
+    return {"verdict": decide(leads), "seeds": len(records), "tie": tie, "leads": leads, "over refl+diffusion": beside}
 
 
 def tables(records: Sequence[Record], controls: Record | None) -> str:
     """The verdict and every table, in Markdown."""
-    curves = [Curves(record) for record in records]
-    leads = {axis: [c.lead([last("imagerefl")], [last("refl")], axis) for c in curves] for axis in AXES}
-    beside = {axis: [c.lead([last("imagerefl")], [last("refl+diffusion")], axis) for c in curves] for axis in CO_PRIMARY}
-    tie = not any(all(low > 0 for _, low, _ in beside[axis]) for axis in CO_PRIMARY)
-    out = [f"**Verdict: {decide(leads)}.**" + (" ReFL with the same diffusion loss does as well as ImageReFL." if tie else "")]
+    curves, found = [Curves(record["points"]) for record in records], summary(records)
+    leads, beside = found["leads"], found["over refl+diffusion"]
+    out = [f"**Verdict: {found['verdict']}.**" + (" ReFL with the same diffusion loss does as well as ImageReFL." if found["tie"] else "")]
     out += ["", f"Leads of ImageReFL + combined at {SHARE:.0%} of the guided base's diversity, training seeds in turn:", ""]
     out += _header("lead over", "axis", *(f"seed {record['seed']}" for record in records))
     out += [_row("ReFL", AXES[axis], *map(_interval, found)) for axis, found in leads.items()]
@@ -152,7 +74,7 @@ def tables(records: Sequence[Record], controls: Record | None) -> str:
 def points_table(records: Sequence[Record]) -> list[str]:
     """Gains, shares of diversity, match and distances of every point."""
     out = _header("model", "k", *AXES.values(), "diversity of base", "of all attributes", "match", "FID", "LogCov")
-    curves = [Curves(record) for record in records]
+    curves = [Curves(record["points"]) for record in records]
     for point in records[0]["points"]:
         model, k = point.split("|")
         every = torch.arange(curves[0].prompts)
@@ -169,11 +91,11 @@ def control_table(controls: Record, records: Sequence[Record]) -> list[str]:
     mine = next((record for record in records if record["seed"] == controls["seed"]), None)
     out = _header("lead", *(AXES[axis] for axis in CO_PRIMARY))
     if mine is not None:
-        both = Curves({"points": {**mine["points"], **controls["points"]}})
+        both = Curves({**mine["points"], **controls["points"]})
         out.append(
             _row("weight 0.05 over ReFL", *(_interval(both.lead([last("imagerefl at 0.05")], [last("refl")], a)) for a in CO_PRIMARY))
         )
-    own, pair = Curves(controls), ([last("imagerefl on the rater")], [last("refl on the rater")])
+    own, pair = Curves(controls["points"]), ([last("imagerefl on the rater")], [last("refl on the rater")])
     return [*out, _row("the rater as reward, ImageReFL over ReFL", *(_interval(own.lead(*pair, axis)) for axis in CO_PRIMARY))]
 
 
@@ -189,10 +111,23 @@ def _row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def read(paths: Sequence[Path]) -> list[Record]:
+    """Records; ValueError where two were made with different weights."""
+    records = [json.loads(path.read_text("utf-8")) for path in paths]
+    for path, record in zip(paths, records):
+        for name, value in records[0]["weights"].items():
+            if record["weights"].get(name) != value:
+                raise ValueError(
+                    f"{path} was made with another {name}: {str(record['weights'].get(name))[:12]}, {paths[0]} with {value[:12]}"
+                )
+    return records
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The verdict of docs/results.md")
-    parser.add_argument("records", nargs="+", type=Path)
+    parser = argparse.ArgumentParser(description="The verdict of docs/results.md: prints its tables, and writes trainer/demo/verdict.json")
+    parser.add_argument("records", nargs="*", type=Path, help="a record per training seed; none: undecided (n = 0)")
     parser.add_argument("--controls", type=Path)
     a = parser.parse_args()
-    read = [json.loads(path.read_text("utf-8")) for path in a.records]
-    sys.stdout.write(tables(read, json.loads(a.controls.read_text("utf-8")) if a.controls else None))
+    seeds, controls = read(a.records), a.controls and json.loads(a.controls.read_text("utf-8"))
+    write_text(json.dumps(summary(seeds), indent=1) + "\n", FILE)
+    sys.stdout.write(tables(seeds, controls) if seeds else f"**Verdict: {summary(seeds)['verdict']}.**\n")
