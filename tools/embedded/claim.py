@@ -65,7 +65,7 @@ ARMS = {
     "imagerefl": Arm("imagerefl", IMAGEREFL, EQUAL_CALLS, (*CHECKPOINTS, EQUAL_CALLS)),
 }
 CONTROLS = {
-    "imagerefl at 0.05": Arm("imagerefl", {**IMAGEREFL, "diffusion_weight": 0.05}, checkpoints=(UPDATES,)),
+    "imagerefl, old weight": Arm("imagerefl", {**IMAGEREFL, "diffusion_weight": 0.05}, checkpoints=(UPDATES,)),
     "refl on the rater": Arm("refl", LATE, checkpoints=(UPDATES,), unhackable=True),
     "imagerefl on the rater": Arm("imagerefl", IMAGEREFL, checkpoints=(UPDATES,), unhackable=True),
 }

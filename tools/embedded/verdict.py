@@ -93,7 +93,7 @@ def control_table(controls: Record, records: Sequence[Record]) -> list[str]:
     if mine is not None:
         both = Curves({**mine["points"], **controls["points"]})
         out.append(
-            _row("weight 0.05 over ReFL", *(_interval(both.lead([last("imagerefl at 0.05")], [last("refl")], a)) for a in CO_PRIMARY))
+            _row("weight 0.05 over ReFL", *(_interval(both.lead([last("imagerefl, old weight")], [last("refl")], a)) for a in CO_PRIMARY))
         )
     own, pair = Curves(controls["points"]), ([last("imagerefl on the rater")], [last("refl on the rater")])
     return [*out, _row("the rater as reward, ImageReFL over ReFL", *(_interval(own.lead(*pair, axis)) for axis in CO_PRIMARY))]
