@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -108,6 +109,17 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture
 def policy(pipeline_folder):
     return UNetPolicy.load(pipeline_folder)
+
+
+@pytest.fixture
+def earlier_rewards(tmp_path_factory, monkeypatch):
+    """The embedded rewards of 0.1.0 in place of the shipped ones: what that version's results depend on."""
+    from trainer.demo import files
+
+    folder, earlier = tmp_path_factory.mktemp("weights"), Path(__file__).parent / "data" / "v010" / "rewards"
+    for path in files.FOLDER.iterdir():
+        (folder / path.name).symlink_to(earlier / path.name if (earlier / path.name).exists() else path)
+    monkeypatch.setattr(files, "FOLDER", folder)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
-from trainer.config import build, override, present_names, read_toml
+from trainer.config import build, override, read_toml
 from trainer.demo import files
 from trainer.lora.file import load_lora, read_adapter
 from trainer.models.unet import UNetPolicy
@@ -39,8 +39,8 @@ def difference(found, expected):
 
 
 @pytest.fixture
-def copy(tmp_path, monkeypatch):
-    """A copy of the folder that is the working directory."""
+def copy(tmp_path, monkeypatch, earlier_rewards):
+    """A copy of the folder that is the working directory, with the embedded rewards of that version."""
     shutil.copytree(DATA, tmp_path / "v010")
     monkeypatch.chdir(tmp_path / "v010")
     return tmp_path / "v010"
@@ -146,11 +146,22 @@ def test_a_measured_scale_of_a_reward_is_used(copy):
     assert (statistics.mean(scaled), statistics.stdev(scaled)) == pytest.approx((0, 1), abs=1e-4)  # it was measured on these images
 
 
-def test_an_interrupted_evaluation_ends_as_one_that_was_not(copy):
+def test_an_evaluation_gives_the_same_figures_and_an_interrupted_one_with_other_judges_is_refused(copy, capsys):
     common = ["--lora", "tuned=imagerefl/lora.safetensors", "--prompts", "prompts.txt", "-n", "2", "--steps", "4", "--chunk", "4"]
-    assert main(["evaluate", *common, "--switches", "0,2", "--reward", "demo-proxy", "--out", "stopped.json", "--resume"]) == 0
-    found, expected = (json.loads((copy / name).read_text("utf-8")) for name in ("stopped.json", "evaluate.json"))
-    assert found == approximately({**expected, "config": present_names(expected["config"])})
+    common += ["--switches", "0,2", "--reward", "demo-proxy"]
+    assert main(["evaluate", *common, "--out", "again.json"]) == 0
+    found, expected = (json.loads((copy / name).read_text("utf-8")) for name in ("again.json", "evaluate.json"))
+    base = {name: value for name, value in expected["base"].items() if name not in ("fid", "logcov")}  # to itself: 0
+    assert found["base"] == approximately(of_the_reader(base))
+    assert found["points"] == approximately([of_the_reader(point) for point in expected["points"]])
+    assert main(["evaluate", *common, "--out", "stopped.json", "--resume"]) != 0  # that version measured diversity by the reader alone
+    assert "was started with different judges" in capsys.readouterr().err
+
+
+def of_the_reader(figures):
+    """Figures under their present names: those of the reader were without prefix."""
+    own = ("diversity", "vendi", "fid", "kid", "logcov")
+    return {f"reader_{name}" if name in own else name: value for name, value in figures.items()}
 
 
 def approximately(value):
