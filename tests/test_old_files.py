@@ -125,7 +125,8 @@ def test_a_preset_means_what_it_meant(preset):
     values = read_toml(preset)
     config = build(TrainConfig, values)
     present = Path(__file__).parent.parent / "presets" / preset.name
-    assert config == build(TrainConfig, {**read_toml(present), "objective": config.objective})
+    moved = ("objective", *(("steps", "learning_rate") if preset.stem in ("imagerefl-demo", "refl-demo") else ()))  # trained harder since
+    assert config == build(TrainConfig, {**read_toml(present), **{key: getattr(config, key) for key in moved}})
     assert build(TrainConfig, override(values, ["--batch=4", "--lr=0.5", "--objective.guidance=3.0"])) != config
 
 
