@@ -8,12 +8,13 @@ import torch
 
 from ..config import ConfigError
 from ..lora.file import load_consistency
+from ..runtime.embedded import PIPELINE, WEIGHTS, check_files
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
 from .meta import meta_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EMBEDDED = Path(__file__).parents[1] / "demo" / "weights" / "pipeline"
+EMBEDDED = WEIGHTS / "pipeline"
 
 
 def model_path(model: str) -> Path:
@@ -32,6 +33,8 @@ def open_policy(
     options = options or ModelOptions()
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
+    if model == "demo":
+        check_files(EMBEDDED, *PIPELINE)
     if device == "meta":
         return meta_policy(model_path(model), DTYPES[options.dtype], image_size)
     return load_policy(model_path(model), device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, offload)
@@ -39,7 +42,10 @@ def open_policy(
 
 def open_consistency(policy: DiffusersPolicy, path: str) -> None:
     """Attach the consistency LoRA at `path`; `demo` is the embedded model's."""
+    file = EMBEDDED.with_name("consistency.safetensors") if path == "demo" else Path(path)
+    if path == "demo":
+        check_files(file.parent, file.name)
     try:
-        load_consistency(policy, EMBEDDED.with_name("consistency.safetensors") if path == "demo" else Path(path))
+        load_consistency(policy, file)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"consistency: {error}") from error
