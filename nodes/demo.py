@@ -163,6 +163,7 @@ class LoadDemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         """Load."""
+        files.check_pipeline()
         return io.NodeOutput(load_model(), load_clip(), load_vae())
 
 

@@ -34,6 +34,7 @@ from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
 from .lora import TrainedLora
 from .policy import ComfyPolicy
+from .rewards import hashes
 from .scoring import prompt_per_image
 from .sockets import figure, image, pixels
 from .switch import ATTACHMENT
@@ -201,6 +202,7 @@ def train_in_graph(
         size = (height, width) if real is None else (int(real.shape[2]), int(real.shape[3]))
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, size), gradient_vae)
         policy.add_lora(config.lora, config.seed)
+        weights = {"reward": hashes(reward), **({"features": hashes(features)} if features is not None else {})}
         judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
         patchers = [p for judge in (*judges.values(), *([features] if features is not None else [])) for p in judge.patchers]
         if clip is not None:
@@ -209,7 +211,7 @@ def train_in_graph(
                 policy.prepare(prompt)
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
         with policy.loaded(patchers, config.batch_size):
-            parts = Parts(policy, samples, reward, None if features is None else features.reward)
+            parts = Parts(policy, samples, reward, None if features is None else features.reward, weights=weights)
             run = Run.start(config, parts, resume=resume != NEW)
             if run.step >= config.steps:
                 raise ValueError(f"{folder.name} is at step {run.step} already: raise steps to go on")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..trainer.demo import files
 from ..trainer.lora.file import read_lora, write_tensors
 from ..trainer.lora.names import is_delta
+from ..trainer.runtime.embedded import check_files
 from .sockets import CATEGORY, LoraWeights, schema
 from .switch import ATTACHMENT
 
@@ -84,6 +85,8 @@ class LoadRewardLora(io.ComfyNode):
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
         """Load."""
         ours = files.loras()
+        if lora_name in ours:
+            check_files(ours[lora_name].parent, ours[lora_name].name)
         path = ours[lora_name] if lora_name in ours else Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         tuned, metadata = load(model, path, strength)
         lines = [f"{key}: {value}" for key, value in metadata.items()] or ["no ImageReFL metadata"]

@@ -14,7 +14,7 @@ import torch
 from comfy_api.latest import io
 
 from ..trainer.reward import PrefixReward
-from ..trainer.rewards.registry import REWARDS, WeightFolders
+from ..trainer.rewards.registry import REWARDS, WeightFolders, weights_hashes
 from ..trainer.rewards.registry import load as load_spec
 from .sockets import CATEGORY, Reward, schema
 
@@ -48,6 +48,8 @@ class Loaded:
     mean: float | None = None
     std: float | None = None
     patchers: tuple[Any, ...] = field(default=(), repr=False)
+    source: str = ""
+    """Its name or folder, as `load` of the registry takes it."""
 
     @property
     def differentiable(self) -> bool:
@@ -146,7 +148,16 @@ def load(name: str) -> Loaded:
     devices = management.get_torch_device(), management.unet_offload_device()
     has_weights = any(True for _ in spec.reward.parameters())
     patchers = (comfy.model_patcher.ModelPatcher(spec.reward, *devices),) if has_weights else ()
-    return Loaded(name, spec.reward, spec.mean, spec.std, patchers)
+    return Loaded(name, spec.reward, spec.mean, spec.std, patchers, str(folder or name))
+
+
+def hashes(reward: Any) -> dict[str, str]:
+    """SHA-256 of the weights of a reward and its parts, by name; those of an unknown source are left out."""
+    if isinstance(reward, Combined):
+        return {name: value for part, _ in reward.parts for name, value in hashes(part).items()}
+    source: str = getattr(reward, "source", "")
+    found = weights_hashes(source, WeightFolders(roots())) if source else {}
+    return {reward.name: found[source]} if found else {}
 
 
 class LoadReward(io.ComfyNode):

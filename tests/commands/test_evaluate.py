@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
 from trainer.commands import options
@@ -16,6 +19,7 @@ from trainer.lora.file import load_lora, save_delta, save_lora
 from trainer.metrics.study import BASE, Study
 from trainer.models.load import load_policy
 from trainer.policy import Lora
+from trainer.rewards.registry import weights_hashes
 
 PROMPTS = ["a red star", "a blue ring"]
 
@@ -72,3 +76,69 @@ def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, rew
     assert min(distances) > 1e-3
     results = json.loads((tmp_path / "x.json").read_text())
     assert [(p["model"], p["k"]) for p in results["points"]] == points
+
+
+def snapshot_files(files, folder):
+    """A run's folder with the same LoRA at two steps, weaker in the first."""
+    state, layout = load_file(files["small"]), safe_open(files["small"], "pt").metadata()
+    folder.mkdir()
+    for step, strength in ((2, 0.1), (4, 1.0)):
+        scaled = {key: value * strength if "up" in key or "lora_B" in key else value for key, value in state.items()}
+        header = {**layout, "imagerefl": json.dumps({"step": step})}
+        save_file(scaled, folder / f"lora-{step:06d}.safetensors", metadata=header)
+    return folder
+
+
+@pytest.mark.slow
+def test_curves_over_snapshots_switches_and_rewards(pipeline_folder, reward_folder, files, tmp_path, capsys):
+    run, earlier = snapshot_files(files, tmp_path / "small"), tmp_path / "reward"
+    shutil.copytree(reward_folder, earlier)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    shown = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "3", "--steps", "4", "--switches", "0,2"]
+    out = tmp_path / "x.json"
+    command = ["evaluate", "--model", str(pipeline_folder), "--lora", str(run), "--reward", str(earlier), *shown, "--out", str(out)]
+    assert main([*command, "--plot"]) == 0
+    results = json.loads(out.read_text())
+    assert [(p["model"], p["k"]) for p in results["points"]] == [(f"small@{step}", k) for step in (2, 4) for k in (0, 2)]
+    assert [(c["run"], c["step"]) for c in results["checkpoints"].values()] == [("small", 2), ("small", 4)]
+    assert results["weights"].keys() == {"model", str(earlier)} and all(len(value) == 64 for value in results["weights"].values())
+    drawn = {kind: tmp_path / f"x.{kind}.png" for kind in ("tradeoff", "training")}
+    first = {kind: path.read_bytes() for kind, path in drawn.items()}
+    for path in drawn.values():
+        path.unlink()
+    assert main(["evaluate", "--plot", "--out", str(out)]) == 0  # from the JSON file alone
+    assert {kind: path.read_bytes() for kind, path in drawn.items()} == first
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["evaluate", "--plot", "--out", str(tmp_path / "other.json")]) == 2
+    assert main(["evaluate", "--plot", "--out", str(tmp_path / "none.json")]) == 2
+    assert main(["evaluate", "--out", str(tmp_path / "none.json")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert ["was not written by" in said[0], "nothing to draw: no" in said[1], "nothing to evaluate: give --lora" in said[2]] == [True] * 3
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_continued_with_its_own_weights_alone(pipeline_folder, reward_folder, files, tmp_path, monkeypatch, capsys):
+    reward = tmp_path / "reward"
+    shutil.copytree(reward_folder, reward)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    shown = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "2", "--steps", "3", "--switches", "0", "--lora", str(files["small"])]
+    command = ["evaluate", "--model", str(pipeline_folder), "--reward", str(reward), *shown, "--out", str(tmp_path / "x.json")]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Study, "add", interrupt)
+        assert main(command) == 130
+    settings = tmp_path / "x.json.parts" / "settings.json"
+    then = json.loads(settings.read_text())["weights"]
+    state = load_file(reward / "model.safetensors")
+    save_file({key: value + 1e-3 for key, value in state.items()}, reward / "model.safetensors")
+    now = weights_hashes(str(reward))[str(reward)]
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"sha256 {then[str(reward)][:12]}, now {now[:12]}; add --overwrite to start again" in error and "--reward PATH" in error
+    before = {key: value for key, value in json.loads(settings.read_text()).items() if key != "weights"}  # as 0.2.0 wrote it
+    settings.write_text(json.dumps(before))
+    assert main([*command, "--resume"]) == 0

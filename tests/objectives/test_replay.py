@@ -13,8 +13,9 @@ from helpers.losses import batch_of
 from helpers.runs import command, finish, same_lora, settings, wait_for_steps
 
 from trainer.objectives import SQDF, RunContext
-from trainer.objectives.reward_gradient.replay import Replay, free_bytes, trajectory_bytes
+from trainer.objectives.reward_gradient.replay import Replay, trajectory_bytes
 from trainer.rng import Rng
+from trainer.runtime.files import free_bytes
 
 
 def filled(folder, rewards, capacity=100, steps=4):

@@ -10,7 +10,10 @@ import torch
 
 from trainer.config import ConfigError
 from trainer.data.samples import Samples
+from trainer.generate import Generation
+from trainer.guidance import Switch
 from trainer.lora.file import load_lora, read_lora
+from trainer.metrics.distances import log_covariance_distance
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
 from trainer.training.config import TrainConfig, Watch
@@ -136,3 +139,66 @@ def test_settings_with_lists_in_them_resume(pipeline_folder, tmp_path):
     list(runs[0].steps())
     runs[1].open_folder(overwrite=False, resume=True)
     assert runs[1].step == 1
+
+
+def test_an_evaluation_measures_fid_and_logcov_to_its_reference(pipeline_folder, caplog):
+    """FID in one feature has a closed form: (μ−μ')² + (σ−σ')² (Heusel et al. 2017, eq. 6)."""
+    rng = torch.Generator().manual_seed(0)
+    real = torch.rand(40, 3, 16, 16, generator=rng)
+    policy = UNetPolicy.load(pipeline_folder)
+    generation = Generation(steps=3, guidance_scale=1.0)
+
+    def evaluate(features, reference):
+        evaluation = Evaluation(policy, {"heldout": Bright()}, ["a star"] * 4, generation, Switch.parse("0"), features, reference=reference)
+        return evaluation.run(0), evaluation.images
+
+    def bright(x):
+        return x.flatten(1).mean(1, keepdim=True)
+
+    point, images = evaluate(bright, lambda: real.split(8))
+    a, b = bright(images).double(), bright(real).double()
+    assert point["fid"] == pytest.approx(float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2), rel=1e-9)
+    assert not caplog.records  # four images for one feature
+
+    def colours(x):
+        return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+    point, images = evaluate(colours, lambda: real.split(8))
+    assert point["logcov"] == pytest.approx(log_covariance_distance(colours(images), colours(real)), rel=1e-9) and point["logcov"] > 0.1
+    assert "FID and LogCov of 4 images in 6 features are biased upwards" in caplog.text
+    again, _ = evaluate(colours, lambda: (part for part in real.split(5)))
+    assert again["fid"] == pytest.approx(point["fid"], rel=1e-6)
+    without, _ = evaluate(colours, None)
+    assert set(point) - set(without) == {"fid", "logcov"}
+    assert {name: point[name] for name in without} == without
+
+
+@pytest.mark.parametrize(
+    ("watch", "images", "count"),
+    [
+        ({}, "{images}", 8),
+        ({"reference": "none"}, "{images}", None),
+        ({}, "", None),
+        ({"reference": "{images}"}, "", 8),
+        ({}, "demo", 500),
+    ],
+)
+def test_the_reference_is_the_training_images_or_a_folder(watch, images, count, image_folder):
+    from trainer.commands.parts import reference
+
+    def named(text):
+        return text.replace("{images}", str(image_folder))
+
+    config = TrainConfig(out="none", images=named(images), watch=Watch(**{key: named(value) for key, value in watch.items()}))
+    found = reference(config, (16, 24))
+    assert (found is None) == (count is None)
+    if found is not None:
+        batches = list(found())
+        assert sum(map(len, batches)) == count and (images == "demo" or batches[0].shape[1:] == (3, 16, 24))
+
+
+def test_a_reference_without_images_is_refused(tmp_path):
+    from trainer.commands.parts import reference
+
+    with pytest.raises(ConfigError, match=r"watch\.reference: FID and LogCov need at least two images, not 0"):
+        reference(TrainConfig(out="none", watch=Watch(reference=str(tmp_path))), (16, 16))

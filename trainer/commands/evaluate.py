@@ -17,6 +17,7 @@ from ..data import images
 from ..generate import Generation, generate
 from ..guidance import Switch, cfg, combined
 from ..lora.file import load_lora, lora_weights
+from ..metrics import plot
 from ..metrics.dino import DINO, Dino
 from ..metrics.lpips import FILES as LPIPS
 from ..metrics.lpips import Lpips
@@ -24,24 +25,29 @@ from ..metrics.study import BASE, Judges, Study
 from ..metrics.summary import Features
 from ..models.diffusers_policy import DiffusersPolicy
 from ..rewards.files import find, verify, weight_folders
-from ..rewards.registry import load_reward
+from ..rewards.registry import load_reward, weights_hashes
 from ..rewards.two_tower import TwoTower
 from ..rewards.weights import Placement
 from ..runtime.files import file_hash, write_text
+from .checkpoints import checkpoints
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
+from .parts import base_hash
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     add = parser.add_argument
-    add("--lora", action="append", required=True, metavar="NAME=FILE", help="a tuned model and its name; may be given several times")
+    lora = "a tuned model and its name, or a run's folder: its snapshots; may be given several times, one name for one run's checkpoints"
+    add("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
     add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63 (default 0,75%%)")
-    add("--reward", action="append", required=True, metavar="NAME", help="reward by name or folder; may be given several times")
+    add("--reward", action="append", default=[], metavar="NAME", help="reward by name or folder; may be given several times")
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
     add("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
     files = f"LPIPS weights (default: {' and '.join(LPIPS)} in models/rewards/lpips)"
     add("--lpips", type=Path, nargs=2, metavar=("ALEXNET", "HEADS"), help=files)
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file; unfinished work lies beside it in <out>.parts")
+    figures = "draw OUT.tradeoff.png and, with several checkpoints, OUT.training.png; without --lora from a JSON file that exists"
+    add("--plot", action="store_true", help=figures)
     add("--resume", action="store_true", help="continue an interrupted evaluation")
     add("--overwrite", action="store_true", help="replace the JSON file")
     add_generation(parser)
@@ -49,6 +55,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate with every tuned model and switch, and compare with the base model; returns the exit status."""
+    if args.plot and not args.lora:
+        return _plot_again(args.out)
+    if not args.lora or not args.reward:
+        raise ConfigError("nothing to evaluate: give --lora NAME=FILE and --reward NAME")
     parts = args.out.with_name(args.out.name + ".parts")
     if args.out.exists() and not args.overwrite and not (args.resume and parts.is_dir()):
         raise ConfigError(f"{args.out} exists: add --overwrite to replace it")
@@ -59,26 +69,35 @@ def run(args: argparse.Namespace) -> int:
     if args.real and len(photos) < 2:
         raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
     switches = [Switch.parse(text) for text in args.switches.split(",")]
-    device, loras = device_of(args), _loras(args.lora)
+    device, tuned = device_of(args), checkpoints(args.lora)
     judges = _judges(args, device)
     policy = policy_of(args)
-    adapters = {name: f"evaluated{i}" for i, name in enumerate(loras)}  # a user's name may mean something to peft, or to the policy
-    for name, file in loras.items():
-        load_lora(policy, file, adapter=adapters[name])
+    adapters = {name: f"evaluated{i}" for i, name in enumerate(tuned)}  # a user's name may mean something to peft, or to the policy
+    for name, checkpoint in tuned.items():
+        load_lora(policy, checkpoint.file, adapter=adapters[name])
     sigmas = policy.sigmas(settings.steps)
     steps = list(dict.fromkeys(s.index(sigmas) for s in switches))
-    same = {"settings": plain(settings), "model": args.model, "loras": {n: file_hash(lora_weights(f)) for n, f in loras.items()}}
-    study = Study(parts, prompts, [(name, k) for name in loras for k in steps], judges, same)
+    weights = _weights(args)
+    loras = {name: file_hash(lora_weights(checkpoint.file)) for name, checkpoint in tuned.items()}
+    same = {"settings": plain(settings), "model": args.model, "loras": loras, "weights": weights}
+    study = Study(parts, prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
     _draw(study, policy, adapters, steps, settings)
     real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
-    results: dict[str, Any] = {**study.summarise(real), "config": {**plain(settings), "switches": steps, "n": len(prompts)}}
+    results: dict[str, Any] = {
+        **study.summarise(real),
+        "config": {**plain(settings), "switches": steps, "n": len(prompts)},
+        "checkpoints": {name: {"run": c.run, "step": c.step, "file": str(c.file), "sha256": loras[name]} for name, c in tuned.items()},
+        "weights": weights,
+    }
     _warn_of_few_images(min(len(prompts), len(photos) or len(prompts)), study.widths)
     write_text(json.dumps(results, indent=1) + "\n", args.out)
     study.clear()
+    figures = plot.write(results, args.out) if args.plot else []
     shown: list[dict[str, Any]] = [{"model": "base", "k": settings.steps, **results["base"]}, *results["points"]]
     for point in shown:
         print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
+    print(f"wrote {', '.join(map(str, [args.out, *figures]))}")
     return 0
 
 
@@ -93,16 +112,28 @@ def _warn_of_few_images(number: int, widths: Mapping[str, int]) -> None:
         )
 
 
-def _loras(given: Sequence[str]) -> dict[str, Path]:
-    """Files by name, from `NAME=FILE` or `FILE`."""
-    files: dict[str, Path] = {}
-    for text in given:
-        name, _, file = text.rpartition("=")
-        name = name or Path(file).stem
-        if name in files or name == BASE[0]:
-            raise ConfigError(f"two models are called {name}: give --lora NAME=FILE")
-        files[name] = Path(file)
-    return files
+def _plot_again(out: Path) -> int:
+    """Draw the figures of an evaluation that is finished."""
+    try:
+        results = json.loads(out.read_text("utf-8"))
+        figures = plot.write(results, out)
+    except FileNotFoundError as error:
+        raise ConfigError(f"nothing to draw: no {out}; give --lora NAME=FILE and --reward NAME to make it") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out} was not written by `evaluate`: {type(error).__name__} {error}") from error
+    print(f"wrote {', '.join(map(str, figures))}")
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of what the figures depend on beside the LoRAs: the base, the rewards and, with the embedded model, its readers."""
+    found = {"model": base_hash(args.model), **weights_hashes(",".join(args.reward))}
+    if args.model == "demo":
+        from ..demo import files
+
+        found |= {path.stem: file_hash(path) for path in sorted(files.FOLDER.glob("*.safetensors")) if path != files.CONSISTENCY}
+    dino = args.dino or find("dino", DINO, weight_folders())
+    return {**found, **({"dino": file_hash(dino)} if dino else {})}
 
 
 def _draw(study: Study, policy: DiffusersPolicy, adapters: Mapping[str, str], steps: Sequence[int], settings: Generation) -> None:

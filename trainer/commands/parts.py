@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..config import ConfigError
+from ..data import images
 from ..data.buckets import bucket_sizes
 from ..data.cache import TensorCache
-from ..data.captions import read_prompts
+from ..data.captions import read_captions, read_prompts
+from ..data.images import ImageSource
 from ..data.samples import Samples, check_sources, encode_images, load_samples
 from ..lora.extract import weight_files
 from ..memory.offload import offloads, place_rewards
@@ -18,11 +23,14 @@ from ..models.two_unets import BASE_UNET
 from ..rewards.base import RewardModel
 from ..rewards.registry import load_features, load_reward
 from ..rewards.two_tower import TwoTower
+from ..rng import generator
 from ..runtime.files import file_hash
 from ..runtime.processes import Processes
 from ..training.config import TrainConfig
-from ..training.evaluation import Evaluation
-from ..training.parts import Parts, check_settings
+from ..training.evaluation import CHUNK, Evaluation, Reference
+from ..training.parts import Parts, check_settings, weights_of
+
+REFERENCES = 500  # images at most that a watch's FID and LogCov compare with
 
 
 def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
@@ -47,7 +55,7 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     evaluation = _evaluation(config, policy, reward, samples, aside)
     parts = Parts(policy, samples, reward, features, evaluation, processes=processes)
     check_settings(config, parts)
-    return replace(parts, base_hash=_base_hash(config.model))
+    return replace(parts, base_hash=base_hash(config.model), weights=weights_of(config))
 
 
 def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
@@ -59,7 +67,8 @@ def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
     place_rewards(config, parts, device)
 
 
-def _base_hash(model: str) -> str:
+def base_hash(model: str) -> str:
+    """SHA-256 of the denoiser's first file."""
     path = model_path(model)
     return file_hash(weight_files(path / BASE_UNET if (path / BASE_UNET).is_dir() else path)[0])
 
@@ -88,7 +97,30 @@ def _evaluation(config: TrainConfig, policy: DiffusersPolicy, reward: RewardMode
     if not towers:
         raise ConfigError("the watch measures diversity in image features: train on a two-tower reward, or name one in watch.heldout")
     prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
-    return Evaluation.of_run(config, policy, {"reward": reward, "heldout": heldout}, prompts, towers[0].image_features)
+    judges = {"reward": reward, "heldout": heldout}
+    return Evaluation.of_run(config, policy, judges, prompts, towers[0].image_features, reference=reference(config, policy.image_size))
+
+
+def reference(config: TrainConfig, size: tuple[int, int]) -> Reference | None:
+    """REFERENCES images at most of `watch.reference` or of the training images, cropped to `size`; None where there are none."""
+    if config.watch.reference == "none" or not (config.watch.reference or config.images):
+        return None
+    if not config.watch.reference and config.images == "demo":
+        from ..demo.show import FULL
+        from ..demo.world import real_images
+
+        return lambda: real_images(FULL.real, config.seed)[0][:REFERENCES].split(CHUNK)
+    found: Sequence[ImageSource] = (
+        images.find(Path(config.watch.reference))
+        if config.watch.reference
+        else list(dict.fromkeys(source for source, _ in read_captions(config.images)))
+    )
+    if len(found) < 2:
+        raise ConfigError(f"watch.reference: FID and LogCov need at least two images, not {len(found)}: give a folder, or none")
+    order = torch.randperm(len(found), generator=generator(config.seed, "reference"))[:REFERENCES].tolist()
+    return lambda: (
+        torch.stack([images.load(found[i], size) for i in order[first : first + CHUNK]]) for first in range(0, len(order), CHUNK)
+    )
 
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:

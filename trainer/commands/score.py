@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
-from ..rewards.registry import load
+from ..rewards.registry import load, weights_hashes
 from ..rewards.weighted import RewardSpec, parse_weights
 from ..runtime.processes import Processes, joined
 from ..scoring.items import Item, find_items
@@ -92,7 +92,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
 def _settings(args: argparse.Namespace, parts: Sequence[RewardSpec]) -> dict[str, Any]:
     """The settings that must not change when an interrupted run resumes."""
     rewards = [p.name for p in parts]
-    return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column}
+    weights = weights_hashes(",".join(rewards))
+    return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column, "weights": weights}
 
 
 def _check_output(out: Path, replaced: bool) -> None:

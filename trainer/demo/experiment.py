@@ -14,19 +14,19 @@ from torch import Tensor
 from ..data.samples import Samples, encode_images
 from ..generate import Generation, generate
 from ..guidance import Mix, Slot, cfg, combined
-from ..lora.file import load_consistency, load_lora
+from ..lora.file import load_consistency, load_lora, read_metadata
 from ..metrics.study import BASE, Judges, Point, Study
 from ..metrics.summary import Judged
 from ..models.unet import UNetPolicy
 from ..policy import Lora
 from ..reward import Reward
 from ..runtime.device import peak_gb
-from ..runtime.files import file_hash
+from ..runtime.files import check_weights, file_hash
 from ..training.config import TrainConfig, Watch
 from ..training.console import follow
 from ..training.evaluation import Evaluation
 from ..training.folder import CHECKPOINT, WATCH
-from ..training.parts import Parts
+from ..training.parts import Parts, weights_of
 from ..training.run import Run
 from . import files, world
 from .rater import shows_content
@@ -50,6 +50,7 @@ IMAGEREFL: dict[str, Any] = {
 OBJECTIVES: dict[str, dict[str, Any]] = {"refl": LATE, "imagerefl": IMAGEREFL}
 """The two methods of the paper in the embedded world's steps; docs/results.md says how the weights were chosen."""
 
+UNET = files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors"
 UNGUIDED: Point = ("base_unguided", STEPS)
 
 
@@ -68,8 +69,14 @@ def judges(rewards: Mapping[str, Reward]) -> Judges:
     return Judges(rewards, {"content": files.load_extractor().features, "reader": reader.features}, match=match)
 
 
+def hashes() -> dict[str, str]:
+    """SHA-256 of every file that figures of the embedded world depend on."""
+    return {name: file_hash(files.FOLDER / name) for name in files.HASHED}
+
+
 def load_base() -> UNetPolicy:
     """The embedded model."""
+    files.check_pipeline()
     return UNetPolicy.load(files.PIPELINE)
 
 
@@ -121,20 +128,30 @@ def train(
     Ctrl-C saves the checkpoint and raises KeyboardInterrupt. reward: what is trained on, the proxy by default.
     """
     folder = Path(config.out)
+    weights = weights_of(config)
     if resume and (folder / "lora.safetensors").is_file() and (folder / WATCH).is_file():
+        _check_finished(folder / "lora.safetensors", weights)
         return json.loads((folder / WATCH).read_text("utf-8"))
     policy = load_base()
     if config.consistency:
         load_consistency(policy, files.CONSISTENCY)
     evaluation = Evaluation.of_run(config, policy, rewards, prompts, files.load_extractor().features)
-    base = file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors")
-    parts = Parts(policy, samples, reward or files.load_reward("proxy"), evaluation=evaluation, base_hash=base)
+    parts = Parts(policy, samples, reward or files.load_reward("proxy"), evaluation=evaluation, base_hash=file_hash(UNET), weights=weights)
     run = Run.start(config, parts, overwrite=True, resume=resume and (folder / CHECKPOINT).is_file())
     for _ in follow(run):
         on_step(run)
     if not run.last:
         raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {run.step}; the same command continues, the demo with --resume")
     return evaluation.points
+
+
+def _check_finished(lora: Path, weights: Mapping[str, Mapping[str, str]]) -> None:
+    """ValueError where a finished run was trained with other weights than those that it would be compared by."""
+    made = read_metadata(lora)
+    hashes: dict[str, dict[str, str]] | None = made.get("weights")
+    then = None if hashes is None else {"the model": made.get("base", ""), **hashes.get("reward", {}), **hashes.get("watch.heldout", {})}
+    now = {"the model": file_hash(UNET), **weights["reward"], **weights["watch.heldout"]}
+    check_weights(lora, then, now, "give another --out; the earlier reward stays loadable by its folder: `train --reward=PATH`")
 
 
 @dataclass(frozen=True)
@@ -158,6 +175,7 @@ class Evaluated:
             "n": len(self.prompts),
             "ci": {"points": [row for row in self.summary["ci"] if row["model"] != UNGUIDED[0]]},
             "per_prompt": {f"{m}|{k}": {a: v.tolist() for a, v in j.per_prompt().items()} for (m, k), j in self.judged.items()},
+            "weights": hashes(),
             "peak_rss_mb": round(1000 * peak_gb("cpu"), 1),
         }
 

@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from ..rewards.base import RewardModel
+from ..rewards.two_tower import FILES as TOWER_FILES
 from ..rewards.two_tower import TwoTower
 from ..rewards.weighted import Standardised
+from ..runtime.embedded import PIPELINE as PIPELINE_FILES
+from ..runtime.embedded import WEIGHTS, check_files
 from .architecture import Extractor, Reader
 from .rater import Gold
 
 E = TypeVar("E", bound=Extractor)
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = WEIGHTS
 PIPELINE = FOLDER / "pipeline"
 HASHED = (
     "pipeline/unet/diffusion_pytorch_model.safetensors",
@@ -34,6 +37,11 @@ def loras() -> dict[str, Path]:
     return {f"demo-{path.stem}": path for path in sorted((FOLDER / "loras").glob("*.safetensors"))}
 
 
+def check_pipeline() -> None:
+    """ValueError where a file of the embedded model is missing or damaged."""
+    check_files(PIPELINE, *PIPELINE_FILES)
+
+
 def load_reader() -> Reader:
     """The attribute reader: the gold rater's eyes, and what tells whether an image shows what its prompt names."""
     return _load(Reader(), "reader")
@@ -45,12 +53,19 @@ def load_extractor() -> Extractor:
 
 
 def _load(network: E, name: str) -> E:
+    check_files(FOLDER, f"{name}.safetensors")
     network.load_state_dict({k: v.float() for k, v in load_file(FOLDER / f"{name}.safetensors").items()})
     return network.requires_grad_(False).eval()
 
 
+def reward_files(name: str) -> list[Path]:
+    """The files that the scores of `proxy`, `heldout` or `gold` depend on."""
+    return [FOLDER / "reader.safetensors"] if name == "gold" else [FOLDER / name / file for file in TOWER_FILES]
+
+
 def load_tower(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> TwoTower:
     """`proxy` or `heldout`."""
+    check_files(FOLDER / name, *TOWER_FILES)
     return TwoTower.load(FOLDER / name, device, dtype)
 
 

@@ -168,6 +168,19 @@ def _object(text: str, source: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Our metadata of a LoRA file or peft folder, {} of foreign files; no tensor is read."""
+    path = lora_weights(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no LoRA file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    return _object(header.get("imagerefl", "{}"), f"{path}, metadata `imagerefl`")
+
+
 def read_adapter(path: Path) -> Adapter:
     """A LoRA file of any known layout, or a peft folder; raises ValueError with one line for anything else."""
     path = lora_weights(path)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import present_names
 from ..reward import Reward
+from ..runtime.files import check_weights
 from .diversity import Diversity, pairwise_diversity, vendi_score
 from .intervals import jackknife
 from .streaming import FeatureStatistics, distances
@@ -73,7 +74,10 @@ class PromptChunk:
 
 
 class Study:
-    """The chunks of one comparison in a folder, `000000.safetensors` onwards, beside `settings.json`, which identifies the comparison."""
+    """The chunks of one comparison in a folder, `000000.safetensors` onwards, beside `settings.json`, which identifies the comparison.
+
+    settings: what identifies it beside points, prompts and judges; `weights` in it are SHA-256 by name.
+    """
 
     def __init__(self, folder: Path, prompts: Sequence[str], points: Sequence[Point], judges: Judges, settings: Mapping[str, Any]) -> None:
         counts: dict[str, int] = {}
@@ -98,7 +102,9 @@ class Study:
                 )
             earlier = json.loads(path.read_text("utf-8"))
             earlier["settings"] = present_names(earlier.get("settings", {}))
-            other = next((key for key, value in self.settings.items() if earlier.get(key) != value), None)
+            remedy = "add --overwrite to start again; the earlier reward stays loadable by its folder or file: --reward PATH"
+            check_weights(self.folder, earlier.get("weights"), self.settings.get("weights", {}), remedy)
+            other = next((key for key, value in self.settings.items() if key != "weights" and earlier.get(key) != value), None)
             if other is not None:
                 raise ValueError(f"{self.folder} was started with different {other}: use the same, or add --overwrite to start again")
             return

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..runtime.files import files_hash
 from .aesthetic import Aesthetic
 from .base import RewardModel
 from .clip import ARCHITECTURES, load_clip, temperature, tokenizer
@@ -22,6 +23,7 @@ from .image_reward import ARCHITECTURE, ImageReward
 from .mps import MPS, SAFE
 from .preprocess import Fit
 from .python_file import PythonReward
+from .two_tower import FILES as FOLDER_FILES
 from .two_tower import TwoTower
 from .weighted import RewardSpec, WeightedSum, parse_weights
 from .weights import Placement
@@ -205,6 +207,23 @@ def load_features(name: str, device: str | torch.device = "cpu") -> TwoTower:
     if not isinstance(reward, TwoTower):
         raise ValueError(f"features = {name}: only a two-tower reward has features of images and texts")
     return reward
+
+
+def weights_hashes(spec: str, folders: WeightFolders | None = None) -> dict[str, str]:
+    """By name, SHA-256 of the files that the scores of each reward of a sum depend on (`files_hash`); those without files are left out."""
+    hashes = {name: files_hash(_files(name, folders or WeightFolders())) for name, _ in parse_weights(spec)}
+    return {name: value for name, value in hashes.items() if value}
+
+
+def _files(name_or_path: str, folders: WeightFolders) -> list[Path]:
+    name, at, file = name_or_path.partition("@")
+    if name in REWARDS and (at or not Path(name).is_dir()):
+        if REWARDS[name].embedded:
+            return importlib.import_module("..demo.files", __package__).reward_files(name.removeprefix("demo-"))
+        return list(locate(name, folders, Path(file) if at else None).values())
+    if name_or_path.endswith(".py"):
+        return [Path(name_or_path)]
+    return [Path(name_or_path) / file for file in FOLDER_FILES]
 
 
 def _open(name_or_path: str, placement: Placement, folders: WeightFolders, architecture: Mapping[str, Any] | None) -> RewardModel:

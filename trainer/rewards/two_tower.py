@@ -17,6 +17,9 @@ from .clip import split_towers
 from .preprocess import Fit, normalise
 from .prompt_cache import PromptCachedReward
 
+FILES = ("config.json", "model.safetensors", "merges.txt.gz")
+"""The files of a reward folder."""
+
 
 class TwoTower(PromptCachedReward[Tensor]):
     """scale·cos(f_image, f_text) of an open_clip model.
@@ -38,7 +41,7 @@ class TwoTower(PromptCachedReward[Tensor]):
         import open_clip
         from open_clip.tokenizer import SimpleTokenizer
 
-        for name in ("config.json", "model.safetensors", "merges.txt.gz"):
+        for name in FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not a reward folder: it has no {name}")
         config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from ..runtime.files import check_weights
 from .items import Item
 from .scorer import ScoredImage
 
@@ -49,8 +50,10 @@ class Journal:
         return [r for r in latest.values() if not r.error or r.prompt or r.path not in scored]
 
     def _check(self, read: Mapping[str, Any], path: Path) -> None:
+        remedy = "delete it to score again; the earlier reward stays loadable by its folder or file: --reward PATH"
+        check_weights(path, read.get("weights"), self.settings.get("weights", {}), remedy)
         for key, value in self.settings.items():
-            if read.get(key) != value:
+            if key != "weights" and read.get(key) != value:
                 raise ValueError(f"{path} was scored with {key} {read.get(key)!r}, now {value!r}: delete it, or give the same")
 
     def clear(self) -> None:

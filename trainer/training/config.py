@@ -27,6 +27,9 @@ class Watch:
     every: int = field(default=0, metadata={"min": 0, "help": "optimizer steps between evaluations; 0: none"})
     heldout: str = field(default="", metadata={"help": "held-out reward, named as `reward`; not the one trained on"})
     prompts: str = field(default="", metadata={"help": "text file, one prompt per line; default: the first training prompts"})
+    reference: str = field(
+        default="", metadata={"help": "images that FID and LogCov compare with: a folder, or `none`; default: the training images"}
+    )
     count: int = field(default=8, metadata={"min": 1, "help": "number of prompts"})
     images: int = field(default=4, metadata={"min": 2, "help": "images per prompt"})
     steps: int = field(default=0, metadata={"min": 0, "max": 1000, "help": "sampler steps; 0: as in training"})
@@ -102,6 +105,9 @@ class TrainConfig:
     )
     seed: int = field(default=0, metadata={"min": 0, "help": "random seed"})
     save_every: int = field(default=50, metadata={"min": 1, "help": "optimizer steps between checkpoints"})
+    snapshot_every: int = field(
+        default=0, metadata={"min": 0, "help": "optimizer steps between LoRA files that are kept, lora-000015.safetensors; 0: none"}
+    )
     gradient_checkpointing_denoiser: bool = field(
         default=False, metadata={"help": "recompute the denoiser's activations: less memory, more time"}
     )
@@ -153,7 +159,7 @@ class TrainConfig:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in NEUTRAL}
 
 
-_FILES = ("out", "save_every", "tracker", "device", "cache")
+_FILES = ("out", "save_every", "snapshot_every", "tracker", "device", "cache")
 _MEMORY = ("vram", "vae_slicing", "offload_encoders", *(f"gradient_checkpointing_{part}" for part in ("denoiser", "vae", "reward")))
 _SPEED = ("merge_rollouts", "channels_last", "compile", "deterministic")
 NEUTRAL = frozenset((*_FILES, *_MEMORY, *_SPEED))

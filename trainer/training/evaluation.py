@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..generate import Generation, generate
 from ..guidance import Switch, combined
+from ..metrics.distances import Moments, frechet_distance, log_covariance_distance
 from ..metrics.diversity import within_prompt_diversity
 from ..policy import Policy
 from ..reward import Reward
 from .config import TrainConfig
 
 Point = dict[str, float]
-"""One evaluation: `step`, the mean of each reward by its name, and `diversity`."""
+"""One evaluation: `step`, the mean of each reward by its name, `diversity`, and with a reference `fid` and `logcov`."""
 CHUNK = 32
+Reference = Callable[[], Iterable[Tensor]]
+"""Batches of images (B,3,H,W) in [0,1] that FID and LogCov compare with; B at most CHUNK."""
+log = logging.getLogger(__name__)
 
 
 class Evaluation:
     """The evaluations of one run.
 
-    prompts: one per image. features: images (B,3,H,W) in [0,1] -> (B,D), in which diversity is measured; without them there is
-    none. on_device: a context in which the rewards are on the policy's device.
+    prompts: one per image. features: images (B,3,H,W) in [0,1] -> (B,D), in which diversity and the distances to `reference` are
+    measured; without them there are none. on_device: a context in which the rewards are on the policy's device.
     """
 
     def __init__(
@@ -37,9 +43,11 @@ class Evaluation:
         switch: Switch,
         features: Callable[[Tensor], Tensor] | None = None,
         on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        reference: Reference | None = None,
     ) -> None:
         self.policy, self.rewards, self.prompts, self.features, self.on_device = policy, rewards, list(prompts), features, on_device
-        self.generation = generation
+        self.generation, self.reference = generation, reference
+        self._real: tuple[Moments, Moments] | None = None
         self.k = switch.index(policy.sigmas(generation.steps))
         self.points: list[Point] = []
         self.images: Tensor | None = None
@@ -54,6 +62,7 @@ class Evaluation:
         prompts: Sequence[str],
         features: Callable[[Tensor], Tensor],
         on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        reference: Reference | None = None,
     ) -> Evaluation:
         """As `config.watch` says: `watch.images` images of each of the first `watch.count` prompts. rewards: `reward` and `heldout`."""
         watch, method = config.watch, config.method
@@ -66,7 +75,7 @@ class Evaluation:
             tuned_guidance_scale=method.guidance_scale,
             seed=config.seed + 1,
         )
-        return cls(policy, rewards, repeated, generation, Switch.parse(watch.switch), features, on_device)
+        return cls(policy, rewards, repeated, generation, Switch.parse(watch.switch), features, on_device, reference)
 
     @torch.no_grad()
     def run(self, step: int) -> Point:
@@ -76,6 +85,8 @@ class Evaluation:
         device = self.policy.device
         scores, features = {name: list[Tensor]() for name in self.rewards}, list[Tensor]()
         with self.on_device():
+            if self.features is not None and self.reference is not None and self._real is None:
+                self._real = _moments(self.features(part.to(device)) for part in self.reference())
             for first in range(0, len(images), CHUNK):
                 part, prompts = images[first : first + CHUNK].to(device), self.prompts[first : first + CHUNK]
                 if self.features is not None:
@@ -86,9 +97,30 @@ class Evaluation:
         if features:
             groups = torch.tensor([self.prompts.index(prompt) for prompt in self.prompts])
             point["diversity"] = float(within_prompt_diversity(torch.cat(features), groups).mean())
+            point |= self._distances(torch.cat(features))
         self.images = images
         self.points = [*(p for p in self.points if p["step"] < step), point]
         return point
+
+    def _distances(self, features: Tensor) -> Point:
+        """FID and LogCov of features (N,D) to the reference."""
+        if self._real is None:
+            return {}
+        images, width = min(len(features), self._real[0].number), features.shape[1]
+        if images < width and not any("fid" in p for p in self.points):
+            log.warning("watch: FID and LogCov of %d images in %d features are biased upwards: compare them within this run", images, width)
+        plain, unit = _moments([features])
+        return {"fid": frechet_distance(plain, self._real[0]), "logcov": log_covariance_distance(unit, self._real[1])}
+
+
+def _moments(batches: Iterable[Tensor]) -> tuple[Moments, Moments]:
+    """Moments of features (B,D) and of their directions."""
+    plain, unit = Moments(), Moments()
+    for features in batches:
+        features = features.detach().cpu().double()
+        plain.update(features)
+        unit.update(F.normalize(features, dim=1))
+    return plain, unit
 
 
 def best_point(points: Sequence[Point], diversity: float) -> Point:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..config import ConfigError, build, plain, present_names
 from ..policy import ATTENTION
-from ..runtime.files import write_text
+from ..runtime.files import check_weights, free_bytes, write_text
 from .config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT, LOG, CONFIG, WATCH, BEST = "checkpoint.pt", "log.jsonl", "config.json", "watch.json", "best.safetensors"
 LOCK = ".lock"
 _STATE = {"step", "adapter", "optimizer", "ema", "objective", "points", "calls", "settings", "base"}
+_SNAPSHOT = re.compile(r"(lora|delta)-(\d{6,})\.safetensors")
 _OF_A_RUN = (LOG, CHECKPOINT, "lora.safetensors", "delta.safetensors", WATCH, BEST)
 
 
@@ -52,8 +54,38 @@ def clear(folder: Path) -> None:
     try:
         for name in _OF_A_RUN:
             (folder / name).unlink(missing_ok=True)
+        for path in snapshots(folder).values():
+            path.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}") from error
+
+
+def snapshot(result: Path, step: int) -> Path:
+    """Where the snapshot of a step lies, beside the run's result: `lora-000015.safetensors`."""
+    return result.with_name(f"{result.stem}-{step:06d}{result.suffix}")
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The snapshots of a run by step, in their order."""
+    found = {int(match[2]): path for path in folder.glob("*.safetensors") if (match := _SNAPSHOT.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def check_room(config: TrainConfig, step: int, size: int) -> None:
+    """ConfigError where the disk cannot take the snapshots after `step`, of `size` bytes each, beside SQDF's buffer."""
+    if not config.snapshot_every:
+        return
+    steps = (
+        config.steps if not config.budget else min(config.steps, config.budget // (config.batch_size * config.gradient_accumulation_steps))
+    )
+    count = max(0, steps // config.snapshot_every - step // config.snapshot_every)
+    buffer_gb: float = getattr(config.method, "buffer_gb", 0.0) if step == 0 else 0.0
+    needed, free = count * size / 1e9 + buffer_gb, free_bytes(Path(config.out)) / 1e9
+    if needed > free:
+        raise ConfigError(
+            f"snapshot_every = {config.snapshot_every}: {count} snapshots of {size / 1e9:.3g} GB{' and the buffer' if buffer_gb else ''} "
+            f"take {needed:.3g} GB, but {config.out} lies on a disk with {free:.3g} GB free: raise it"
+        )
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
@@ -86,8 +118,12 @@ def trim_log(folder: Path, step: int) -> None:
     write_text("".join(line + "\n" for line in kept), path)
 
 
-def check_resumable(config: TrainConfig, state: Mapping[str, Any], base_hash: str, parameters: Iterable[str]) -> None:
-    """ConfigError unless settings, base and names of the trained parameters are those of the checkpoint.
+def check_resumable(
+    config: TrainConfig, state: Mapping[str, Any], base_hash: str, weights: Mapping[str, Mapping[str, str]], parameters: Iterable[str]
+) -> None:
+    """ConfigError unless settings, base, rewards' weights and names of the trained parameters are those of the checkpoint.
+
+    A reward of equal weights may have another name, such as the folder of an earlier version's.
 
     Settings that it does not have (of an older version) are at their default. Exempt are `steps`, `budget`, `NEUTRAL`,
     and how the samples of an optimizer step are split into micro-batches: samples and noise stay the same, but what an objective
@@ -97,12 +133,16 @@ def check_resumable(config: TrainConfig, state: Mapping[str, Any], base_hash: st
     if not isinstance(state, dict) or not state.keys() >= _STATE:
         raise ConfigError(f"{path} is not a checkpoint of a training run; start again with --overwrite")
     if state["base"] != base_hash:
-        raise ConfigError(f"{path} was written over other weights than those of {config.model}")
+        raise ConfigError(
+            f"{path} was written over other weights than those of {config.model}: sha256 {state['base'][:12]}, now {base_hash[:12]}; "
+            "go on with the model that the run began with"
+        )
     before = build(TrainConfig, {"out": config.out, **present_names(json.loads(state["settings"]))})
     if config.lora.targets is None and before.lora.targets == ATTENTION:  # 0.1.0's default, which meant the model's attention projections
         before = replace(before, lora=replace(before.lora, targets=None))
     then, now = _flat(_decisive(before)), _flat(_decisive(config))
-    changed = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
+    renamed = _same_weights(path, then, now, state.get("weights"), weights)
+    changed = sorted(key for key in {**then, **now} if key not in renamed and then.get(key) != now.get(key))
     if changed == ["batch_size", "gradient_accumulation_steps"] and _per_step(before) == _per_step(config):
         log.warning("micro-batches of %d instead of %d: draws per micro-batch differ", config.batch_size, before.batch_size)
     elif changed:
@@ -112,6 +152,26 @@ def check_resumable(config: TrainConfig, state: Mapping[str, Any], base_hash: st
         raise ConfigError(f"{path} was written with another adapter: give the lora.targets of that run")
     if state["step"] > config.steps:
         raise ConfigError(f"steps = {config.steps}: {path} is at step {state['step']}; give at least as many, or --overwrite")
+
+
+def _same_weights(
+    path: Path,
+    before: Mapping[str, Any],
+    config: Mapping[str, Any],
+    then: Mapping[str, Mapping[str, str]] | None,
+    now: Mapping[str, Mapping[str, str]],
+) -> set[str]:
+    """Settings whose rewards have another name and equal weights; ConfigError where a name has other weights than before."""
+    if then is None:
+        check_weights(path, None, {key: "" for key in now}, "")
+        return {key for key in now if str(before[key]).startswith("demo-") and Path(config[key]).is_dir()}  # an earlier embedded one
+    renamed: set[str] = set()
+    for key in now.keys() & then.keys():
+        if before[key] == config[key]:
+            check_weights(path, then[key], now[key], f"to go on with the earlier ones give their folder or file: --{key}=PATH")
+        elif list(then[key].values()) == list(now[key].values()) and len(now[key]) == 1:
+            renamed.add(key)
+    return renamed
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

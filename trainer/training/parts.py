@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import ConfigError
@@ -11,6 +12,7 @@ from ..objectives import OBJECTIVES, RunContext
 from ..objectives.base import ImageFeatures
 from ..policy import Policy, Trainable
 from ..reward import Reward
+from ..rewards.registry import weights_hashes
 from ..runtime.processes import ALONE, Processes
 from .config import TrainConfig
 from .evaluation import Evaluation
@@ -27,12 +29,20 @@ class Parts:
     features: ImageFeatures | None = None
     evaluation: Evaluation | None = None
     base_hash: str = ""
+    weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    """By setting (`reward`, `watch.heldout`, …): SHA-256 of the weights by name, see `weights_of`."""
     processes: Processes = ALONE
 
     def context(self, config: TrainConfig, policy: Policy) -> RunContext:
         """The resources that an objective may use; policy: `self.policy`, or a wrapper of it."""
         prompts = tuple(dict.fromkeys(self.samples.prompts))
         return RunContext(policy, self.reward, self.features, self.processes, Path(config.out), prompts)
+
+
+def weights_of(config: TrainConfig) -> dict[str, dict[str, str]]:
+    """By setting that names rewards: SHA-256 of the weights of each (`weights_hashes`)."""
+    specs = {"reward": config.reward, "watch.heldout": config.watch.heldout if config.watch.every else "", "features": config.features}
+    return {key: weights_hashes(spec) for key, spec in specs.items() if spec}
 
 
 def check_settings(config: TrainConfig, parts: Parts) -> None:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 class Run:
     """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors` (`delta.safetensors` with
-    tune = full); with a watch also `watch.json` and `best.safetensors`.
+    tune = full), snapshots; with a watch also `watch.json` and `best.safetensors`.
 
     Several processes share every micro-batch; together they take the samples that one process would take, so their number changes
     no setting, no draw and no file, and a run may resume with another number. The main process writes, all of them read.
@@ -43,6 +43,7 @@ class Run:
     def __init__(self, config: TrainConfig, parts: Parts, lock: FileLock | None = None) -> None:
         """Adapter, loss, optimizer and EMA at step 0; `start` also checks the settings and opens the folder."""
         self.config, self.samples, self.reward, self.base_hash = config, parts.samples, parts.reward, parts.base_hash
+        self.weights = {key: dict(hashes) for key, hashes in parts.weights.items()}
         self.policy, self.evaluation, self.processes = parts.policy, parts.evaluation, parts.processes
         self.counted, self.folder, self._lock = CountingPolicy(parts.policy), Path(config.out), lock
         self.context = parts.context(config, cast(Policy, self.counted))
@@ -87,9 +88,11 @@ class Run:
             self._lock = self._lock or folder.claim(self.folder, overwrite=overwrite, resume=resume)
         if resume:
             self.load()
-        elif self.processes.main:
-            folder.clear(self.folder)
-        if self.processes.main:  # on resume NEUTRAL settings may be new
+        if self.processes.main:
+            folder.check_room(self.config, self.step, self._result_bytes())
+            if not resume:
+                folder.clear(self.folder)
+            # on resume NEUTRAL settings may be new
             folder.write_config(self.config, self.folder)
         self.processes.exchange(None)
 
@@ -117,12 +120,13 @@ class Run:
             "shared_draws": self.shared_draws,
             "settings": json.dumps(self.config.describe(), sort_keys=True),
             "base": self.base_hash,
+            "weights": self.weights,
         }
 
     def load(self) -> None:
         """Restore the checkpoint; ConfigError where it belongs to other settings or weights."""
         state = checkpoint.load(self.checkpoint_path)
-        folder.check_resumable(self.config, state, self.base_hash, dict(self.policy.named_parameters()))
+        folder.check_resumable(self.config, state, self.base_hash, self.weights, dict(self.policy.named_parameters()))
         self.shared_draws = state.get("shared_draws", "step")
         if self.shared_draws == "step" and self.config.gradient_accumulation_steps > 1:
             log.warning(
@@ -181,6 +185,8 @@ class Run:
                 if self.evaluation and (self.last or done.number % c.watch.every == 0):
                     self._evaluate(tracker)
                     self.last = self._ends(calls)
+                if c.snapshot_every and done.number % c.snapshot_every == 0 and self.processes.main:
+                    self._write_result(folder.snapshot(self.result, done.number))  # before the checkpoint: a resumed run has them all
                 if self.last or done.number % c.save_every == 0:
                     self.save()
                 yield done
@@ -227,6 +233,11 @@ class Run:
             save_delta(cast(Adaptable, self.policy), path, self.metadata(), weights, getattr(torch, self.config.delta_dtype))
         else:
             save_lora(self.policy, path, self.metadata(), weights)
+
+    def _result_bytes(self) -> int:
+        """Size of the result's file, but for its header."""
+        element = 2 if self.config.tune == "full" and self.config.delta_dtype == "bfloat16" else 4
+        return element * sum(p.numel() for p in self.policy.parameters())
 
     @property
     def best(self) -> Point:
@@ -278,6 +289,7 @@ class Run:
         method = self.config.method
         return {
             "base": self.base_hash,
+            "weights": self.weights,
             "settings": self.config.describe(),
             "step": self.step,
             "switch_sigma": method.recommended_sigma(self.policy.sigmas(method.steps)),

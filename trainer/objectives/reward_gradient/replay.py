@@ -7,7 +7,6 @@ only when a checkpoint without it has been written, so that a kill at any moment
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,10 +136,3 @@ def trajectory_bytes(steps: int, latent_shape: tuple[int, int, int]) -> int:
     """Size of one trajectory's file, but for its small header."""
     channels, height, width = latent_shape
     return 2 * steps * channels * height * width
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk on which `folder` lies or would lie."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -17,9 +17,10 @@ from ...data.batches import Batch
 from ...denoiser import per_sample
 from ...policy import Policy
 from ...rng import Rng
+from ...runtime.files import free_bytes
 from ...sampling import Space, step, trajectory
 from ..base import Logs, Loss, Objective, RunContext
-from .replay import Replay, Sampling, free_bytes, trajectory_bytes
+from .replay import Replay, Sampling, trajectory_bytes
 from .shared import sampler_steps, snr, training_guidance_scale, weight_of_reward
 
 Estimator = Literal["base", "consistency"]
