@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.lora
 import comfy.utils
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -54,15 +57,23 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, self.down), self.up)
 
 
-def make_trainable_through(module: nn.Module) -> None:
-    """Replace inference tensors, which autograd refuses, by equal ordinary ones; no gradient to the weights themselves."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None and (parameter.is_inference() or parameter.requires_grad):
-                part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None and buffer.is_inference():
-                part._buffers[name] = buffer.clone()
+class OutOfPlace(TorchFunctionMode):
+    """Inside, where a graph is recorded, `a += b` makes a new tensor; so do -=, *= and /=.
+
+    ComfyUI's transformers add residuals in place, to tensors that autograd has saved for the backward pass. torch is called with
+    `a.add_(b)` for `a += b`; a call that the source writes as such stays in place, since its result may not be used.
+    """
+
+    _WITHOUT: ClassVar[dict[Any, Any]] = {Tensor.add_: torch.add, Tensor.sub_: torch.sub, Tensor.mul_: torch.mul, Tensor.div_: torch.div}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One operation."""
+        other = self._WITHOUT.get(func)
+        if other is not None and torch.is_grad_enabled():
+            caller = sys._getframe(1)
+            if dis.opname[caller.f_code.co_code[caller.f_lasti]].startswith(("BINARY_OP", "INPLACE_")):
+                return other(*args, **(kwargs or {})).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -82,8 +93,11 @@ def replaced_forward(module: nn.Module, make: Callable[[Any], Any]) -> Generator
 @contextmanager
 def recomputed(
     network: nn.Module, blocks: set[str], prepared: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward
-) -> Generator[None]:
-    """Inside, blocks of these classes keep no activations for the backward pass; `prepared(forward)` is what runs, both times."""
+) -> Generator[int]:
+    """Inside, blocks of these classes keep no activations for the backward pass; `prepared(forward)` is what runs, both times.
+
+    Yields the number of blocks.
+    """
 
     def make(forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -93,8 +107,8 @@ def recomputed(
 
         return run
 
+    found = [module for module in network.modules() if type(module).__name__ in blocks]
     with ExitStack() as stack:
-        for module in network.modules():
-            if type(module).__name__ in blocks:
-                stack.enter_context(replaced_forward(module, make))
-        yield
+        for module in found:
+            stack.enter_context(replaced_forward(module, make))
+        yield len(found)

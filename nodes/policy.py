@@ -23,12 +23,20 @@ from ..trainer.denoiser import Denoiser
 from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
-from .adapter import Adapter, lora_targets, make_trainable_through, recomputed, replaced_forward
+from .adapter import Adapter, OutOfPlace, lora_targets, recomputed, replaced_forward
+from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 # Blocks whose activations are recomputed, by the names of ComfyUI's classes
-_DENOISER_BLOCKS = {"ResBlock", "BasicTransformerBlock", "JointBlock", "DoubleStreamBlock", "SingleStreamBlock"}
+_DENOISER_BLOCKS = {
+    *("ResBlock", "BasicTransformerBlock"),  # UNets, and the UNets of Stable Cascade
+    *("JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),  # SD3; FLUX, Chroma, Krea 2
+    *("JointTransformerBlock", "OmniGen2TransformerBlock", "QwenImageTransformerBlock"),  # Lumina 2 and Z-Image, OmniGen 2, Qwen-Image
+    *("HiDreamImageBlock", "MMDiTBlock", "DiTBlock", "PixArtMSBlock", "HunYuanDiTBlock"),  # HiDream, AuraFlow, PixArt, HunyuanDiT
+    *("ErnieImageSharedAdaLNBlock", "Ideogram4TransformerBlock", "LensTransformerBlock", "BooguDoubleStreamBlock"),
+    *("JoyImageTransformerBlock", "MMDiTBlockT2I", "PiTBlock"),  # JoyImage, PixelDiT
+}
 _DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
 
 
@@ -46,21 +54,23 @@ class ComfyPolicy:
         latent_shape: tuple[int, int, int],
         gradient_vae: Any = None,
     ) -> None:
+        refuse_switch(model)
         dimensions = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2)
         if dimensions != 2:
             raise ValueError("this model draws video or sound: reward training knows images only")
-        self.model, self.vae, self.gradient_vae = model, vae, gradient_vae or vae
+        self.model, self.vae = resident(model), resident_vae(vae)
+        self.gradient_vae = resident_vae(gradient_vae) if gradient_vae else self.vae
         self.latent_shape = latent_shape
-        self.device = comfy.model_management.get_torch_device()
+        self.device = model.load_device
         if model.model.get_dtype() == torch.float16 and hasattr(model, "set_model_compute_dtype"):
             # reward gradients inside the network are too small for fp16, and vanish without a word
-            self.model = model.clone()
+            self.model = self.model.clone()
             wide = torch.bfloat16 if comfy.model_management.should_use_bf16(self.device) else torch.float32
             self.model.set_model_compute_dtype(wide)
         self._condition = condition
         self._encoded: dict[str, list[dict[str, Any]]] = {}
         self._conds: dict[str, dict[str, Any]] = {}
-        self._sampling = model.get_model_object("model_sampling")
+        self._sampling = self.model.get_model_object("model_sampling")
         self.space: Space = "flow" if isinstance(self._sampling, comfy.model_sampling.CONST) else "ve"
         self.lora: Lora | None = None
         self._adapters: dict[str, tuple[str, Adapter]] = {}  # by the name in files: name inside the model, adapter
@@ -129,7 +139,9 @@ class ComfyPolicy:
         management.load_models_gpu([self.model, *vaes, *others], memory_required=needed, force_full_load=True)
         for module in (self.model.model, self.vae.first_stage_model, self.gradient_vae.first_stage_model, *(p.model for p in others)):
             make_trainable_through(module)
+        require_whole(self.model, *vaes)
         with ExitStack() as stack:
+            stack.enter_context(differentiable_kernels())
             self.model.pre_run()
             stack.callback(self.model.cleanup)
             network = self.model.model.diffusion_model
@@ -138,8 +150,8 @@ class ComfyPolicy:
                 stack.enter_context(
                     replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
                 )
-            if self._checkpointed[0]:
-                stack.enter_context(recomputed(network, _DENOISER_BLOCKS, self._with_present_adapter))
+            if self._checkpointed[0] and not stack.enter_context(recomputed(network, _DENOISER_BLOCKS, self._with_present_adapter)):
+                raise ValueError(f"no block of {type(network).__name__} can be recomputed: switch gradient_checkpointing off")
             stack.enter_context(recomputed(self.gradient_vae.first_stage_model, _DECODER_BLOCKS))
             try:
                 yield
@@ -180,7 +192,7 @@ class ComfyPolicy:
         tuned = self._tuned
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.bypassing(tuned):
+            with self.bypassing(tuned), OutOfPlace():
                 return forward(*args, **kwargs)
 
         return run
@@ -194,7 +206,8 @@ class ComfyPolicy:
         options = dict(self.model.model_options.get("transformer_options", {}))
         # the default splits attention by the memory that is free, which recomputation would find changed
         options["optimized_attention_override"] = lambda _, *a, **k: comfy.ldm.modules.attention.attention_pytorch(*a, **k)
-        return self.model.model.apply_model(x, sigma, transformer_options=options, **self._embedded(prompts, x)).float()
+        with OutOfPlace():
+            return self.model.model.apply_model(x, sigma, transformer_options=options, **self._embedded(prompts, x)).float()
 
     @torch.no_grad()
     def prepare(self, prompt: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,75 @@ def test_one_step_in_a_graph_has_the_headless_gradient(place, pipeline_folder, t
     errors = run_inside(place, "gradient.py", pipeline_folder, cwd=tmp_path)
     assert errors["modules"] > 50 and errors["latents"] < 1e-4
     assert all(errors[name] < 1e-3 for name in ("refl", "guided", "imagerefl", "draft-k", "srpo", "sqdf")), errors
+
+
+@pytest.fixture(scope="module")
+def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
+    """Tiny models of three families, at sizes that ComfyUI's classes can have."""
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+    folders = []
+    for name, part, kind, changed in (
+        ("flux-dev", None, None, {}),
+        (
+            "sd3",
+            "transformer",
+            SD3Transformer2DModel,
+            {"attention_head_dim": 64, "caption_projection_dim": 128, "dual_attention_layers": ()},
+        ),
+        (
+            "sdxl",
+            "unet",
+            UNet2DConditionModel,
+            {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 32, "attention_head_dim": (1, 1)},
+        ),
+    ):
+        folders.append(family_folder(name))
+        if part:
+            folders[-1] = shutil.copytree(family_folder(name), tmp_path_factory.mktemp("sized") / name)
+            torch.manual_seed(5)
+            network = kind.from_config({**kind.load_config(folders[-1] / part), **changed})
+            network.save_pretrained(folders[-1] / part)
+    return run_inside(place, "family_gradients.py", pipeline_folder, *folders, cwd=tmp_path_factory.mktemp("gradients"))
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+@pytest.mark.parametrize("kept", ["kept", "recomputed"])
+def test_training_tiny_families_in_a_graph_has_the_headless_gradient(family_gradients, family, kept):
+    """ComfyUI's blocks add residuals in place; bfloat16 is as far from float32 as it is headless."""
+    single, half = (family_gradients[f"{family}, {dtype}, {kept}"] for dtype in ("float32", "bfloat16"))
+    assert single < 1e-4 and half < 2 * family_gradients[f"{family}, headless bfloat16"] + 0.01, family_gradients
+
+
+@pytest.fixture(scope="module")
+def guards(place, tmp_path_factory):
+    return run_inside(place, "training_guards.py", cwd=tmp_path_factory.mktemp("guards"))
+
+
+@comfyui
+@pytest.mark.slow
+def test_training_on_a_switch_or_with_nothing_to_recompute_is_refused(guards):
+    assert "model comes from a Base→Tuned Switch: connect the model that goes into" in guards["a switch"]
+    assert "no block of Sequential can be recomputed: switch gradient_checkpointing off" in guards["no block"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_kernels_without_a_gradient_are_off_while_training_and_on_again_after_it(guards):
+    """The flag of ComfyUI's own trainer; before, inside, after, after an exception, after Cancel, and where it was set already."""
+    assert guards["in_training"] == [False, True, False, False, False, True]
+
+
+@comfyui
+@pytest.mark.slow
+def test_models_in_dynamic_vram_are_copied_out_of_it_or_refused(guards):
+    """Their layers share buffers, which autograd would save: model, VAE and the VAE for gradients get weights of their own."""
+    assert guards["dynamic after"] == [False, False, False] and guards["own weights"] == [True, True, True]
+    assert guards["shared where it is not dynamic"] is True
+    assert "cannot leave dynamic VRAM, as training needs: load it with a loader of ComfyUI's own" in guards["no copy"]
+    assert guards["partly loaded"] == "" or "is not whole on" in guards["partly loaded"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,80 @@
+"""ComfyUI's models made fit for autograd: whole on their device, out of dynamic VRAM, with kernels that have a gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+from torch import nn
+
+from .residency import KEY
+
+
+def refuse_switch(model: Any) -> None:
+    """Refuse the MODEL of a switch: training evaluates no wrappers, so it would train the base alone."""
+    if model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY):
+        raise ValueError("model comes from a Base→Tuned Switch: connect the model that goes into the switch")
+
+
+def resident(patcher: Any) -> Any:
+    """The patcher; of one in dynamic VRAM, whose layers share buffers that autograd would save, a copy with weights of its own."""
+    if not getattr(patcher, "is_dynamic", bool)():
+        return patcher
+    try:
+        return patcher.clone(disable_dynamic=True)
+    except RuntimeError as problem:  # the copy is loaded anew, which only ComfyUI's own loaders can
+        raise ValueError(
+            f"this {type(patcher.model).__name__} cannot leave dynamic VRAM, as training needs: load it with a loader of ComfyUI's own, "
+            "or start ComfyUI with --disable-dynamic-vram"
+        ) from problem
+
+
+def resident_vae(vae: Any) -> Any:
+    """The same of a VAE."""
+    before = getattr(vae, "patcher", None)
+    patcher = resident(before)
+    if patcher is before:
+        return vae
+    copied = copy.copy(vae)
+    copied.patcher, copied.first_stage_model = patcher, patcher.model
+    return copied
+
+
+def require_whole(*patchers: Any) -> None:
+    """Refuse models that are only partly on their device where ComfyUI casts the other layers into one buffer after another."""
+    if not hasattr(comfy.model_management, "get_cast_buffer"):
+        return
+    for patcher in patchers:
+        if any(p.device.type != patcher.load_device.type for p in patcher.model.parameters()):
+            raise ValueError(
+                f"{type(patcher.model).__name__} is not whole on {patcher.load_device}, as training needs: start ComfyUI without --novram"
+            )
+
+
+@contextmanager
+def differentiable_kernels() -> Generator[None]:
+    """Inside, ComfyUI evaluates models with kernels that have a gradient; afterwards its flag is as before."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):  # before 0.13 there are no others
+        yield
+        return
+    before, management.in_training = management.in_training, True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+def make_trainable_through(module: nn.Module) -> None:
+    """Replace inference tensors, which autograd refuses, by equal ordinary ones; no gradient to the weights themselves."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None and (parameter.is_inference() or parameter.requires_grad):
+                part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None and buffer.is_inference():
+                part._buffers[name] = buffer.clone()

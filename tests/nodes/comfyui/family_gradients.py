@@ -1,0 +1,137 @@
+"""Run inside a ComfyUI: adapters of tiny FLUX, SD3 and SDXL models get the headless trainer's gradient.
+
+Usage: family_gradients.py COMFYUI PACK PIPELINE FLUX SD3 SDXL. Prints one JSON line of relative errors, or the error of a case.
+"""
+
+import json
+from pathlib import Path
+
+import embedded  # first: it puts ComfyUI on the path
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import torch
+
+pipeline, *folders = map(Path, embedded.arguments)
+core, graph, adapter = (embedded.ours(name) for name in ("trainer.policy", "nodes.policy", "nodes.adapter"))
+MLP = ("ff.net.0.proj", "ff.net.2", "attn.to_out.0", "attn.to_add_out")
+SINGLE = ("single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out")
+TARGETS = {"flux": MLP + SINGLE, "sd3": MLP, "sdxl": ("to_q", "to_v", "to_out.0", "conv1", "ff.net.2", "proj_in")}
+PROMPTS = ["a red star", "a blue ring"]
+results = {}
+
+
+def described(family, config):
+    """ComfyUI's class of a family's model configuration, and its description of the network."""
+    if family == "sdxl":
+        return comfy.supported_models.SDXL, {
+            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+            "transformer_depth": [0, 2], "transformer_depth_middle": 2, "transformer_depth_output": [0, 0, 2, 2], "context_dim": 64,
+            "num_heads": -1, "num_head_channels": 16, "use_spatial_transformer": True, "use_linear_in_transformer": True,
+            "adm_in_channels": 6 * 256 + 32, "num_classes": "sequential", "legacy": False, "use_temporal_attention": False,
+        }  # fmt: skip
+    if family == "sd3":
+        embedder = {"target": "torch.nn.Linear", "params": {"in_features": config["joint_attention_dim"], "out_features": 128}}
+        return comfy.supported_models.SD3, {
+            "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 2, "adm_in_channels": config["pooled_projection_dim"],
+            "context_embedder_config": embedder, "num_patches": config["pos_embed_max_size"] ** 2, "qk_norm": "rms",
+            "pos_embed_max_size": config["pos_embed_max_size"], "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [],
+        }  # fmt: skip
+    more = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
+    return comfy.supported_models.Flux, {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32, "context_in_dim": 64,
+        "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 4, 8], "theta": 10000,
+        "qkv_bias": True, "guidance_embed": True, **more,
+    }  # fmt: skip
+
+
+def converted(family, kind, unet_config, state, dtype):
+    """A MODEL with the weights `state` of a diffusers network."""
+    state = {name: value.clone() for name, value in state.items()}
+    config = kind(unet_config)
+    config.set_inference_dtype(dtype, None)
+    with torch.inference_mode():
+        model = config.get_model({}, "", device="cpu")
+        if family == "sdxl":
+            names = comfy.utils.unet_to_diffusers(unet_config)
+            state = {there: state.pop(here) for here, there in names.items() if here in state}
+        else:
+            state = comfy.model_detection.convert_diffusers_mmdit(state, "")
+        model.diffusion_model.load_state_dict(state)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model.to(dtype), device, device)
+
+
+def gradient(policy, noise, levels):
+    """Of a number that depends on two evaluations, the second of which sees the first's result."""
+    for parameter in policy.parameters():
+        parameter.grad = None
+    denoise = policy.denoiser(PROMPTS)
+    first = denoise(noise, levels[0].expand(2))
+    second = denoise(first + 0.1 * noise, levels[1].expand(2))
+    (second * torch.linspace(-1, 1, second.numel()).reshape(second.shape)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+
+
+def in_graph(family, headless, dtype, checkpointing, noise, levels):
+    """The gradient in a graph, by the headless names; `headless` gives weights, adapter and conditioning."""
+    network = headless.network.get_base_model() if hasattr(headless.network, "get_base_model") else headless.network
+    state = {name.replace(".base_layer", ""): value for name, value in network.state_dict().items() if ".lora_" not in name}
+    encoded = {p: headless.encode_prompts([p]) for p in PROMPTS}
+    texts = {p: (e["encoder_hidden_states"], e.get("pooled_projections", e.get("text_embeds"))) for p, e in encoded.items()}
+    model = converted(family, *described(family, headless.network.config), state, dtype)
+    with torch.inference_mode():
+        vae = embedded.ours("nodes.demo").load_vae(pipeline)
+    condition = lambda p: [[texts[p][0].detach(), {"pooled_output": texts[p][1].detach()}]]  # noqa: E731
+    policy = graph.ComfyPolicy(model, vae, condition, noise.shape[1:])
+    policy.add_lora(core.Lora(rank=4, alpha=8.0, targets=TARGETS[family]), 3)
+    inside = {alias: inner for inner, (_, aliases) in adapter.lora_targets(model.model).items() for alias in aliases}
+    there, names, ours = {inner: name for name, (inner, _) in policy._adapters.items()}, {}, dict(policy.named_parameters())
+    for name, value in headless.named_parameters():
+        module, half = name.split(".lora_")
+        names[name] = f"{there[inside[module]]}.lora_{half}"
+        ours[names[name]].data = value.data.clone()
+    assert set(names.values()) == set(ours), set(names.values()) ^ set(ours)
+    policy.gradient_checkpointing(denoiser=checkpointing, vae=True)
+    with policy.loaded([], 2):
+        found = gradient(policy, noise, levels)
+    return {name: found[here] for name, here in names.items()}
+
+
+def error(found, wanted):
+    """Relative, of all modules joined."""
+    found, wanted = (torch.cat([g[name].flatten().float() for name in wanted]) for g in (found, wanted))
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def opened(family, folder, dtype):
+    """The headless policy with an adapter away from the identity, where half of the gradients vanish."""
+    module = embedded.ours(f"trainer.models.{family}")
+    headless = getattr(module, {"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy"}[family]).load(folder, dtype=dtype)
+    headless.add_lora(core.Lora(rank=4, alpha=8.0, targets=TARGETS[family]), 3)
+    if family == "sdxl":  # ComfyUI asks the network at the nearest timestep
+        between = headless.timestep
+        headless.timestep = lambda sigma: between(sigma).round()
+    for name, parameter in headless.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    return headless
+
+
+with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
+    for family, folder in zip(("flux", "sd3", "sdxl"), folders):
+        headless = opened(family, folder, torch.float32)
+        noise = torch.randn(2, 4 if family == "sdxl" else 16, 8, 8, generator=torch.Generator().manual_seed(1))
+        levels = torch.tensor([0.7, 0.4]) if family != "sdxl" else headless.sigmas(6)[2:4]
+        wanted = gradient(headless, noise, levels)
+        results[f"{family}, headless bfloat16"] = error(gradient(opened(family, folder, torch.bfloat16), noise, levels), wanted)
+        for dtype in (torch.float32, torch.bfloat16):
+            for kept in ("kept", "recomputed"):
+                try:
+                    found = error(in_graph(family, headless, dtype, kept == "recomputed", noise, levels), wanted)
+                except RuntimeError as problem:
+                    found = str(problem)
+                results[f"{family}, {str(dtype)[6:]}, {kept}"] = found
+print(json.dumps(results))

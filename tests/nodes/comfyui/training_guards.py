@@ -1,0 +1,96 @@
+"""Run inside a ComfyUI: what a graph must not train, and the host's state while it trains.
+
+Usage: training_guards.py COMFYUI PACK. Prints one JSON line.
+"""
+
+import json
+
+import embedded  # first: it puts ComfyUI on the path
+import comfy.model_management as management
+import comfy.model_patcher
+import torch
+
+demo, graph, switch, autograd = (embedded.ours(f"nodes.{name}") for name in ("demo", "policy", "switch", "autograd"))
+lora = embedded.ours("trainer.policy").Lora(rank=2, alpha=2.0, targets=("to_q",))
+results = {}
+
+
+class Dynamic(comfy.model_patcher.ModelPatcher):
+    """A patcher that says that its weights are in dynamic VRAM, which a CPU never has."""
+
+    copies, anew = True, None
+
+    def is_dynamic(self):
+        return type(self) is Dynamic
+
+    def clone(self, disable_dynamic=False):
+        assert disable_dynamic
+        if not self.copies:
+            raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init is not initialized.")
+        return self.anew()
+
+
+def dynamic(patcher, anew):
+    made = Dynamic(patcher.model, patcher.load_device, patcher.offload_device)
+    made.anew = anew
+    return made
+
+
+def refused(action):
+    try:
+        action()
+        return ""
+    except ValueError as problem:
+        return str(problem)
+
+
+def policy_of(model, vae, gradient_vae=None):
+    return graph.ComfyPolicy(model, vae, lambda p: clip.encode_from_tokens_scheduled(clip.tokenize(p)), (4, 8, 8), gradient_vae)
+
+
+with torch.inference_mode():
+    model, clip, vae, small = demo.load_model(), demo.load_clip(), demo.load_vae(), demo.load_vae()
+    tuned, _ = embedded.with_lora(model, embedded.ours("trainer.lora.file").read_lora(next(iter(demo.files.loras().values())))[0])
+with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
+    results["a switch"] = refused(lambda: policy_of(switch.switched(model, tuned, switch.Rule("step", 1)), vae))
+
+    policy = policy_of(model, vae)
+    policy.add_lora(lora, 0)
+    if not hasattr(management, "in_training"):
+        management.in_training = False  # as newer versions have it
+    seen = [management.in_training]
+    with policy.loaded([], 1):
+        seen.append(management.in_training)
+    seen.append(management.in_training)
+    for failure in (ValueError(), management.InterruptProcessingException()):
+        try:
+            with policy.loaded([], 1):
+                raise failure
+        except (ValueError, management.InterruptProcessingException):
+            seen.append(management.in_training)
+    management.in_training = True
+    with policy.loaded([], 1):
+        pass
+    results["in_training"] = [*seen, management.in_training]
+    management.in_training = False
+
+    policy.gradient_checkpointing(denoiser=True, vae=True)
+    network, policy.model.model.diffusion_model = policy.model.model.diffusion_model, torch.nn.Sequential()
+    policy.model.model.diffusion_model.dtype = torch.float32
+    policy._adapters, adapters = {}, policy._adapters
+    results["no block"] = refused(lambda: policy.loaded([], 1).__enter__())
+    policy.model.model.diffusion_model, policy._adapters = network, adapters
+
+    results["shared where it is not dynamic"] = policy.model.model is model.model and policy.vae is vae
+    for one in (vae, small):
+        one.patcher = dynamic(one.patcher, lambda: demo.load_vae().patcher)
+    copied = policy_of(dynamic(model, demo.load_model), vae, small)
+    patchers = [copied.model, copied.vae.patcher, copied.gradient_vae.patcher]
+    results["dynamic after"] = [getattr(p, "is_dynamic", bool)() for p in patchers]
+    results["own weights"] = [p.model is not old.model for p, old in zip(patchers, (model, vae.patcher, small.patcher))]
+    assert copied.vae.first_stage_model is copied.vae.patcher.model and vae.first_stage_model is vae.patcher.model
+    Dynamic.copies = False
+    results["no copy"] = refused(lambda: policy_of(dynamic(model, demo.load_model), vae))
+    apart = comfy.model_patcher.ModelPatcher(model.model, torch.device("meta"), torch.device("cpu"))
+    results["partly loaded"] = refused(lambda: autograd.require_whole(apart))
+print(json.dumps(results))
