@@ -209,6 +209,7 @@ def train_in_graph(
             comfy.model_management.load_models_gpu([clip.patcher])
             for prompt in dict.fromkeys([*texts, ""]):
                 policy.prepare(prompt)
+        policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=True)  # `loaded` heeds it
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
         with policy.loaded(patchers, config.batch_size):
             parts = Parts(policy, samples, reward, None if features is None else features.reward, weights=weights)
