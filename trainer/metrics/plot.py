@@ -131,6 +131,7 @@ def _stacked(count: int) -> tuple[Any, list[Any]]:
     for panel in panels:
         panel.grid(alpha=0.3, linewidth=0.5)
         panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=5)  # numbers of four decimals stay apart
         panel.xaxis.label.set_size(8)
         panel.yaxis.label.set_size(8)
         panel.margins(0.12)
