@@ -6,13 +6,18 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One worker per core of a small machine; a file stays with its worker, whose fixtures it shares
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo demo-quick test test-all check setup benchmark bench-gpu gpu-report verify-large
+.PHONY: demo demo-quick demo-images test test-all check setup benchmark bench-gpu gpu-report verify-large
 
 demo: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite
 
 demo-quick: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite --quick
+
+# The pictures of README.md, from a run of the demo
+demo-images: demo
+	cp demo/overview.png docs/images/demo.png
+	cp demo/overview-narrow.png docs/images/demo-narrow.png
 
 test: .venv/test $(if $(COMFY),.venv/comfy)
 	@echo "ComfyUI: $(if $(COMFY),found in $(COMFY),not found; its tests are skipped)"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tools.embedded import tables
 from trainer.config import ConfigError
-from trainer.demo import compare, experiment
+from trainer.demo import compare, experiment, files
 from trainer.demo.compare import METHODS, Size
+from trainer.runtime.files import file_hash
 
 TINY = Size(budget=60, batch=2, prompts=2, per_prompt=2, watched=1, points=1, real=8)
 
@@ -23,6 +27,36 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
 def test_every_method_has_settings_that_its_objective_takes(tmp_path):
     for name in METHODS:
         compare.train_config(name, tmp_path, TINY, 0)
+
+
+def test_a_finished_run_with_other_settings_is_refused(tmp_path, monkeypatch):
+    """It is kept as it is, so that other settings would silently get its LoRA."""
+
+    def finish(config):
+        folder = Path(config.out)
+        folder.mkdir(parents=True)
+        metadata = {"imagerefl": json.dumps({"settings": config.describe(), "base": base, "weights": {}})}
+        save_file({"x.lora_down.weight": torch.zeros(1, 1)}, folder / "lora.safetensors", metadata)
+        (folder / "watch.json").write_text('[{"step": 0}]')
+
+    def train(config):
+        return experiment.train(config, None, ["a red star"], {})
+
+    base = file_hash(files.PIPELINE / "unet" / "diffusion_pytorch_model.safetensors")
+    config = compare.train_config("refl", tmp_path / "refl", replace(TINY, points=3), 0)
+    finish(config)
+    assert train(config) == [{"step": 0}]
+    assert train(replace(config, save_every=7, out=f"{config.out}/")) == [{"step": 0}]  # what does not decide the result
+    with pytest.raises(ConfigError, match=r"^\S+refl was trained with another seed: 0, now 1; give another output folder$"):
+        train(replace(config, seed=1))
+    with pytest.raises(ConfigError, match=r"another budget: 60, now 400;"):
+        train(replace(config, budget=400))
+    with pytest.raises(ConfigError, match=r"another objective\.grad_from: 12, now 10;"):
+        train(replace(config, objective={**config.objective, "grad_from": 10}))
+    monkeypatch.setattr(experiment, "renders", lambda n, seed: None)
+    finish(replace(config, out=str(tmp_path / "out" / "runs" / "refl")))
+    with pytest.raises(ConfigError, match="another budget: 60, now 400;"):
+        compare.compare(["refl"], tmp_path / "out", replace(TINY, budget=400, points=3), 0)
 
 
 @pytest.mark.slow

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tools.embedded import gates
-from trainer.demo import experiment, files, show, world
+from trainer.demo import experiment, files, show, verdict, world
 from trainer.metrics.distances import frechet_distance
+from trainer.metrics.frontier import Curves
 from trainer.runtime.files import file_hash
 
 DISTANCES = {"diversity", "vendi", "fid", "kid", "logcov"}
@@ -31,7 +34,20 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(show, "QUICK", show.DemoSize(updates=2, batch=4, prompts=5, per_prompt=4, switches=(0, 12, 16), real=8, watched=2))
     results = show.show(tmp_path / "demo", quick=True)
     on_disk = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert on_disk.keys() >= {"base", "base_unguided", "points", "frontier", "seed", "n", "ci", "config", "seconds", "peak_rss_mb"}
+    assert on_disk.keys() >= {
+        "base",
+        "base_unguided",
+        "points",
+        "frontier",
+        "seed",
+        "n",
+        "ci",
+        "config",
+        "claim",
+        "curves",
+        "seconds",
+        "peak_rss_mb",
+    }
     assert set(on_disk["base"]) == set(on_disk["base_unguided"]) == FIGURES
     assert [(p["model"], p["k"]) for p in on_disk["points"]] == [(m, k) for m in ("refl", "imagerefl") for k in (0, 12, 16)]
     assert all(set(p) == FIGURES | {"model", "k"} for p in on_disk["points"])
@@ -48,12 +64,20 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
 
     page = (tmp_path / "demo" / "report.html").read_text()
     Page().feed(page)
-    assert Page.sources and all(s.startswith("data:image/png;base64,") for s in Page.sources)  # one file, no network
-    assert "quick demo" in page
+    assert len(Page.sources) == 4 * 4 + 2 + 1 and all(s.startswith("data:image/png;base64,") for s in Page.sources)  # one file, no network
+    assert "The quick demo" in page and "Ran on the CPU with the embedded model" in page and "Not run: any GPU" in page
+    assert verdict.run_sentence(on_disk["claim"]) in html.unescape(page) and "over 5 training seeds" in page
+    curves = Curves(on_disk["per_prompt"])
+    assert on_disk["claim"]["leads"]["gold"] == pytest.approx(curves.lead(["imagerefl"], ["refl"], "gold"))
+    for name, size in (("overview", (4 * 524 + 3 * 36, 92 + 4 * 132)), ("overview-narrow", (524, 4 * (44 + 132)))):
+        picture = Image.open(tmp_path / "demo" / f"{name}.png")
+        assert picture.size == size and picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0  # no ground: for light and dark
     with pytest.raises(ValueError, match="add --overwrite"):
         show.show(tmp_path / "demo", quick=True)
     again = show.show(tmp_path / "demo", quick=True, resume=True)  # trained already: the same figures come out
     assert again["points"] == results["points"]
+    with pytest.raises(ValueError, match="was trained with another seed: 0, now 1"):
+        show.show(tmp_path / "demo", quick=True, resume=True, seed=1)
 
 
 @pytest.mark.slow

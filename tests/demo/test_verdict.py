@@ -41,8 +41,8 @@ def test_the_sentence_of_a_run_follows_its_figures(lead, words):
     gains = {"refl": {"heldout": 0.5, "gold": -0.25}, "imagerefl": {"heldout": 0.7, "gold": 0.1}}
     said = verdict.run_sentence({"share": 0.85, "gains": gains, "leads": {"heldout": lead, "gold": lead}})
     assert said == (
-        f"With at least 85 % of the base model's diversity, ImageReFL gains +0.70 and ReFL +0.50 in held-out reward ({words}), "
-        f"+0.10 and ReFL −0.25 in gold reward ({words})."
+        f"With at least 85 % of the base model's diversity, ImageReFL and ReFL gain in held-out reward +0.70 and +0.50 ({words}), "
+        f"in gold reward +0.10 and −0.25 ({words})."
     )
 
 

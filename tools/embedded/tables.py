@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainer.demo import page
+from trainer.demo import charts
 from trainer.demo.experiment import START, UNGUIDED
 from trainer.metrics.intervals import bootstrap
 from trainer.runtime.files import write_text
@@ -53,7 +53,7 @@ def gains(runs: Runs) -> str:
         points = [_point(run, model, k) for run in runs]
         cells = [" / ".join(f"{p[a] - run['base'][a]:+.2f}" for p, run in zip(points, runs)) for a, _ in axes]
         share = " / ".join(f"{100 * p['diversity'] / run['base']['diversity']:.0f} %" for p, run in zip(points, runs))
-        out.append(_row(page.title(model), k, *cells, share, " / ".join(f"{p['fid']:.0f}" for p in points)))
+        out.append(_row(charts.title(model), k, *cells, share, " / ".join(f"{p['fid']:.0f}" for p in points)))
     return "\n".join(out)
 
 
@@ -62,7 +62,7 @@ def own_objectives(runs: Runs) -> str:
     out = _header("method", "optimises", *(f"seed {run['seed']}" for run in runs))
     for name in runs[0]["curves"]:
         axis = "relative" if name == "srpo" else "reward"
-        out.append(_row(page.title(name), dict(AXES)[axis], *(_difference(run, axis, f"{name}|0", BASELINE) for run in runs)))
+        out.append(_row(charts.title(name), dict(AXES)[axis], *(_difference(run, axis, f"{name}|0", BASELINE) for run in runs)))
     return "\n".join(out)
 
 
@@ -110,8 +110,8 @@ def write(folders: Sequence[Path], out: Path) -> None:
     parts = [gains(runs), "### What each method optimises", own_objectives(runs), "### The claims", claims(runs)]
     write_text("\n\n".join(parts) + "\n", out)
     mean = mean_of(runs)
-    page.frontier_figure(mean).savefig(out.with_name(f"{out.stem}-frontier.png"), dpi=90)
-    page.curves_figure(mean["curves"]).savefig(out.with_name(f"{out.stem}-curves.png"), dpi=90)
+    charts.frontier_figure(mean).savefig(out.with_name(f"{out.stem}-frontier.png"), dpi=90)
+    charts.curves_figure(mean["curves"]).savefig(out.with_name(f"{out.stem}-curves.png"), dpi=90)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
         f"Every method was trained with {size.budget} denoiser calls: a forward of one image is one, a backward through it two more, "
         "conditional and unconditional apart. “best” is the checkpoint with the highest held-out reward on validation prompts."
     )
-    page.write(out, results, evaluated, "Reward-gradient methods under one budget", summary, "comparison")
+    page.write_comparison(out, results, evaluated, "Reward-gradient methods under one budget", summary)
     return results
 
 

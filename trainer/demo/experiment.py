@@ -25,7 +25,7 @@ from ..runtime.files import check_weights, file_hash
 from ..training.config import TrainConfig, Watch
 from ..training.console import follow
 from ..training.evaluation import Evaluation
-from ..training.folder import CHECKPOINT, WATCH
+from ..training.folder import CHECKPOINT, WATCH, check_finished
 from ..training.parts import Parts, weights_of
 from ..training.run import Run
 from . import files, world
@@ -125,12 +125,13 @@ def train(
 ) -> list[dict[str, float]]:
     """Train, with a progress bar; returns the evaluations. With `resume` a finished run is kept and an interrupted one continues.
 
-    Ctrl-C saves the checkpoint and raises KeyboardInterrupt. reward: what is trained on, the proxy by default.
+    ConfigError where that run had other settings or weights. Ctrl-C saves the checkpoint and raises KeyboardInterrupt. reward: what is
+    trained on, the proxy by default.
     """
     folder = Path(config.out)
     weights = weights_of(config)
     if resume and (folder / "lora.safetensors").is_file() and (folder / WATCH).is_file():
-        _check_finished(folder / "lora.safetensors", weights)
+        _check_finished(config, folder / "lora.safetensors", weights)
         return json.loads((folder / WATCH).read_text("utf-8"))
     policy = load_base()
     if config.consistency:
@@ -145,9 +146,10 @@ def train(
     return evaluation.points
 
 
-def _check_finished(lora: Path, weights: Mapping[str, Mapping[str, str]]) -> None:
-    """ValueError where a finished run was trained with other weights than those that it would be compared by."""
+def _check_finished(config: TrainConfig, lora: Path, weights: Mapping[str, Mapping[str, str]]) -> None:
+    """ValueError where a finished run was trained with other settings, or with other weights than those that it would be compared by."""
     made = read_metadata(lora)
+    check_finished(config, made["settings"])
     hashes: dict[str, dict[str, str]] | None = made.get("weights")
     then = None if hashes is None else {"the model": made.get("base", ""), **hashes.get("reward", {}), **hashes.get("watch.heldout", {})}
     now = {"the model": file_hash(UNET), **weights["reward"], **weights["watch.heldout"]}

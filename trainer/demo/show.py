@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, plain
-from ..data.images import grid
-from ..metrics.study import BASE
-from ..metrics.summary import area_interval
-from . import page, world
-from .experiment import OBJECTIVES, START, Evaluated, evaluate, load_tuned, renders, rewards, switched, train, train_config
+from . import page, verdict, world
+from .experiment import OBJECTIVES, evaluate, load_tuned, renders, rewards, switched, train, train_config
 
 
 @dataclass(frozen=True)
@@ -53,59 +49,12 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     captions, mixes = world.captions(size.prompts, "test", seed), switched(loras, size.switches)
     evaluated = evaluate(out, load_tuned(loras), mixes, captions, size.per_prompt, judges, seed, renders_seed=seed + 1)
     results = evaluated.results()
-    results["ci"] |= _areas(evaluated, size.switches)
     results |= {
+        "claim": verdict.of_run(results["per_prompt"]),
         "seed": seed,
         "config": {"quick": quick, "size": plain(size), "runs": {name: c.describe() for name, c in configs.items()}},
         "curves": curves,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    page.write(out, results, evaluated, "Reward up, diversity kept?", summary(results), "demo")
-    overview_figure(results, evaluated, size.per_prompt).savefig(out / "overview.png", dpi=110)
+    page.write_demo(out, results, evaluated)
     return results
-
-
-def _areas(evaluated: Evaluated, switches: tuple[int, ...]) -> dict[str, Any]:
-    """Intervals of both frontiers' areas on the held-out axis, and of ImageReFL's lead."""
-    judged, base = evaluated.judged, evaluated.judged[BASE]
-    lines = {name: [judged[name, k] for k in switches] for name in RATES}
-    return {
-        "frontier": {name: area_interval(points, base, "heldout") for name, points in lines.items()},
-        "frontier_lead": area_interval(lines["imagerefl"], base, "heldout", lines["refl"]),
-    }
-
-
-def overview_figure(results: Mapping[str, Any], evaluated: Evaluated, per_prompt: int) -> Any:
-    """One figure for a README: the same prompts (rows) and seeds (columns) from four models, and the frontier."""
-    from matplotlib.figure import Figure
-
-    rows, columns = 4, min(4, per_prompt)
-    shown = {
-        "base": BASE,
-        "ReFL alone": ("refl", 0),
-        f"base → ReFL at step {START}": ("refl", START),
-        f"base → ImageReFL at step {START}": ("imagerefl", START),
-    }
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
-    panels = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 1.35])
-    chosen = [p * per_prompt + i for p in range(rows) for i in range(columns)]
-    for panel, (caption, point) in zip(panels, shown.items()):
-        panel.imshow(grid(evaluated.images[point][chosen], columns).permute(1, 2, 0).numpy(), interpolation="nearest")
-        panel.set_title(caption, fontsize=10)
-        panel.axis("off")
-    page.frontier_panel(panels[4], results, "heldout", "held-out")
-    panels[4].legend(fontsize=8)
-    return figure
-
-
-def summary(results: Mapping[str, Any]) -> str:
-    """What happened, in sentences that follow the figures wherever they fall."""
-    base, points = results["base"], {(p["model"], p["k"]): p for p in results["points"]}
-
-    def change(point: Mapping[str, float]) -> str:
-        kept = 100 * point["diversity"] / base["diversity"]
-        return f"held-out reward {point['heldout'] - base['heldout']:+.2f}, {kept:.0f} % of the base model's diversity"
-
-    return " ".join(
-        f"{page.title(m)} alone: {change(points[m, 0])}; combined at k={START}: {change(points[m, START])}." for m in results["curves"]
-    )

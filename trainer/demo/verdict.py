@@ -42,8 +42,8 @@ def of_run(per_prompt: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def run_sentence(claim: Mapping[str, Any]) -> str:
     """The result of one run."""
     ours, theirs, leads = claim["gains"]["imagerefl"], claim["gains"]["refl"], claim["leads"]
-    parts = [f"{_signed(ours[a])} and ReFL {_signed(theirs[a])} in {name} reward ({_compared(leads[a])})" for a, name in CO_PRIMARY.items()]
-    return f"With at least {100 * claim['share']:.0f} % of the base model's diversity, ImageReFL gains {', '.join(parts)}."
+    parts = [f"in {n} reward {_signed(ours[a])} and {_signed(theirs[a])} ({_compared(leads[a])})" for a, n in CO_PRIMARY.items()]
+    return f"With at least {100 * claim['share']:.0f} % of the base model's diversity, ImageReFL and ReFL gain {', '.join(parts)}."
 
 
 def _compared(lead: Interval) -> str:

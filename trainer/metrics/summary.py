@@ -49,14 +49,3 @@ def intervals(judged: Judged, base: Judged | None = None, seed: int = 0) -> dict
     values = torch.stack([v - base.per_prompt()[name] if base else v for name, v in figures.items()])
     low, high = bootstrap(lambda rows: values[:, rows].mean(1), values.shape[1], seed)
     return {name: [float(low[i]), float(high[i])] for i, name in enumerate(figures)}
-
-
-def area_interval(points: Sequence[Judged], base: Judged, axis: str, other: Sequence[Judged] | None = None, seed: int = 0) -> list[float]:
-    """95 % bootstrap interval of a frontier's area, or of its lead over another's."""
-
-    def lead(rows: Tensor) -> Tensor:
-        area = frontier_area(points, base, axis, rows)
-        return torch.tensor(area - (frontier_area(other, base, axis, rows) if other is not None else 0.0))
-
-    low, high = bootstrap(lead, len(base.diversity), seed, resamples=500)
-    return [float(low), float(high)]

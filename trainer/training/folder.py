@@ -138,9 +138,7 @@ def check_resumable(
             "go on with the model that the run began with"
         )
     before = build(TrainConfig, {"out": config.out, **present_names(json.loads(state["settings"]))})
-    if config.lora.targets is None and before.lora.targets == ATTENTION:  # 0.1.0's default, which meant the model's attention projections
-        before = replace(before, lora=replace(before.lora, targets=None))
-    then, now = _flat(_decisive(before)), _flat(_decisive(config))
+    then, now = _compared(before, config)
     renamed = _same_weights(path, then, now, state.get("weights"), weights)
     changed = sorted(key for key in {**then, **now} if key not in renamed and then.get(key) != now.get(key))
     if changed == ["batch_size", "gradient_accumulation_steps"] and _per_step(before) == _per_step(config):
@@ -152,6 +150,23 @@ def check_resumable(
         raise ConfigError(f"{path} was written with another adapter: give the lora.targets of that run")
     if state["step"] > config.steps:
         raise ConfigError(f"steps = {config.steps}: {path} is at step {state['step']}; give at least as many, or --overwrite")
+
+
+def check_finished(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    """ConfigError unless a finished run's result, which records its `settings`, was trained with these, `steps` and `budget` included."""
+    before = build(TrainConfig, {"out": config.out, **present_names(settings)})
+    then, now = _compared(before, config)
+    for key in ("steps", "budget", *sorted({**then, **now})):
+        old, new = (getattr(before, key), getattr(config, key)) if key in ("steps", "budget") else (then.get(key), now.get(key))
+        if old != new:
+            raise ConfigError(f"{config.out} was trained with another {key}: {old!r}, now {new!r}; give another output folder")
+
+
+def _compared(before: TrainConfig, config: TrainConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that decide a step, then and now, flat."""
+    if config.lora.targets is None and before.lora.targets == ATTENTION:  # 0.1.0's default, which meant the model's attention projections
+        before = replace(before, lora=replace(before.lora, targets=None))
+    return _flat(_decisive(before)), _flat(_decisive(config))
 
 
 def _same_weights(
