@@ -97,7 +97,8 @@ def frontier_panel(panel: Any, results: Mapping[str, Any], axis: str, label: str
     study = Curves(results["per_prompt"]) if "per_prompt" in results else None
     panel.axhline(0, color=INK, linewidth=0.8)
     panel.axvline(SHARE, color=INK, linestyle="--", linewidth=1)
-    panel.text(SHARE, 0.01, f" {100 * SHARE:.0f} % of the base's", color=INK, fontsize=9, transform=panel.get_xaxis_transform())
+    panel.text(SHARE, 0.97, f" {100 * SHARE:.0f} %", color=INK, fontsize=10, transform=panel.get_xaxis_transform())
+    panel.margins(x=0.12)
     for number, name in enumerate(results["curves"]):
         points = {p["k"]: (p["diversity"] / base["diversity"], p[axis] - base[axis]) for p in results["points"] if p["model"] == name}
         colour = colormaps["tab10"](number)
