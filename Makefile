@@ -14,7 +14,7 @@ demo: .venv/train
 demo-quick: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite --quick
 
-# The pictures of README.md, from a run of the demo
+# The images of README.md, from a run of the demo
 demo-images: demo
 	cp demo/overview.png docs/images/demo.png
 	cp demo/overview-narrow.png docs/images/demo-narrow.png

@@ -70,8 +70,8 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     curves = Curves(on_disk["per_prompt"])
     assert on_disk["claim"]["leads"]["gold"] == pytest.approx(curves.lead(["imagerefl"], ["refl"], "gold"))
     for name, size in (("overview", (4 * 524 + 3 * 36, 92 + 4 * 132)), ("overview-narrow", (524, 4 * (44 + 132)))):
-        picture = Image.open(tmp_path / "demo" / f"{name}.png")
-        assert picture.size == size and picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0  # no ground: for light and dark
+        image = Image.open(tmp_path / "demo" / f"{name}.png")
+        assert image.size == size and image.mode == "RGBA" and image.getpixel((0, 0))[3] == 0  # no ground: for light and dark
     with pytest.raises(ValueError, match="add --overwrite"):
         show.show(tmp_path / "demo", quick=True)
     again = show.show(tmp_path / "demo", quick=True, resume=True)  # trained already: the same figures come out

@@ -31,13 +31,13 @@ AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
 INK = "#7b838c"
 SHOWN = 4  # prompts of which images are shown
 TILE, GAP = 128, 4  # pixels of an image in a strip: twice its size
-PICTURE: dict[str, Point] = {
+OVERVIEW: dict[str, Point] = {
     "base": BASE,
     "ReFL alone": ("refl", 0),
     "base → ReFL": ("refl", START),
     "base → ImageReFL": ("imagerefl", START),
 }
-"""The columns of the demo's picture."""
+"""The columns of the demo's overview."""
 
 
 def title(model: str) -> str:
@@ -157,7 +157,7 @@ def strip(images: Tensor) -> Any:
 
 
 def overview(strips: Mapping[str, Sequence[Any]], notes: Mapping[str, str], *, narrow: bool) -> Any:
-    """The demo's picture for a README. Wide: models side by side, a row per prompt; narrow: models below one another, the first prompt.
+    """The demo's overview for a README. Wide: models side by side, a row per prompt; narrow: models below one another, the first prompt.
 
     strips: per model a strip of each prompt; notes: per model gain and diversity; narrow has room for the diversity alone.
     """

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of results: the demo's picture and claim, or a comparison of methods; figures, curves and settings."""
+"""One self-contained HTML page of results: the demo's overview and claim, or a comparison of methods; figures, curves and settings."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from ..metrics.study import BASE, Point
 from ..runtime.files import write_text
 from . import verdict
-from .charts import AXES, PICTURE, SHOWN, curves_figure, frontier_figure, overview, png, sheet, strip, title
+from .charts import AXES, OVERVIEW, SHOWN, curves_figure, frontier_figure, overview, png, sheet, strip, title
 from .experiment import START, STEPS, UNGUIDED, Evaluated
 
 COLUMNS = ("reward", "heldout", "gold", "relative", "diversity", "match", "fid", "logcov")
 
 
 def write_demo(out: Path, results: Mapping[str, Any], evaluated: Evaluated) -> None:
-    """Write `results.json`, `report.html`, and the picture for a README, `overview.png` and, for a phone, `overview-narrow.png`."""
+    """Write `results.json`, `report.html`, and the overview for a README, `overview.png` and, for a phone, `overview-narrow.png`."""
     prompts = evaluated.prompts
     seeds = prompts.count(prompts[0])
     strips = {
         caption: [strip(evaluated.images[point][row * seeds : (row + 1) * seeds]) for row in range(min(SHOWN, len(prompts) // seeds))]
-        for caption, point in PICTURE.items()
+        for caption, point in OVERVIEW.items()
     }
     notes = _notes(results)
     _write(
@@ -40,10 +40,10 @@ def write_demo(out: Path, results: Mapping[str, Any], evaluated: Evaluated) -> N
 
 
 def _notes(results: Mapping[str, Any]) -> dict[str, str]:
-    """Gain and diversity of each column of the picture."""
+    """Gain and diversity of each column of the overview."""
     base, points = results["base"], {(p["model"], p["k"]): p for p in results["points"]}
     found: dict[str, str] = {}
-    for caption, point in PICTURE.items():
+    for caption, point in OVERVIEW.items():
         row = base if point == BASE else points[point]
         gain = f"held-out {row['heldout'] - base['heldout']:+.2f}, ".replace("-0", "−0").replace("-1", "−1")
         found[caption] = f"{'' if point == BASE else gain}diversity {100 * row['diversity'] / base['diversity']:.0f} %"
