@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from fake_device.runs import on_cpu, on_fake, same_numbers, same_run, same_tensors
 from safetensors.torch import load_file
 
 REFL = ["--objective.name=refl", "--objective.steps=6", "--objective.grad_from=3", "--objective.grad_to=5", "--batch_size=2"]
+
+TRANSFORMER = Path(__file__).parents[1] / "data" / "v010" / "rewards" / "proxy"  # a reward that can recompute its activations
 
 
 def test_a_watched_run_is_resumed_to_the_same_files(image_folder, tmp_path):
@@ -48,7 +51,7 @@ def test_every_weight_is_tuned(tmp_path):
 
 
 def test_settings_of_memory_change_no_value(tmp_path):
-    arguments = ["train", "--images=demo", *REFL, "--steps=1", "--vae_slicing=true"]
+    arguments = ["train", "--images=demo", *REFL, "--steps=1", "--vae_slicing=true", f"--reward={TRANSFORMER}"]
     recomputed = [f"--gradient_checkpointing_{part}=true" for part in ("denoiser", "vae", "reward")]
     on_cpu(*arguments, f"--out={tmp_path / 'cpu'}")
     on_fake("mps", *arguments, *recomputed, "--offload_encoders=false", f"--out={tmp_path / 'fake'}")
