@@ -12,7 +12,8 @@ import torch
 (pipeline_folder,) = embedded.arguments
 demo, graph, trainer = (embedded.ours(name) for name in ("nodes.demo", "nodes.policy", "trainer.models.unet"))
 objectives, data, core = (embedded.ours(f"trainer.{name}") for name in ("objectives", "data.samples", "policy"))
-reward = embedded.ours("trainer.demo.files").load_reward("proxy")
+earlier = Path(__file__).parents[2] / "data" / "v010" / "rewards" / "proxy"  # a transformer; SRPO's difference of scores is larger in it
+reward = embedded.ours("trainer.rewards.registry").load_reward(str(earlier), True)
 prompts = ("a red star", "a blue ring", "a large green square, vivid", "a circle")
 lora = core.Lora(rank=4, alpha=8.0, targets=("to_q", "to_out.0", "conv1", "proj_in"))
 images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
