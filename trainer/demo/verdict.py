@@ -64,7 +64,7 @@ def experiment_sentence(verdict: Mapping[str, Any], run: str, prompts: int) -> s
     text = f"The experiment over {seeds} training seed{'s' if seeds > 1 else ''}: {word}; leads of ImageReFL, seeds in turn: {leads}."
     if verdict["tie"]:
         text = f"ReFL with the same diffusion loss does as well as ImageReFL. {text}"
-    if run == word:
+    if run == word.partition(" (")[0]:
         return text
     return f"{text} This run alone says: {run}. One small run can differ: it has one training seed and {prompts} prompts."
 
