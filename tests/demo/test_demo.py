@@ -66,9 +66,10 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     Page().feed(page)
     assert len(Page.sources) == 4 * 4 + 2 + 1 and all(s.startswith("data:image/png;base64,") for s in Page.sources)  # one file, no network
     assert "The quick demo" in page and "Ran on the CPU with the embedded model" in page and "Not run: any GPU" in page
-    assert verdict.run_sentence(on_disk["claim"]) in html.unescape(page) and "over 5 training seeds" in page
+    assert verdict.run_sentence(on_disk["claim"]) in html.unescape(page)
+    assert verdict.experiment_sentence(verdict.load(), on_disk["claim"]["direction"], 5) in html.unescape(page)
     curves = Curves(on_disk["per_prompt"])
-    assert on_disk["claim"]["leads"]["gold"] == pytest.approx(curves.lead(["imagerefl"], ["refl"], "gold"))
+    assert on_disk["claim"]["leads"]["gold"] == pytest.approx(list(curves.lead(["imagerefl"], ["refl"], "gold")))
     for name, size in (("overview", (4 * 524 + 3 * 36, 92 + 4 * 132)), ("overview-narrow", (524, 4 * (44 + 132)))):
         image = Image.open(tmp_path / "demo" / f"{name}.png")
         assert image.size == size and image.mode == "RGBA" and image.getpixel((0, 0))[3] == 0  # no ground: for light and dark
