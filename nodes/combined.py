@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
@@ -13,8 +12,9 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
+from . import host
 from .sockets import CATEGORY, schema
-from .switch import SWITCH_INPUTS, TunedNow, rule, switched
+from .switch import DECIDED, SWITCH_INPUTS, TunedNow, rule, switched
 
 
 class CombinedGuider(comfy.samplers.CFGGuider):
@@ -31,8 +31,10 @@ class CombinedGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({name: cond for name, cond in given.items() if cond is not None})
 
     def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None, **kwargs: Any) -> Any:
-        options = model_options or {}
-        tuned = self.tuned_now(timestep, options.get("transformer_options", {}))
+        options = dict(model_options or {})
+        transformer = options.get("transformer_options", {})
+        tuned = self.tuned_now(timestep, transformer)
+        options["transformer_options"] = {**transformer, DECIDED: tuned}
         positive, negative = self.conds.get("positive"), self.conds.get("negative")
         if tuned:
             positive, negative = self.conds.get("tuned_positive", positive), self.conds.get("tuned_negative", negative)
@@ -159,7 +161,7 @@ class CombinedKSampler(io.ComfyNode):
         """Sample."""
         when = rule(tuned, mode, switch_at)
         model = switched(base, tuned, when, strength)
-        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        latent = host.latent_for(model, latent_image)
         if len(latent) == 0:
             raise ValueError("an empty latent batch: there is nothing to draw")
         if not bool(torch.isfinite(latent).all()):
@@ -177,7 +179,7 @@ class CombinedKSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        return io.NodeOutput({**latent_image, "samples": samples.to(comfy.model_management.intermediate_device())})
+        return io.NodeOutput(host.finished(latent_image, samples))
 
 
 NODES = [CombinedKSampler, CombinedGuiderNode]

@@ -1,78 +1,192 @@
-"""Which weights are live: the tuned model as gated patches over the base's weights, or as a second resident model."""
+"""Which weights are live: the tuned model as patches over the base's weights while they are on, or as a second resident model."""
 
 from __future__ import annotations
 
+import copy
 import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import comfy.float
 import comfy.lora
 import comfy.model_management
-import comfy.model_patcher
 import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.utils
 import comfy.weight_adapter
 import torch
 
+from . import host
+from .same import difference
+
 KEY = "imagerefl_switch"
 
 
 class Gate:
-    """Open while the tuned model is to be evaluated; one for all weights of a base, a LoRA and a strength.
+    """The patches that make the tuned model, off or on for one evaluation; one for all weights of a base, a LoRA and a strength.
 
-    ComfyUI loads a model anew when its `patches_uuid` is another one, so the gate carries one: a queue of seeds loads once.
+    ComfyUI loads a model anew when its `patches_uuid` is another one, so the gate has one: a queue of seeds loads once.
     """
 
-    def __init__(self) -> None:
-        self.open = False
+    def __init__(self, base: Any, patches: dict[str, list[tuple[Any, ...]]], strength: float) -> None:
         self.uuid = uuid.uuid4()
+        self.weights = {key: GatedWeight(key, [(patch[0] * strength, *patch[1:]) for patch in listed]) for key, listed in patches.items()}
+        self._layers: WeakKeyDictionary[Any, tuple[Any, list[Any]]] = WeakKeyDictionary()
+        _decide_how(base, self.weights)
+
+    @contextmanager
+    def applied(self, network: Any, on: bool) -> Generator[None]:
+        """Inside, `network` (BaseModel, one for each GPU) is the tuned model or the base.
+
+        Off, no layer lists a function of ours, so that it takes the path it takes without a switch. On, every layer does,
+        also where the loader attaches none: small layers under dynamic VRAM.
+        """
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for weight, layer in zip(self.weights.values(), self.layers(network)):
+                owner, name = weight.owner(layer)
+                own, listed = vars(owner), getattr(owner, name)
+                others = [f for f in listed if not isinstance(f, Attached)]
+                before.append((own, name, own.get(name)))
+                own[name] = [*others, weight.entry(layer, not others)] if on else others
+            yield
+        finally:
+            for own, name, listed in reversed(before):
+                if listed is None:
+                    own.pop(name, None)  # the class has one
+                else:
+                    own[name] = listed
+
+    def layers(self, network: Any) -> list[Any]:
+        """The layer of each weight; finding them by name takes milliseconds, so once per network."""
+        body, layers = self._layers.get(network, (None, []))
+        if body is not network.diffusion_model:
+            layers = [comfy.utils.get_attr(network, weight.path) for weight in self.weights.values()]
+            self._layers[network] = (network.diffusion_model, layers)
+        return layers
 
 
-_gates: WeakValueDictionary[tuple[Any, ...], Gate] = WeakValueDictionary()  # they live in the weights that hold them
+class GatedWeight:
+    """A weight or bias of a layer and the patches that the tuned model has over the base's."""
+
+    own_list = False  # whether the stored tensor itself lists patches
+
+    def __init__(self, key: str, patches: list[tuple[Any, ...]]) -> None:
+        self.key, self.patches = key, patches
+        self.path, _, self.kind = key.rpartition(".")
+        self.copies: dict[torch.device, list[tuple[Any, ...]]] = {}  # of the patches; a device may hold a clone of the model
+
+    def owner(self, layer: Any) -> tuple[Any, str]:
+        """What lists the changes of the weight, and the list's name."""
+        return (getattr(layer, self.kind), "patches") if self.own_list else (layer, f"{self.kind}_function")
+
+    def entry(self, layer: Any, alone: bool) -> Any:
+        """What goes into that list; `alone`: it is the only one there."""
+        return (self.patches, self.key) if self.own_list else partial(self.merged, layer, alone)
+
+    def merged(self, layer: Any, alone: bool, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the patches, rounded as ComfyUI rounds a LoRA that it merges into this storage.
+
+        `weight` may be the resident tensor, so it is copied. Where nothing else changes the weight, the stored one is taken:
+        `weight` was rounded to the type of the computation already.
+        """
+        stored = getattr(layer, self.kind)
+        source = stored if alone and stored.device == weight.device else weight
+        value = source.to(host.lora_dtype(weight.device), copy=True)
+        convert, store = (getattr(layer, f"{verb}_{self.kind}", None) for verb in ("convert", "set"))
+        if convert is not None:
+            value = convert(value, inplace=True)
+        value = comfy.lora.calculate_weight(self.on(weight.device), value, self.key)
+        if value.shape != weight.shape:
+            raise ValueError(f"the tuned model's LoRA changes the shape of {self.key}, which cannot be switched: load another LoRA")
+        seed = host.string_to_seed(self.key)
+        if store is None:
+            value = comfy.float.stochastic_rounding(value, stored.dtype, seed=seed)
+        else:
+            value = store(value, inplace_update=False, seed=seed, return_weight=True)
+        return host.plain(value, weight.dtype)
+
+    def on(self, device: torch.device) -> list[tuple[Any, ...]]:
+        """The patches on a device: moved there once, not at every evaluation."""
+        if device not in self.copies:
+            self.copies[device] = _moved(self.patches, device)
+        return self.copies[device]
+
+
+class Attached:
+    """What ComfyUI's loader holds: it counts the patches' bytes and moves them with the model, and changes nothing."""
+
+    def __init__(self, gate: Gate, key: str) -> None:
+        self.gate, self.key = gate, key
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def move_to(self, device: torch.device) -> int:
+        """Bring the patches to the device; returns their bytes."""
+        weight = self.gate.weights[self.key]
+        weight.copies = {at: moved for at, moved in weight.copies.items() if at == device}
+        return 0 if weight.own_list else _bytes(weight.on(device))
+
+
+_gates: WeakValueDictionary[tuple[Any, ...], Gate] = WeakValueDictionary()  # they live in what is attached to the model
 
 
 def gated(base: Any, tuned: Any, strength: float) -> tuple[Any, Gate]:
-    """A clone of `base` with the patches that `tuned` has over it behind a gate. Both are clones of one model."""
-    gate = _gates.setdefault((base.patches_uuid, tuned.patches_uuid, strength), Gate())
+    """A clone of `base`, and the gate to the patches that `tuned` has over it. Both are clones of one model."""
+    key = (base.patches_uuid, tuned.patches_uuid, strength)
+    extra = extra_patches(base, tuned)
+    gate = _gates.get(key)
+    if gate is None:
+        gate = _gates[key] = Gate(base, extra, strength)
     model = base.clone()
-    for key, patches in extra_patches(base, tuned).items():
-        weighted = [(patch[0] * strength, *patch[1:]) for patch in patches]
-        model.add_weight_wrapper(key, GatedPatches(key, weighted, gate))
+    for name in gate.weights:
+        model.add_weight_wrapper(name, Attached(gate, name))
     model.patches_uuid = gate.uuid
     return model, gate
 
 
-class GatedPatches:
-    """A ComfyUI weight wrapper: the weight as it is, or with the tuned model's extra patches while the gate is open."""
+def _moved(value: Any, device: torch.device) -> Any:
+    if torch.is_tensor(value):
+        return comfy.model_management.cast_to_device(value, device, value.dtype)
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_moved(part, device) for part in value)
+    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        moved = copy.copy(value)
+        moved.weights = _moved(value.weights, device)
+        return moved
+    return value
 
-    def __init__(self, key: str, patches: list[tuple[Any, ...]], gate: Gate) -> None:
-        self.key, self.patches, self.gate = key, patches, gate
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        if not self.gate.open:
-            return weight
-        # fp32 as in ComfyUI's own merging, so that an always open gate equals the merged LoRA bit for bit;
-        # in place, since weight functions are given a copy
-        return comfy.lora.calculate_weight(self.patches, weight.to(torch.float32), self.key).to(weight.dtype)
+def _bytes(value: Any) -> int:
+    if torch.is_tensor(value):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    return _bytes(value.weights) if isinstance(value, comfy.weight_adapter.WeightAdapterBase) else 0
 
-    def move_to(self, device: torch.device) -> int:
-        """Bring the patches to the device once, not at every evaluation; returns their bytes."""
-        moved, size = [], 0
-        for strength, adapter, *rest in self.patches:
-            if isinstance(adapter, comfy.weight_adapter.WeightAdapterBase):
-                weights = tuple(
-                    comfy.model_management.cast_to_device(w, device, w.dtype) if torch.is_tensor(w) else w for w in adapter.weights
-                )
-                size += sum(w.nbytes for w in weights if torch.is_tensor(w))
-                adapter = type(adapter)(adapter.loaded_keys, weights)
-            elif isinstance(adapter, tuple) and adapter[0] == "diff":
-                change = comfy.model_management.cast_to_device(adapter[1][0], device, adapter[1][0].dtype)
-                size += change.nbytes
-                adapter = ("diff", (change, *adapter[1][1:]))
-            moved.append((strength, adapter, *rest))
-        self.patches = moved
-        return size
+
+def _decide_how(base: Any, weights: dict[str, GatedWeight]) -> None:
+    """Find by trial how each kind of layer takes patches while it samples, or refuse."""
+    tried: dict[tuple[Any, ...], bool | None] = {}
+    for key, weight in weights.items():
+        layer = comfy.utils.get_attr(base.model, weight.path)
+        stored = [(type(p), p.dtype, str(getattr(p, "tensor_type", ""))) for p in layer.parameters(recurse=False)]
+        kind = (type(layer), weight.kind, *stored)
+        if kind not in tried:
+            if host.calls_weight_functions(layer, weight.kind):
+                tried[kind] = False
+            else:
+                tried[kind] = True if host.reads_own_patches(layer, weight.kind) else None
+        if tried[kind] is None:
+            raise ValueError(
+                f"the LoRA changes {key} ({type(layer).__name__}), which cannot be changed while it samples: load the base with "
+                "Load Checkpoint or Load Diffusion Model, or use a second checkpoint with the LoRA merged as the tuned model"
+            )
+        weight.own_list = tried[kind]
 
 
 def extra_patches(base: Any, tuned: Any) -> dict[str, list[tuple[Any, ...]]]:
@@ -89,8 +203,7 @@ def extra_patches(base: Any, tuned: Any) -> dict[str, list[tuple[Any, ...]]]:
     missing = set(base.patches) - set(tuned.patches)
     if missing:
         raise ValueError(f"the base has a LoRA that the tuned model lacks ({min(missing)}): load the reward LoRA on top of the base")
-    same = base.object_patches.keys() == tuned.object_patches.keys()
-    if not same or any(base.object_patches[k] is not tuned.object_patches[k] for k in base.object_patches):
+    if difference(base.object_patches, tuned.object_patches):
         raise ValueError("base and tuned model have different model patches (sampling settings, say): patch first, then load the LoRA")
     if not any(_changes(patch) for patches in extra.values() for patch in patches):
         raise ValueError(
@@ -102,17 +215,7 @@ def extra_patches(base: Any, tuned: Any) -> dict[str, list[tuple[Any, ...]]]:
         module, _, kind = key.rpartition(".")
         if not hasattr(comfy.utils.get_attr(base.model, module), f"{kind}_function"):
             raise ValueError(f"the LoRA changes {key}, which ComfyUI cannot change while it samples: merge it into a second checkpoint")
-        convert = comfy.model_patcher.get_key_weight(base.model, key)[2]
-        if convert is not None:
-            raise ValueError(
-                f"{key} is stored in a scaled format (fp8): a LoRA cannot be switched on it; load the checkpoint in another dtype"
-            )
     return extra
-
-
-def _attention_patches(model: Any) -> set[str]:
-    options = model.model_options.get("transformer_options", {})
-    return {f"{kind} {name}" for kind in ("patches", "patches_replace") for name in options.get(kind, {})}
 
 
 def _changes(patch: tuple[Any, ...]) -> bool:
@@ -127,8 +230,15 @@ def _differ(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return a[0] != b[0] or a[1] is not b[1] or a[2:4] != b[2:4]
 
 
+# ModelPatcher's attributes that a sampling run takes from the base alone: what the tuned model has there must be the same
+_ONE_FOR_BOTH = ("model_options", "wrappers")
+_ONE_FOR_CLONES = ("callbacks", "injections", "hook_patches", "additional_models", "weight_wrapper_patches")
+
+
 def check_same_family(base: Any, tuned: Any) -> None:
     """Refuse models that cannot continue each other's latents, or whose patches cannot both be heeded, and say why."""
+    if host.PROBLEM:
+        raise ValueError(host.PROBLEM)
     for which, model in (("base", base), ("tuned", tuned)):
         if model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY):
             raise ValueError(f"the {which} model is a switch already: connect the model that went into that switch")
@@ -145,6 +255,10 @@ def check_same_family(base: Any, tuned: Any) -> None:
     unets = [m.model.diffusion_model for m in (base, tuned)]
     if type(unets[0]) is not type(unets[1]):
         raise ValueError(f"base and tuned model are of different families: {type(unets[0]).__name__} and {type(unets[1]).__name__}")
-    # one set of options goes through a sampling run: what only one of the two has would be lost, or reach both
-    if _attention_patches(base) != _attention_patches(tuned):
-        raise ValueError("base and tuned model have different attention patches (FreeU, IP-Adapter and the like): give both the same")
+    for name in (*_ONE_FOR_BOTH, *(_ONE_FOR_CLONES if base.is_clone(tuned) else ())):
+        where = difference(getattr(base, name, None), getattr(tuned, name, None))
+        if where is not None:
+            raise ValueError(
+                f"base and tuned model are patched differently ({'.'.join(where) or name}: attention, guidance or sampling patches): "
+                "apply that node before the two part, ahead of Load LoRA, or to neither"
+            )

@@ -7,7 +7,7 @@ step k of the steps actually run. Evaluations between steps fall on their own si
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_management
@@ -23,6 +23,7 @@ from .sockets import CATEGORY, schema
 
 MODES = ["auto", "step", "fraction", "last steps", "sigma"]
 ATTACHMENT = "imagerefl"  # a MODEL's LoRA metadata, under this key of its attachments
+DECIDED = "imagerefl_tuned"  # in the transformer options of an evaluation: whether it is the tuned model's, where that is known
 _MARGIN = 1 + 1e-4
 
 TunedNow = Callable[[torch.Tensor, dict[str, Any]], bool]
@@ -34,6 +35,7 @@ class Rule:
 
     mode: str
     at: float
+    _last: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def sigma(self, sigmas: torch.Tensor) -> float:
         """The largest σ that the tuned model evaluates, for levels (T+1,); infinity is tuned only, −1 base only."""
@@ -49,8 +51,14 @@ class Rule:
 
     def __call__(self, t: torch.Tensor, options: dict[str, Any]) -> bool:
         """Whether an evaluation at t (B,) is the tuned model's."""
+        if DECIDED in options:
+            return options[DECIDED]
         sigmas = options.get("sample_sigmas")
-        return sigmas is not None and float(t.max()) <= self.sigma(sigmas)
+        if sigmas is None:
+            return False
+        if self._last.get("sigmas") is not sigmas:  # reading a level waits for the GPU: once per run
+            self._last.update(sigmas=sigmas, sigma=self.sigma(sigmas))
+        return float(t.max()) <= self._last["sigma"]
 
 
 def rule(tuned: Any, mode: str, at: float) -> Rule:
@@ -70,11 +78,8 @@ def switched(base: Any, tuned: Any, tuned_now: TunedNow, strength: float = 1.0) 
         model, gate = gated(base, tuned, strength)
 
         def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
-            gate.open = tuned_now(t, options)
-            try:
+            with gate.applied(executor.class_obj, tuned_now(t, options)):  # the network of this GPU, where there are several
                 return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-            finally:
-                gate.open = False
     else:
         if strength != 1.0:
             raise ValueError(f"strength {strength:g}: between two checkpoints only 1 is possible; merge them first")

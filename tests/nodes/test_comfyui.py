@@ -94,7 +94,7 @@ def test_impossible_switches_are_refused_with_a_reason(exactness):
         "not in a module": "which ComfyUI cannot change while it samples",
         "switch as base": "the base model is a switch already",
         "switch as tuned": "the tuned model is a switch already",
-        "attention patches": "different attention patches",
+        "attention patches": "patched differently (transformer_options.patches:",
         "empty": "an empty latent batch",
         "auto": "load one trained by ImageReFL with Load Reward LoRA",
         "reversed": "the base has a LoRA that the tuned model lacks",

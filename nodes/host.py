@@ -1,0 +1,149 @@
+"""One door to the symbols of ComfyUI that are private or differ between its versions: found by feature, tested once at import."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import comfyui_version
+import torch
+
+NEWEST_TESTED = (0, 33, 0)
+
+string_to_seed = getattr(comfy.utils, "string_to_seed", None) or getattr(comfy.model_patcher, "string_to_seed", None)
+_Quantized = getattr(comfy.ops, "QuantizedTensor", ())  # scaled fp8, int8, nvfp4; not in old versions
+_PRIVATE = (
+    (comfy.lora, "calculate_weight"),
+    (comfy.float, "stochastic_rounding"),
+    (comfy.model_patcher.ModelPatcher, "add_weight_wrapper"),
+    (comfy.patcher_extension.WrappersMP, "APPLY_MODEL"),
+    (comfy.samplers, "sampling_function"),
+    (comfy.samplers.CFGGuider, "inner_set_conds"),
+    (comfy.sample, "fix_empty_latent_channels"),
+)
+
+
+def lora_dtype(device: torch.device) -> torch.dtype:
+    """The type in which ComfyUI adds a LoRA to a weight on this device."""
+    find = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return find(device) if find else torch.float32
+
+
+def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An ordinary tensor of that type, from one in any of ComfyUI's storages."""
+    tensor = tensor.to(dtype)
+    return tensor.dequantize() if isinstance(tensor, _Quantized) else tensor
+
+
+def latent_for(model: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """The samples of LATENT as the stock sampler starts from them: an empty one takes the model's channels and scale."""
+    fix, names = comfy.sample.fix_empty_latent_channels, ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    known = inspect.signature(fix).parameters
+    return fix(model, latent["samples"], **{name: latent.get(name) for name in names if name in known})
+
+
+def finished(latent: dict[str, Any], samples: torch.Tensor) -> dict[str, Any]:
+    """LATENT as the stock sampler hands it on."""
+    dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: samples.dtype)()
+    kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
+    return {**kept, "samples": samples.to(device=comfy.model_management.intermediate_device(), dtype=dtype)}
+
+
+class _Reached(BaseException):
+    """Ends a trial forward pass; no `except Exception` of a layer may swallow it."""
+
+
+class _Mine:
+    """An entry of a tensor's own list of patches that ends the trial when it is read."""
+
+    def __iter__(self) -> Any:
+        raise _Reached
+
+
+def calls_weight_functions(module: Any, kind: str) -> bool:
+    """Whether a forward pass of the module changes its `kind` (weight or bias) by the functions that it lists.
+
+    Tried on a shallow copy, whose forward pass ends at the first call: having the list does not mean that it is heeded.
+    """
+
+    def stop(_: torch.Tensor) -> torch.Tensor:
+        raise _Reached
+
+    trial = copy.copy(module)
+    trial.__dict__.pop("_v", None)  # streamed weights read no functions on a CPU
+    if not hasattr(trial, f"{kind}_function"):
+        return False
+    setattr(trial, f"{kind}_function", [stop])
+    return _is_reached(trial, getattr(module, kind))
+
+
+def reads_own_patches(module: Any, kind: str) -> bool:
+    """Whether the stored tensor carries patches that are added whenever it is decoded, as in GGUF models.
+
+    Not where it is of a floating type: decoding may be the tensor itself, and patches are added in place.
+    """
+    stored = getattr(module, kind)
+    if not isinstance(getattr(stored, "patches", None), list) or stored.dtype.is_floating_point:
+        return False
+    before, stored.patches = stored.patches, [_Mine()]
+    try:
+        return _is_reached(copy.copy(module), stored)
+    finally:
+        stored.patches = before
+
+
+def _is_reached(trial: Any, stored: torch.Tensor) -> bool:
+    if hasattr(trial, "num_embeddings"):
+        x = torch.zeros(1, 1, dtype=torch.long, device=stored.device)
+    else:
+        size = (1, 1, getattr(trial, "in_features", None) or (*getattr(trial, "normalized_shape", ()), 1)[0])
+        size = (1, trial.num_channels, 4) if hasattr(trial, "num_channels") else size
+        size = (1, trial.in_channels, *(4 for _ in trial.kernel_size)) if hasattr(trial, "kernel_size") else size
+        x = torch.zeros(size, device=stored.device)
+    try:
+        type(trial).forward(trial, x)
+    except _Reached:
+        return True
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception:
+        return False
+    return False
+
+
+def problem() -> str | None:
+    """Why base and tuned model cannot share weights on this ComfyUI, in one sentence; None if they can."""
+    version = comfyui_version.__version__
+    missing = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in _PRIVATE if not hasattr(owner, name)]
+    if string_to_seed is None:
+        missing.append("comfy.utils.string_to_seed")
+    if not missing:
+        try:
+            layer = comfy.ops.manual_cast.Linear(2, 1, bias=False, device="cpu", dtype=torch.float32)
+            layer.weight = torch.nn.Parameter(torch.zeros(1, 2), requires_grad=False)
+            one = comfy.lora.calculate_weight([(1.0, ("diff", (torch.ones(1, 2),)), 1.0, None, None)], torch.zeros(1, 2), "weight")
+            rounded = comfy.float.stochastic_rounding(one, torch.float8_e4m3fn, seed=string_to_seed("weight"))
+            if not calls_weight_functions(layer, "weight") or float(plain(rounded, torch.float32).sum()) != 2.0:
+                missing.append("weight functions as they were")
+        except Exception as error:
+            missing.append(f"weight patches as they were ({type(error).__name__}: {error})")
+    if missing:
+        return f"ImageReFL cannot switch models on ComfyUI {version}, which lacks {', '.join(missing)}: update ImageReFL"
+    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+    if numbers > NEWEST_TESTED:
+        logging.info("ImageReFL: ComfyUI %s is newer than the tested %s; its self-test passed", version, ".".join(map(str, NEWEST_TESTED)))
+    return None
+
+
+PROBLEM = problem()
