@@ -10,6 +10,7 @@ from helpers.comfyui import PLACES, comfyui, run_inside
 
 STORAGES = ["float32", "float16", "bfloat16", "fp8 e4m3", "fp8 e5m2"]
 GGUF = [path for path in (os.environ.get("COMFYUI_GGUF_PATH"),) if path]  # a checkout of city96/ComfyUI-GGUF at 795e451
+QUANTISED = ("fp8 scaled", "int8", "nvfp4", "mxfp8")
 PATCHES = ["post-CFG", "pre-CFG", "CFG", "unet wrapper", "mask", "attention", "replaced attention", "wrapper"]
 
 
@@ -30,10 +31,14 @@ def unequal(place, tmp_path_factory):
 
 @comfyui
 def test_the_gate_is_comfyuis_merged_lora_on_every_storage_and_leaves_the_base_bit_identical(told):
-    """Off: the base. On: the weights of every layer as ComfyUI merges and rounds them; the bytes of the base before and after."""
+    """Off: the base. On: the weights of every layer as ComfyUI merges and rounds them; the bytes of the base before and after.
+
+    Quantised layers multiply without functions in their own arithmetic, which rounds activations too; hence a bound on outputs.
+    """
     assert set(STORAGES) < told["storage"].keys() and "fp8 scaled" in told["storage"] and told["problem"] is None
     for name, found in told["storage"].items():
-        assert found["off"] == 0.0 and found["weights"] == 0.0 and found["on"] == 0.0 and found["base kept"], (name, found)
+        limit = 0.02 if name.startswith(QUANTISED) else 0.0
+        assert found["off"] == 0.0 and found["weights"] == 0.0 and found["on"] <= limit and found["base kept"], (name, found)
         assert 0.01 < found["effect"] < 0.5, (name, found)
 
 
