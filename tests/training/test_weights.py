@@ -115,8 +115,10 @@ def test_a_finished_method_of_other_rewards_is_not_compared(tmp_path, monkeypatc
     lora = tmp_path / "lora.safetensors"
     weights = {"reward": {"demo-proxy": "1" * 64}, "watch.heldout": {"demo-heldout": "2" * 64}}
     base = experiment.file_hash(experiment.UNET)
-    save_file({"x": torch.zeros(1)}, lora, metadata={"imagerefl": json.dumps({"base": base, "weights": weights})})
-    experiment._check_finished(lora, weights)
+    config = experiment.train_config(tmp_path, "refl", experiment.LATE, 1e-3, every=1, watched=1, batch_size=1, seed=0, steps=1)
+    made = {"base": base, "weights": weights, "settings": config.describe()}
+    save_file({"x": torch.zeros(1)}, lora, metadata={"imagerefl": json.dumps(made)})
+    experiment._check_finished(config, lora, weights)
     changed = {**weights, "watch.heldout": {"demo-heldout": "3" * 64}}
     with pytest.raises(ValueError, match=f"demo-heldout: sha256 {'2' * 12}, now {'3' * 12}; give another --out"):
-        experiment._check_finished(lora, changed)
+        experiment._check_finished(config, lora, changed)
