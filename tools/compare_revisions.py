@@ -50,10 +50,12 @@ def gradients(tree: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def loras(tree: Path, folder: Path, steps: int) -> dict[str, dict[str, torch.Tensor]]:
-    """LoRAs of the presets for the embedded model after a few steps; the presets are those of 0.1.0, which every revision reads."""
+    """LoRAs of the presets for the embedded model after a few steps; presets and rewards are those of 0.1.0 for every revision."""
     found: dict[str, dict[str, torch.Tensor]] = {}
+    earlier = tree / "tests" / "data" / "v010" / "rewards" / "proxy"  # where a revision has it, it ships another
+    rewards = [f"--reward={earlier}"] if earlier.is_dir() else []
     for preset in sorted((ROOT / "tests" / "data" / "v010" / "presets").glob("*-demo.toml")):
-        python(tree, folder, "-m", "trainer", "train", str(preset), f"--out={preset.stem}", f"--steps={steps}", "--watch.every=0")
+        python(tree, folder, "-m", "trainer", "train", str(preset), f"--out={preset.stem}", f"--steps={steps}", "--watch.every=0", *rewards)
         found[preset.stem] = load_file(folder / preset.stem / "lora.safetensors")
     return found
 

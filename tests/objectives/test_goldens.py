@@ -21,7 +21,7 @@ def embedded():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_objective_has_the_loss_and_the_gradient_that_it_had(name, embedded, earlier_rewards):
+def test_an_objective_has_the_loss_and_the_gradient_that_it_had(name, embedded):
     golden, found = GOLDENS[name], figures(present.run(embedded, CASES[name]))
     assert found["loss"] == pytest.approx(golden["loss"], abs=PRECISION, rel=PRECISION)
     assert found["norm"] == pytest.approx(golden["norm"], rel=PRECISION)

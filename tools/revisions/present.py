@@ -19,6 +19,7 @@ from trainer.models.unet import UNetPolicy
 from trainer.objectives import OBJECTIVES, RunContext
 from trainer.reward import Reward
 from trainer.rewards.two_tower import TwoTower
+from trainer.rewards.weighted import Standardised
 from trainer.rng import Rng
 
 from .cases import SAMPLES, SEED, Case, write
@@ -42,10 +43,17 @@ def open_policy(lora: Path) -> UNetPolicy:
     return policy
 
 
+def open_tower(name: str) -> TwoTower:
+    """An embedded two-tower reward of 0.1.0, which revisions are compared on, whatever they ship."""
+    earlier = files.FOLDER.parents[2] / "tests" / "data" / "v010" / "rewards"
+    return TwoTower.load((earlier if earlier.is_dir() else files.FOLDER) / name)
+
+
 @cache
 def open_reward(name: str) -> Reward:
     """`proxy`, standardised, or `gold`."""
-    reward = files.load_reward(name)
+    tower = None if name == "gold" else open_tower(name)
+    reward = Standardised(tower, *tower.statistics) if tower and tower.statistics else files.load_reward(name)
     reward.double()
     return reward
 
@@ -53,7 +61,7 @@ def open_reward(name: str) -> Reward:
 @cache
 def open_features(name: str) -> TwoTower | None:
     """A two-tower model, or none."""
-    tower = files.load_tower(name) if name else None
+    tower = open_tower(name) if name else None
     if tower:
         tower.double()
     return tower
