@@ -163,6 +163,12 @@ def _latent_shape(model: Any, vae: Any, size: tuple[int, int]) -> tuple[int, int
     return model.get_model_object("latent_format").latent_channels, size[0] // ratio, size[1] // ratio
 
 
+def _config(folder: Path, objective: tuple[str, Any], reward: Any, lora: Lora, settings: dict[str, Any]) -> TrainConfig:
+    """The config that a headless run of this graph would have."""
+    table = {"name": objective[0], **plain(objective[1])}
+    return build(TrainConfig, {**settings, "out": str(folder), "objective": table, "reward": reward.name, "lora": plain(lora)})
+
+
 def train_in_graph(
     *,
     model: Any,
@@ -192,17 +198,15 @@ def train_in_graph(
     folder = run_folder(name, resume)
     if resume != NEW:  # the browser draws another seed after each run
         settings = {**settings, "seed": json.loads((folder / "config.json").read_text("utf-8"))["seed"]}
-    method, built = objective
-    table = {"name": method, **plain(built)}
     # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
     same = {"model": f"graph: {_fingerprint(model, texts)}", "images": "" if images is None else f"graph: {_fingerprint(None, images)}"}
-    config = build(TrainConfig, {**settings, **same, "out": str(folder), "objective": table, "reward": reward.name, "lora": plain(lora)})
+    config = _config(folder, objective, reward, lora, {**settings, **same})
     with torch.inference_mode(False), torch.enable_grad():
         real = None if images is None else _fitted(pixels(images).clone(), image_size)
         size = (height, width) if real is None else (int(real.shape[2]), int(real.shape[3]))
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, size), gradient_vae)
         policy.add_lora(config.lora, config.seed)
-        weights = {"reward": hashes(reward), **({"features": hashes(features)} if features is not None else {})}
+        made_of = {"reward": hashes(reward), **({"features": hashes(features)} if features is not None else {})}
         judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
         patchers = [p for judge in (*judges.values(), *([features] if features is not None else [])) for p in judge.patchers]
         if clip is not None:
@@ -212,11 +216,11 @@ def train_in_graph(
         policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=True)  # `loaded` heeds it
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
         with policy.loaded(patchers, config.batch_size):
-            parts = Parts(policy, samples, reward, None if features is None else features.reward, weights=weights)
+            parts = Parts(policy, samples, reward, None if features is None else features.reward, weights=made_of)
             run = Run.start(config, parts, resume=resume != NEW)
             if run.step >= config.steps:
                 raise ValueError(f"{folder.name} is at step {run.step} already: raise steps to go on")
-            evaluation = _evaluation(policy, built, texts, judges, preview_cfg)
+            evaluation = _evaluation(policy, objective[1], texts, judges, preview_cfg)
             report = _run(run, evaluation, preview_every)
             log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
             losses, rewards = [line["loss"] for line in log], [line["reward"] for line in log]

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from .options import quiet_libraries
 
     quiet_libraries()
-    print("about 2 minutes on two CPU cores" if args.quick else "about 15 minutes on two CPU cores; --quick takes about 2", flush=True)
+    print("1 to 2 minutes on two CPU cores" if args.quick else "5 to 15 minutes on two CPU cores; --quick takes 1 to 2", flush=True)
     results = show(args.out, quick=args.quick, seed=args.seed, overwrite=args.overwrite, resume=args.resume)
     print(f"wrote {args.out / 'report.html'} ({results['seconds']:.0f} s, {results['peak_rss_mb']:.0f} MB)")
     return 0
