@@ -163,6 +163,12 @@ def _latent_shape(model: Any, vae: Any, size: tuple[int, int]) -> tuple[int, int
     return model.get_model_object("latent_format").latent_channels, size[0] // ratio, size[1] // ratio
 
 
+def _logged(folder: Path) -> tuple[list[float], list[float]]:
+    """Loss and reward of every step of a run."""
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    return [line["loss"] for line in log], [line["reward"] for line in log]
+
+
 def _config(folder: Path, objective: tuple[str, Any], reward: Any, lora: Lora, settings: dict[str, Any]) -> TrainConfig:
     """The config that a headless run of this graph would have."""
     table = {"name": objective[0], **plain(objective[1])}
@@ -222,8 +228,7 @@ def train_in_graph(
                 raise ValueError(f"{folder.name} is at step {run.step} already: raise steps to go on")
             evaluation = _evaluation(policy, objective[1], texts, judges, preview_cfg)
             report = _run(run, evaluation, preview_every)
-            log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
-            losses, rewards = [line["loss"] for line in log], [line["reward"] for line in log]
+            losses, rewards = _logged(run.folder)
             metadata = run.metadata()
             weights = TrainedLora(lora_tensors(policy, run.ema.values if run.ema else None), metadata)
     tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
