@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 from typing import Any
@@ -44,6 +45,23 @@ def plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An ordinary tensor of that type, from one in any of ComfyUI's storages."""
     tensor = tensor.to(dtype)
     return tensor.dequantize() if isinstance(tensor, _Quantized) else tensor
+
+
+def rounded(layer: Any, kind: str, value: torch.Tensor, seed: int) -> torch.Tensor:
+    """A new weight or bias of a layer as ComfyUI stores it there when it merges a LoRA; the layer keeps its own."""
+    if not hasattr(layer, f"set_{kind}"):
+        return comfy.float.stochastic_rounding(value, getattr(layer, kind).dtype, seed=seed)
+    if _returns_weights(type(layer), kind):
+        return getattr(layer, f"set_{kind}")(value, inplace_update=False, seed=seed, return_weight=True)
+    copied = copy.copy(layer)  # scaled fp8 up to 0.3.64 can store it only
+    copied._parameters = dict(layer._parameters)
+    getattr(copied, f"set_{kind}")(value, inplace_update=False, seed=seed)
+    return getattr(copied, kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _returns_weights(layer: type[Any], kind: str) -> bool:
+    return "return_weight" in inspect.signature(getattr(layer, f"set_{kind}")).parameters
 
 
 def latent_for(model: Any, latent: dict[str, Any]) -> torch.Tensor:

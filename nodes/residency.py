@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import comfy.float
 import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
@@ -96,18 +95,13 @@ class GatedWeight:
         stored = getattr(layer, self.kind)
         source = stored if alone and stored.device == weight.device else weight
         value = source.to(host.lora_dtype(weight.device), copy=True)
-        convert, store = (getattr(layer, f"{verb}_{self.kind}", None) for verb in ("convert", "set"))
+        convert = getattr(layer, f"convert_{self.kind}", None)
         if convert is not None:
             value = convert(value, inplace=True)
         value = comfy.lora.calculate_weight(self.on(weight.device), value, self.key)
         if value.shape != weight.shape:
             raise ValueError(f"the tuned model's LoRA changes the shape of {self.key}, which cannot be switched: load another LoRA")
-        seed = host.string_to_seed(self.key)
-        if store is None:
-            value = comfy.float.stochastic_rounding(value, stored.dtype, seed=seed)
-        else:
-            value = store(value, inplace_update=False, seed=seed, return_weight=True)
-        return host.plain(value, weight.dtype)
+        return host.plain(host.rounded(layer, self.kind, value, host.string_to_seed(self.key)), weight.dtype)
 
     def on(self, device: torch.device) -> list[tuple[Any, ...]]:
         """The patches on a device: moved there once, not at every evaluation."""
