@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
+import pkgutil
+import re
 from typing import Any
 
 import comfy.float
@@ -13,26 +14,83 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.patcher_extension
 import comfy.sample
-import comfy.samplers
 import comfy.utils
 import comfyui_version
 import torch
 
-NEWEST_TESTED = (0, 33, 0)
+TESTED = ("0.3.48", "0.3.64", "0.16.0", "0.33.0")
+
+# What nodes do and, for each, what it takes of ComfyUI that is private or may change: module:name, and parameters given by name
+_NEEDED = {
+    "switch models": (
+        "comfy.lora:calculate_weight",
+        "comfy.float:stochastic_rounding",
+        "comfy.utils:get_attr",
+        "comfy.weight_adapter:LoRAAdapter",
+        "comfy.weight_adapter:WeightAdapterBase",
+        "comfy.model_management:cast_to_device",
+        "comfy.model_base:BaseModel._apply_model",
+        "comfy.model_sampling:CONST",
+        "comfy.patcher_extension:WrappersMP.APPLY_MODEL",
+        "comfy.model_patcher:ModelPatcher.add_weight_wrapper",
+        "comfy.model_patcher:ModelPatcher.add_wrapper_with_key",
+        "comfy.model_patcher:ModelPatcher.get_wrappers",
+        "comfy.model_patcher:ModelPatcher.set_additional_models",
+        "comfy.model_patcher:ModelPatcher.get_attachment",
+    ),
+    "sample": (
+        "comfy.samplers:sampling_function model_options seed",
+        "comfy.samplers:CFGGuider.inner_set_conds",
+        "comfy.samplers:CFGGuider.sample denoise_mask callback disable_pbar seed",
+        "comfy.samplers:KSampler",
+        "comfy.samplers:Sampler.max_denoise",
+        "comfy.samplers:sampler_object",
+        "comfy.sample:fix_empty_latent_channels",
+        "comfy.sample:prepare_noise",
+        "latent_preview:prepare_callback",
+    ),
+    "load LoRAs": (
+        "comfy.lora:model_lora_keys_unet",
+        "comfy.lora:load_lora log_missing",
+        "comfy.lora_convert:convert_lora",
+        "comfy.model_patcher:ModelPatcher.set_attachments",
+    ),
+    "score images": (
+        "comfy.model_management:load_models_gpu force_full_load",
+        "comfy.model_management:unet_offload_device",
+        "comfy.model_management:throw_exception_if_processing_interrupted",
+        "folder_paths:folder_names_and_paths",
+    ),
+    "train": (
+        "comfy.samplers:encode_model_conds",
+        "comfy.samplers:calculate_sigmas",
+        "comfy.sampler_helpers:convert_cond",
+        "comfy.conds:CONDRegular.process_cond batch_size device area",
+        "comfy.ldm.modules.attention:attention_pytorch",
+        "comfy.model_base:BaseModel.extra_conds",
+        "comfy.model_base:BaseModel.memory_required",
+        "comfy.model_management:load_models_gpu memory_required force_full_load",
+        "comfy.model_management:processing_interrupted",
+        "comfy.model_sampling:CONST",
+        "comfy.sd:load_lora_for_models",
+        "comfy.utils:unet_to_diffusers",
+        "comfy.utils:ProgressBar",
+    ),
+    "build the demo model": (
+        "comfy.utils:unet_to_diffusers",
+        "comfy.diffusers_convert:convert_vae_state_dict",
+        "comfy.supported_models:SD15",
+        "comfy.sd1_clip:SDClipModel",
+        "comfy.sd1_clip:SDTokenizer",
+        "comfy.sd:CLIP model_options",
+        "comfy.sd:VAE sd config dtype",
+    ),
+}
+_OF_A_MODEL = ("patches", "object_patches", "patches_uuid", "backup", "model_options")
 
 string_to_seed = getattr(comfy.utils, "string_to_seed", None) or getattr(comfy.model_patcher, "string_to_seed", None)
 _Quantized = getattr(comfy.ops, "QuantizedTensor", ())  # scaled fp8, int8, nvfp4; not in old versions
-_PRIVATE = (
-    (comfy.lora, "calculate_weight"),
-    (comfy.float, "stochastic_rounding"),
-    (comfy.model_patcher.ModelPatcher, "add_weight_wrapper"),
-    (comfy.patcher_extension.WrappersMP, "APPLY_MODEL"),
-    (comfy.samplers, "sampling_function"),
-    (comfy.samplers.CFGGuider, "inner_set_conds"),
-    (comfy.sample, "fix_empty_latent_channels"),
-)
 
 
 def lora_dtype(device: torch.device) -> torch.dtype:
@@ -140,28 +198,57 @@ def _is_reached(trial: Any, stored: torch.Tensor) -> bool:
     return False
 
 
-def problem() -> str | None:
-    """Why base and tuned model cannot share weights on this ComfyUI, in one sentence; None if they can."""
-    version = comfyui_version.__version__
-    missing = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in _PRIVATE if not hasattr(owner, name)]
-    if string_to_seed is None:
-        missing.append("comfy.utils.string_to_seed")
+def problem(feature: str) -> str | None:
+    """Why the pack cannot do this on this ComfyUI, in one sentence; None if it can. Features are those that `_NEEDED` lists."""
+    missing = [lacking for entry in _NEEDED[feature] if (lacking := _lacking(entry))]
+    if feature == "switch models" and not missing:
+        missing = _other_weight_patches()
     if not missing:
-        try:
-            layer = comfy.ops.manual_cast.Linear(2, 1, bias=False, device="cpu", dtype=torch.float32)
-            layer.weight = torch.nn.Parameter(torch.zeros(1, 2), requires_grad=False)
-            one = comfy.lora.calculate_weight([(1.0, ("diff", (torch.ones(1, 2),)), 1.0, None, None)], torch.zeros(1, 2), "weight")
-            rounded = comfy.float.stochastic_rounding(one, torch.float8_e4m3fn, seed=string_to_seed("weight"))
-            if not calls_weight_functions(layer, "weight") or float(plain(rounded, torch.float32).sum()) != 2.0:
-                missing.append("weight functions as they were")
-        except Exception as error:
-            missing.append(f"weight patches as they were ({type(error).__name__}: {error})")
-    if missing:
-        return f"ImageReFL cannot switch models on ComfyUI {version}, which lacks {', '.join(missing)}: update ImageReFL"
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
-    if numbers > NEWEST_TESTED:
-        logging.info("ImageReFL: ComfyUI %s is newer than the tested %s; its self-test passed", version, ".".join(map(str, NEWEST_TESTED)))
-    return None
+        return None
+    return f"ImageReFL cannot {feature} on ComfyUI {comfyui_version.__version__}, which lacks {', '.join(missing)}: update ImageReFL"
 
 
-PROBLEM = problem()
+def _lacking(entry: str) -> str | None:
+    """What of an entry of `_NEEDED` is not there."""
+    name, *parameters = entry.split()
+    shown = name.replace(":", ".")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return shown
+    if not parameters:
+        return None
+    known = inspect.signature(found).parameters
+    if any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in known.values()):
+        return None
+    return next((f"{parameter} of {shown}" for parameter in parameters if parameter not in known), None)
+
+
+def _other_weight_patches() -> list[str]:
+    """What is not as the switch needs it, found by a trial on one layer."""
+    if string_to_seed is None:
+        return ["comfy.utils.string_to_seed"]
+    patcher = comfy.model_patcher.ModelPatcher(torch.nn.Module(), torch.device("cpu"), torch.device("cpu"))
+    lacking = [f"ModelPatcher.{name}" for name in _OF_A_MODEL if not hasattr(patcher, name)]
+    try:
+        layer = comfy.ops.manual_cast.Linear(2, 1, bias=False, device="cpu", dtype=torch.float32)
+        layer.weight = torch.nn.Parameter(torch.zeros(1, 2), requires_grad=False)
+        one = comfy.lora.calculate_weight([(1.0, ("diff", (torch.ones(1, 2),)), 1.0, None, None)], torch.zeros(1, 2), "weight")
+        rounded = comfy.float.stochastic_rounding(one, torch.float8_e4m3fn, seed=string_to_seed("weight"))
+        if not calls_weight_functions(layer, "weight") or float(plain(rounded, torch.float32).sum()) != 2.0:
+            lacking.append("weight functions as they were")
+    except Exception as error:
+        lacking.append(f"weight patches as they were ({type(error).__name__}: {error})")
+    return lacking
+
+
+def is_newer_than_tested() -> bool:
+    """Whether no tested version is as new as this ComfyUI."""
+    return _numbers(comfyui_version.__version__) > _numbers(TESTED[-1])
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+PROBLEM = problem("switch models")

@@ -59,10 +59,10 @@ results["taken, cloned"] = {name: differing(change, change) for name, change in 
 results["taken, set twice"] = {name: differing(change, lambda m, c=change: c(m)) for name, change in changes.items()}
 rounding = comfy.float.stochastic_rounding
 del comfy.float.stochastic_rounding
-results["a symbol is missing"] = host.problem()
+results["a symbol is missing"] = host.problem("switch models")
 comfy.float.stochastic_rounding, calculate = rounding, comfy.lora.calculate_weight
 comfy.lora.calculate_weight = lambda patches, weight: weight
-results["a signature has changed"] = host.problem()
+results["a signature has changed"] = host.problem("switch models")
 comfy.lora.calculate_weight = calculate
-results["as it is"] = host.problem()
+results["as it is"] = host.problem("switch models")
 print(json.dumps(results))
