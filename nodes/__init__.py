@@ -14,6 +14,7 @@ _LOG = logging.getLogger(__name__)
 _MODULES = {
     "switch": ("switch models",),
     "combined": ("switch models", "sample"),
+    "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),
     "rewards": ("score images",),
     "scoring": ("score images",),

@@ -11,13 +11,13 @@ import comfy.model_management
 import comfy.patcher_extension
 from torch import nn
 
-from .residency import KEY
+from .schedule import KEY
 
 
 def refuse_switch(model: Any) -> None:
     """Refuse the MODEL of a switch: training evaluates no wrappers, so it would train the base alone."""
     if model.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY):
-        raise ValueError("model comes from a Base→Tuned Switch: connect the model that goes into the switch")
+        raise ValueError("model comes from a Base→Tuned Switch or a LoRA in a range: connect the model that goes into it")
 
 
 def resident(patcher: Any) -> Any:

@@ -13,14 +13,15 @@ import torch
 from comfy_api.latest import io
 
 from . import host
+from .schedule import LEVEL, When
 from .sockets import CATEGORY, schema
-from .switch import DECIDED, SWITCH_INPUTS, TunedNow, rule, switched
+from .switch import SWITCH_INPUTS, rule, switched
 
 
 class CombinedGuider(comfy.samplers.CFGGuider):
     """Classifier-free guidance with a scale, and if wanted a conditioning, for each part; scale 1 evaluates no negative."""
 
-    def set_switch(self, tuned_now: TunedNow, cfg: float, tuned_cfg: float) -> None:
+    def set_switch(self, tuned_now: When, cfg: float, tuned_cfg: float) -> None:
         """Which evaluations take the second scale."""
         self.set_cfg(cfg)
         self.tuned_now, self.tuned_cfg = tuned_now, tuned_cfg
@@ -33,8 +34,9 @@ class CombinedGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None, **kwargs: Any) -> Any:
         options = dict(model_options or {})
         transformer = options.get("transformer_options", {})
-        tuned = self.tuned_now(timestep, transformer)
-        options["transformer_options"] = {**transformer, DECIDED: tuned}
+        level = float(timestep.max())
+        tuned = self.tuned_now(level, transformer)
+        options["transformer_options"] = {**transformer, LEVEL: level}
         positive, negative = self.conds.get("positive"), self.conds.get("negative")
         if tuned:
             positive, negative = self.conds.get("tuned_positive", positive), self.conds.get("tuned_negative", negative)
@@ -62,7 +64,7 @@ _TUNED_PROMPTS = [
 
 
 def guider(
-    model: Any, tuned_now: TunedNow, cfg: float, tuned_cfg: float, positive: Any, negative: Any, tuned_positive: Any, tuned_negative: Any
+    model: Any, tuned_now: When, cfg: float, tuned_cfg: float, positive: Any, negative: Any, tuned_positive: Any, tuned_negative: Any
 ) -> CombinedGuider:
     """A CombinedGuider over a switched model."""
     made = CombinedGuider(model)

@@ -34,6 +34,15 @@ def names() -> list[str]:
     return [*files.loras(), *folder_paths.get_filename_list("loras")]
 
 
+def path_of(name: str) -> Path:
+    """The file of a name that `names` lists."""
+    ours = files.loras()
+    if name not in ours:
+        return Path(folder_paths.get_full_path_or_raise("loras", name))
+    check_files(ours[name].parent, ours[name].name)
+    return ours[name]
+
+
 def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
     """The tuned MODEL and the metadata; every tensor of the file must find its weight. A full fine-tune's differences load alike."""
     tensors, metadata, _ = read_lora(path)
@@ -84,11 +93,7 @@ class LoadRewardLora(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:
         """Load."""
-        ours = files.loras()
-        if lora_name in ours:
-            check_files(ours[lora_name].parent, ours[lora_name].name)
-        path = ours[lora_name] if lora_name in ours else Path(folder_paths.get_full_path_or_raise("loras", lora_name))
-        tuned, metadata = load(model, path, strength)
+        tuned, metadata = load(model, path_of(lora_name), strength)
         lines = [f"{key}: {value}" for key, value in metadata.items()] or ["no ImageReFL metadata"]
         return io.NodeOutput(tuned, float(metadata.get("switch_sigma", 0.0)), "\n".join(lines))
 

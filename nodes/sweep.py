@@ -35,7 +35,7 @@ class Manual:
 
     tuned: bool = False
 
-    def __call__(self, t: Tensor, options: dict[str, Any]) -> bool:
+    def __call__(self, level: float, options: dict[str, Any]) -> bool:
         """Whether the tuned model evaluates."""
         return self.tuned
 

@@ -1,64 +1,20 @@
-"""Combined generation in a graph: a MODEL that is the base down to a noise level and the tuned model from there on.
-
-The rule is exact for every sampler: *tuned for each evaluation with σ ≤ σ_k (1 + 1e-4)*, where σ_k is the noise level of
-step k of the steps actually run. Evaluations between steps fall on their own side of it.
-"""
+"""Combined generation in a graph: a MODEL that is the base down to a noise level and the tuned model from there on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import torch
 from comfy_api.latest import io
 
-from .residency import KEY, check_same_family, gated
+from .residency import check_same_family, split
+from .schedule import KEY, Rule, Scheduled, When, bare, both, level_of, schedule_of, scheduled, until
 from .sockets import CATEGORY, schema
 
 MODES = ["auto", "step", "fraction", "last steps", "sigma"]
 ATTACHMENT = "imagerefl"  # a MODEL's LoRA metadata, under this key of its attachments
-DECIDED = "imagerefl_tuned"  # in the transformer options of an evaluation: whether it is the tuned model's, where that is known
-_MARGIN = 1 + 1e-4
-
-TunedNow = Callable[[torch.Tensor, dict[str, Any]], bool]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which evaluations are the tuned model's, from their σ and the transformer options of the sampling run."""
-
-    mode: str
-    at: float
-    _last: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
-
-    def sigma(self, sigmas: torch.Tensor) -> float:
-        """The largest σ that the tuned model evaluates, for levels (T+1,); infinity is tuned only, −1 base only."""
-        steps = len(sigmas) - 1
-        if self.mode == "sigma":
-            return self.at * _MARGIN
-        k = {"step": round(self.at), "fraction": round(self.at * steps), "last steps": steps - round(self.at)}[self.mode]
-        if not 0 <= k <= steps:
-            raise ValueError(f"the switch at {self.mode} {self.at:g} lies outside the {steps} steps that are run")
-        if k == 0:
-            return float("inf")
-        return float(sigmas[k]) * _MARGIN if k < steps else -1.0
-
-    def __call__(self, t: torch.Tensor, options: dict[str, Any]) -> bool:
-        """Whether an evaluation at t (B,) is the tuned model's."""
-        if DECIDED in options:
-            return options[DECIDED]
-        sigmas = options.get("sample_sigmas")
-        if sigmas is None:
-            return False
-        if self._last.get("sigmas") is not sigmas:  # reading a level waits for the GPU: once per run
-            self._last.update(sigmas=sigmas, sigma=self.sigma(sigmas))
-        return float(t.max()) <= self._last["sigma"]
+SWITCHED = "imagerefl_switched"  # marks the MODEL of a switch
 
 
 def rule(tuned: Any, mode: str, at: float) -> Rule:
@@ -71,26 +27,49 @@ def rule(tuned: Any, mode: str, at: float) -> Rule:
     return Rule("sigma", float(recommended))
 
 
-def switched(base: Any, tuned: Any, tuned_now: TunedNow, strength: float = 1.0) -> Any:
+def switched(base: Any, tuned: Any, tuned_now: When, strength: float = 1.0) -> Any:
     """Base and tuned MODEL as one. LoRA clones share one set of weights; two checkpoints stay resident together."""
-    check_same_family(base, tuned)
+    for which, model in (("base", base), ("tuned", tuned)):
+        if model.get_attachment(SWITCHED):
+            raise ValueError(f"the {which} model is a switch already: connect the model that went into that switch")
+    ranged = schedule_of(base), schedule_of(tuned)
     if base.is_clone(tuned):
-        model, gate = gated(base, tuned, strength)
-
-        def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
-            with gate.applied(executor.class_obj, tuned_now(t, options)):  # the network of this GPU, where there are several
-                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        base, tuned = bare(base), bare(tuned)
+        check_same_family(base, tuned)
+        model = _shared(base, tuned, ranged, tuned_now, strength)
     else:
         if strength != 1.0:
             raise ValueError(f"strength {strength:g}: between two checkpoints only 1 is possible; merge them first")
-        model = base.clone()
-        model.set_additional_models(KEY, [tuned])
+        if any(ranged):
+            raise ValueError("a LoRA in a range works on one set of weights: load it on two clones of one checkpoint, or on neither of two")
+        check_same_family(base, tuned)
+        model = _both_resident(base, tuned, tuned_now)
+    model.set_attachments(SWITCHED, True)
+    return model
 
-        def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
-            if tuned_now(t, options):
-                # not apply_model: the wrappers in `options` would call this function again
-                return tuned.model._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+def _shared(base: Any, tuned: Any, ranged: tuple[Sequence[Scheduled], Sequence[Scheduled]], tuned_now: When, strength: float) -> Any:
+    """Two clones of one model: what only one of them has is on in its own part."""
+    base_now = until(tuned_now)
+    before, after = ranged
+    entries = [entry for entry in before if entry in after]
+    entries += [Scheduled(e.patches, both(base_now, e.when)) for e in before if e not in after]
+    entries += [Scheduled(e.patches, both(tuned_now, e.when)) for e in after if e not in before]
+    apart = len(entries) > len([entry for entry in before if entry in after])
+    model, early, late = split(base, tuned, strength, may_be_equal=apart)
+    found = [Scheduled(patches, when) for patches, when in ((early, base_now), (late, tuned_now)) if patches]
+    return scheduled(model, [*found, *entries])
+
+
+def _both_resident(base: Any, tuned: Any, tuned_now: When) -> Any:
+    model = base.clone()
+    model.set_additional_models(KEY, [tuned])
+
+    def route(executor: Any, x: Any, t: Any, c_concat: Any, c_crossattn: Any, control: Any, options: Any, **kwargs: Any) -> Any:
+        if tuned_now(level_of(t, options), options):
+            # not apply_model: the wrappers in `options` would call this function again
+            return tuned.model._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, KEY, route)
     return model

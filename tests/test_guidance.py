@@ -66,6 +66,21 @@ def test_switching_at_the_ends_is_one_model_alone_bit_for_bit(method):
     assert not torch.equal(finals[5], finals[0]) and not torch.equal(finals[5], finals[12])
 
 
+def test_a_tuned_part_that_ends_is_a_chain_of_three_trajectories(toy_policy):
+    settings = Generation(steps=10, guidance_scale=1.0)
+    base, tuned, between = cfg(settings.base), cfg(settings.tuned()), combined(settings.base, settings.tuned(), 3, 6)
+    found = [next(slot.adapter for slot, _ in between.at(i, 1.0)) for i in range(10)]
+    assert found == ["base"] * 3 + ["tuned"] * 3 + ["base"] * 4
+    early = combined(settings.base, settings.tuned(), 0, 10)
+    images = generate(
+        toy_policy,
+        ["p"] * 2,
+        settings,
+        {"base": base, "tuned": tuned, "all": early, "none": combined(settings.base, settings.tuned(), 10, 10)},
+    )
+    assert torch.equal(images["all"], images["tuned"]) and torch.equal(images["none"], images["base"])
+
+
 def test_generation_computes_common_steps_once(toy_policy):
     """Two tuned models, three switches, the base alone and a mix that changes at every step: N calls a step of each kind."""
     settings, n, other = Generation(steps=10, guidance_scale=1.0, chunk=4), 6, type(toy_policy)()

@@ -70,12 +70,12 @@ def cfg(slot: Slot) -> Mix:
     return Mix((slot,), lambda i, sigma: (1.0,))
 
 
-def combined(base: Slot, tuned: Slot, k: int) -> Mix:
+def combined(base: Slot, tuned: Slot, k: int, end: int | None = None) -> Mix:
     """Combined generation (ImageReFL, arXiv:2505.22569, section 4): base for steps 0…k−1, tuned from step k on.
 
-    k = 0 is the tuned model alone, k = T the base alone.
+    k = 0 is the tuned model alone, k = T the base alone. From step `end` on it is the base again.
     """
-    return Mix((base, tuned), lambda i, sigma: (1.0, 0.0) if i < k else (0.0, 1.0))
+    return Mix((base, tuned), lambda i, sigma: (0.0, 1.0) if k <= i and (end is None or i < end) else (1.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Switch:
             raise ValueError(f"switch sigma {self.sigma}: give a noise level of 0 or more")
 
     def index(self, sigmas: Tensor) -> int:
-        """The first step that the tuned model takes, for a decreasing grid sigmas (T+1,)."""
+        """The first step after the switch, for a decreasing grid sigmas (T+1,)."""
         steps = len(sigmas) - 1
         if self.step is not None:
             if not 0 <= self.step <= steps:

@@ -19,7 +19,10 @@ def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys, monkeypatc
     lora = run / "lora.safetensors"
     assert main(["sample", "--lora", str(lora), "--prompt", "a red star", "-n", "2", "--out", str(images)]) == 0
     out = capsys.readouterr().out
-    assert "base for 12 of 20 steps" in out  # auto: the level that training started from, as the LoRA's metadata says
+    assert "tuned from step 12 to 20 of 20" in out  # auto: the level that training started from, as the LoRA's metadata says
+    early = ["sample", "--lora", str(lora), "--prompt", "a red star", "--out", str(tmp_path / "early")]
+    assert main([*early, "--switch", "10%", "--until", "2"]) == 2
+    assert "no step lies between --switch, step 2, and --until, step 2" in capsys.readouterr().err
     assert main(["sample", "--prompt", "a red star", "--out", str(images)]) == 2
     assert "exists: add --overwrite" in capsys.readouterr().err
     assert main(["sample", "--lora", str(lora), "--prompt", "a red star", "--strength", "1e30", "--out", str(tmp_path / "black")]) == 2

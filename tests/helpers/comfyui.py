@@ -10,6 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from trainer.lora.file import save_lora
+from trainer.models.unet import UNetPolicy
+from trainer.policy import Lora
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,3 +43,15 @@ def run_inside(place, script, *arguments, cwd):
     done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def random_lora(pipeline_folder, path, seed, **settings):
+    """A LoRA of the embedded model that changes its images by about a sixth."""
+    policy = UNetPolicy.load(pipeline_folder)
+    policy.add_lora(Lora(rank=4, alpha=8.0, **settings))
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.copy_(0.05 * torch.randn(p.shape, generator=rng))
+    save_lora(policy, path, {})
+    return path

@@ -34,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="WHERE",
         help="first step of the tuned model: 15, 75%%, sigma=0.63, or auto: the LoRA's (default)",
     )
+    add(
+        "--until",
+        metavar="WHERE",
+        help="step from which the base model is back, written as --switch: `--switch 0 --until 2` (default: never)",
+    )
     add("--strength", type=finite, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate images with the base model, the tuned model, or the tuned model from the switch on; returns the exit status."""
     settings, prompts = generation_of(args), prompts_of(args)
     unet = _tuned_unet(args)
-    switch = _switch(args, unet)
+    switch, until = _switch(args, unet), _until(args, unet)
     if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
         raise ConfigError(f"{args.out} exists: add --overwrite to write into it")
     policy = policy_of(args)
@@ -52,17 +57,26 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {args.out}: {error}") from error
-    k = switch.index(policy.sigmas(settings.steps)) if switch else None
+    k, end = (where.index(policy.sigmas(settings.steps)) if where else None for where in (switch, until))
+    if k is not None and end is not None and end <= k:
+        raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
     if args.lora is not None:
         load_lora(policy, args.lora, args.strength)
     models = {"tuned": with_unet(policy, unet)} if unet else {}
-    mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k)
+    mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k, end)
     drawn = generate(policy, prompts, settings, {"": mix}, models)[""]
     if not bool(drawn.isfinite().all()):
         raise ValueError("the model gave values that are not finite, which would be black images: lower --strength, or give another LoRA")
-    facts = {"model": args.model, "lora": str(args.lora or ""), "tuned_unet": str(unet or ""), "k": k}
+    facts = {
+        "model": args.model,
+        "lora": str(args.lora or ""),
+        "tuned_unet": str(unet or ""),
+        "k": k,
+        **({} if end is None else {"until": end}),
+    }
     _write(drawn, prompts, args, {**plain(settings), **facts})
-    print(f"wrote {len(drawn)} images to {args.out}" + (f" (base for {k} of {settings.steps} steps)" if k is not None else ""))
+    tuned = "" if k is None else f" (tuned from step {k} to {settings.steps if end is None else end} of {settings.steps})"
+    print(f"wrote {len(drawn)} images to {args.out}{tuned}")
     return 0
 
 
@@ -86,6 +100,15 @@ def _switch(args: argparse.Namespace, unet: Path | None) -> Switch | None:
     if not isinstance(metadata.get("switch_sigma"), int | float):
         raise ConfigError(f"{args.lora} recommends no switch: give --switch")
     return Switch(sigma=metadata["switch_sigma"])
+
+
+def _until(args: argparse.Namespace, unet: Path | None) -> Switch | None:
+    """Where the base model is back; None if it never is."""
+    if args.until is None:
+        return None
+    if args.lora is None and unet is None:
+        raise ConfigError("--until ends the tuned model's part: give --lora or --tuned-unet")
+    return Switch.parse(args.until)
 
 
 def _write(drawn: Tensor, prompts: list[str], args: argparse.Namespace, settings: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 package = types.ModuleType(f"{embedded.spec.name}.nodes")  # without its nodes, which take long to import
 package.__path__ = [str(Path(embedded.pack) / "nodes")]
 sys.modules[package.__name__] = package
-host, residency, same = (embedded.ours(f"nodes.{name}") for name in ("host", "residency", "same"))
+gates, host, residency, same = (embedded.ours(f"nodes.{name}") for name in ("gate", "host", "residency", "same"))
 
 CPU, WIDTH = torch.device("cpu"), 96  # 96 x 96 float32 is above the 16 KiB under which dynamic VRAM attaches nothing
 Quantized = getattr(comfy.ops, "QuantizedTensor", None)
@@ -79,6 +79,15 @@ def lora(size, seed=3, biases=True):
 
 def patcher(model, kind=None):
     return (kind or comfy.model_patcher.ModelPatcher)(model, CPU, CPU)
+
+
+BASE, TUNED = (), (1,)  # the adapters that are on
+
+
+def gated(base, tuned):
+    """The switched model and its gate, as the switch makes them."""
+    shared, early, late = residency.split(base, tuned)
+    return gates.gated(shared, [early, late])
 
 
 def parts(tensor):

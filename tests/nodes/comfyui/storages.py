@@ -15,15 +15,18 @@ import comfy.lora
 import comfy.ops
 import torch
 from layers import (
+    BASE,
     CPU,
     Dynamic,
     Ignoring,
     OwnPatches,
     Resident,
+    TUNED,
     X,
     cast,
     digest,
     distance,
+    gated,
     host,
     listing,
     lora,
@@ -31,7 +34,6 @@ from layers import (
     patcher,
     quantized,
     refused,
-    residency,
 )
 from torch import nn
 
@@ -50,25 +52,25 @@ def try_storage(make, dtype=torch.float32, size=0.05, memory=0, kind=None, mergi
     plain, before = model.diffusion_model(x), digest(model)
     tuned = base.clone()
     tuned.add_patches(patches, 1.0)
-    switch, gate = residency.gated(base, tuned, 1.0)
+    switch, gate = gated(base, tuned)
     base.unpatch_model(CPU)
     switch.patch_model(CPU, lowvram_model_memory=memory)
     out = {}
-    with gate.applied(model, False):
+    with gate.applied(model, BASE):
         out["off"] = distance(model.diffusion_model(x), plain)
     for _ in range(3):
-        with gate.applied(model, True):
+        with gate.applied(model, TUNED):
             y = model.diffusion_model(x)
     out["on"] = distance(y, merged.model.diffusion_model(x))
     out["effect"] = distance(y, plain)
     worst = 0.0
     for name in layers:
         expected = cast(getattr(merged.model.diffusion_model, name), x)
-        with gate.applied(model, True):
+        with gate.applied(model, TUNED):
             worst = max(worst, *map(distance, cast(getattr(model.diffusion_model, name), x), expected))
     out["weights"] = worst
     out["base kept"] = digest(model) == before
-    with gate.applied(model, False):
+    with gate.applied(model, BASE):
         out["base kept"] = out["base kept"] and torch.equal(model.diffusion_model(x), plain)
     return out, (model, gate, merged)
 
@@ -98,7 +100,7 @@ with torch.inference_mode():
         _, (model, gate, merged) = try_storage(partial(network, dtype=fp8), size=size)
         layers = [m.diffusion_model.first for m in (model, merged.model)]
         fast = {"dtype": fp8, "bias_dtype": fp32}
-        with gate.applied(model, True):
+        with gate.applied(model, TUNED):
             weight, _ = cast(layers[0], X, **fast)
         stock, _ = cast(layers[1], X, **fast)
         stored = model.diffusion_model.first.weight.float()
@@ -137,11 +139,11 @@ with torch.inference_mode():
         key = f"diffusion_model.{name}.weight"
         getattr(merged.diffusion_model, name).weight.patches = [(tuned.patches[key], key)]
     plain, before = model.diffusion_model(X), digest(model)
-    switch, gate = residency.gated(base, tuned, 1.0)
+    switch, gate = gated(base, tuned)
     switch.patch_model(CPU)
-    with gate.applied(model, True):
+    with gate.applied(model, TUNED):
         on = model.diffusion_model(X)
-    with gate.applied(model, False):
+    with gate.applied(model, BASE):
         off = model.diffusion_model(X)
     results["own patches"] = {
         "on": distance(on, merged.diffusion_model(X)), "off": distance(off, plain), "effect": distance(on, plain),
@@ -150,7 +152,7 @@ with torch.inference_mode():
     base = patcher(network(linear=Ignoring))
     tuned = base.clone()
     tuned.add_patches(weights_only)
-    results["ignoring"] = refused(lambda: residency.gated(base, tuned, 1.0))
+    results["ignoring"] = refused(lambda: gated(base, tuned))
 
     if embedded.arguments:
         sys.modules.setdefault("nodes", types.ModuleType("nodes"))  # ComfyUI's own, which their loader reads when it is used
@@ -175,10 +177,10 @@ with torch.inference_mode():
     base = patcher(model)
     tuned = base.clone()
     tuned.add_patches(lora(0.05))
-    _, gate = residency.gated(base, tuned, 1.0)
+    _, gate = gated(base, tuned)
     plain, other = model.diffusion_model(X), network()
     try:
-        with gate.applied(model, True):
+        with gate.applied(model, TUNED):
             results["another clone while on"] = distance(other.diffusion_model(X), plain)
             raise KeyError
     except KeyError:
