@@ -32,10 +32,10 @@ from ..trainer.training.evaluation import Evaluation
 from ..trainer.training.loop import NonFinite
 from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
+from .lists import prompt_per_image
 from .lora import TrainedLora
 from .policy import ComfyPolicy
 from .rewards import hashes
-from .scoring import prompt_per_image
 from .sockets import figure, image, pixels
 from .switch import ATTACHMENT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from ..trainer.demo import files
 from ..trainer.metrics.distances import frechet_distance, log_covariance_distance
 from ..trainer.metrics.diversity import within_prompt_diversity
-from .scoring import prompt_per_image, table
-from .sockets import CATEGORY, pixels, schema, show_text
+from .lists import by_size, places, prompts_of, unfit, usable
+from .scoring import table
+from .sockets import CATEGORY, schema, show_text
 
 ClipVision = io.Custom("CLIP_VISION")
 VISION = ClipVision.Input(
@@ -24,13 +26,18 @@ VISION = ClipVision.Input(
 
 
 @torch.no_grad()
-def features(images: Tensor, clip_vision: Any) -> Tensor:
-    """(N,3,H,W) in [0,1] -> (N,D)."""
-    if clip_vision is not None:
-        parts = [clip_vision.encode_image(part.movedim(1, -1), crop="center")["image_embeds"] for part in images.split(64)]
-        return torch.cat([part.float().cpu() for part in parts])
-    extractor = files.load_extractor()
-    return torch.cat([extractor.features(part) for part in images.cpu().split(64)])
+def features(images: Sequence[Tensor], clip_vision: Any) -> Tensor:
+    """Images (3,H,W) in [0,1] of any sizes -> (N,D) on the CPU."""
+    extractor = files.load_extractor() if clip_vision is None else None
+    rows: dict[int, Tensor] = {}
+    for same in by_size(images, 64):
+        part = torch.stack([images[i] for i in same])
+        if extractor is not None:
+            found = extractor.features(part.cpu())
+        else:  # ComfyUI brings the features to the CPU
+            found = clip_vision.encode_image(part.movedim(1, -1), crop="center")["image_embeds"].float().cpu()
+        rows.update(zip(same, found))
+    return torch.stack([rows[i] for i in range(len(images))])
 
 
 class Diversity(io.ComfyNode):
@@ -62,14 +69,18 @@ class Diversity(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[Tensor], prompts: list[str], clip_vision: list[Any] | None = None) -> io.NodeOutput:
         """Measure."""
-        batch = torch.cat([pixels(part) for part in images])
-        lines = [line for text in prompts for line in text.splitlines() if line.strip()]
-        texts = prompt_per_image(lines or [""], len(batch))
+        every = prompts_of(prompts, images, per_line=True)
+        finite_images, fit = usable(images)
+        texts, without = [every[i] for i in places(fit)], unfit(fit, "is left out")
         distinct = list(dict.fromkeys(texts))
+        alone = next((prompt for prompt in distinct if texts.count(prompt) < 2), None)
+        if alone is not None:
+            raise ValueError("; ".join([f"prompt {alone!r} has one image: diversity needs at least two", *without]))
         groups = torch.tensor([distinct.index(t) for t in texts])
-        values = within_prompt_diversity(features(batch, clip_vision[0] if clip_vision else None), groups)
+        values = within_prompt_diversity(features(finite_images, clip_vision[0] if clip_vision else None), groups)
         text = table(("prompt", "images", "diversity"), [(p, texts.count(p), f"{v:.4f}") for p, v in zip(distinct, values.tolist())])
-        return io.NodeOutput(float(values.mean()), text, ui=show_text(cls, f"diversity {values.mean():.4f}"))
+        shown = show_text(cls, "\n".join([f"diversity {values.mean():.4f}", *without]))
+        return io.NodeOutput(float(values.mean()), text, ui=shown)
 
 
 class Distance(io.ComfyNode):
@@ -83,7 +94,8 @@ class Distance(io.ComfyNode):
             display_name="FID / LogCov Distance",
             category=f"{CATEGORY}/judging",
             description="How far a batch of images is from another, in the features of a vision model: FID (Fréchet) and the distance "
-            "of  log covariances. Comparable only between batches of the same size and the same vision model.",
+            "of log covariances. A list of batches counts as one. Comparable only between as many images, seen by the same vision model.",
+            is_input_list=True,
             is_output_node=True,
             inputs=[
                 io.Image.Input("images", tooltip="At least two; the more the better, figures from under a thousand are biased upwards."),
@@ -97,12 +109,14 @@ class Distance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images: Tensor, reference: Tensor, clip_vision: Any = None) -> io.NodeOutput:
+    def execute(cls, images: list[Tensor], reference: list[Tensor], clip_vision: list[Any] | None = None) -> io.NodeOutput:
         """Measure."""
-        ours, theirs = features(pixels(images), clip_vision), features(pixels(reference), clip_vision)
+        (own, fit), (real, real_fit) = usable(images), usable(reference)
+        ours, theirs = (features(part, clip_vision[0] if clip_vision else None) for part in (own, real))
         fid, logcov = frechet_distance(ours, theirs), log_covariance_distance(ours, theirs)
-        text = f"FID {fid:.3f}, LogCov {logcov:.3f}, {len(ours)} images against {len(theirs)}"
-        return io.NodeOutput(fid, logcov, ui=show_text(cls, text))
+        lines = [f"FID {fid:.3f}, LogCov {logcov:.3f}, {len(ours)} images against {len(theirs)}"]
+        lines += unfit(fit, "is left out") + [f"reference {line}" for line in unfit(real_fit, "is left out")]
+        return io.NodeOutput(fid, logcov, ui=show_text(cls, "\n".join(lines)))
 
 
 NODES = [Diversity, Distance]

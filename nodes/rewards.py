@@ -23,9 +23,11 @@ _FOLDER = "rewards"
 
 def register_folder() -> None:
     """`models/rewards`, and what extra_model_paths.yaml says of it; called once, when ComfyUI loads the pack."""
-    paths, _ = folder_paths.folder_names_and_paths.get(_FOLDER, ([], set()))
+    paths, extensions = folder_paths.folder_names_and_paths.get(_FOLDER, ([], {".safetensors"}))
     ours = str(Path(folder_paths.models_dir) / _FOLDER)
-    folder_paths.folder_names_and_paths[_FOLDER] = ([*paths, *([] if ours in paths else [ours])], {".safetensors"})
+    # another pack may have a folder of this name: its extensions stay, and none at all means any
+    merged = {*extensions, ".safetensors"} if extensions else set()
+    folder_paths.folder_names_and_paths[_FOLDER] = ([*paths, *([] if ours in paths else [ours])], merged)
 
 
 def names() -> list[str]:
@@ -52,6 +54,11 @@ class Loaded:
     """Its name or folder, as `load` of the registry takes it."""
 
     @property
+    def device(self) -> torch.device:
+        """Where ComfyUI loads its network, which need not be the images' device; without a network, the CPU."""
+        return self.patchers[0].load_device if self.patchers else torch.device("cpu")
+
+    @property
     def differentiable(self) -> bool:
         """Whether gradients reach the pixels."""
         return self.reward.differentiable
@@ -72,13 +79,11 @@ class Loaded:
 
     def scores(self, images: torch.Tensor, prompts: Sequence[str], prefixes: Sequence[str]) -> torch.Tensor:
         """(B,3,H,W), B prompts, P prefixes -> (B,P), on the scale of a call."""
-        return self.scaled(self.reward.scores(images, prompts, prefixes))
+        return self.scaled(self.reward.scores(images.to(self.device), prompts, prefixes).to(images.device))
 
     def raw(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """The model's own score (B,)."""
-        if not self.patchers:  # no network that ComfyUI moves: it works where its own state is
-            return self.reward(images.cpu(), prompts).to(images.device)
-        return self.reward(images, prompts)
+        return self.reward(images.to(self.device), prompts).to(images.device)
 
     def scaled(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw scores in standard deviations above the mean, or as they are where these are not known."""

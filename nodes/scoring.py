@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,29 @@ import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 from PIL.PngImagePlugin import PngInfo
 
 from ..trainer.data.images import to_pil
+from .lists import batched, by_size, finite, latent_per_image, places, prompts_of, separate, unfit, usable
 from .rewards import Loaded
-from .sockets import CATEGORY, Reward, pixels, schema, show_text
-
-
-def prompt_per_image(prompts: Sequence[str], n: int) -> list[str]:
-    """One prompt for all images, or one each."""
-    if len(prompts) == 1:
-        return list(prompts) * n
-    if len(prompts) != n:
-        raise ValueError(f"{len(prompts)} prompts for {n} images: give one prompt, or one per image")
-    return list(prompts)
+from .sockets import CATEGORY, Reward, schema, show_text
 
 
 @torch.no_grad()
-def score(reward: Any, images: torch.Tensor, prompts: Sequence[str], chunk: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw and normalised scores (N,), on the CPU."""
+def score(reward: Any, images: Sequence[torch.Tensor], prompts: Sequence[str], chunk: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (3,H,W) in [0,1] of any sizes, a prompt each -> raw and normalised scores (N,), on the CPU."""
     with torch.inference_mode(False):  # moving a network inside inference mode would unfit it for training later
         reward.to_device()
-    device = comfy.model_management.get_torch_device() if reward.patchers else images.device
-    raw: list[torch.Tensor] = []
-    scaled: list[torch.Tensor] = []
-    with torch.inference_mode(False):
-        for first in range(0, len(images), chunk):
+        raw, scaled = torch.full((2, len(images)), torch.nan)
+        for rows in by_size(images, chunk):  # reading scores waits for the GPU, once per chunk, between which Cancel is heeded
             comfy.model_management.throw_exception_if_processing_interrupted()
-            part, texts = images[first : first + chunk].clone().to(device), prompts[first : first + chunk]
+            part, texts = torch.stack([images[i] for i in rows]), [prompts[i] for i in rows]
             own = reward.raw(part, texts)
-            raw.append(own.float().cpu())
+            raw[rows] = own.float().cpu()
             # a sum of standardised parts cannot be had from the sum of raw ones
-            scaled.append((reward.scaled(own) if isinstance(reward, Loaded) else reward(part, texts)).float().cpu())
-    return torch.cat(raw), torch.cat(scaled)
+            scaled[rows] = (reward.scaled(own) if isinstance(reward, Loaded) else reward(part, texts)).float().cpu()
+    return raw, scaled
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -85,20 +76,23 @@ class RewardScorer(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[torch.Tensor], reward: list[Any], prompt: list[str], prompt_per_line: list[bool]) -> io.NodeOutput:
         """Score."""
-        batch = torch.cat([pixels(part) for part in images])
-        lines = [line for text in prompt for line in (text.splitlines() if prompt_per_line[0] else [text]) if line.strip()]
-        texts = prompt_per_image(lines or [""], len(batch))
-        raw, scaled = score(reward[0], batch, texts)
-        rows = [(i, f"{z:.4f}", f"{r:.4f}", text) for i, (z, r, text) in enumerate(zip(scaled.tolist(), raw.tolist(), texts))]
-        text = table(("image", "z", "raw", "prompt"), rows)
-        lines = [f"mean {scaled.mean():.3f}", *(f"image {i}: {z:.3f}" for i, z in enumerate(scaled[:16].tolist()))]
-        shown = show_text(cls, "\n".join(lines))
-        return io.NodeOutput(scaled.tolist(), raw.tolist(), text, float(scaled.mean()), ui=shown)
+        texts = prompts_of(prompt, images, prompt_per_line[0])
+        finite_images, fit = usable(images)
+        raw, scaled = torch.full((2, len(texts)), torch.nan)
+        raw[places(fit)], scaled[places(fit)] = score(reward[0], finite_images, [texts[i] for i in places(fit)])
+        if not bool(scaled.isfinite().any()):
+            raise ValueError(f"reward {reward[0].name!r} gives no image a finite score: connect another")
+        mean = float(scaled[scaled.isfinite()].mean())
+        values = list(zip(scaled.tolist(), raw.tolist(), texts))
+        text = table(("image", "z", "raw", "prompt"), [(i, f"{z:.4f}", f"{r:.4f}", text) for i, (z, r, text) in enumerate(values)])
+        lines = [f"mean {mean:.3f}", *unfit(fit, "ranks last", scaled.tolist())]
+        lines += [f"image {i}: {z:.3f}" for i, (z, _, _) in enumerate(values[:16]) if math.isfinite(z)]
+        return io.NodeOutput(scaled.tolist(), raw.tolist(), text, mean, ui=show_text(cls, "\n".join(lines)))
 
 
 def best(scores: Sequence[float], k: int, threshold: float | None) -> list[int]:
-    """Indices of the k highest scores that reach the threshold, best first; equal scores keep their order."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    """Indices of the k highest finite scores that reach the threshold, best first; equal scores keep their order."""
+    order = sorted((i for i, value in enumerate(scores) if math.isfinite(value)), key=lambda i: -scores[i])
     return [i for i in order[:k] if threshold is None or scores[i] >= threshold]
 
 
@@ -115,6 +109,7 @@ class PickBest(io.ComfyNode):
             description="Keeps the images with the highest scores, and their latents.",
             search_aliases=["best of n", "top k"],
             is_input_list=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input("images", tooltip="The images that were scored."),
                 io.Float.Input("scores", force_input=True, tooltip="The Reward Scorer's scores, one per image."),
@@ -125,8 +120,12 @@ class PickBest(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("best_images", display_name="IMAGE", tooltip="Best first."),
-                io.Latent.Output("best_latents", display_name="LATENT", tooltip="Theirs, in the same order; empty if none were given."),
+                io.Image.Output(
+                    "best_images", display_name="IMAGE", is_output_list=True, tooltip="Best first: a batch, or a list if sizes differ."
+                ),
+                io.Latent.Output(
+                    "best_latents", display_name="LATENT", is_output_list=True, tooltip="Theirs, in the same order; needs latents."
+                ),
                 io.Int.Output("best_indices", display_name="indices", is_output_list=True, tooltip="Where they stood, from 0."),
                 io.Float.Output("best_scores", display_name="scores", is_output_list=True, tooltip="Their scores."),
             ],
@@ -142,31 +141,23 @@ class PickBest(io.ComfyNode):
         threshold: list[float] | None = None,
     ) -> io.NodeOutput:
         """Pick."""
-        batch = torch.cat(images)
-        if len(scores) != len(batch):
-            raise ValueError(f"{len(scores)} scores for {len(batch)} images: connect the scorer that saw these images")
-        chosen = best(scores, k[0], threshold[0] if threshold else None)
+        each, fit = separate(images), finite(images)
+        if len(scores) != len(each):
+            raise ValueError(f"{len(scores)} scores for {len(each)} images: connect the scorer that saw these images")
+        ranked = [value if ok else math.nan for value, ok in zip(scores, fit)]
+        chosen = best(ranked, k[0], threshold[0] if threshold else None)
+        if not any(map(math.isfinite, ranked)):
+            raise ValueError(f"none of {len(each)} images is finite and has a finite score: look at the node that made them")
         if not chosen:
-            raise ValueError(f"no image reaches {threshold[0] if threshold else 0:g}; the best score is {max(scores):.4f}")
-        return io.NodeOutput(batch[chosen], _rows(latents, len(batch), chosen), chosen, [scores[i] for i in chosen])
-
-
-def _rows(latents: list[dict[str, Any]] | None, n: int, chosen: list[int]) -> dict[str, Any] | None:
-    """The latents of chosen images, with their masks and batch indices."""
-    if not latents:
-        return None
-    samples = torch.cat([part["samples"] for part in latents])
-    if len(samples) != n:
-        raise ValueError(f"{len(samples)} latents for {n} images: connect the latents that these images were decoded from")
-    kept: dict[str, Any] = {"samples": samples[chosen]}
-    counts = [len(part["samples"]) for part in latents]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    numbers = [part.get("batch_index", range(start, start + count)) for part, start, count in zip(latents, starts, counts)]
-    kept["batch_index"] = [[i for group in numbers for i in group][row] for row in chosen]
-    if all("noise_mask" in part for part in latents):
-        masks = [part["noise_mask"].expand(count, *part["noise_mask"].shape[1:]) for part, count in zip(latents, counts)]
-        kept["noise_mask"] = torch.cat(masks)[chosen]
-    return kept
+            highest = max(filter(math.isfinite, ranked))
+            raise ValueError(f"no image reaches {threshold[0] if threshold else 0:g}; the best score is {highest:.4f}")
+        rows = latent_per_image(latents, len(each)) if latents else None
+        picked, kept = batched([each[i] for i in chosen], [rows[i] for i in chosen] if rows else None)
+        lines = [f"image {i}: {scores[i]:.3f}" for i in chosen[:16]] + unfit(fit, "ranks last", scores)
+        # other outputs are of use without latents: only what is connected to this one stops, and says so
+        blocked = ExecutionBlocker("Pick Best has no latents: connect the latents that its images were decoded from")
+        shown = show_text(cls, "\n".join(lines))
+        return io.NodeOutput(picked, kept or blocked, chosen, [scores[i] for i in chosen], ui=shown)
 
 
 class SaveScored(io.ComfyNode):
@@ -197,27 +188,40 @@ class SaveScored(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[torch.Tensor], scores: list[float], filename_prefix: list[str], reward_name: list[str]) -> io.NodeOutput:
         """Save."""
+        finite_images, fit = usable(images)
+        if len(scores) != len(fit):
+            raise ValueError(f"{len(scores)} scores for {len(fit)} images: connect the scorer that saw these images")
+        named: dict[tuple[int, int], tuple[str, str, str]] = {}  # %width% and %height% may be part of the name
+        counters: dict[tuple[str, str], int] = {}
+        saved: list[dict[str, str]] = []
+        for i, one in zip(places(fit), finite_images):
+            height, width = one.shape[1:]
+            if (width, height) not in named:
+                found = folder_paths.get_save_image_path(filename_prefix[0], folder_paths.get_output_directory(), width, height)
+                folder, filename, counter, subfolder, _ = found
+                named[width, height] = folder, filename, subfolder
+                counters.setdefault((folder, filename), counter)
+            folder, filename, subfolder = named[width, height]
+            name = f"{filename.replace('%batch_num%', str(i))}_{counters[folder, filename]:05}_.png"
+            counters[folder, filename] += 1
+            to_pil(one).save(Path(folder) / name, pnginfo=cls._info(reward_name[0], scores[i]))
+            saved.append({"filename": name, "subfolder": subfolder, "type": "output"})
+        lines = unfit(fit, "is not saved")
+        return io.NodeOutput(ui={"images": saved, **(show_text(cls, "\n".join(lines)).as_dict() if lines else {})})
+
+    @classmethod
+    def _info(cls, reward: str, score: float) -> PngInfo:
+        """What the file says: the score, and the workflow unless ComfyUI leaves it out."""
         from comfy.cli_args import args
 
-        batch = torch.cat([pixels(part) for part in images])
-        if len(scores) != len(batch):
-            raise ValueError(f"{len(scores)} scores for {len(batch)} images: connect the scorer that saw these images")
-        height, width = batch.shape[2:]
-        place = folder_paths.get_save_image_path(filename_prefix[0], folder_paths.get_output_directory(), width, height)
-        folder, filename, counter, subfolder, _ = place
-        saved: list[dict[str, str]] = []
-        for i, (one, value) in enumerate(zip(batch, scores)):
-            info = PngInfo()
-            info.add_text("score", json.dumps({reward_name[0]: value}))
-            if not args.disable_metadata:
-                if cls.hidden.prompt is not None:
-                    info.add_text("prompt", json.dumps(_first(cls.hidden.prompt)))
-                for key, text in (_first(cls.hidden.extra_pnginfo) or {}).items():
-                    info.add_text(key, json.dumps(text))
-            name = f"{filename.replace('%batch_num%', str(i))}_{counter + i:05}_.png"
-            to_pil(one).save(Path(folder) / name, pnginfo=info)
-            saved.append({"filename": name, "subfolder": subfolder, "type": "output"})
-        return io.NodeOutput(ui={"images": saved})
+        info = PngInfo()
+        info.add_text("score", json.dumps({reward: score if math.isfinite(score) else None}))
+        if not args.disable_metadata:
+            if cls.hidden.prompt is not None:
+                info.add_text("prompt", json.dumps(_first(cls.hidden.prompt)))
+            for key, text in (_first(cls.hidden.extra_pnginfo) or {}).items():
+                info.add_text(key, json.dumps(text))
+        return info
 
 
 def _first(value: Any) -> Any:

@@ -258,7 +258,7 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
     expected = {
         "prompts ≠ images": "2 prompts for 3 images",
         "empty batch": "an empty image batch",
-        "not finite": "not finite",
+        "not finite": "no image is finite",
         "missing reward": "unknown reward 'no-such'",
         "missing weights": "rewards download hpsv2.1",
         "no gradient": "has no gradient",

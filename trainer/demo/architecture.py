@@ -175,7 +175,7 @@ class Extractor(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B,3,64,64) in [0,1] -> (B,96)."""
-        images = images if images.shape[-1] == SIZE else F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True)
+        images = images if images.shape[-2:] == (SIZE, SIZE) else F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True)
         return self.embed(self.squeeze(self.trunk(images * 2 - 1)).flatten(1))
 
 

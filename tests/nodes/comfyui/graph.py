@@ -72,7 +72,7 @@ with torch.inference_mode():
     expected = 2 * proxy(images.movedim(-1, 1), ["x"] * 3) - 0.5 * heldout(images.movedim(-1, 1), ["x"] * 3)
     results["combined"] = float((both(images.movedim(-1, 1), ["x"] * 3) - expected).abs().max()) < 1e-5 and both.differentiable
     results["gold has no gradient"] = not gold.differentiable
-    kept, latents, indices, best = call("PickBest", [images], [0.5, 2.0, 0.5], [2], [before])
+    (kept,), (latents,), indices, best = call("PickBest", [images], [0.5, 2.0, 0.5], [2], [before])
     results["best first, ties in order"] = indices == [1, 0] and best == [2.0, 0.5]
     results["matching latents"] = bool(torch.equal(latents["samples"], before["samples"][[1, 0]])) and latents["batch_index"] == [1, 0]
     results["matching images"] = bool(torch.equal(kept, images[[1, 0]]))
@@ -167,7 +167,7 @@ with torch.inference_mode():
         ends.append(stock.VAEDecode().decode(vae, latent)[0])
     results["sweep's k = T against the stock sampler"] = float((swept[6:] - torch.cat(ends)).abs().max())
     results["diversity of equal images"] = call("Diversity", [images[:1].repeat(3, 1, 1, 1)], [""])[0]
-    results["distance to itself"] = call("Distance", pictures, pictures)[:2]
+    results["distance to itself"] = call("Distance", [pictures], [pictures])[:2]
 
     # bad input
     refused("prompts ≠ images", lambda: call("Score", [images], [proxy], ["a", "b"], [False]))
