@@ -14,7 +14,7 @@ from comfy_api.latest import io
 
 from . import host
 from .schedule import LEVEL, When
-from .sockets import CATEGORY, schema
+from .sockets import CATEGORY, draw_text, schema
 from .switch import SWITCH_INPUTS, rule, switched
 
 
@@ -63,6 +63,9 @@ _TUNED_PROMPTS = [
 ]
 
 
+_SHOWN = {"mode", "switch_at", "seed", "steps", "cfg", "tuned_cfg", "sampler_name", "scheduler"}
+
+
 def guider(
     model: Any, tuned_now: When, cfg: float, tuned_cfg: float, positive: Any, negative: Any, tuned_positive: Any, tuned_negative: Any
 ) -> CombinedGuider:
@@ -81,9 +84,10 @@ class CombinedGuiderNode(io.ComfyNode):
         """Sockets and texts."""
         return schema(
             node_id="ImageReFLCombinedGuider",
-            display_name="Combined Guider (base→tuned)",
+            display_name="Combined Guider",
             category=f"{CATEGORY}/sampling",
             description="Base→Tuned Switch with a guidance scale for each part, for SamplerCustomAdvanced.",
+            search_aliases=["combined generation", "two models", "dual model guider"],
             inputs=[*SWITCH_INPUTS, _CFG, _TUNED_CFG, *_PROMPTS, *_TUNED_PROMPTS],
             outputs=[io.Guider.Output("guider", display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
         )
@@ -117,10 +121,12 @@ class CombinedKSampler(io.ComfyNode):
         """Sockets and texts."""
         return schema(
             node_id="ImageReFLCombinedKSampler",
-            display_name="Combined KSampler (base→tuned)",
+            display_name="Combined KSampler",
+            hidden=[io.Hidden.unique_id],
+            shown=_SHOWN,
             category=f"{CATEGORY}/sampling",
             description="Samples with the base model first, then the tuned model, in one call: any sampler, its history kept.",
-            search_aliases=["combined generation", "two model sampler"],
+            search_aliases=["combined generation", "two models", "refiner", "model swap", "high low noise", "variety"],
             inputs=[
                 *SWITCH_INPUTS,
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the noise."),
@@ -170,7 +176,10 @@ class CombinedKSampler(io.ComfyNode):
             raise ValueError("the latent holds numbers that are not finite: look at the node that made it")
         plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
         if len(plan.sigmas) > 1:
-            when.sigma(plan.sigmas)  # an impossible switch is refused before any step
+            switch = when.sigma(plan.sigmas)  # an impossible switch is refused before any step
+            k, last = int((plan.sigmas[:-1] > switch).sum()), len(plan.sigmas) - 1
+            alone = {0: "tuned model alone", last: "base model alone"}
+            draw_text(cls, alone.get(k, f"tuned from step {k} of {last} on (σ {float(plan.sigmas[k]):.3f})"))
         samples = guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative).sample(
             comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
             latent,

@@ -176,6 +176,7 @@ class DemoImages(io.ComfyNode):
         return schema(
             node_id="ImageReFLDemoImages",
             display_name="Demo Images",
+            search_aliases=["training images", "captioned images"],
             category=f"{CATEGORY}/demo",
             description="Real images of the embedded world with their captions: training data, and a reference for FID.",
             inputs=[

@@ -13,7 +13,6 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -33,18 +32,13 @@ from ..trainer.training.loop import NonFinite
 from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
 from .lists import prompt_per_image
-from .lora import TrainedLora
+from .lora import TrainedLora, runs_folder
 from .policy import ComfyPolicy
 from .rewards import hashes
 from .sockets import figure, image, pixels
 from .switch import ATTACHMENT
 
 NEW, LAST = "a new run", "the last run of this name"
-
-
-def runs_folder() -> Path:
-    """Where runs keep their state and LoRA."""
-    return Path(folder_paths.get_output_directory()) / "imagerefl"
 
 
 def resumable() -> list[str]:

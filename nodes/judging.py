@@ -49,6 +49,7 @@ class Diversity(io.ComfyNode):
         return schema(
             node_id="ImageReFLDiversity",
             display_name="Image Diversity",
+            search_aliases=["variety", "sameness", "mode collapse", "vendi"],
             category=f"{CATEGORY}/judging",
             description="How different the images of one prompt are: 1 − mean cosine of the features of all pairs. 0 means all alike.",
             is_input_list=True,
@@ -92,6 +93,7 @@ class Distance(io.ComfyNode):
         return schema(
             node_id="ImageReFLDistance",
             display_name="FID / LogCov Distance",
+            search_aliases=["frechet inception distance", "compare image sets"],
             category=f"{CATEGORY}/judging",
             description="How far a batch of images is from another, in the features of a vision model: FID (Fréchet) and the distance "
             "of log covariances. A list of batches counts as one. Comparable only between as many images, seen by the same vision model.",

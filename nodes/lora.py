@@ -29,14 +29,28 @@ class TrainedLora(dict[str, Tensor]):
         self.header = {"imagerefl": json.dumps(metadata, sort_keys=True)}
 
 
+_RUN = "run: "  # before the name of a training run
+
+
 def names() -> list[str]:
-    """The embedded model's own LoRAs, then models/loras."""
-    return [*files.loras(), *folder_paths.get_filename_list("loras")]
+    """The embedded model's own LoRAs, models/loras, and those of finished training runs, newest first."""
+    runs = sorted(runs_folder().glob("*/lora.safetensors"), key=lambda path: -path.stat().st_mtime)
+    return [*files.loras(), *folder_paths.get_filename_list("loras"), *(_RUN + path.parent.name for path in runs)]
+
+
+def runs_folder() -> Path:
+    """Where training runs keep their state and LoRA."""
+    return Path(folder_paths.get_output_directory()) / "imagerefl"
 
 
 def path_of(name: str) -> Path:
     """The file of a name that `names` lists."""
     ours = files.loras()
+    if name.startswith(_RUN):
+        path = runs_folder() / Path(name.removeprefix(_RUN)).name / "lora.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{name} has no LoRA: its run is not finished; resume it")
+        return path
     if name not in ours:
         return Path(folder_paths.get_full_path_or_raise("loras", name))
     check_files(ours[name].parent, ours[name].name)
@@ -74,11 +88,16 @@ class LoadRewardLora(io.ComfyNode):
         return schema(
             node_id="ImageReFLLoadLora",
             display_name="Load Reward LoRA",
+            search_aliases=["load imagerefl lora", "refl lora", "srpo lora"],
             category=f"{CATEGORY}/sampling",
             description="Loads a LoRA and what its file recommends, so that a switch can be set to auto. Refuses a LoRA of another model.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model."),
-                io.Combo.Input("lora_name", options=names(), tooltip="demo-*: for the demo model. Others: files in models/loras."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=names(),
+                    tooltip="demo-*: for the demo model. run: …: the result of a training run here. Others: files in models/loras.",
+                ),
                 io.Float.Input("strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="1 is as trained."),
             ],
             outputs=[

@@ -10,6 +10,10 @@ from comfy_api.latest import io
 from ..trainer.objectives import OBJECTIVES
 from .sockets import CATEGORY, Objective, collected, schema, widgets
 
+# Methods whose papers write them otherwise than the classes here, and other words for which people search
+_TITLES = {"DRaFTK": "DRaFT-K", "DRaFTLV": "DRaFT-LV", "DirectAlign": "Direct-Align", "BlackBoxSQDF": "SQDF (black box)"}
+_ALIASES = ["reward gradient", "reward fine-tuning", "rlhf", "preference optimization"]
+
 
 def objective_node(name: str, objective: type[Any]) -> type[io.ComfyNode]:
     """The node of one objective."""
@@ -20,11 +24,12 @@ def objective_node(name: str, objective: type[Any]) -> type[io.ComfyNode]:
             """Sockets and texts."""
             return schema(
                 node_id=f"ImageReFLObjective{objective.__name__}",
-                display_name=f"Objective: {objective.__name__}",
+                display_name=f"Objective: {_TITLES.get(objective.__name__, objective.__name__)}",
                 category=f"{CATEGORY}/training",
                 description=" ".join(inspect.cleandoc(objective.__doc__ or "").split()),
+                search_aliases=[objective.__name__, *_ALIASES],
                 inputs=widgets(objective),
-                outputs=[Objective.Output("objective", display_name="OBJECTIVE", tooltip="For Align LoRA Train.")],
+                outputs=[Objective.Output("objective", display_name="OBJECTIVE", tooltip="For Train LoRA (any objective).")],
             )
 
         @classmethod

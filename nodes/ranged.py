@@ -45,7 +45,11 @@ class RangedLora(io.ComfyNode):
             search_aliases=["lora schedule", "lora start end step", "scheduled lora", "load lora at step"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, with or without other LoRAs."),
-                io.Combo.Input("lora_name", options=lora.names(), tooltip="demo-*: for the demo model. Others: files in models/loras."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=lora.names(),
+                    tooltip="demo-*: for the demo model. run: …: the result of a training run here. Others: files in models/loras.",
+                ),
                 io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="1 is as trained."),
                 io.Combo.Input(
                     "mode",

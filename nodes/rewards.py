@@ -176,7 +176,7 @@ class LoadReward(io.ComfyNode):
             display_name="Load Reward Model",
             category=f"{CATEGORY}/rewards",
             description="A model that scores how much people would like an image under a prompt.",
-            search_aliases=["hps", "pickscore", "imagereward", "preference model"],
+            search_aliases=["hps", "hpsv2", "hpsv2.1", "pickscore", "imagereward", "mps", "aesthetic", "preference model"],
             inputs=[
                 io.Combo.Input(
                     "name",
@@ -210,6 +210,7 @@ class CombineRewards(io.ComfyNode):
         return schema(
             node_id="ImageReFLCombineRewards",
             display_name="Combine Rewards",
+            search_aliases=["weighted rewards", "reward ensemble"],
             category=f"{CATEGORY}/rewards",
             description="A weighted sum of rewards. Several rewards at once are harder to exploit than one.",
             inputs=[

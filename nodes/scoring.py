@@ -54,7 +54,7 @@ class RewardScorer(io.ComfyNode):
             display_name="Reward Scorer",
             category=f"{CATEGORY}/rewards",
             description="Scores every image under its prompt.",
-            search_aliases=["rate images", "aesthetic score"],
+            search_aliases=["rate images", "aesthetic score", "hpsv2", "pickscore", "best image"],
             is_input_list=True,
             is_output_node=True,
             inputs=[
@@ -107,7 +107,7 @@ class PickBest(io.ComfyNode):
             display_name="Pick Best",
             category=f"{CATEGORY}/rewards",
             description="Keeps the images with the highest scores, and their latents.",
-            search_aliases=["best of n", "top k"],
+            search_aliases=["best of n", "top k", "best image", "rank images"],
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -169,6 +169,7 @@ class SaveScored(io.ComfyNode):
         return schema(
             node_id="ImageReFLSaveScored",
             display_name="Save Image with Score",
+            search_aliases=["save best image", "score in metadata"],
             category=f"{CATEGORY}/rewards",
             description="Saves PNG files that carry their score, beside the workflow that made them.",
             is_input_list=True,

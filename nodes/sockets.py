@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,14 @@ LoraWeights = io.Custom("LORA_MODEL")  # the stock train, save and load nodes' o
 Losses = io.Custom("LOSS_MAP")
 
 
-def schema(**keywords: Any) -> io.Schema:
-    """A node's schema, without the keywords that this ComfyUI does not know."""
+def schema(*, shown: Collection[str] | None = None, **keywords: Any) -> io.Schema:
+    """A node's schema, without the keywords that this ComfyUI does not know.
+
+    shown: the widgets that people set; the others wait under *Show advanced inputs*, where the browser has that. Default: all.
+    """
+    for one in keywords["inputs"] if shown is not None else ():
+        if isinstance(one, io.WidgetInput) and one.id not in shown:
+            one.extra_dict = {**(getattr(one, "extra_dict", None) or {}), "advanced": True}
     if keywords.get("is_output_node"):
         keywords["hidden"] = [*keywords.get("hidden", []), io.Hidden.unique_id]  # show_text needs it
     known = {f.name for f in dataclasses.fields(io.Schema)}
@@ -30,11 +36,16 @@ def schema(**keywords: Any) -> io.Schema:
 
 def show_text(node: type[io.ComfyNode], text: str) -> ui.PreviewText:
     """The node's output `text`; also draws it on the node, which the browser does by itself for Preview as Text alone."""
+    draw_text(node, text)
+    return ui.PreviewText(text)
+
+
+def draw_text(node: type[io.ComfyNode], text: str) -> None:
+    """Draw text on a node that asks for its hidden `unique_id`, while it runs."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)  # none where a script calls the node
     number = getattr(getattr(node, "hidden", None), "unique_id", None)
     if server is not None and number:
         server.send_progress_text(text, number[0] if isinstance(number, list) else number)
-    return ui.PreviewText(text)
 
 
 def pixels(image: torch.Tensor) -> torch.Tensor:

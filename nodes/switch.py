@@ -111,7 +111,15 @@ class BaseTunedSwitch(io.ComfyNode):
             category=f"{CATEGORY}/sampling",
             description="The base model draws the first steps (layout, variety), the reward-tuned model the last ones (finish). "
             "Works with every sampler node. A LoRA on the base shares its weights.",
-            search_aliases=["combined generation", "refiner", "switch model at step"],
+            search_aliases=[
+                "combined generation",
+                "refiner",
+                "switch model at step",
+                "two models",
+                "model swap",
+                "high low noise",
+                "variety",
+            ],
             inputs=[*SWITCH_INPUTS],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="Use it in any sampler.")],
         )

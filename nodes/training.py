@@ -29,6 +29,9 @@ _OURS = (
 """The settings of a run that are widgets; the others are sockets here, or of no use in a graph."""
 
 
+_SHOWN = {"prompts", "switch_at", "steps", "batch", "lr", "rank", "name", "resume"}
+
+
 def _run_inputs() -> list[Any]:
     own = [w for w in widgets(TrainConfig, tuple(f.name for f in fields(TrainConfig) if f.name not in _OURS))]
     return [
@@ -107,11 +110,12 @@ class AlignLoraTrain(io.ComfyNode):
         """Sockets and texts."""
         return schema(
             node_id="ImageReFLAlignTrain",
-            display_name="Align LoRA Train",
+            display_name="Train LoRA (any objective)",
             category=f"{CATEGORY}/training",
             description="Trains a LoRA with any objective of this pack.",
-            search_aliases=["reward fine-tuning", "refl", "alignprop"],
+            search_aliases=["align lora train", "reward fine-tuning", "draft", "srpo", "alignprop", "finetune", "rlhf", "dpo", "grpo"],
             is_experimental=True,
+            shown=_SHOWN,
             is_output_node=True,
             inputs=[*_SOCKETS, Objective.Input("objective", tooltip="From an Objective node."), *_run_inputs(), *_OPTIONAL, _FEATURES],
             outputs=_OUTPUTS,
@@ -135,12 +139,13 @@ class ImageReFLTrain(io.ComfyNode):
         chosen = [w for w in widgets(ImageReFL, tuple(f.name for f in fields(ImageReFL) if f.name not in _COMMON))]
         return schema(
             node_id="ImageReFLTrain",
-            display_name="LoRA ImageReFL Train",
+            display_name="Train LoRA (ImageReFL)",
             category=f"{CATEGORY}/training",
             description="Trains a LoRA that makes the last sampling steps better by a reward's gradient on noised real images, so that "
             "layout and variety stay the base model's. Use its result as the tuned part of a Combined KSampler.",
-            search_aliases=["reward fine-tuning", "train lora"],
+            search_aliases=["lora imagerefl train", "reward fine-tuning", "finetune", "rlhf", "preference optimization"],
             is_experimental=True,
+            shown=_SHOWN,
             is_output_node=True,
             inputs=[
                 *_SOCKETS,

@@ -1,0 +1,42 @@
+"""How the nodes present themselves in a real ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.comfyui import PLACES, comfyui, run_inside
+
+from trainer.demo import files
+
+
+@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
+def told(request, tmp_path_factory):
+    return run_inside(request.param, "presentation.py", files.loras()["demo-imagerefl"], cwd=tmp_path_factory.mktemp("presentation"))
+
+
+@comfyui
+def test_every_node_is_found_by_other_words_and_large_ones_fold_what_few_people_set(told):
+    assert told["without aliases"] == []
+    most = ["batch", "lr", "name", "rank", "resume", "steps"]
+    assert sorted(told["shown"]["ImageReFLAlignTrain"]) == most
+    assert sorted(told["shown"]["ImageReFLTrain"]) == sorted([*most, "switch_at"])
+
+
+@comfyui
+def test_the_lora_of_a_finished_run_is_in_the_list(told):
+    assert told["runs"] == ["run: my run"] and told["path"]
+    assert told["unfinished"] == "run: unfinished has no LoRA: its run is not finished; resume it"
+
+
+@comfyui
+def test_the_sampler_says_where_it_switched(told):
+    (auto, node), (first, _), (last, _) = told["drawn"]
+    assert auto.startswith("tuned from step 5 of 8 on (σ ") and node == "7"
+    assert (first, last) == ("tuned model alone", "base model alone")
+
+
+@comfyui
+def test_help_pages_have_the_inputs_and_outputs_of_their_nodes(tmp_path):
+    """`python tests/nodes/comfyui/help_pages.py COMFYUI . write` writes them."""
+    assert run_inside(PLACES[0], "help_pages.py", cwd=tmp_path) == []
