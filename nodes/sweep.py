@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..trainer.rng import Rng
 from ..trainer.sampling import METHODS
 from .combined import guider
 from .judging import VISION, features
-from .scoring import score, table
-from .sockets import CATEGORY, Reward, figure, image, pixels, schema, show_text
+from .scoring import score
+from .sockets import CATEGORY, Reward, image, pixels, schema, show_text
 from .switch import switched
+from .tradeoff import Swept
 
 
 @dataclass
@@ -46,6 +47,10 @@ class Sweep(comfy.samplers.Sampler):
     def __init__(self, switches: Sequence[int], switch: Manual, method: Any, rng: Rng) -> None:
         self.switches, self.switch, self.method, self.rng = switches, switch, method, rng
 
+    def evaluations(self, steps: int) -> int:
+        """How many a run takes: the base's steps once, and those of the tuned model from each switch."""
+        return max(self.switches) + sum(steps - k for k in self.switches)
+
     def sample(
         self,
         model_wrap: Any,
@@ -61,8 +66,7 @@ class Sweep(comfy.samplers.Sampler):
         sampling = model_wrap.inner_model.model_sampling
         space: Any = "flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve"
         start = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas))
-        steps, taken = len(sigmas) - 1, 0
-        total = max(self.switches) + sum(steps - k for k in self.switches)
+        taken, total = 0, self.evaluations(len(sigmas) - 1)
 
         def denoiser(slot: Slot) -> Any:
             def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -81,6 +85,37 @@ class Sweep(comfy.samplers.Sampler):
         noise_at = self.rng.step_noise(tuple(noise.shape[1:]))
         ends = dict(branches(mixes, denoiser, start, sigmas.cpu(), noise_at, self.method, space))
         return torch.cat([sampling.inverse_noise_scaling(sigmas[-1], ends[k]) for k in self.switches])
+
+
+class Progress:
+    """ComfyUI's progress bar and preview, over the sampling runs of several prompts."""
+
+    def __init__(self, model: Any, evaluations: int, prompts: int) -> None:
+        self.evaluations, self.total, self.before = evaluations, evaluations * prompts, 0
+        self.show = latent_preview.prepare_callback(model, self.total)
+
+    def __call__(self, taken: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        self.show(self.before + taken, denoised, x, self.total)
+
+    def next_prompt(self) -> None:
+        """Count from the evaluations so far."""
+        self.before += self.evaluations
+
+
+def conditioned(text: str, positive: Any, clip: Any) -> list[tuple[str, Any]]:
+    """Prompts with their conditioning: with a CLIP one for each line, else one prompt, which `positive` must show."""
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if clip is not None and positive is not None:
+        raise ValueError("positive and clip are both connected: disconnect positive, since clip encodes the prompts")
+    if clip is not None and not lines:
+        raise ValueError("no prompt: write one per line")
+    if clip is not None:
+        return [(line, clip.encode_from_tokens_scheduled(clip.tokenize(line))) for line in lines]
+    if positive is None:
+        raise ValueError("no conditioning: connect clip, which encodes each line of prompt, or positive for one prompt")
+    if len(lines) > 1:
+        raise ValueError(f"{len(lines)} lines of prompt without a clip: connect clip for one prompt per line, or write one line")
+    return [("".join(lines), positive)]
 
 
 def parse_switches(text: str, steps: int) -> list[int]:
@@ -105,26 +140,34 @@ class TradeOffSweep(io.ComfyNode):
             display_name="Trade-off Sweep",
             category=f"{CATEGORY}/judging",
             description="Generates the same seeds with the tuned model taking over at several steps, scores each, and shows what reward "
-            "costs in diversity. The base model's steps are computed once for all.",
+            "costs in diversity, with intervals over several prompts. The base model's steps are computed once for all.",
             search_aliases=["xy plot", "frontier"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("base", tooltip="The model that draws the first steps."),
                 io.Model.Input("tuned", tooltip="The same model with the reward LoRA, or another checkpoint of the family."),
-                io.Conditioning.Input("positive", tooltip="What the images should show."),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="What the images should show, for one prompt. Not connected: clip encodes the prompts.",
+                ),
                 io.Conditioning.Input("negative", tooltip="What they should not show."),
                 io.Vae.Input("vae", tooltip="Decodes the results."),
                 Reward.Input("reward", tooltip="What scores them."),
-                io.String.Input("prompt", multiline=True, tooltip="The prompt, as the reward reads it."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    tooltip="With clip connected, one prompt per line; else one prompt, the one that positive shows. The reward reads it.",
+                ),
                 io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip="Pixels."),
                 io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip="Pixels."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="The first seed."),
-                io.Int.Input("seeds", default=4, min=2, max=64, tooltip="Images per switch; diversity needs two."),
+                io.Int.Input("seeds", default=4, min=2, max=64, tooltip="Images per switch and prompt; diversity needs two."),
                 io.Int.Input("steps", default=40, min=1, max=1000, tooltip="Sampler steps; the paper uses 40."),
                 io.String.Input(
                     "switches",
                     default="0, 20, 30, 35, 40",
-                    tooltip="Steps at which the tuned model takes over: 0 is tuned only, all is base.",
+                    tooltip="Steps at which the tuned model takes over: 0 is tuned only, all is base. Plot and table have the base anyway.",
                 ),
                 io.Float.Input(
                     "cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5."
@@ -138,12 +181,13 @@ class TradeOffSweep(io.ComfyNode):
                 ),
                 Reward.Input("heldout", optional=True, tooltip="A second reward for the plot, one that training did not see."),
                 VISION,
+                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts, one per line. Several prompts give intervals."),
             ],
             outputs=[
-                io.Image.Output("grid", display_name="grid", tooltip="One row per switch, one column per seed."),
-                io.Image.Output("plot", display_name="plot", tooltip="Reward against diversity."),
-                io.String.Output("table", display_name="table", tooltip="Mean reward and diversity per switch."),
-                io.Image.Output("images", display_name="IMAGE", tooltip="All images, switch by switch."),
+                io.Image.Output("grid", display_name="grid", tooltip="One row per switch, one column per seed; prompts side by side."),
+                io.Image.Output("plot", display_name="plot", tooltip="Reward against diversity, with intervals; the star is the base."),
+                io.String.Output("table", display_name="table", tooltip="Mean reward and diversity per switch, with intervals."),
+                io.Image.Output("images", display_name="IMAGE", tooltip="All images, switch by switch and there prompt by prompt."),
             ],
         )
 
@@ -152,7 +196,6 @@ class TradeOffSweep(io.ComfyNode):
         cls,
         base: Any,
         tuned: Any,
-        positive: Any,
         negative: Any,
         vae: Any,
         reward: Any,
@@ -167,57 +210,48 @@ class TradeOffSweep(io.ComfyNode):
         tuned_cfg: float,
         method: str,
         scheduler: str,
+        positive: Any = None,
         heldout: Any = None,
         clip_vision: Any = None,
+        clip: Any = None,
     ) -> io.NodeOutput:
         """Sweep."""
         chosen = parse_switches(switches, steps)
+        listed, swept = len(chosen), chosen if steps in chosen else [*chosen, steps]
+        prompts = conditioned(prompt, positive, clip)
         switch = Manual()
         model = switched(base, tuned, switch)
         ratio = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(seeds, 4, height // ratio, width // ratio))
         noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed + i) for i in range(seeds)])
         plan = comfy.samplers.KSampler(model, steps, model.load_device, "euler", scheduler, 1.0, model.model_options)
-        sampler = Sweep(chosen, switch, method, Rng(seed, 0, tuple(range(seeds))))
-        # with the switch turned by hand, the guider's scale must turn with it
-        latents = guider(model, switch, cfg, tuned_cfg, positive, negative, None, None).sample(
-            noise,
-            latent,
-            sampler,
-            plan.sigmas,
-            callback=latent_preview.prepare_callback(model, max(chosen) + sum(steps - k for k in chosen)),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-        images = pixels(torch.cat([vae.decode(part) for part in latents.split(seeds)]))
+        sampler = Sweep(swept, switch, method, Rng(seed, 0, tuple(range(seeds))))
+        callback = Progress(model, sampler.evaluations(steps), len(prompts))
+        drawn: list[Tensor] = []
+        for _, conditioning in prompts:
+            # the scale of guidance must turn with the switch
+            drawer = guider(model, switch, cfg, tuned_cfg, conditioning, negative, None, None)
+            quiet = not comfy.utils.PROGRESS_BAR_ENABLED
+            drawn.append(drawer.sample(noise, latent, sampler, plan.sigmas, callback=callback, disable_pbar=quiet, seed=seed))
+            callback.next_prompt()
+        latents = torch.stack([part.unflatten(0, (len(swept), seeds)) for part in drawn], 1).flatten(0, 1)  # switch by switch
+        images = pixels(torch.cat([vae.decode(part) for part in latents]))
         judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
-        scores = {name: score(judge, images, [prompt] * len(images))[1].reshape(len(chosen), seeds) for name, judge in judges.items()}
-        groups = torch.arange(len(chosen)).repeat_interleave(seeds)
-        diversity = within_prompt_diversity(features(images, clip_vision), groups).tolist()
-        rows = [
-            (k, *(f"{s[i].mean():.4f} ± {s[i].std():.4f}" for s in scores.values()), f"{diversity[i]:.4f}") for i, k in enumerate(chosen)
-        ]
-        text = table(("switch at step", *scores, "diversity"), rows)
-        shown = image(grid(images, seeds)[None])
-        plot = _plot(chosen, {n: s.mean(1).tolist() for n, s in scores.items()}, diversity)
-        lines = [", ".join(f"{name} {value}" for name, value in zip(("step", *scores, "diversity"), row)) for row in rows]
-        return io.NodeOutput(shown, plot, text, image(images), ui=show_text(cls, "\n".join(lines)))
+        found = judged(images, [text for text, _ in prompts], swept, steps, judges, clip_vision)
+        columns = len(prompts) * seeds
+        asked = images[: listed * columns]
+        return io.NodeOutput(image(grid(asked, columns)[None]), found.plot(), found.table(), image(asked), ui=show_text(cls, found.lines()))
 
 
-def _plot(switches: Sequence[int], scores: dict[str, list[float]], diversity: list[float]) -> Tensor:
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(6, 4), dpi=100, layout="constrained")
-    panel = drawn.subplots()
-    for name, values in scores.items():
-        panel.plot(diversity, values, marker="o", label=name)
-        for k, x, y in zip(switches, diversity, values):
-            panel.annotate(f"k={k}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    panel.set_xlabel("diversity within the prompt")
-    panel.set_ylabel("reward, standard deviations")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    return figure(drawn)
+def judged(images: Tensor, prompts: Sequence[str], switches: Sequence[int], steps: int, judges: Mapping[str, Any], vision: Any) -> Swept:
+    """The figures of images (K·P·S,3,H,W), which lie switch by switch and there prompt by prompt."""
+    shape = (len(switches), len(prompts), len(images) // (len(switches) * len(prompts)))
+    texts = [text for _ in switches for text in prompts for _ in range(shape[2])]
+    scores = {name: score(reward, images, texts)[1].reshape(shape) for name, reward in judges.items()}
+    groups = torch.arange(shape[0] * shape[1]).repeat_interleave(shape[2])
+    diversity = within_prompt_diversity(features(images, vision), groups).reshape(shape[:2])
+    standardised = all(getattr(reward, "standardised", False) for reward in judges.values())
+    return Swept(switches, steps, scores, diversity, "standard deviations" if standardised else "")
 
 
 NODES = [TradeOffSweep]

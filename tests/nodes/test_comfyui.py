@@ -246,9 +246,7 @@ def test_training_cancel_and_failures_leave_the_host_as_it_was(graph):
 
 @comfyui
 @pytest.mark.slow
-def test_judging_nodes_agree_with_the_stock_sampler_and_with_themselves(graph):
-    assert graph["sweep"] == [[1, 196, 196, 3], [1, 400, 600, 3], [9, 64, 64, 3]]
-    assert graph["sweep's k = T against the stock sampler"] < 1e-4
+def test_judging_nodes_find_equal_images_equal(graph):
     assert abs(graph["diversity of equal images"]) < 1e-6 and max(map(abs, graph["distance to itself"])) < 0.01
 
 
@@ -274,7 +272,6 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
         "changed settings": "another learning_rate",
         "no run of this name": "no run named 'never' to resume: choose one of ",
         "below the threshold": "the best score is 2",
-        "switches beyond": "from 0 to 6",
         "broken LoRA": "not a readable safetensors",
     }
     assert graph["refused"].keys() == expected.keys()

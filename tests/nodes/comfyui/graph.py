@@ -158,14 +158,6 @@ with torch.inference_mode():
     results["base untouched by every objective"] = bool(torch.equal(plain_sample()["samples"], before["samples"]))
 
     # judging
-    prompts = (positive, negative, vae, proxy, "a large red star, vivid")
-    grid, plot, text, swept = call("Sweep", model, tuned, *prompts, 64, 64, 5, 3, 6, "0, 3, 6", 3.0, 1.0, "ddim", "normal")
-    results["sweep"] = [list(grid.shape), list(plot.shape), list(swept.shape)]
-    one, ends = {"samples": torch.zeros(1, 4, 8, 8)}, []
-    for seed in (5, 6, 7):
-        latent = stock.KSampler().sample(model, seed, 6, 3.0, "ddim", "normal", positive, negative, one)[0]
-        ends.append(stock.VAEDecode().decode(vae, latent)[0])
-    results["sweep's k = T against the stock sampler"] = float((swept[6:] - torch.cat(ends)).abs().max())
     results["diversity of equal images"] = call("Diversity", [images[:1].repeat(3, 1, 1, 1)], [""])[0]
     results["distance to itself"] = call("Distance", [pictures], [pictures])[:2]
 
@@ -186,7 +178,6 @@ with torch.inference_mode():
     refused("changed settings", lambda: call("Train", name="x", **own, **{**settings, "resume": "cut", "lr": 1e-3}))
     refused("no run of this name", lambda: call("Train", name="never", **own, **{**settings, "resume": training.LAST}))
     refused("below the threshold", lambda: call("PickBest", [images], [0.0, 1.0, 2.0], [1], None, [5.0]))
-    refused("switches beyond", lambda: embedded.ours("nodes.sweep").parse_switches("0, 7", 6))
     training.runs_folder().joinpath("zero.safetensors").write_bytes(b"broken")
     refused("broken LoRA", lambda: embedded.ours("nodes.lora").load(model, training.runs_folder() / "zero.safetensors", 1.0))
     zero = {k: torch.zeros_like(v) if "lora_up" in k else v for k, v in lora.items()}
