@@ -37,17 +37,19 @@ class Swept:
         """The mean over prompts of each figure, one per switch."""
         return {**{name: s.mean((1, 2)).tolist() for name, s in self.scores.items()}, "diversity": self.diversity.mean(1).tolist()}
 
-    def bounds(self) -> dict[str, Bounds]:
-        """Lower and upper bound of each figure, one pair per switch: 95 % by bootstrap over prompts.
+    def bounds(self, over_base: bool = False) -> dict[str, Bounds]:
+        """Lower and upper bound of each figure, or of its difference to the base's, one pair per switch: 95 %, bootstrap over prompts.
 
         One prompt has no interval over prompts: its rewards have ± 1 standard error over seeds, its diversity has nothing.
         """
         if self.prompts == 1:
             errors = {name: s.std(2)[:, 0] / s.shape[2] ** 0.5 for name, s in self.scores.items()}
             return {name: [(m - e, m + e) for m, e in zip(self.means()[name], error.tolist())] for name, error in errors.items()}
+        judged = [Judged({n: s[i].mean(1) for n, s in self.scores.items()}, self.diversity[i]) for i in range(len(self.switches))]
+        base = judged[self.switches.index(self.steps)] if over_base else None
         found: dict[str, Bounds] = {name: [] for name in self.means()}
-        for i in range(len(self.switches)):
-            for name, (low, high) in intervals(Judged({n: s[i].mean(1) for n, s in self.scores.items()}, self.diversity[i])).items():
+        for each in judged:
+            for name, (low, high) in intervals(each, base).items():
                 found[name].append((low, high))
         return found
 
@@ -56,23 +58,23 @@ class Swept:
         seeds = next(iter(self.scores.values())).shape[2]
         if self.prompts == 1:
             return f"1 prompt × {seeds} seeds. Bars: ± 1 standard error of the reward over seeds; intervals need several prompts."
-        return f"{self.prompts} prompts × {seeds} seeds. Bars: 95 % interval, bootstrap over prompts."
+        return f"{self.prompts} prompts × {seeds} seeds. Bars: 95 % interval of the difference to the base, bootstrap over prompts."
 
     def table(self) -> str:
-        """Markdown, one row per switch: rewards (mean ± standard deviation of images), diversity, and the bounds of both."""
-        kind = "± 1 s.e." if self.prompts == 1 else "95 %"
-        bounds, diversity = self.bounds(), self.means()["diversity"]
+        """Markdown, one row per switch: rewards (mean ± standard deviation of images), diversity, and their bounds."""
+        bounds = {f"{name}, {'± 1 s.e.' if self.prompts == 1 else '95 %'}": pairs for name, pairs in self.bounds().items()}
+        if self.prompts > 1:
+            bounds |= {f"{name} − base, 95 %": pairs for name, pairs in self.bounds(over_base=True).items()}
         rows = [
             (
                 k,
                 *(f"{s[i].mean():.4f} ± {s[i].std():.4f}" for s in self.scores.values()),
-                f"{diversity[i]:.4f}",
+                f"{self.diversity[i].mean():.4f}",
                 *(f"{pairs[i][0]:.4f} to {pairs[i][1]:.4f}" for pairs in bounds.values()),
             )
             for i, k in enumerate(self.switches)
         ]
-        header = ("switch at step", *self.scores, "diversity", *(f"{name}, {kind}" for name in bounds))
-        return f"{table(header, rows)}\n\n{self.caption()}"
+        return f"{table(('switch at step', *self.scores, 'diversity', *bounds), rows)}\n\n{self.caption()}"
 
     def lines(self) -> str:
         """The means, one line per switch."""
@@ -90,32 +92,34 @@ class Swept:
 
         drawn = Figure(figsize=(6, 4), dpi=150, layout="constrained")
         panel = drawn.subplots()
-        order = sorted(range(len(self.switches)), key=lambda i: self.switches[i])
-        means, bounds = self.means(), self.bounds()
-        x = [means["diversity"][i] for i in order]
+        order = sorted(range(len(self.switches)), key=lambda i: self.switches[i])  # the base last
+        means = {name: [values[i] for i in order] for name, values in self.means().items()}
+        bars, x = self._bars(order), means["diversity"]
         for number, name in enumerate(self.scores):
-            y, colour = [means[name][i] for i in order], f"C{number}"
-            bars = {"xerr": _lengths(means, bounds, "diversity", order), "yerr": _lengths(means, bounds, name, order)}
-            panel.errorbar(
-                x, y, **bars, fmt="o-", color=colour, ecolor=colour, elinewidth=0.8, capsize=2, markersize=4, linewidth=1.2, label=name
-            )
+            y, colour = means[name], f"C{number}"
+            style = {"color": colour, "elinewidth": 0.8, "capsize": 2, "markersize": 4, "linewidth": 1.2, "label": name}
+            panel.errorbar(x, y, xerr=bars.get("diversity"), yerr=bars[name], fmt="o-", **style)
             panel.plot(x[-1], y[-1], "*", color=colour, markeredgecolor="black", markeredgewidth=0.7, markersize=13)
-            for i, x0, y0 in zip(order, x, y):
-                text = "base" if self.switches[i] == self.steps else f"k={self.switches[i]}"
-                panel.annotate(text, (x0, y0), textcoords="offset points", xytext=(5, 5), fontsize=8, color=colour)
+        for i, number in enumerate(order):  # once for all rewards, which share the diversity: above and below in turn
+            text = f"k={self.switches[number]}" if self.switches[number] != self.steps else "base"
+            values = [means[name][i] for name in self.scores]
+            place = {"xytext": (5, -6), "va": "top"} if i % 2 else {"xytext": (5, 6), "va": "bottom"}
+            panel.annotate(text, (x[i], min(values) if i % 2 else max(values)), textcoords="offset points", fontsize=8, **place)
         panel.set_xlabel("diversity within the prompt")
         panel.set_ylabel("reward" + (f", {self.unit}" if self.unit else ""))
-        panel.set_title(self.caption(), fontsize=8, loc="left")
+        panel.set_title(self.caption().replace(". ", ".\n"), fontsize=8, loc="left")
         panel.margins(0.08)
         panel.grid(alpha=0.3)
         panel.plot([], [], "*", color="white", markeredgecolor="black", markersize=10, label="base")
         panel.legend(fontsize=8)
         return drawn
 
-
-def _lengths(means: Mapping[str, Sequence[float]], bounds: Mapping[str, Bounds], name: str, order: Sequence[int]) -> Any:
-    """Bounds as matplotlib's lengths below and above, or None where a figure has none."""
-    if name not in bounds:
-        return None
-    pairs = [(means[name][i], *bounds[name][i]) for i in order]
-    return [[max(0.0, value - low) for value, low, _ in pairs], [max(0.0, high - value) for value, _, high in pairs]]
+    def _bars(self, order: Sequence[int]) -> dict[str, Any]:
+        """Bounds as matplotlib's lengths below and above each mean; with several prompts, of the difference to the base."""
+        means, bounds = self.means(), self.bounds(over_base=True)
+        lengths: dict[str, Any] = {}
+        for name, pairs in bounds.items():
+            centre = means[name][self.switches.index(self.steps)] if self.prompts > 1 else 0.0
+            each = [(means[name][i] - centre, *pairs[i]) for i in order]
+            lengths[name] = [[max(0.0, value - low) for value, low, _ in each], [max(0.0, high - value) for value, _, high in each]]
+        return lengths

@@ -99,17 +99,19 @@ with torch.inference_mode():
     drawn = torch.Generator().manual_seed(0)
     known = {"reward": torch.randn(2, 40, 4, generator=drawn), "held-out": torch.randn(2, 40, 4, generator=drawn)}
     made = tradeoff.Swept((12, 20), 20, known, torch.rand(2, 40, generator=drawn))
-    results["bounds"] = made.bounds()
-    normal = {}
-    for name, values in {**{n: s.mean(2) for n, s in known.items()}, "diversity": made.diversity}.items():
+    found, normal = made.bounds(), {}
+    found |= {f"{name} − base": pairs for name, pairs in made.bounds(over_base=True).items()}
+    per_prompt = {**{n: s.mean(2) for n, s in known.items()}, "diversity": made.diversity}
+    for name, values in {**per_prompt, **{f"{n} − base": v - v[1] for n, v in per_prompt.items()}}.items():
         half = 1.96 * values.std(1) / 40**0.5
         normal[name] = torch.stack([values.mean(1) - half, values.mean(1) + half], 1).tolist()
-    results["bounds by the normal distribution"] = normal
+    results["bounds"], results["bounds by the normal distribution"] = found, normal
     panel = made.drawn().axes[0]
     stars = [line.get_xydata()[0].tolist() for line in panel.lines if line.get_marker() == "*" and len(line.get_xdata())]
     results["stars"] = stars
     results["bases"] = [[float(made.diversity[1].mean()), float(s[1].mean())] for s in known.values()]
-    results["error bars in both axes"] = [len(c.get_segments()) for c in panel.collections]
+    results["bars"] = [[segment.tolist() for segment in bars.get_segments()] for bars in panel.collections]
+    results["points"] = [[float(made.diversity[0].mean()), float(s[0].mean())] for s in known.values()]
     results["labels"] = sorted({t.get_text() for t in panel.texts})
 
     # bad input
