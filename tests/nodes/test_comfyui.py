@@ -309,7 +309,7 @@ def executor(place, tmp_path_factory):
 @comfyui
 @pytest.mark.slow
 def test_workflows_run_through_the_executor_and_a_failure_leaves_it_well(executor):
-    for name in ("combined", "again", "everything cached", "demo-score-and-pick-best", "demo-trade-off-sweep"):
+    for name in ("combined", "again", "everything cached", "demo-collapse-and-cure", "demo-score-and-pick-best", "demo-trade-off-sweep"):
         assert executor[name] is True, (name, executor)
     assert executor["a wrong k fails"] and "lies outside the 20 steps" in executor["says why"] and executor["and the next runs"]
 
@@ -354,7 +354,8 @@ def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hund
         "scores drawn on the node",
     ):
         assert told[claim] is True, (claim, told)
-    for name in ("combined", "demo-two-checkpoints", "demo-score-and-pick-best", "demo-train-imagerefl", "demo-trade-off-sweep"):
+    demos = ("two-checkpoints", "collapse-and-cure", "score-and-pick-best", "train-imagerefl", "trade-off-sweep")
+    for name in ("combined", *(f"demo-{demo}" for demo in demos)):
         assert told[name] == "execution_success", (name, told)
     assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told
     assert told["red node"][0] == "ImageReFLCombinedKSampler" and "lies outside the 20 steps" in told["red node"][1]

@@ -90,6 +90,8 @@ async def main():
     cached = [data["nodes"] for event, data in server.sent if event == "execution_cached"][-1]
     results["everything cached"] = set(cached) >= {i for i, node in combined.items() if node["class_type"] != "SaveImage"} and first > 5
     results["demo-score-and-pick-best"] = await run("best", changed(prompts["demo-score-and-pick-best"], "KSampler", steps=2))
+    cure = changed(prompts["demo-collapse-and-cure"], "KSampler", steps=2)
+    results["demo-collapse-and-cure"] = await run("cure", changed(cure, "ImageReFLCombinedKSampler", steps=2))
     sweep = changed(prompts["demo-trade-off-sweep"], "ImageReFLSweep", steps=4, seeds=2, switches="0, 2, 4")
     results["demo-trade-off-sweep"] = await run("sweep", sweep)
     wrong = changed(combined, "ImageReFLCombinedKSampler", mode="step", switch_at=99.0)
