@@ -358,6 +358,8 @@ def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hund
     for name in ("combined", *(f"demo-{demo}" for demo in demos)):
         assert told[name] == "execution_success", (name, told)
     assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told
+    assert told["resumed"] == told["used"] == "execution_success" and told["steps logged"] == list(range(1, 21)), told
+    assert told["saved with scores"] >= 4 and told["switch drawn on the node"] == "tuned from step 13 of 20", told  # of ComfyUI's grid
     assert told["red node"][0] == "ImageReFLCombinedKSampler" and "lies outside the 20 steps" in told["red node"][1]
     assert told["refused before it runs"] and told["same picture after all that"], told
     assert told["MB grown between prompt 20 and 100"] <= 30, told

@@ -6,6 +6,7 @@ Usage: live.py COMFYUI PACK. Prints one JSON line. Works in the current folder.
 import asyncio
 import hashlib
 import json
+import re
 import os
 import shutil
 import socket
@@ -99,6 +100,20 @@ def pictures(folder, prefix):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "output" / "ImageReFL").glob(f"{prefix}*.png"))}
 
 
+def journey(prompts, lora):
+    """Load Reward LoRA, Combined KSampler (auto), Reward Scorer, Pick Best, Save Image with Score, from two of the templates."""
+    prompt = json.loads(json.dumps(prompts["demo-score-and-pick-best"]))
+    loader, sampler = (
+        next(node for node in prompts["demo-combined-generation"].values() if node["class_type"] == kind)
+        for kind in ("ImageReFLLoadLora", "ImageReFLCombinedKSampler")
+    )
+    number, plain = next((i, node["inputs"]) for i, node in prompt.items() if node["class_type"] == "KSampler")
+    prompt["lora"] = {**loader, "inputs": {**loader["inputs"], "model": plain["model"], "lora_name": lora}}
+    links = {"base": plain["model"], "tuned": ["lora", 0], **{key: plain[key] for key in ("positive", "negative", "latent_image")}}
+    prompt[number] = {**sampler, "inputs": {**sampler["inputs"], **links, "mode": "auto"}}
+    return changed(prompt, "EmptyLatentImage", batch_size=6)
+
+
 async def check(folder, process, port):
     results = {}
     async with aiohttp.ClientSession() as session:
@@ -134,10 +149,10 @@ async def check(folder, process, port):
         results["lora saved with its switch"] = len(saved) == 1 and b"switch_sigma" in saved[0]
         results["scores drawn on the node"] = any(b"mean " in text and b"image 0: " in text for text in client.texts)
 
-        long = changed(short, "ImageReFLTrain", steps=500, name="cancelled")
+        long = changed(short, "ImageReFLTrain", steps=20, name="cancelled")
         client.seen.clear()
         running = await client.queue(long)
-        while not any(e["type"] == "progress" and e["data"]["max"] == 500 and e["data"]["value"] >= 2 for e in client.seen):
+        while not any(e["type"] == "progress" and e["data"]["max"] == 20 and e["data"]["value"] >= 2 for e in client.seen):
             await asyncio.sleep(0.02)
         pressed = time.monotonic()
         async with session.post(f"{client.base}/interrupt", json={"prompt_id": running}) as answer:
@@ -147,6 +162,16 @@ async def check(folder, process, port):
         results["state saved"] = (folder / "output" / "imagerefl" / "cancelled" / "checkpoint.pt").is_file()
         offered = (await client.get("/object_info/ImageReFLTrain"))["ImageReFLTrain"]["input"]["required"]["resume"]
         results["resume offers it"] = "cancelled" in (offered[0] if isinstance(offered[0], list) else offered[1]["options"])
+
+        # on from the checkpoint, and from the run's LoRA to a saved picture: nothing is typed but the name of the run
+        resumed = changed(long, "ImageReFLTrain", resume="the last run of this name", seed=12345)
+        results["resumed"] = (await client.run(resumed))["type"]
+        log = (folder / "output" / "imagerefl" / "cancelled" / "log.jsonl").read_text().splitlines()
+        results["steps logged"] = [json.loads(line)["step"] for line in log]
+        results["used"] = (await client.run(journey(prompts, "run: cancelled")))["type"]
+        results["saved with scores"] = sum(b"demo-proxy" in p.read_bytes() for p in (folder / "output" / "ImageReFL").glob("best*.png"))
+        drawn = [found.group() for text in client.texts if (found := re.search(rb"tuned from step \d+ of \d+", text))]
+        results["switch drawn on the node"] = drawn[-1].decode() if drawn else ""
 
         beyond = changed(combined, "ImageReFLCombinedKSampler", mode="step", switch_at=21.0)
         failed = await client.run(beyond)
