@@ -25,7 +25,10 @@ TORCH = os.path.dirname(torch.__file__) + os.sep
 aten: Any = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default, aten._copy_from.default)
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-REBINDING = (aten.set_.source_Tensor, aten.lift_fresh.default, aten.set_data.default)
+REBINDING = (
+    *(aten.set_.source_Tensor, aten.lift_fresh.default, aten.set_data.default),
+    *(getattr(aten, name).default for name in ("_has_compatible_shallow_copy_type",) if hasattr(aten, name)),
+)
 # Operators whose result or its size the host must know: the device is waited for.
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive")
 
