@@ -57,6 +57,13 @@ def path_of(name: str) -> Path:
     return ours[name]
 
 
+def stamp(name: str) -> str:
+    """Another text whenever the file of a name changes, so that ComfyUI does not take its earlier result."""
+    path = path_of(name)
+    found = path.stat()
+    return f"{path} {found.st_mtime_ns} {found.st_size}"
+
+
 def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
     """The tuned MODEL and the metadata; every tensor of the file must find its weight. A full fine-tune's differences load alike."""
     tensors, metadata, _ = read_lora(path)
@@ -108,6 +115,11 @@ class LoadRewardLora(io.ComfyNode):
                 io.String.Output("info", display_name="info", tooltip="What the file says of its training."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        """A file may change under its name."""
+        return stamp(lora_name)
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float) -> io.NodeOutput:

@@ -74,6 +74,11 @@ class RangedLora(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+        """A file may change under its name."""
+        return lora.stamp(lora_name)
+
+    @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float, mode: str, start: float, end: float) -> io.NodeOutput:
         """The model with the LoRA in its range."""
         own = bare(model)

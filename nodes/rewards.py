@@ -188,6 +188,12 @@ class LoadReward(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, name: str, **_: Any) -> str:
+        """Files of a reward may change under its name, its measured statistics too."""
+        found = [path for root in roots() for path in sorted((root / name).glob("*")) if path.is_file()]
+        return " ".join(f"{path} {path.stat().st_mtime_ns}" for path in found)
+
+    @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         """Load."""
         return io.NodeOutput(load(name))

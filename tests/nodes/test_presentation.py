@@ -30,6 +30,11 @@ def test_the_lora_of_a_finished_run_is_in_the_list(told):
 
 
 @comfyui
+def test_a_file_that_changes_under_its_name_is_loaded_again(told):
+    assert told["fingerprints"] == [True, False]
+
+
+@comfyui
 def test_the_sampler_says_where_it_switched(told):
     (auto, node), (first, _), (last, _) = told["drawn"]
     assert auto.startswith("tuned from step 5 of 8 on (σ ") and node == "7"

@@ -42,6 +42,10 @@ try:
 except ValueError as problem:
     results["unfinished"] = str(problem)
 
+before = [lora.LoadRewardLora.fingerprint_inputs(lora_name="run: my run") for _ in range(2)]
+(run / "lora.safetensors").write_bytes((run / "lora.safetensors").read_bytes() + b" ")
+results["fingerprints"] = [before[0] == before[1], before[0] == lora.LoadRewardLora.fingerprint_inputs(lora_name="run: my run")]
+
 drawn = []
 server = types.SimpleNamespace(send_progress_text=lambda text, node: drawn.append((text, node)))
 sys.modules["server"] = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
