@@ -1,12 +1,12 @@
 # Every target sets up what it needs in .venv; the second time that takes a moment. Windows: see the pip lines in README.md.
 PYTHON ?= python3
 PY := .venv/bin/python
-COMFY := $(shell for d in "$$COMFYUI_PATH" "$(CURDIR)/../.." "$$HOME/comfy/ComfyUI"; do [ -n "$$d" ] && [ -f "$$d/comfy/sd.py" ] && echo "$$d" && break; done)
+COMFY := $(shell $(PYTHON) tests/helpers/hosts.py 2>/dev/null)
 export OMP_WAIT_POLICY ?= PASSIVE
 # One worker per core of a small machine; a file stays with its worker, whose fixtures it shares
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo demo-quick demo-images test test-all check setup benchmark bench-gpu gpu-report verify-large
+.PHONY: demo demo-quick demo-images test test-ladder test-all check setup benchmark bench-gpu gpu-report verify-large
 
 demo: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite
@@ -22,6 +22,10 @@ demo-images: demo
 test: .venv/test $(if $(COMFY),.venv/comfy)
 	@echo "ComfyUI: $(if $(COMFY),found in $(COMFY),not found; its tests are skipped)"
 	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS)
+
+# The nodes on every ComfyUI that is found; COMFYUI_LADDER=DIR:DIR names more
+test-ladder: .venv/test $(if $(COMFY),.venv/comfy)
+	OMP_NUM_THREADS=1 $(PY) tests/ladder.py $(WORKERS) tests/nodes
 
 # Products, ladders and whole sizes too: about an hour on two cores
 test-all: .venv/test $(if $(COMFY),.venv/comfy)

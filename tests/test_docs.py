@@ -41,6 +41,16 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
 
 
+def test_the_tested_comfyuis_are_those_that_the_pack_knows():
+    """The list in nodes/host.py against what users read, and the oldest against what the registry asks for."""
+    listed = re.search(r"^TESTED = \((.*)\)$", (ROOT / "nodes" / "host.py").read_text("utf-8"), re.M)
+    tested = re.findall(r'"([\d.]+)"', listed[1])
+    for page in ("README.md", "docs/install.md", "docs/nodes.md"):
+        said = re.search(r"0\.3\.48, (?:[\d.]+(?:, | and |))+", (ROOT / page).read_text("utf-8"))
+        assert said and re.findall(r"[\d.]*\d", said[0]) == tested, (page, said and said[0])
+    assert f'requires-comfyui = ">={tested[0]}"' in (ROOT / "pyproject.toml").read_text("utf-8")
+
+
 def test_scripts_and_tests_named_in_the_docs_exist():
     missing = []
     for page in PAGES:

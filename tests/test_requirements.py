@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.hosts import chosen
 
 ROOT = Path(__file__).parent.parent
 
 
 def comfyui_requirements():
     """requirements.txt of the ComfyUI that the tests use."""
-    for place in (os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, Path.home() / "comfy" / "ComfyUI"):
-        if place and (Path(place) / "comfy" / "sd.py").is_file():
-            return Path(place) / "requirements.txt"
-    pytest.skip("skipped: no ComfyUI")
+    place = chosen() or pytest.skip("skipped: no ComfyUI")
+    return place / "requirements.txt"
 
 
 def resolved(folder, *requirements):

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers.hosts import chosen, environment
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"demo": 64, "sd15": 512, "sdxl": 1024, "sd35-medium": 1024, "flux-dev": 1024}
 REWARD = "def reward(images, prompts):\n    return images.flatten(1).mean(1)\n"
@@ -75,18 +77,10 @@ def training_steps(family, device, folder):
 
 def script(*command):
     """The tables that another script prints."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment(ROOT))
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
     return done.stdout.strip()
-
-
-def comfyui():
-    """The ComfyUI that the tests use, or None."""
-    places = (os.environ.get("COMFYUI_PATH"), ROOT.parent.parent, Path.home() / "comfy" / "ComfyUI")
-    return next((Path(p) for p in places if p and (Path(p) / "comfy" / "sd.py").is_file()), None)
 
 
 def sections(arguments):
@@ -106,7 +100,7 @@ def sections(arguments):
     yield "Three training steps, planned and measured memory", families
     if arguments.bench:
         yield "What each saving costs", lambda: script("tests/large/bench.py", "--device", arguments.device, "--models", *arguments.bench)
-    place = comfyui()
+    place = chosen()
     if place:
         yield "Cost of the switch in ComfyUI", lambda: script("tests/nodes/comfyui/cost.py", place, ROOT, *arguments.cost)
 

@@ -1,6 +1,6 @@
 """Real configurations, random weights: one step of every objective, and the LoRA of each in diffusers and in ComfyUI.
 
-Usage: verify.py [MODEL ...] [--out FILE.jsonl]; without names, all of MODELS. COMFYUI_PATH, else ~/comfy/ComfyUI, is the
+Usage: verify.py [MODEL ...] [--out FILE.jsonl]; without names, all of MODELS. COMFYUI_PATH, else the newest that is found, is the
 ComfyUI; without one its part is skipped, and the result says so. Exit status 1 when anything failed.
 
 What is true to the published models: the denoiser (SD1.5, SDXL and SD3.5-medium whole; FLUX with fewer blocks), the
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.hosts import chosen, environment
 from trainer.data.batches import Images
 from trainer.denoiser import per_sample
 from trainer.lora.file import save_lora
@@ -247,7 +248,7 @@ def verify(name, folder, log):
         row["peak_gb"] = round(peak_gb(), 1)
         log(json.dumps(row))
         rows.append(row)
-    comfyui = find_comfyui()
+    comfyui = chosen()
     if comfyui is not None:
         save_file({k: v.contiguous() for k, v in outputs.items()}, folder / "outputs.safetensors")
         state = {k.replace(".base_layer.", "."): v for k, v in policy.network.state_dict().items() if ".lora_" not in k}
@@ -298,20 +299,11 @@ def in_diffusers(policy, file, adapted, factors, x, sigma, tuned, base):
     return {"diffusers_unmatched": len(adapted ^ modules) + abs(pairs - len(modules)), "diffusers_rounded": rounded, "diffusers_off": off}
 
 
-def find_comfyui():
-    """COMFYUI_PATH, else ~/comfy/ComfyUI."""
-    for place in (os.environ.get("COMFYUI_PATH"), "~/comfy/ComfyUI"):
-        if place and (Path(place).expanduser() / "comfy" / "sd.py").is_file():
-            return Path(place).expanduser()
-    return None
-
-
 def in_comfyui(comfyui, what, folder, told, log):
     """Run in_comfyui.py in a process of its own, away from our `nodes`; its last line is JSON."""
     (folder / "told.json").write_text(json.dumps(told))
     command = [sys.executable, str(HERE.with_name("in_comfyui.py")), str(comfyui), what, str(folder)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
     if done.returncode:
         log(done.stdout[-2000:] + done.stderr[-4000:])
         return {}
@@ -339,7 +331,7 @@ def verify_names(name, folder, log):
     root, suffix = root_of(modules), HALVES[family.lora_layout][0]
     keys = [stem(m, family.lora_layout, root) + suffix for m in modules]
     row = {"names": name, "lora_modules": len(modules)}
-    comfyui = find_comfyui()
+    comfyui = chosen()
     if comfyui is not None:
         shapes = {k: list(v.shape) for k, v in network.state_dict().items()}
         row["comfyui_unmatched"] = in_comfyui(comfyui, "names", folder, {"shapes": shapes, "keys": keys}, log).get("unmatched", "no result")
@@ -366,7 +358,7 @@ def main():
     with arguments.out.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     failed = [row for row in rows if not row["passed"]]
-    print(f"{len(rows) - len(failed)} of {len(rows)} passed" + ("" if find_comfyui() else "; no ComfyUI was found"))
+    print(f"{len(rows) - len(failed)} of {len(rows)} passed" + ("" if chosen() else "; no ComfyUI was found"))
     return bool(failed)
 
 

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
 def place(request):
-    """The ComfyUI found and, where COMFYUI_OLD_PATH names another, that one too."""
     return request.param
 
 
