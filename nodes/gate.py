@@ -68,8 +68,8 @@ class Gate:
     def sampling(self, model: Any) -> Generator[None]:
         """Inside, patched weights are computed once and kept beside the base's, as far as the free memory of their device allows."""
         before = self.kept
-        # streamed weights leave no memory unused
-        self.kept = None if getattr(model, "is_dynamic", bool)() else {}
+        # streamed weights leave no memory unused, and hooks change the stored weights from one conditioning to the next
+        self.kept = None if getattr(model, "is_dynamic", bool)() or model.hook_patches else {}
         try:
             yield
         finally:

@@ -6,9 +6,11 @@ with a merged LoRA for each part is the truth.
 
 import contextlib
 import json
+from dataclasses import replace
 from functools import partial
 
 import embedded  # first: it puts ComfyUI on the path
+import comfy.hooks
 import comfy.lora
 import comfy.model_management
 import nodes as stock
@@ -92,6 +94,12 @@ with torch.inference_mode():
     errors["a range over a switch"] = error(
         sample(within(make(base, tuned), STYLE, "step", 3, 10000)), chain((0, []), (3, [STYLE]), (5, [STYLE, REWARD]))
     )
+    # a hook changes the stored weights from one conditioning to the next
+    hooks = comfy.hooks.create_hook_lora(lora=dict(STYLE), strength_model=1.0, strength_clip=0.0)
+    hooked = replace(case, positive=comfy.hooks.set_hooks_for_conditioning(positive, hooks=hooks))
+    expected = hooked.stock(apart(REWARD), "euler")
+    errors["under a hook LoRA"] = error(hooked.stock(within(base, REWARD, "step", 0, 10000), "euler"), expected)
+    results["hook's effect"] = error(expected, sample(apart(REWARD)))
     results["base kept"] = bool(torch.equal(sample(base), plain))
 
     # patched weights are computed once a run where memory allows; what comes out does not depend on it
