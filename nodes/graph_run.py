@@ -234,8 +234,9 @@ def train_in_graph(
 def _run(run: Run, evaluation: Evaluation, preview_every: int) -> str:
     """All steps of a run. Cancel and failures save the checkpoint, and raise."""
     management, begin, first = comfy.model_management, time.monotonic(), run.step
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    device = evaluation.policy.device  # the model's, of several
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     bar = comfy.utils.ProgressBar(run.config.steps)
     if preview_every:
         bar.update_absolute(first, run.config.steps, _preview(evaluation, first))
@@ -252,6 +253,6 @@ def _run(run: Run, evaluation: Evaluation, preview_every: int) -> str:
         raise
     management.throw_exception_if_processing_interrupted()
     seconds = time.monotonic() - begin
-    peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
     each = f" ({seconds / (run.step - first):.2f} s each)" if run.step > first else ""
     return f"{run.step - first} steps in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"

@@ -80,7 +80,7 @@ def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path.name} also changes the text encoder: use the stock Load LoRA for it")
     marks = ("lora_up", "lora_B", ".up.weight", ".diff")
     ups = [value for key, value in tensors.items() if any(mark in key for mark in marks)]
-    if ups and not any(bool(value.any()) for value in ups):
+    if ups and not any(bool(value.any()) for value in ups):  # tensors of a file, on the CPU
         raise ValueError(f"{path.name} changes nothing: its weights are all zero")
     tuned.set_attachments(ATTACHMENT, metadata)
     return tuned, metadata

@@ -70,13 +70,12 @@ class ComfyPolicy:
         self._condition = condition
         self._encoded: dict[str, list[dict[str, Any]]] = {}
         self._conds: dict[str, dict[str, Any]] = {}
-        self._sampling = self.model.get_model_object("model_sampling")
+        self._sampling, self._levels = self.model.get_model_object("model_sampling"), dict[int, Tensor]()
         self.space: Space = "flow" if isinstance(self._sampling, comfy.model_sampling.CONST) else "ve"
         self.lora: Lora | None = None
         self._adapters: dict[str, tuple[str, Adapter]] = {}  # by the name in files: name inside the model, adapter
-        self._tuned = True
         self.adapters = frozenset({"base", "tuned"})
-        self._checkpointed = (False, True)
+        self._tuned, self._checkpointed = True, (False, True)
 
     # -- the adapter ---------------------------------------------------------------------------------------------
 
@@ -237,10 +236,14 @@ class ComfyPolicy:
 
     def sigmas(self, steps: int) -> Tensor:
         """The official `leading` grid on models with a table of levels, ComfyUI's `simple` schedule on flow models."""
-        if self.space == "ve" and isinstance(getattr(self._sampling, "sigmas", None), Tensor):
-            levels = self._sampling.sigmas.cpu()[torch.tensor(leading_timesteps(steps, len(self._sampling.sigmas)))]
-            return torch.cat([levels, levels.new_zeros(1)]).float()
-        return comfy.samplers.calculate_sigmas(self._sampling, "simple", steps).float().cpu()
+        if steps not in self._levels:  # both are read from the GPU: once, not at every training step
+            table = getattr(self._sampling, "sigmas", None)
+            if self.space == "ve" and isinstance(table, Tensor):
+                levels = torch.nn.functional.pad(table.cpu()[torch.tensor(leading_timesteps(steps, len(table)))], (0, 1))
+            else:
+                levels = comfy.samplers.calculate_sigmas(self._sampling, "simple", steps)
+            self._levels[steps] = levels.float().cpu()
+        return self._levels[steps].clone()
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
         """N(0,1) at the first level: noise·√(1+σ₀²) in variance-exploding coordinates, the noise itself in flow."""
