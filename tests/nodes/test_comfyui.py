@@ -319,6 +319,7 @@ def test_workflows_for_stable_diffusion_are_valid_once_their_files_are_there(exe
     assert executor["refused without their files"]
     assert executor["valid with their files"] == [
         "sd15-combined-lora",
+        "sd15-preview-base-tuned-combined",
         "sd15-train-imagerefl",
         "sd15-two-checkpoints",
         "sdxl-combined-lora",

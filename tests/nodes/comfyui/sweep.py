@@ -79,7 +79,7 @@ with torch.inference_mode():
     sweep.Manual = Counted
     grid, plot, text, several = swept("\n".join(["", *texts, texts[0], " "]), clip=clip, switches="0, 3")
     comfy.utils.set_progress_bar_global_hook(None)
-    results["progress"] = [hook[0], hook[-1], len(hook)]
+    results["progress"] = [hook[-1][0], sorted({total for _, total in hook})]
     results["tuned evaluations"] = Counted.evaluations
     Counted.evaluations = 0
     alone = torch.stack([swept(text, positive=encoded[text])[3].reshape(3, 3, 64, 64, 3) for text in texts], 1)
