@@ -17,7 +17,6 @@ _MODULES = {
     "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),
     "rewards": ("score images",),
-    "downloads": ("score images",),
     "scoring": ("score images",),
     "training": ("train", "load LoRAs", "score images"),
     "objectives": (),

@@ -194,12 +194,8 @@ def hub(monkeypatch):
 
     served = SimpleNamespace(content=b"first", asked=[])
 
-    def fetch(repository, path, revision, local_dir, tqdm_class=None):
+    def fetch(repository, path, revision, local_dir):
         served.asked.append((repository, path, revision))
-        if tqdm_class is not None:
-            with tqdm_class(total=4, initial=1, unit="B", name="huggingface_hub.http_get") as bar:
-                for _ in range(3):
-                    bar.update(1)
         target = local_dir / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(served.content)
@@ -221,19 +217,6 @@ def test_a_download_records_revision_and_hash_and_is_verified_after(hub, tmp_pat
     path.write_bytes(b"other")
     with pytest.raises(ValueError, match="has changed since it was downloaded"):
         download("mine", FILE, tmp_path)
-
-
-def test_a_download_reports_its_bytes_and_stops_where_the_report_raises(hub, tmp_path):
-    seen = []
-    download("mine", FILE, tmp_path, lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 4), (3, 4), (4, 4)]
-
-    def stop(done, total):
-        raise RuntimeError("stopped")
-
-    with pytest.raises(ValueError, match="cannot download sub/weights.bin of someone/model: stopped"):
-        download("other", FILE, tmp_path, stop)
-    assert not (tmp_path / "other").exists()
 
 
 def test_other_content_under_the_same_name_is_refused(hub, tmp_path):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -85,32 +84,10 @@ def verify(path: Path) -> Path:
     return path
 
 
-Progress = Callable[[int, int], object]
-"""Called with the bytes that are there and those that there will be (0: unknown); what it raises ends the download."""
-
-
-def _reporting(progress: Progress) -> type[Any]:
-    """A progress bar that draws nothing and reports instead."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-        def __init__(self, *args: Any, **keywords: Any) -> None:
-            keywords.pop("name", None)  # the hub's own bars take one
-            super().__init__(*args, **{**keywords, "disable": False, "file": StringIO()})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            drawn = super().update(n)
-            progress(int(self.n), int(self.total or 0))
-            return drawn
-
-    return Bar
-
-
-def download(reward: str, file: WeightFile, root: Path, progress: Progress | None = None) -> Path:
+def download(reward: str, file: WeightFile, root: Path) -> Path:
     """Download one file into `<root>/<reward>/` and record its revision and hash; a recorded file is verified instead.
 
-    A download that was stopped goes on where it ended. Raises ValueError if the file had another hash before: changed weights
-    under the same name are another reward.
+    Raises ValueError if the file had another hash before: changed weights under the same name are another reward.
     """
     import huggingface_hub as hub
 
@@ -120,8 +97,7 @@ def download(reward: str, file: WeightFile, root: Path, progress: Progress | Non
         return verify(target)
     try:
         commit: Any = hub.get_hf_file_metadata(hub.hf_hub_url(file.repository, file.path, revision=file.revision)).commit_hash
-        shown: dict[str, Any] = {} if progress is None else {"tqdm_class": _reporting(progress)}
-        fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=folder, **shown))
+        fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=folder))
     except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
         raise ValueError(
             f"cannot download {file.path} of {file.repository}: {(str(error).splitlines() or [type(error).__name__])[0]}"
