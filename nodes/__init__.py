@@ -17,6 +17,7 @@ _MODULES = {
     "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),
     "rewards": ("score images",),
+    "download": (),
     "scoring": ("score images",),
     "training": ("train", "load LoRAs", "score images"),
     "objectives": (),

@@ -84,6 +84,20 @@ def verify(path: Path) -> Path:
     return path
 
 
+def metadata(file: WeightFile) -> Any:
+    """What the hub says of a file: `commit_hash`, and `size` in bytes if it says."""
+    import huggingface_hub as hub
+
+    try:
+        return hub.get_hf_file_metadata(hub.hf_hub_url(file.repository, file.path, revision=file.revision))
+    except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
+        raise _cannot(file, error) from error
+
+
+def _cannot(file: WeightFile, error: Exception) -> ValueError:
+    return ValueError(f"cannot download {file.path} of {file.repository}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+
+
 def download(reward: str, file: WeightFile, root: Path) -> Path:
     """Download one file into `<root>/<reward>/` and record its revision and hash; a recorded file is verified instead.
 
@@ -95,13 +109,11 @@ def download(reward: str, file: WeightFile, root: Path) -> Path:
     target = folder / file.name
     if target.is_file() and _record(target).is_file():
         return verify(target)
+    commit: Any = metadata(file).commit_hash
     try:
-        commit: Any = hub.get_hf_file_metadata(hub.hf_hub_url(file.repository, file.path, revision=file.revision)).commit_hash
         fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=folder))
-    except Exception as error:  # the client raises errors of its own, of its HTTP library and of the system
-        raise ValueError(
-            f"cannot download {file.path} of {file.repository}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+    except Exception as error:
+        raise _cannot(file, error) from error
     if fetched != target:
         os.replace(fetched, target)
     record = {"repository": file.repository, "path": file.path, "revision": commit or file.revision, "sha256": file_hash(target)}
