@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-CONTENT = bytes(range(256)) * 16384  # 4 MiB
+CONTENT = bytes(range(256)) * 2**17  # 32 MiB; the client writes 10 MiB at a time
 asked, slow, served = [], threading.Event(), {"content": CONTENT}
 
 
@@ -71,7 +71,8 @@ node = N["ImageReFLDownloadReward"]
 
 def progress(value, total, preview, node_id=None):
     values.append((value, total))
-    if slow.is_set() and value > 0:
+    if slow.is_set() and value > 2**20:
+        results["before Cancel"] = parts()
         management.interrupt_current_processing(True)
 
 
