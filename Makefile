@@ -1,7 +1,9 @@
 # Every target sets up what it needs in .venv; the second time that takes a moment. Windows: see the pip lines in README.md.
 PYTHON ?= python3
 PY := .venv/bin/python
-COMFY := $(shell $(PYTHON) tests/helpers/hosts.py 2>/dev/null)
+COMFY := $(shell $(PYTHON) tests/helpers/hosts.py --any 2>/dev/null)
+# The newest that .venv has the packages for; says which, and which are left out
+TESTED = $$($(PY) tests/helpers/hosts.py)
 export OMP_WAIT_POLICY ?= PASSIVE
 # One worker per core of a small machine; a file stays with its worker, whose fixtures it shares
 WORKERS := -n 2 --dist loadfile
@@ -20,23 +22,22 @@ demo-images: demo
 	cp demo/overview-narrow.png docs/images/demo-narrow.png
 
 test: .venv/test $(if $(COMFY),.venv/comfy)
-	@echo "ComfyUI: $(if $(COMFY),found in $(COMFY),not found; its tests are skipped)"
-	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS)
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(TESTED)" $(PY) -m pytest $(WORKERS)
 
 # The nodes on every ComfyUI that is found; COMFYUI_LADDER=DIR:DIR names more
-test-ladder: .venv/test $(if $(COMFY),.venv/comfy)
+test-ladder: .venv/test $(if $(COMFY),.venv/ladder)
 	OMP_NUM_THREADS=1 $(PY) tests/ladder.py $(WORKERS) tests/nodes
 
 # Products, ladders and whole sizes too: about an hour on two cores
 test-all: .venv/test $(if $(COMFY),.venv/comfy)
-	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS) -m ""
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(TESTED)" $(PY) -m pytest $(WORKERS) -m ""
 	$(MAKE) verify-large
 
 check: .venv/test
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright
-	OMP_NUM_THREADS=1 COMFYUI_PATH="$(COMFY)" $(PY) -m pytest $(WORKERS)
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(TESTED)" $(PY) -m pytest $(WORKERS)
 
 benchmark: .venv/train
 	OMP_NUM_THREADS=1 $(PY) -m tools.embedded.benchmark docs/benchmarks.md
@@ -47,11 +48,11 @@ bench-gpu: .venv/test
 
 # Everything that the project wants to know of a card, in one file to paste: gpu-report.md
 gpu-report: .venv/test
-	PYTHONPATH=. HF_HUB_OFFLINE=1 COMFYUI_PATH="$(COMFY)" $(PY) tests/large/gpu_report.py $(REPORT)
+	PYTHONPATH=. HF_HUB_OFFLINE=1 COMFYUI_PATH="$(TESTED)" $(PY) tests/large/gpu_report.py $(REPORT)
 
 # True configurations of the published models on random weights; outside the suite: minutes a model, 7 GB and more
 verify-large: .venv/test $(if $(COMFY),.venv/comfy)
-	PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 COMFYUI_PATH="$(COMFY)" $(PY) tests/large/verify.py $(MODELS)
+	PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 COMFYUI_PATH="$(TESTED)" $(PY) tests/large/verify.py $(MODELS)
 
 setup: .venv/test
 
@@ -72,4 +73,8 @@ setup: .venv/test
 
 .venv/comfy: .venv/test
 	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[train,test,comfy]"
+	@touch $@
+
+.venv/ladder: .venv/comfy
+	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[train,test,comfy,comfy-new]"
 	@touch $@

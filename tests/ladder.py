@@ -1,4 +1,4 @@
-"""The tests of the nodes on every ComfyUI that is found, oldest first.
+"""The tests of the nodes on every ComfyUI that is found and can start, oldest first.
 
 Usage: ladder.py [ARGUMENT OF PYTEST ...]. Prints a line for each; exits with 1 if one fails. Where to look: helpers/hosts.py.
 """
@@ -12,7 +12,7 @@ import tempfile
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from helpers.hosts import ROOT, hosts, version
+from helpers.hosts import ROOT, hosts, left_out, version
 
 
 def run(place, arguments, report):
@@ -35,7 +35,7 @@ def main(arguments):
             code, passed, failed, skipped = run(place, arguments, Path(folder, f"{i}.xml"))
             lines.append(f"ComfyUI {version(place)}: {passed} passed, {failed} failed, {skipped} skipped")
             bad = bad or code != 0
-    print("\n".join(lines or ["skipped: no ComfyUI (name checkouts in COMFYUI_LADDER)"]))
+    print("\n".join([*left_out(), *(lines or ["skipped: no ComfyUI (name checkouts in COMFYUI_LADDER)"])]))
     return int(bad)
 
 

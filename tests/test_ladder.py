@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import ladder
@@ -15,12 +16,14 @@ def place(tmp_path, monkeypatch):
     """A function that makes a ComfyUI of a version; none is elsewhere on this machine."""
     monkeypatch.setattr(hosts, "ROOT", tmp_path / "none" / "custom_nodes" / "pack")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    for name in ("COMFYUI_PATH", "COMFYUI_LADDER"):
+        monkeypatch.delenv(name, raising=False)
 
-    def made(name, version):
+    def made(name, version, requirements=""):
         folder = tmp_path / name
         (folder / "comfy").mkdir(parents=True)
         (folder / "comfy" / "sd.py").touch()
+        (folder / "requirements.txt").write_text(requirements)
         (folder / "comfyui_version.py").write_text(f'# generated\n__version__ = "{version}"\n')
         return folder
 
@@ -52,7 +55,16 @@ def test_the_ladder_prints_a_line_for_each_and_fails_if_one_fails(place, monkeyp
     assert ladder.main([str(tmp_path / "test_it.py"), "-p", "no:cacheprovider"]) == 0
 
 
-def test_without_a_comfyui_the_ladder_says_so(place, monkeypatch, capfd):
-    monkeypatch.delenv("COMFYUI_LADDER", raising=False)
+def test_a_comfyui_whose_packages_are_not_installed_is_left_out_with_a_line(place, capfd):
+    optional = "torch>=1\ntorchaudio\n\n#non essential dependencies:\nno-such-package\n"
+    old, new = place("home/comfy/ComfyUI", "0.3.64", optional), place("home/comfy33/ComfyUI", "0.33.0", "pytest\nno-such-package==1.2\n")
+    assert hosts.found() == [old, new] and hosts.hosts() == [old] and hosts.chosen() == old
+    shutil.rmtree(old)
+    assert ladder.main([]) == 0
+    line = f"ComfyUI 0.33.0: left out, {new} needs no-such-package"
+    assert capfd.readouterr().out.splitlines() == [line, "skipped: no ComfyUI (name checkouts in COMFYUI_LADDER)"]
+
+
+def test_without_a_comfyui_the_ladder_says_so(place, capfd):
     assert ladder.main([]) == 0 and hosts.chosen() is None
     assert "skipped: no ComfyUI" in capfd.readouterr().out

@@ -60,7 +60,8 @@ def refusals(nodes):
     return said
 
 
-results = {"as it is": load()[1], "each symbol": {}}
+whole, logged = load()
+results = {"as it is": logged, "each symbol": {}}
 for feature, entries in host._NEEDED.items():
     for entry in entries:
         name = entry.split()[0]
@@ -68,9 +69,9 @@ for feature, entries in host._NEEDED.items():
 results["all there"] = [host.problem(feature) for feature in host._NEEDED]
 
 nodes, logged = without("comfy.samplers:encode_model_conds", load)
-results["no training"] = {"logged": logged, "refused": refusals(nodes), "nodes": len(nodes)}
+results["no training"] = {"logged": logged, "refused": refusals(nodes), "absent": sorted(whole.keys() ^ nodes.keys())}
 nodes, logged = without("comfy.lora:calculate_weight", load)
-results["no switch"] = {"logged": logged, "refused": refusals(nodes), "nodes": len(nodes)}
+results["no switch"] = {"logged": logged, "refused": refusals(nodes), "absent": sorted(whole.keys() ^ nodes.keys())}
 
 given = embedded.ours("nodes.demo").comfy.sd.CLIP.__init__
 embedded.ours("nodes.demo").comfy.sd.CLIP.__init__ = lambda self, target: None
