@@ -67,7 +67,10 @@ async def shrink(page):
             for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) {
                 if (widget.name in small && node.type !== 'SaveImage') widget.value = small[widget.name]
                 if (widget.name === 'steps' && node.type in steps) widget.value = steps[node.type]
-                if (node.type === 'ImageReFLLoadReward') widget.value = 'demo-proxy'  // the one whose weights are here
+                if (node.type === 'ImageReFLLoadReward') {  // the one whose weights are here
+                    widget.value = 'demo-proxy'
+                    node.inputs?.forEach((input, slot) => { if (input.link != null) node.disconnectInput(slot) })
+                }
                 if (widget.name === 'mode') { widget.value = 'fraction' }
                 if (widget.name === 'switch_at') widget.value = 0.5
                 if (widget.name === 'batch' || widget.name === 'preview_every') widget.value = 1
