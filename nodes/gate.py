@@ -35,7 +35,7 @@ class Gate:
         keys = dict.fromkeys(key for patches in adapters for key in patches)
         self.weights = {key: GatedWeight(key, [list(patches.get(key, ())) for patches in adapters]) for key in keys}
         self.kept: dict[torch.device, Kept] | None = None  # outside of a sampling run nothing is kept
-        self._layers: WeakKeyDictionary[Any, tuple[Any, list[Any]]] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[Any, tuple[tuple[Any, ...], list[Any]]] = WeakKeyDictionary()
         _decide_how(model, self.weights)
 
     @contextmanager
@@ -77,10 +77,13 @@ class Gate:
 
     def layers(self, network: Any) -> list[Any]:
         """The layer of each weight; finding them by name takes milliseconds, so once per network."""
-        body, layers = self._layers.get(network, (None, []))
-        if body is not network.diffusion_model:
+        # an object patch may have put another layer into the place of one
+        patched = getattr(getattr(network, "current_patcher", None), "object_patches", {})
+        parts = (network.diffusion_model, *patched.values())
+        known, layers = self._layers.get(network, ((), []))
+        if len(known) != len(parts) or any(a is not b for a, b in zip(known, parts)):
             layers = [comfy.utils.get_attr(network, weight.path) for weight in self.weights.values()]
-            self._layers[network] = (network.diffusion_model, layers)
+            self._layers[network] = (parts, layers)
         return layers
 
 
@@ -191,7 +194,7 @@ _gates: WeakValueDictionary[tuple[Any, ...], Gate] = WeakValueDictionary()  # th
 
 def gated(model: Any, adapters: Sequence[Patches]) -> tuple[Any, Gate]:
     """A clone of `model` and the gate of the adapters over it. The same patches over the same model share a gate."""
-    made_of = tuple((i, key, *((p[0], id(p[1])) for p in listed)) for i, found in enumerate(adapters) for key, listed in found.items())
+    made_of = tuple((i, key, *map(_name, listed)) for i, found in enumerate(adapters) for key, listed in found.items())
     gate = _gates.get((model.patches_uuid, made_of))
     if gate is None:  # which holds the patches, so that no others take their ids
         gate = _gates[model.patches_uuid, made_of] = Gate(model, adapters)
@@ -200,6 +203,12 @@ def gated(model: Any, adapters: Sequence[Patches]) -> tuple[Any, Gate]:
         made.add_weight_wrapper(key, Attached(gate, key))
     made.patches_uuid = gate.uuid
     return made, gate
+
+
+def _name(patch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What tells a patch from others while it lives: strength, adapter, strength of the weight itself, offset, function."""
+    strength, adapter, strength_model, offset, function = (*patch, None, None)[:5]
+    return strength, id(adapter), strength_model, offset, id(function)
 
 
 def without_gate(model: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class TrainedLora(dict[str, Tensor]):
         self.header = {"imagerefl": json.dumps(metadata, sort_keys=True)}
 
 
+_MODULE = re.compile(r"(.+?)\.(lora_|hada_|lokr_|oft_|boft_|[ab][12]\.|dora_scale)")  # the module that a tensor of an adapter is for
 _RUN = "run: "  # before the name of a training run
 
 
@@ -71,7 +73,7 @@ def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
     tuned = model.clone()
     applied = tuned.add_patches(patches, strength)
-    modules = {key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
+    modules = {found.group(1) for key in tensors if (found := _MODULE.match(key))}
     modules |= {key for key in tensors if is_delta([key])}  # a weight and its bias are patches of their own
     text = {m for m in modules if m.startswith(("lora_te", "text_encoder"))}
     if len(applied) < len(modules) - len(text) or not applied:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from . import lora
 from .residency import split
-from .schedule import Rule, Scheduled, When, bare, both, schedule_of, scheduled, until
+from .schedule import Between, Rule, Scheduled, When, bare, schedule_of, scheduled
 from .sockets import CATEGORY, schema
 from .switch import SWITCHED, rule
 
@@ -27,7 +27,7 @@ def when(tuned: Any, mode: str, start: float, end: float) -> When:
         raise ValueError(f"fractions {start:g} to {end:g}: give shares of the steps, from 0 to 1")
     first = Rule(mode, start)
     last = end >= LAST if mode == "step" else end == 1.0 if mode == "fraction" else end == 0.0
-    return first if last else both(first, until(Rule(mode, end)))
+    return Between(first, None if last else Rule(mode, end))
 
 
 class RangedLora(io.ComfyNode):

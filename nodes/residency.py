@@ -32,6 +32,10 @@ def split(base: Any, tuned: Any, strength: float = 1.0, *, may_be_equal: bool = 
         for found, listed in ((both, ours[:same]), (early, ours[same:]), (late, theirs[same:])):
             if listed:
                 found[key] = list(listed)
+    if strength != 1.0 and any(patch[2] != 1.0 for listed in late.values() for patch in listed):
+        raise ValueError(
+            f"strength {strength:g}: the tuned model is a merge of models, not a LoRA; only 1 is possible, merge at another ratio"
+        )
     late = {key: [(patch[0] * strength, *patch[1:]) for patch in listed] for key, listed in late.items()}
     if not may_be_equal:
         require_effect(early, late)

@@ -36,6 +36,8 @@ class Rule:
     def sigma(self, sigmas: torch.Tensor) -> float:
         """The largest σ evaluated after that point, for levels (T+1,); infinity is from the start, −1 never."""
         steps = len(sigmas) - 1
+        if steps > 0 and float(sigmas[0]) < float(sigmas[-1]):
+            raise ValueError("noise levels rise in this run (flipped sigmas): a switch or a LoRA in a range needs levels that fall")
         if self.mode == "sigma":
             return self.at * _MARGIN
         k = {"step": round(self.at), "fraction": round(self.at * steps), "last steps": steps - round(self.at)}[self.mode]
@@ -53,6 +55,31 @@ class Rule:
         if self._last.get("sigmas") is not sigmas:  # reading a level waits for the GPU: once per run
             self._last.update(sigmas=sigmas, sigma=self.sigma(sigmas))
         return level <= self._last["sigma"]
+
+
+@dataclass(frozen=True)
+class Between:
+    """From one point of the sampling run up to another, or to its end. A share or a number of steps must have a step in it."""
+
+    first: Rule
+    end: Rule | None = None
+    _last: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __call__(self, level: float, options: dict[str, Any]) -> bool:
+        """Whether an evaluation at σ = level lies between."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is not None and self._last.get("sigmas") is not sigmas:
+            self._check(sigmas)
+            self._last["sigmas"] = sigmas
+        return self.first(level, options) and not (self.end is not None and self.end(level, options))
+
+    def _check(self, sigmas: torch.Tensor) -> None:
+        if self.first.mode == "sigma":  # one pass of several may lie outside
+            return
+        high, low = self.first.sigma(sigmas), -1.0 if self.end is None else self.end.sigma(sigmas)
+        if not any(low < sigma <= high for sigma in sigmas[:-1].tolist()):
+            end = "the end" if self.end is None else f"{self.end.at:g}"
+            raise ValueError(f"no step of the {len(sigmas) - 1} lies from {self.first.mode} {self.first.at:g} to {end}: give a wider range")
 
 
 def both(a: When, b: When) -> When:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import file_hash
+from ..runtime.files import file_hash, write_text
 
 # File names that many repositories use: only looked for in a folder of the reward's name.
 _GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}
@@ -71,11 +71,19 @@ def _record(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def _recorded(record: Path) -> str:
+    """The hash in a record; a kill or a full disk may have cut it off."""
+    try:
+        return str(json.loads(record.read_text("utf-8"))["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged: delete it and download again") from error
+
+
 def verify(path: Path) -> Path:
     """Return the path if its hash is the one recorded by `download`; a file without a record is the user's own and passes."""
     record = _record(path)
     if record.is_file():
-        expected = json.loads(record.read_text("utf-8"))["sha256"]
+        expected = _recorded(record)
         found = file_hash(path)
         if found != expected:
             raise ValueError(
@@ -118,9 +126,9 @@ def download(reward: str, file: WeightFile, root: Path) -> Path:
         os.replace(fetched, target)
     record = {"repository": file.repository, "path": file.path, "revision": commit or file.revision, "sha256": file_hash(target)}
     if _record(target).is_file():
-        recorded = json.loads(_record(target).read_text("utf-8"))["sha256"]
+        recorded = _recorded(_record(target))
         if recorded != record["sha256"]:
             target.unlink()
             raise ValueError(f"{file.repository} now has another {file.path} (sha256 {record['sha256'][:12]}…, recorded {recorded[:12]}…)")
-    _record(target).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    write_text(json.dumps(record, indent=1) + "\n", _record(target))
     return target

@@ -5,6 +5,7 @@ with a merged LoRA for each part is the truth.
 """
 
 import contextlib
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import embedded  # first: it puts ComfyUI on the path
 import comfy.hooks
 import comfy.lora
 import comfy.model_management
+import comfy_extras.nodes_model_merging
 import nodes as stock
 import torch
 from compare import Case, error, switch
@@ -60,6 +62,15 @@ def within(model, tensors, mode, start, end, strength=1.0):
     return ranged.ranged(model, own, tuned, ranged.when(tuned, mode, start, end))
 
 
+def flipped(model):
+    """Unsampling: the levels of the stock sampler, from low to high."""
+    levels = comfy.samplers.KSampler(model, case.steps, torch.device("cpu"), "euler", "normal", 1.0, {}).sigmas.flip(0)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    start = torch.zeros(case.shape)
+    return guider.sample(start, start, comfy.samplers.sampler_object("euler"), levels, disable_pbar=True, seed=3)
+
+
 results = {"errors": {}, "computed": {}, "refused": {}}
 sample, errors = partial(case.stock, sampler="euler"), results["errors"]
 with torch.inference_mode():
@@ -94,6 +105,13 @@ with torch.inference_mode():
     errors["a range over a switch"] = error(
         sample(within(make(base, tuned), STYLE, "step", 3, 10000)), chain((0, []), (3, [STYLE]), (5, [STYLE, REWARD]))
     )
+    # an object patch puts another layer in the place of one, after the gate has found its layers
+    replaced = within(base, REWARD, "step", 0, 10000)
+    whole = sample(replaced)
+    layer = next(name for name in replaced.weight_wrapper_patches if name.endswith("to_q.weight")).removesuffix(".weight")
+    replaced = replaced.clone()
+    replaced.add_object_patch(layer, copy.deepcopy(comfy.utils.get_attr(base.model, layer)))
+    errors["over a replaced layer"] = error(sample(replaced), whole)
     # a hook changes the stored weights from one conditioning to the next
     hooks = comfy.hooks.create_hook_lora(lora=dict(STYLE), strength_model=1.0, strength_clip=0.0)
     hooked = replace(case, positive=comfy.hooks.set_hooks_for_conditioning(positive, hooks=hooks))
@@ -148,6 +166,7 @@ with torch.inference_mode():
         hook.remove()
         results[f"after {kind.__name__}"] = [seen, gate.kept is None, bool(torch.equal(sample(base), plain))]
 
+    merged = comfy_extras.nodes_model_merging.ModelMergeSimple().merge(base, embedded.build(pipeline_folder), 0.5)[0]
     other, zero = embedded.build(pipeline_folder), {k: torch.zeros_like(v) for k, v in REWARD.items()}
     pair = switch.switched(base, other, switch.Rule("step", 4))
     results["refused"] = {
@@ -159,6 +178,10 @@ with torch.inference_mode():
         "zero": refused(lambda: within(base, zero, "step", 0, 2)),
         "two checkpoints": refused(lambda: within(pair, REWARD, "step", 0, 2)),
         "below two checkpoints": refused(lambda: switch.switched(within(base, REWARD, "step", 0, 2), other, switch.Rule("step", 4))),
+        "no step in a share": refused(lambda: sample(within(base, REWARD, "fraction", 0.5, 0.51))),
+        "no step before the end": refused(lambda: sample(within(base, REWARD, "step", 8, 10000))),
+        "rising noise levels": refused(lambda: flipped(within(base, REWARD, "step", 0, 2))),
+        "merge at half strength": refused(lambda: switch.switched(base, merged, switch.Rule("step", 4), 0.5)),
         "same below both": refused(lambda: make(two, two)),
     }
 print(json.dumps(results))
