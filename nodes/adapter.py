@@ -16,6 +16,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+# Blocks whose activations are recomputed, by the names of ComfyUI's classes
+DENOISER_BLOCKS = {
+    *("ResBlock", "BasicTransformerBlock"),  # UNets, and the UNets of Stable Cascade
+    *("JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),  # SD3; FLUX, Chroma, Krea 2
+    *("JointTransformerBlock", "OmniGen2TransformerBlock", "QwenImageTransformerBlock"),  # Lumina 2 and Z-Image, OmniGen 2, Qwen-Image
+    *("HiDreamImageBlock", "MMDiTBlock", "DiTBlock", "PixArtMSBlock", "HunYuanDiTBlock"),  # HiDream, AuraFlow, PixArt, HunyuanDiT
+    *("ErnieImageSharedAdaLNBlock", "Ideogram4TransformerBlock", "LensTransformerBlock", "BooguDoubleStreamBlock"),
+    *("JoyImageTransformerBlock", "MMDiTBlockT2I", "PiTBlock"),  # JoyImage, PixelDiT
+}
+DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
+
 
 def lora_targets(model: Any) -> dict[str, tuple[str, set[str]]]:
     """Modules of `diffusion_model` by their name there: the name that a LoRA file uses, and all names to choose them by.

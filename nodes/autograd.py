@@ -9,7 +9,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
-from torch import nn
+from torch import Tensor, nn
 
 from .schedule import KEY
 
@@ -78,3 +78,10 @@ def make_trainable_through(module: nn.Module) -> None:
         for name, buffer in list(part._buffers.items()):
             if buffer is not None and buffer.is_inference():
                 part._buffers[name] = buffer.clone()
+
+
+def ordinary(value: Any) -> Any:
+    """A copy, made outside inference mode, of a tensor or of those in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [ordinary(item) for item in value]
+    return value.clone() if isinstance(value, Tensor) else value

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from ..trainer.data.samples import Samples, encode_images
 from ..trainer.generate import Generation
 from ..trainer.guidance import Switch
 from ..trainer.lora.file import lora_tensors
+from ..trainer.memory.offload import offloads
 from ..trainer.policy import Lora
-from ..trainer.training.config import TrainConfig
+from ..trainer.training.config import TrainConfig, Watch
 from ..trainer.training.console import steps_until
 from ..trainer.training.evaluation import Evaluation
 from ..trainer.training.loop import NonFinite
@@ -33,11 +35,16 @@ from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
 from .lists import prompt_per_image
 from .lora import TrainedLora, runs_folder
+from .memory import GraphPlanner, kept_settings, offloaded, recomputing, settings_that_fit
 from .policy import ComfyPolicy
-from .rewards import hashes
+from .rewards import hashes, in_dtype
 from .sockets import figure, image, pixels
 from .switch import ATTACHMENT
 
+Rewards = tuple[Any, Any, Any]
+"""What is trained on, features, and the held-out one; the last two may be None."""
+Preview = tuple[int, float]
+"""Steps between previews, and their guidance scale."""
 NEW, LAST = "a new run", "the last run of this name"
 
 
@@ -164,9 +171,47 @@ def _logged(folder: Path) -> tuple[list[float], list[float]]:
 
 
 def _config(folder: Path, objective: tuple[str, Any], reward: Any, lora: Lora, settings: dict[str, Any]) -> TrainConfig:
-    """The config that a headless run of this graph would have."""
+    """The config that a headless run of this graph would have, as far as no memory mode changes it."""
+    settings = {"offload_encoders": False, "gradient_checkpointing_vae": True, **settings}
     table = {"name": objective[0], **plain(objective[1])}
     return build(TrainConfig, {**settings, "out": str(folder), "objective": table, "reward": reward.name, "lora": plain(lora)})
+
+
+def _fitted_config(
+    memory: str, config: TrainConfig, policy: ComfyPolicy, rewards: Rewards, texts: list[str], preview: Preview, resumed: bool
+) -> tuple[TrainConfig, str]:
+    """The config with the memory settings of a mode, or of the run that is resumed, and what the report says of them."""
+    if resumed:
+        return kept_settings(memory, config, policy)
+    every, guidance_scale = preview
+    watch = Watch(every, count=min(4, len(dict.fromkeys(texts))), images=2, guidance_scale=guidance_scale)
+    return settings_that_fit(memory, config, policy, lambda: GraphPlanner(policy, rewards, len({*texts, ""}), watch))
+
+
+def _trained(
+    policy: ComfyPolicy, config: TrainConfig, samples: Samples, rewards: Rewards, texts: list[str], preview: Preview, resumed: bool
+) -> tuple[TrainedLora, dict[str, Any], Evaluation, str]:
+    """Train from the start or from the checkpoint: the LoRA, its metadata, the previews and the report."""
+    reward, features, heldout = rewards
+    made_of = {"reward": hashes(reward), **({"features": hashes(features)} if features is not None else {})}
+    reward = in_dtype(reward, getattr(torch, config.reward_dtype))
+    judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
+    evaluation = _evaluation(policy, config.method, texts, judges, preview[1])
+    present = (reward, features, None if offloads(config) else heldout)
+    patchers = [p for judge in present if judge is not None for p in judge.patchers]
+    policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=True)  # `loaded` heeds it
+    policy.slicing = config.vae_slicing
+    with ExitStack() as stack:
+        stack.enter_context(policy.loaded(patchers, config.batch_size))
+        stack.enter_context(recomputing(reward, config.gradient_checkpointing_reward))
+        evaluation.on_device = stack.enter_context(offloaded(config, (reward, features), heldout, evaluation.prompts, texts))
+        parts = Parts(policy, samples, reward, None if features is None else features.reward, weights=made_of)
+        run = Run.start(config, parts, resume=resumed)
+        if run.step >= config.steps:
+            raise ValueError(f"{run.folder.name} is at step {run.step} already: raise steps to go on")
+        report = _run(run, evaluation, preview[0])
+        metadata = run.metadata()
+        return TrainedLora(lora_tensors(policy, run.ema.values if run.ema else None), metadata), metadata, evaluation, report
 
 
 def train_in_graph(
@@ -191,6 +236,7 @@ def train_in_graph(
     heldout: Any = None,
     gradient_vae: Any = None,
     features: Any = None,
+    memory: str = "fast",
 ) -> io.NodeOutput:
     """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
     texts = [line.strip() for line in prompts.splitlines() if line.strip()]
@@ -200,35 +246,25 @@ def train_in_graph(
         settings = {**settings, "seed": json.loads((folder / "config.json").read_text("utf-8"))["seed"]}
     # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
     same = {"model": f"graph: {_fingerprint(model, texts)}", "images": "" if images is None else f"graph: {_fingerprint(None, images)}"}
-    config = _config(folder, objective, reward, lora, {**settings, **same})
+    config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})
     with torch.inference_mode(False), torch.enable_grad():
         real = None if images is None else _fitted(pixels(images).clone(), image_size)
         size = (height, width) if real is None else (int(real.shape[2]), int(real.shape[3]))
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, size), gradient_vae)
         policy.add_lora(config.lora, config.seed)
-        made_of = {"reward": hashes(reward), **({"features": hashes(features)} if features is not None else {})}
-        judges = {"reward": reward, **({"held-out": heldout} if heldout is not None else {})}
-        patchers = [p for judge in (*judges.values(), *([features] if features is not None else [])) for p in judge.patchers]
         if clip is not None:
             comfy.model_management.load_models_gpu([clip.patcher])
             for prompt in dict.fromkeys([*texts, ""]):
                 policy.prepare(prompt)
-        policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=True)  # `loaded` heeds it
+        preview, rewards = (preview_every, preview_cfg), (reward, features, heldout)
+        config, fitted = _fitted_config(memory, config, policy, rewards, texts, preview, resume != NEW)
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory
-        with policy.loaded(patchers, config.batch_size):
-            parts = Parts(policy, samples, reward, None if features is None else features.reward, weights=made_of)
-            run = Run.start(config, parts, resume=resume != NEW)
-            if run.step >= config.steps:
-                raise ValueError(f"{folder.name} is at step {run.step} already: raise steps to go on")
-            evaluation = _evaluation(policy, objective[1], texts, judges, preview_cfg)
-            report = _run(run, evaluation, preview_every)
-            losses, rewards = _logged(run.folder)
-            metadata = run.metadata()
-            weights = TrainedLora(lora_tensors(policy, run.ema.values if run.ema else None), metadata)
+        weights, metadata, evaluation, report = _trained(policy, config, samples, rewards, texts, preview, resume != NEW)
+    losses, scores = _logged(folder)
     tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
     tuned.set_attachments(ATTACHMENT, metadata)
     shown = evaluation.images if evaluation.images is not None else torch.zeros(1, 3, 8, 8)
-    return io.NodeOutput(tuned, weights, {"loss": losses}, _curves(rewards, evaluation), image(shown), report)
+    return io.NodeOutput(tuned, weights, {"loss": losses}, _curves(scores, evaluation), image(shown), report + fitted)
 
 
 def _run(run: Run, evaluation: Evaluation, preview_every: int) -> str:

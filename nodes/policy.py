@@ -18,26 +18,17 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..trainer.denoiser import Denoiser
 from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
-from .adapter import Adapter, OutOfPlace, lora_targets, recomputed, replaced_forward
-from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
+from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, lora_targets, recomputed, replaced_forward
+from .autograd import differentiable_kernels, make_trainable_through, ordinary, refuse_switch, require_whole, resident, resident_vae
 
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
-
-# Blocks whose activations are recomputed, by the names of ComfyUI's classes
-_DENOISER_BLOCKS = {
-    *("ResBlock", "BasicTransformerBlock"),  # UNets, and the UNets of Stable Cascade
-    *("JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),  # SD3; FLUX, Chroma, Krea 2
-    *("JointTransformerBlock", "OmniGen2TransformerBlock", "QwenImageTransformerBlock"),  # Lumina 2 and Z-Image, OmniGen 2, Qwen-Image
-    *("HiDreamImageBlock", "MMDiTBlock", "DiTBlock", "PixArtMSBlock", "HunYuanDiTBlock"),  # HiDream, AuraFlow, PixArt, HunyuanDiT
-    *("ErnieImageSharedAdaLNBlock", "Ideogram4TransformerBlock", "LensTransformerBlock", "BooguDoubleStreamBlock"),
-    *("JoyImageTransformerBlock", "MMDiTBlockT2I", "PiTBlock"),  # JoyImage, PixelDiT
-}
-_DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
+_PIXELS_AT_ONCE = 2**20  # decoded without gradient: four images of 512², or one of 1024²
 
 
 class ComfyPolicy:
@@ -76,6 +67,7 @@ class ComfyPolicy:
         self._adapters: dict[str, tuple[str, Adapter]] = {}  # by the name in files: name inside the model, adapter
         self.adapters = frozenset({"base", "tuned"})
         self._tuned, self._checkpointed = True, (False, True)
+        self.slicing = False  # whether images are decoded one at a time, and only their latents kept for the backward pass
 
     # -- the adapter ---------------------------------------------------------------------------------------------
 
@@ -143,21 +135,28 @@ class ComfyPolicy:
             stack.enter_context(differentiable_kernels())
             self.model.pre_run()
             stack.callback(self.model.cleanup)
-            network = self.model.model.diffusion_model
-            modules = dict(network.named_modules())
-            for inside, adapter in self._adapters.values():
-                stack.enter_context(
-                    replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
-                )
-            if self._checkpointed[0] and not stack.enter_context(recomputed(network, _DENOISER_BLOCKS, self._with_present_adapter)):
-                raise ValueError(f"no block of {type(network).__name__} can be recomputed: switch gradient_checkpointing off")
-            stack.enter_context(recomputed(self.gradient_vae.first_stage_model, _DECODER_BLOCKS))
+            stack.enter_context(self.attached())
             try:
                 yield
             finally:
                 for parameter in self.parameters():
                     parameter.grad = None
                 management.soft_empty_cache()
+
+    @contextmanager
+    def attached(self) -> Generator[None]:
+        """Inside, the denoiser's modules have their adapters, and blocks are recomputed as `gradient_checkpointing` says."""
+        network = self.model.model.diffusion_model
+        modules = dict(network.named_modules())
+        with ExitStack() as stack:
+            for inside, adapter in self._adapters.values():
+                stack.enter_context(
+                    replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
+                )
+            if self._checkpointed[0] and not stack.enter_context(recomputed(network, DENOISER_BLOCKS, self._with_present_adapter)):
+                raise ValueError(f"no block of {type(network).__name__} can be recomputed: switch gradient_checkpointing off")
+            stack.enter_context(recomputed(self.gradient_vae.first_stage_model, DECODER_BLOCKS))
+            yield
 
     def _bypass(self, inner: Callable[..., Tensor], module: nn.Module, adapter: Adapter) -> Callable[..., Tensor]:
         assert self.lora is not None
@@ -212,7 +211,7 @@ class ComfyPolicy:
     def prepare(self, prompt: str) -> list[dict[str, Any]]:
         """A prompt's conditioning, encoded once; call it for all prompts while the text encoder is loaded."""
         if prompt not in self._encoded:
-            copied = [[_copied(cond), {k: _copied(v) for k, v in extra.items()}] for cond, extra in self._condition(prompt)]
+            copied = [[ordinary(cond), {k: ordinary(v) for k, v in extra.items()}] for cond, extra in self._condition(prompt)]
             self._encoded[prompt] = comfy.sampler_helpers.convert_cond(copied)
         return list(self._encoded[prompt])
 
@@ -262,7 +261,14 @@ class ComfyPolicy:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
-        vae = self.gradient_vae if torch.is_grad_enabled() else self.vae
+        if torch.is_grad_enabled():
+            if not self.slicing:
+                return self._decode(self.gradient_vae, latents)
+            return torch.cat([checkpoint(self._decode, self.gradient_vae, one, use_reentrant=False) for one in latents.split(1)])
+        pixels = latents.shape[-2] * latents.shape[-1] * 64  # of the usual eight pixels per latent and side
+        return torch.cat([self._decode(self.vae, part) for part in latents.split(max(1, _PIXELS_AT_ONCE // pixels))])
+
+    def _decode(self, vae: Any, latents: Tensor) -> Tensor:
         unscaled = self.model.model.process_latent_out(latents)
         pixels = vae.first_stage_model.decode(unscaled.to(vae.vae_dtype).to(vae.device))
         return (pixels.float().to(self.device) / 2 + 0.5).clamp(0, 1)
@@ -292,9 +298,3 @@ class ComfyDenoiser:
     def rows(self, index: Tensor) -> ComfyDenoiser:
         """The denoiser of the prompts `index` (B',)."""
         return replace(self, prompts=tuple(self.prompts[i] for i in index.tolist()))
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,16 +144,25 @@ class Combined:
             comfy.model_management.load_models_gpu(list(self.patchers), force_full_load=True)
 
 
-def load(name: str) -> Loaded:
+def load(name: str, dtype: torch.dtype = torch.float32) -> Loaded:
     """A reward by the name that `names` lists."""
     with torch.inference_mode(False):  # its weights must be able to carry gradients to the pixels later
         folder = next((root / name for root in roots() if (root / name / "merges.txt.gz").is_file()), None)
-        spec = load_spec(str(folder or name), folders=WeightFolders(roots()))
+        spec = load_spec(str(folder or name), dtype=dtype, folders=WeightFolders(roots()))
     management = comfy.model_management
     devices = management.get_torch_device(), management.unet_offload_device()
     has_weights = any(True for _ in spec.reward.parameters())
     patchers = (comfy.model_patcher.ModelPatcher(spec.reward, *devices),) if has_weights else ()
     return Loaded(name, spec.reward, spec.mean, spec.std, patchers, str(folder or name))
+
+
+def in_dtype(reward: Any, dtype: torch.dtype) -> Any:
+    """The REWARD_MODEL with weights in another dtype, loaded anew; what is not this pack's, or has no weights, is as it was."""
+    if dtype == torch.float32:
+        return reward
+    if isinstance(reward, Combined):
+        return replace(reward, parts=tuple((in_dtype(part, dtype), weight) for part, weight in reward.parts))
+    return load(reward.name, dtype) if isinstance(reward, Loaded) and reward.source and reward.patchers else reward
 
 
 def hashes(reward: Any) -> dict[str, str]:

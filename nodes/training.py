@@ -12,6 +12,7 @@ from ..trainer.objectives import OBJECTIVES, ImageReFL
 from ..trainer.policy import ATTENTION, Lora
 from ..trainer.training.config import TrainConfig
 from .graph_run import LAST, NEW, resumable, train_in_graph
+from .memory import MODES
 from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, schema, show_text, widget_name, widgets
 
 _OURS = (
@@ -29,7 +30,7 @@ _OURS = (
 """The settings of a run that are widgets; the others are sockets here, or of no use in a graph."""
 
 
-_SHOWN = {"prompts", "switch_at", "steps", "batch", "lr", "rank", "name", "resume"}
+_SHOWN = {"prompts", "switch_at", "steps", "batch", "lr", "rank", "name", "resume", "memory"}
 
 
 def _run_inputs() -> list[Any]:
@@ -78,6 +79,15 @@ _FEATURES = Reward.Input(
     optional=True,
     tooltip="For the black-box objective alone: a two-tower reward whose features its surrogate reads. The reward then needs no gradient.",
 )
+_MEMORY = io.Combo.Input(
+    "memory",
+    options=MODES,
+    default="fast",
+    optional=True,
+    tooltip="fast: settings as given. balanced: the peak is predicted before the first step, and settings are switched on until it fits "
+    "the device: images decoded one by one, activations recomputed, rewards offloaded, the reward in bfloat16 (which rounds it), batches "
+    "in parts. small: all of these.",
+)
 _OUTPUTS = [
     io.Model.Output("tuned", display_name="MODEL", tooltip="The tuned model: connect it as the tuned part of a Combined KSampler."),
     LoraWeights.Output("lora", display_name="LORA_MODEL", tooltip="For Save Reward LoRA, and the stock Load LoRA Model."),
@@ -117,7 +127,14 @@ class AlignLoraTrain(io.ComfyNode):
             is_experimental=True,
             shown=_SHOWN,
             is_output_node=True,
-            inputs=[*_SOCKETS, Objective.Input("objective", tooltip="From an Objective node."), *_run_inputs(), *_OPTIONAL, _FEATURES],
+            inputs=[
+                *_SOCKETS,
+                Objective.Input("objective", tooltip="From an Objective node."),
+                *_run_inputs(),
+                *_OPTIONAL,
+                _FEATURES,
+                _MEMORY,
+            ],
             outputs=_OUTPUTS,
         )
 
@@ -164,6 +181,7 @@ class ImageReFLTrain(io.ComfyNode):
                 *chosen,
                 *_run_inputs(),
                 *_OPTIONAL,
+                _MEMORY,
             ],
             outputs=_OUTPUTS,
         )

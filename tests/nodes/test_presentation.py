@@ -18,7 +18,7 @@ def told(request, tmp_path_factory):
 @comfyui
 def test_every_node_is_found_by_other_words_and_large_ones_fold_what_few_people_set(told):
     assert told["without aliases"] == []
-    most = ["batch", "lr", "name", "rank", "resume", "steps"]
+    most = ["batch", "lr", "memory", "name", "rank", "resume", "steps"]
     assert sorted(told["shown"]["ImageReFLAlignTrain"]) == most
     assert sorted(told["shown"]["ImageReFLTrain"]) == sorted([*most, "switch_at"])
 

@@ -141,7 +141,7 @@ class _DryRun:
         return {
             "denoiser weights": tensors(policy.network),
             "adapter": list(policy.parameters()),
-            "original weights": list(policy.adapters.original.values()),
+            "original weights": list(getattr(policy.adapters, "original", {}).values()),  # a graph's policy has no such weights
             "VAE weights": _without(tensors(policy.vae), encoder),
             "VAE encoder weights": encoder,
             "text encoder weights": tensors(*policy.prompts.encoders),

@@ -45,8 +45,12 @@ class Planner:
         key = json.dumps({name: plain(getattr(config, name)) for name in relevant}, sort_keys=True)
         if key not in self._models:
             with dry_run(self.tracker):
-                self._models[key] = meta_models(config)
+                self._models[key] = self.make_models(config)
         return self._models[key]
+
+    def make_models(self, config: TrainConfig) -> MetaModels:
+        """The models of a config, on the meta device."""
+        return meta_models(config)
 
     def report(self, config: TrainConfig) -> str:
         """The plan as text: bytes by component and phase, what to switch on, and how to measure the time."""

@@ -114,6 +114,11 @@ def fit_vram(config: TrainConfig, given: Collection[str], planned: Planned, proc
         config, added, found = fit(config, config.vram, given, planned, processes)
         print(f"vram = {config.vram:g} GB: planned {found.total / GB:.1f} GB with {' '.join(added) or 'the given settings'}", flush=True)
         return config
+    return keep_settings(config, written, given)
+
+
+def keep_settings(config: TrainConfig, written: Path, given: Collection[str] = ()) -> TrainConfig:
+    """The config with the memory settings of `written`, a run's config.json, but for those in `given`; micro-batches as there."""
     kept = present_names(json.loads(written.read_text("utf-8")))
     for setting in SETTINGS:
         table, _, name = setting.key.rpartition(".")

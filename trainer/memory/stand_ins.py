@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..denoiser import Denoiser, WrappedDenoiser
-from ..models.diffusers_policy import DiffusersPolicy
+from ..policy import Policy
 from ..rewards.base import RewardModel
 from ..training.nfe import CountingPolicy
 from .dry_run import META, MemoryTracker
@@ -24,9 +24,9 @@ class TrackedPolicy(CountingPolicy):
     are run, and each later one saves as many bytes for its backward pass. With `counting` none is run, nor the decoder.
     """
 
-    def __init__(self, policy: DiffusersPolicy, tracker: MemoryTracker, counting: bool = False) -> None:
+    def __init__(self, policy: Policy, tracker: MemoryTracker, counting: bool = False) -> None:
         super().__init__(policy)
-        self.tracker, self.parameter, self.counting = tracker, policy.parameters()[0], counting
+        self.tracker, self.parameter, self.counting = tracker, next(iter(policy.parameters())), counting
         self.graphs = 0
         """Calls with gradient of one image, conditional and unconditional apart; `calls` are all of them."""
         self._sufficient: dict[Any, int] = {}  # live bytes from which a call without gradient would set no new peak

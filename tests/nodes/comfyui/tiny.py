@@ -6,6 +6,7 @@ import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import comfy.sd
+import comfy.supported_models
 import comfy.taesd.taesd
 import torch
 
@@ -47,6 +48,30 @@ def _scales(name, state):
 def sd15(seed):
     """MODEL, as the stock loader makes it."""
     return comfy.sd.load_diffusion_model_state_dict(unet_state(seed))
+
+
+def described(family, config):
+    """ComfyUI's class of a family's model configuration, and its description of the network."""
+    if family == "sdxl":
+        return comfy.supported_models.SDXL, {
+            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": [1, 2],
+            "transformer_depth": [0, 2], "transformer_depth_middle": 2, "transformer_depth_output": [0, 0, 2, 2], "context_dim": 64,
+            "num_heads": -1, "num_head_channels": 16, "use_spatial_transformer": True, "use_linear_in_transformer": True,
+            "adm_in_channels": 6 * 256 + 32, "num_classes": "sequential", "legacy": False, "use_temporal_attention": False,
+        }  # fmt: skip
+    if family == "sd3":
+        embedder = {"target": "torch.nn.Linear", "params": {"in_features": config["joint_attention_dim"], "out_features": 128}}
+        return comfy.supported_models.SD3, {
+            "input_size": None, "patch_size": 2, "in_channels": 16, "depth": 2, "adm_in_channels": config["pooled_projection_dim"],
+            "context_embedder_config": embedder, "num_patches": config["pos_embed_max_size"] ** 2, "qk_norm": "rms",
+            "pos_embed_max_size": config["pos_embed_max_size"], "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [],
+        }  # fmt: skip
+    more = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
+    return comfy.supported_models.Flux, {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32, "context_in_dim": 64,
+        "hidden_size": 32, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [4, 4, 8], "theta": 10000,
+        "qkv_bias": True, "guidance_embed": True, **more,
+    }  # fmt: skip
 
 
 def control_net(seed):

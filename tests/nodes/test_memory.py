@@ -1,0 +1,89 @@
+"""Memory of a training in a graph, inside a real ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.comfyui import PLACES, comfyui, run_inside
+
+
+@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: place.split("/")[-2] if place else "none")
+def memory(request, tmp_path_factory):
+    return run_inside(request.param, "memory.py", cwd=tmp_path_factory.mktemp("memory"))
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["demo", "sdxl", "flux"])
+def test_the_plan_of_a_graph_is_what_a_real_step_takes(memory, family):
+    """Bytes of tensors at the peak of a step, as given and with every memory setting."""
+    for mode in ("as given", "small"):
+        planned, counted = memory[f"{mode}, {family}"]
+        assert planned == pytest.approx(counted, rel=0.02), (mode, planned, counted)
+    assert memory[f"small, {family}"][1] < 0.8 * memory[f"as given, {family}"][1]
+
+
+@comfyui
+@pytest.mark.slow
+def test_previews_are_decoded_in_parts(memory):
+    """Eight images of 1024², of 512², and of 64² pixels."""
+    assert memory["decoded at a time"] == [1] * 8 + [4, 4] + [8]
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_graph_without_the_widget_runs_as_before(memory):
+    report, config = memory["absent"]
+    assert "; memory" not in report and memory["fast is as without"] == 0
+    assert (config["batch_size"], config["reward_dtype"], config["gradient_checkpointing_denoiser"]) == (4, "float32", False)
+
+
+@comfyui
+@pytest.mark.slow
+def test_balanced_takes_settings_until_the_run_fits_and_small_takes_all(memory):
+    assert "; memory balanced: settings as given; " in memory["fits as given"][0]
+    report, config = memory["small"]
+    assert "memory small: images are decoded one at a time, the denoiser is computed twice" in report, report
+    assert "the reward is computed twice" in report and "rounds the reward, batches in 4 parts; " in report
+    assert config["vae_slicing"] and config["gradient_checkpointing_denoiser"] and config["offload_encoders"]
+    assert (config["batch_size"], config["gradient_accumulation_steps"], config["reward_dtype"]) == (1, 4, "bfloat16")
+    some, config = memory["some"]
+    assert " GB planned of " in some and config["reward_dtype"] == "float32" and config["batch_size"] == 4, some
+    assert config["gradient_checkpointing_denoiser"] or config["vae_slicing"], some
+    assert memory["some is as fast"] < 1e-2
+
+
+@comfyui
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_before_the_first_step(memory):
+    for mode, other in (("nothing fits", "small"), ("small does not fit", "fast")):
+        said, config = memory[mode]
+        assert said.startswith("not enough memory: this run takes ") and said.count(". ") == 0, said
+        assert "reduce width and height, image_size or rank" in said and f"set memory to {other} to try" in said and not config
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_settings(memory):
+    """The run that was made last, whatever the device has now."""
+    report, config = memory["resumed"]
+    assert "as the run began" in report and config["batch_size"] == memory["some"][1]["batch_size"]
+    assert config["gradient_checkpointing_denoiser"] == memory["some"][1]["gradient_checkpointing_denoiser"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_a_model_that_cannot_be_planned_trains_and_says_so(memory):
+    report, config = memory["balanced, not planned"]
+    assert "memory balanced: settings as given; not planned (ZeroDivisionError" in report and config["batch_size"] == 4
+    report, config = memory["small, not planned"]
+    assert "not planned (ZeroDivisionError" in report and config["reward_dtype"] == "bfloat16" and config["vae_slicing"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_offloading_moves_the_held_out_reward_only_to_judge_and_puts_all_back(memory):
+    """The trained one encodes its prompts first: two of the evaluation, one more, and the empty one of no wording."""
+    (name, device, texts), *rest = memory["moves"]
+    assert (name, device) == ("trained", "cuda:0") and texts >= 3
+    inside = [["held-out", "cuda:0", 2], "judged", ["held-out", "cpu"]]
+    assert rest == [["held-out", "cpu"], *inside, ["trained", "cpu"], ["held-out", "cpu"]]
