@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from helpers.comfyui import PLACES, comfyui, run_inside
 
 
-@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: place.split("/")[-2] if place else "none")
+@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
 def memory(request, tmp_path_factory):
     return run_inside(request.param, "memory.py", cwd=tmp_path_factory.mktemp("memory"))
 
