@@ -26,6 +26,8 @@ from .experiment import OBJECTIVES, START, STEPS
 SWITCHES = (0, START)
 SAMPLING_SEED = 1234  # the same test noise for every training seed
 WORDS = (("crisp", "vivid", "shaded"), ("blurred", "pale", "flat"))  # control words: this world's finish, and the lack of it
+# Control words that know the crowd's bias (rater.CROWD): what it sees too little of, against what it pays too much for.
+BIAS = (("crisp", "shaded", "crisp"), ("vivid", "large", "black"))
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ METHODS: dict[str, Method] = {
     "drtune": Method(22, 2e-3, {**_CHAIN, "k": 4, "early_stop": 8}),
     "direct-align": Method(23, 4e-3, _KNOWN),
     "srpo": Method(23, 4e-3, {**_KNOWN, "positive": WORDS[0], "negative": WORDS[1]}),
+    "srpo-bias": Method(23, 4e-3, {**_KNOWN, "name": "srpo", "positive": BIAS[0], "negative": BIAS[1]}),
     "sqdf": Method(12, 2e-3, {**_PLAIN, "estimator": "consistency", "alpha": 1.0, "buffer_gb": 0.02, "collect_every": 4}),
 }
-"""Every method of the comparison. Steps are the embedded world's; training is without guidance, as in the demo."""
+"""Every method of the comparison. Steps are the embedded world's; training is without guidance, as in the demo.
+
+A method that is another's with other settings gives the objective's `name` among them."""
 
 
 @dataclass(frozen=True)
