@@ -43,16 +43,16 @@ _PLAIN = {"guidance_scale": 1.0}
 _CHAIN = {**_PLAIN, "recompute": False}
 _KNOWN = {**_PLAIN, "sigma_high": 0.95, "sigma_low": 0.4}  # the authors: 0.95 down to 0.4 suits most models
 METHODS: dict[str, Method] = {
-    "refl": Method(18.5, 2e-3, OBJECTIVES["refl"]),
-    "imagerefl": Method(9.8, 1e-3, OBJECTIVES["imagerefl"]),
-    "draft-k": Method(36, 4e-3, {**_CHAIN, "k": STEPS - START}),
-    "draft-lv": Method(28, 4e-3, _CHAIN),
-    "alignprop": Method(27, 2e-3, {**_CHAIN, "cut_mean": 17.0, "cut_std": 2.0}),
-    "drtune": Method(22, 2e-3, {**_CHAIN, "k": 4, "early_stop": 8}),
+    "refl": Method(18.5, 4e-3, OBJECTIVES["refl"]),
+    "imagerefl": Method(9.8, 4e-3, OBJECTIVES["imagerefl"]),
+    "draft-k": Method(36, 8e-3, {**_CHAIN, "k": STEPS - START}),
+    "draft-lv": Method(28, 2e-3, _CHAIN),
+    "alignprop": Method(27, 8e-3, {**_CHAIN, "cut_mean": 17.0, "cut_std": 2.0}),
+    "drtune": Method(22, 4e-3, {**_CHAIN, "k": 4, "early_stop": 8}),
     "direct-align": Method(23, 4e-3, _KNOWN),
-    "srpo": Method(23, 4e-3, {**_KNOWN, "positive": WORDS[0], "negative": WORDS[1]}),
+    "srpo": Method(23, 2e-3, {**_KNOWN, "positive": WORDS[0], "negative": WORDS[1]}),
     "srpo-bias": Method(23, 4e-3, {**_KNOWN, "name": "srpo", "positive": BIAS[0], "negative": BIAS[1]}),
-    "sqdf": Method(12, 2e-3, {**_PLAIN, "estimator": "consistency", "alpha": 1.0, "buffer_gb": 0.02, "collect_every": 4}),
+    "sqdf": Method(12, 8e-3, {**_PLAIN, "estimator": "consistency", "alpha": 1.0, "buffer_gb": 0.02, "collect_every": 4}),
 }
 """Every method of the comparison. Steps are the embedded world's; training is without guidance, as in the demo.
 
