@@ -35,6 +35,8 @@ CLAIMS = (
     ("… proxy", "reward", "sqdf|0", "draft-k|0"),
     ("SRPO against ReFL, alone: gold", "gold", "srpo|0", "refl|0"),
     ("… proxy", "reward", "srpo|0", "refl|0"),
+    ("SRPO with words that know the bias, against ReFL: gold", "gold", "srpo-bias|0", "refl|0"),
+    ("… proxy", "reward", "srpo-bias|0", "refl|0"),
     ("SRPO against Direct-Align, alone: gold", "gold", "srpo|0", "direct-align|0"),
     ("… proxy", "reward", "srpo|0", "direct-align|0"),
 )
