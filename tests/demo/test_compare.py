@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tools.embedded import tables
 from trainer.config import ConfigError
-from trainer.demo import compare, experiment, files
+from trainer.demo import charts, compare, experiment, files
 from trainer.demo.compare import METHODS, Size
 from trainer.runtime.files import file_hash
 
@@ -27,6 +27,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
 def test_every_method_has_settings_that_its_objective_takes(tmp_path):
     for name in METHODS:
         compare.train_config(name, tmp_path, TINY, 0)
+        assert charts.title(name) and charts.title(f"{name} best")
 
 
 def test_a_finished_run_with_other_settings_is_refused(tmp_path, monkeypatch):

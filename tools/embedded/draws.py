@@ -35,6 +35,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+TRAINED = ("per sample", "per micro-batch, stratified")
+
+
 def variance(method: str, samples: Samples) -> list[str]:
     """Rows of the first table."""
     policy, rows = experiment.load_base(), list[str]()
@@ -98,7 +101,7 @@ def main() -> None:
         print("\n".join(variance(method, samples)), flush=True)
     print(f"\n| method | draws | steps in {a.seconds:g} s | proxy | held-out | gold | diversity |\n|---|---|---|---|---|---|---|")
     for method in ("refl", "imagerefl"):
-        for way in WAYS:
+        for way in TRAINED:
             found = [trained(a.folder, method, way, seed, a.seconds, samples) for seed in a.seeds]
             cells = [" / ".join(f"{one[name]:.2f}" for one in found) for name in ("reward", "heldout", "gold", "diversity")]
             print(f"| {method} | {way} | {' / '.join(str(int(one['steps'])) for one in found)} | " + " | ".join(cells) + " |", flush=True)

@@ -25,6 +25,7 @@ TITLES = {
     "drtune": "DRTune",
     "direct-align": "Direct-Align",
     "srpo": "SRPO",
+    "srpo-bias": "SRPO, bias named",
     "sqdf": "SQDF",
 }
 AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
