@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer.demo import charts
+from trainer.demo.compare import METHODS
 from trainer.demo.experiment import START, UNGUIDED
 from trainer.metrics.intervals import bootstrap
 from trainer.runtime.files import write_text
@@ -63,6 +64,8 @@ def own_objectives(runs: Runs) -> str:
     """Each method's gain in what it optimises, tuned model alone against the base it was trained from, with its interval."""
     out = _header("method", "optimises", *(f"seed {run['seed']}" for run in runs))
     for name in runs[0]["curves"]:
+        if name in METHODS and METHODS[name].objective.get("name", name) != name:
+            continue  # what it optimises is not measured
         axis = "relative" if name == "srpo" else "reward"
         out.append(_row(charts.title(name), dict(AXES)[axis], *(_difference(run, axis, f"{name}|0", BASELINE) for run in runs)))
     return "\n".join(out)

@@ -110,7 +110,7 @@ def frontier_panel(panel: Any, results: Mapping[str, Any], axis: str, label: str
             panel.plot([x[0]] * 2, y[1:], color=colour, alpha=0.35, linewidth=1.5)
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "connectionstyle": "arc3,rad=-0.25", "shrinkA": 4, "shrinkB": 4}
         panel.annotate("", points[START], points[0], arrowprops=arrow)
-        for k in (0, START):
+        for k in (0, START) if len(results["curves"]) <= 4 else ():  # the texts of ten curves hide one another
             place = {"xytext": (7, 6) if number else (-5, -14), "textcoords": "offset points", "ha": "left" if number else "right"}
             panel.annotate("alone" if k == 0 else f"k = {k}", points[k], fontsize=10, color=colour, **place)
     panel.plot([1], [0], "*", color=INK, markersize=13, label="base")

@@ -1,6 +1,6 @@
 """One gradient step for each sample, or one for each micro-batch, drawn by turns: variance of the gradient, and what equal time buys.
 
-    python -m tools.embedded.draws FOLDER [--seconds 60] [--seeds 31 32 33]
+    python -m tools.embedded.strata FOLDER [--seconds 60] [--seeds 31 32 33]
 
 Micro-batches of 4, four to an optimizer step, as on a GPU that holds no more. Variance is that of a micro-batch's loss and of its gradient,
 at a fixed LoRA. Runs are stopped by processor time, and judged by combined generation on prompts of their own. Prints Markdown tables.
