@@ -177,9 +177,10 @@ class CombinedKSampler(io.ComfyNode):
         plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
         if len(plan.sigmas) > 1:
             switch = when.sigma(plan.sigmas)  # an impossible switch is refused before any step
-            k, last = int((plan.sigmas[:-1] > switch).sum()), len(plan.sigmas) - 1
+            levels = plan.sigmas.tolist()
+            k, last = sum(level > switch for level in levels[:-1]), len(levels) - 1
             alone = {0: "tuned model alone", last: "base model alone"}
-            draw_text(cls, alone.get(k, f"tuned from step {k} of {last} on (σ {float(plan.sigmas[k]):.3f})"))
+            draw_text(cls, alone.get(k, f"tuned from step {k} of {last} on (σ {levels[k]:.3f})"))
         samples = guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative).sample(
             comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
             latent,

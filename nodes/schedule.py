@@ -35,8 +35,9 @@ class Rule:
 
     def sigma(self, sigmas: torch.Tensor) -> float:
         """The largest σ evaluated after that point, for levels (T+1,); infinity is from the start, −1 never."""
-        steps = len(sigmas) - 1
-        if steps > 0 and float(sigmas[0]) < float(sigmas[-1]):
+        levels = sigmas.tolist()  # one wait for the GPU, once per run
+        steps = len(levels) - 1
+        if steps > 0 and levels[0] < levels[-1]:
             raise ValueError("noise levels rise in this run (flipped sigmas): a switch or a LoRA in a range needs levels that fall")
         if self.mode == "sigma":
             return self.at * _MARGIN
@@ -45,14 +46,14 @@ class Rule:
             raise ValueError(f"the switch at {self.mode} {self.at:g} lies outside the {steps} steps that are run")
         if k == 0:
             return float("inf")
-        return float(sigmas[k]) * _MARGIN if k < steps else -1.0
+        return levels[k] * _MARGIN if k < steps else -1.0
 
     def __call__(self, level: float, options: dict[str, Any]) -> bool:
         """Whether an evaluation at σ = level comes after that point."""
         sigmas = options.get("sample_sigmas")
         if sigmas is None:
             return False
-        if self._last.get("sigmas") is not sigmas:  # reading a level waits for the GPU: once per run
+        if self._last.get("sigmas") is not sigmas:
             self._last.update(sigmas=sigmas, sigma=self.sigma(sigmas))
         return level <= self._last["sigma"]
 

@@ -85,7 +85,7 @@ with strict("cuda") as watched:
         on_device = sorted({str(p.device) for p in model.model.parameters()})
         with watched.region() as ours:
             case.combined(model, tuned, "euler")
-levels = [t for t in ours.of("read") if "level" in str(t)]
+levels = [t for t in ours.of("read") if "level = float" in str(t)]
 other = [t for t in ours.of("read") if t not in levels and "plan = " not in str(t)]  # the stock sampler's plan, in both
 print(
     json.dumps(
