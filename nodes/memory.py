@@ -35,7 +35,7 @@ MODES = ["fast", "balanced", "small"]
 
 
 class GraphPlanner(Planner):
-    """Plans of a run in a graph. rewards: what is trained on, features, held-out; preview: as a table of the trainer's."""
+    """Plans of a run in a graph. rewards: the training reward, the one whose features are read, the held-out one; preview: a `Watch`."""
 
     def __init__(self, policy: ComfyPolicy, rewards: tuple[Any, Any, Any], prompts: int, preview: Watch) -> None:
         super().__init__()
