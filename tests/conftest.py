@@ -163,6 +163,21 @@ def t5_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
+def chat_tokenizer():
+    """The tokenizer of letters with a chat template, for tiny Qwen3 encoders."""
+    tokenizer = t5_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}user {{ m['content'] }}, {% endfor %}assistant"
+    return tokenizer
+
+
+def tiny_qwen3(kind, layers=3):
+    """A random Qwen3 for the tokenizer of letters."""
+    from transformers import Qwen3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return kind(Qwen3Config(vocab_size=40, head_dim=16, **sizes)).eval()
+
+
 def tiny_family(name, words):
     """A random pipeline of the family `name`, in its true layout and as small as its classes allow; `words` is a tokenizer."""
     import diffusers
@@ -185,11 +200,51 @@ def tiny_family(name, words):
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1}
         return diffusers.AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=channels, **blocks, **kwargs)
 
-    if name in ("sd3", "flux-dev", "flux-schnell"):
+    if name in ("sd3", "flux-dev", "flux-schnell", "z-image"):
         bare = {"use_quant_conv": False, "use_post_quant_conv": False}
         parts = {"vae": vae(16, scaling_factor=1.5305, shift_factor=0.0609, **bare)}
     else:
         parts = {"vae": vae(4, scaling_factor=0.13025)}
+    if name == "klein":
+        from transformers import Qwen3ForCausalLM
+
+        encoder = tiny_qwen3(Qwen3ForCausalLM, layers=28)  # its conditioning is layers 9, 18 and 27
+        transformer = diffusers.Flux2Transformer2DModel(
+            in_channels=32,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 32,
+            guidance_embeds=False,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1}
+        autoencoder = diffusers.AutoencoderKLFlux2(block_out_channels=(32,) * 4, latent_channels=8, **blocks)
+        autoencoder.bn.running_mean.normal_(std=0.5)
+        autoencoder.bn.running_var.uniform_(0.5, 2.0)
+        return diffusers.Flux2KleinPipeline(
+            transformer=transformer,
+            vae=autoencoder,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            text_encoder=encoder,
+            tokenizer=chat_tokenizer(),
+        )
+    if name == "z-image":
+        from transformers import Qwen3Model
+
+        sizes = {"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32}
+        transformer = diffusers.ZImageTransformer2DModel(in_channels=16, **sizes, axes_dims=(4, 6, 6))
+        for layer in transformer.all_final_layer.values():
+            torch.nn.init.normal_(layer.linear.weight, std=0.3)  # an output that would show a mistake
+        return diffusers.ZImagePipeline(
+            transformer=transformer,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0),
+            text_encoder=tiny_qwen3(Qwen3Model),
+            tokenizer=chat_tokenizer(),
+            **parts,
+        )
     tokenizers = {"tokenizer": architecture.load_tokenizer(words), "tokenizer_2": architecture.load_tokenizer(words)}
     if name == "sdxl":
         unet = diffusers.UNet2DConditionModel(

@@ -11,15 +11,20 @@ from trainer.generate import Generation, generate
 from trainer.guidance import cfg
 from trainer.lora.file import load_lora, save_lora
 from trainer.models.flux import FluxPolicy
+from trainer.models.klein import KleinPolicy
 from trainer.models.sd3 import SD3Policy
 from trainer.models.sdxl import SDXLPolicy
 from trainer.models.unet import UNetPolicy
+from trainer.models.zimage import ZImagePolicy
 from trainer.objectives import ImageReFL
 from trainer.policy import Lora
 from trainer.rng import Rng
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
-POLICIES = {"sd15": UNetPolicy, "sdxl": SDXLPolicy, "sd3": SD3Policy, "flux-dev": FluxPolicy, "flux-schnell": FluxPolicy}
+POLICIES = {
+    **{"sd15": UNetPolicy, "sdxl": SDXLPolicy, "sd3": SD3Policy, "flux-dev": FluxPolicy, "flux-schnell": FluxPolicy},
+    **{"z-image": ZImagePolicy, "klein": KleinPolicy},
+}
 SIZE = 64  # pixels: 8×8 latents, smaller than any of the models' own size
 FAMILIES = pytest.mark.parametrize("family", POLICIES)
 
@@ -33,6 +38,8 @@ def guided(policy, scale):
     """The pipeline's arguments for guidance by a second evaluation."""
     if isinstance(policy, FluxPolicy):  # schnell was distilled with 256 tokens; the pipeline would take 512 for it too
         return {"negative_prompt": ["", ""], "true_cfg_scale": scale, "max_sequence_length": policy.max_tokens}
+    if isinstance(policy, ZImagePolicy):  # cond + s·(cond − uncond)
+        return {"guidance_scale": scale - 1}
     return {"guidance_scale": scale}
 
 
@@ -51,7 +58,7 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
     if isinstance(policy, FluxPolicy):
         start = pipeline._pack_latents(start, *start.shape)
     arguments = guided(policy, guidance_scale)
-    theirs = pipeline(PROMPTS, num_inference_steps=4, latents=start, height=SIZE, width=SIZE, output_type="pt", **arguments).images
+    theirs = pipeline(prompt=list(PROMPTS), num_inference_steps=4, latents=start, height=SIZE, width=SIZE, output_type="pt", **arguments).images
     assert ours.shape == theirs.shape == (2, 3, SIZE, SIZE)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert float(ours.std()) > 0.01  # not two blank pictures
@@ -71,7 +78,7 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
     step = pipeline.scheduler.step
     monkeypatch.setattr(pipeline.scheduler, "step", lambda out, t, x, **k: (seen.append((out, t, x)), step(out, t, x, **k))[1])
     arguments = guided(policy, guidance_scale)
-    pipeline(PROMPTS, num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent", **arguments)
+    pipeline(prompt=list(PROMPTS), num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent", **arguments)
     assert len(seen) == 3
     denoiser = policy.denoiser(PROMPTS, guidance_scale=guidance_scale)
     for output, t, x in seen:
@@ -83,6 +90,8 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
             expected, x = step(output, t, x).pred_original_sample, x * (1 + sigma.square()).sqrt()
         if isinstance(policy, FluxPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8) for part in (x, expected))
+        if isinstance(policy, KleinPolicy):
+            x, expected = (part.mT.reshape(2, *policy.latent_shape) for part in (x, expected))
         with torch.no_grad():
             ours = policy.denoiser(PROMPTS, guidance_scale=guidance_scale)(x, sigma.expand(2))
             assert torch.equal(ours, denoiser(x, sigma.expand(2)))
@@ -99,6 +108,11 @@ def test_pixels_and_latents_are_scaled_once(load, family):
     mean, std = policy.encode(images)
     with torch.no_grad():
         posterior = vae.encode(2 * images - 1).latent_dist
+        if isinstance(policy, KleinPolicy):
+            torch.testing.assert_close(mean, policy.pipeline._encode_vae_image(2 * images - 1, None))
+            deviation = policy.pipeline._patchify_latents(posterior.std)
+            torch.testing.assert_close(std, deviation / (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()[:, None, None])
+            return  # decoding: where a rollout ends
         torch.testing.assert_close(mean, (posterior.mean - shift) * config.scaling_factor)
         torch.testing.assert_close(std, posterior.std * config.scaling_factor)
         pixels = policy.pipeline.image_processor.postprocess(vae.decode(mean / config.scaling_factor + shift).sample, "pt")

@@ -94,7 +94,9 @@ def plain(stem: str) -> str:
     for prefix in ("base_model.model.", "unet.", "transformer.", "diffusion_model."):
         stem = stem.removeprefix(prefix)
     stem = stem.replace(".processor.", ".")
-    return stem + ".0" if stem.endswith(".to_out") else stem
+    if stem.endswith(".to_out") and not stem.startswith("single_transformer_blocks."):  # FLUX.2's is one layer
+        return stem + ".0"
+    return stem
 
 
 def canonical(name: str, rows: int, columns: int = 0) -> dict[str, Rows]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..runtime.files import module_hash
@@ -21,6 +22,11 @@ class Autoencoder:
         self.slicing = False
 
     @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
     def downscaling(self) -> int:
         """Pixels per latent and side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -34,8 +40,17 @@ class Autoencoder:
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B,C,h,w), float32, of the scaled latents of images (B,3,H,W) in [0,1]."""
         posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
+        return self.scaled(posterior.mean.float(), posterior.std.float())
+
+    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of about unit variance, from mean and standard deviation of the autoencoder's own."""
         scale, shift = self._scale()
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        return (mean - shift) * scale, std * scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's own latents, from those of about unit variance."""
+        scale, shift = self._scale()
+        return latents / scale + shift
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
@@ -47,8 +62,7 @@ class Autoencoder:
         return torch.cat([self._decode(part) for part in latents.split(1 if self.slicing else max(1, _PIXELS_AT_ONCE // pixels))])
 
     def _decode(self, latents: Tensor) -> Tensor:
-        scale, shift = self._scale()
-        pixels = self.vae.decode((latents / scale + shift).to(self.vae.dtype)).sample
+        pixels = self.vae.decode(self.unscaled(latents).to(self.vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def _scale(self) -> tuple[float, float]:
@@ -57,3 +71,35 @@ class Autoencoder:
     def key(self) -> str:
         """Identifies all that an image's latents depend on."""
         return f"{module_hash(self.vae)}/{self._scale()}"
+
+
+class PatchedAutoencoder(Autoencoder):
+    """FLUX.2's: a latent is a 2×2 patch, and its channels are normalised by statistics that lie in the weights."""
+
+    @property
+    def channels(self) -> int:
+        """See Autoencoder."""
+        return 4 * super().channels
+
+    @property
+    def downscaling(self) -> int:
+        """See Autoencoder."""
+        return 2 * super().downscaling
+
+    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """See Autoencoder."""
+        shift, scale = self._statistics()
+        return (F.pixel_unshuffle(mean, 2) - shift) / scale, F.pixel_unshuffle(std, 2) / scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See Autoencoder."""
+        shift, scale = self._statistics()
+        return F.pixel_shuffle(latents * scale + shift, 2)
+
+    def _scale(self) -> tuple[float, float]:
+        return 1.0, 0.0  # the statistics are hashed with the weights
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (4C,1,1) in float32."""
+        bn = self.vae.bn
+        return bn.running_mean.float()[:, None, None], (bn.running_var.float()[:, None, None] + bn.eps).sqrt()

@@ -15,6 +15,8 @@ PartClass = tuple[str, str]
 CLIP_TEXT: PartClass = ("transformers", "CLIPTextModel")
 CLIP_PROJECTED: PartClass = ("transformers", "CLIPTextModelWithProjection")
 T5: PartClass = ("transformers", "T5EncoderModel")
+QWEN3: PartClass = ("transformers", "Qwen3Model")
+QWEN3_CAUSAL: PartClass = ("transformers", "Qwen3ForCausalLM")
 AUTOENCODER: PartClass = ("diffusers", "AutoencoderKL")
 
 
@@ -54,6 +56,13 @@ T5_XXL: Config = {
     **{"vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64},
     **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
+
+QWEN3_4B: Config = {
+    **{"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "head_dim": 128},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6},
+    **{"rope_theta": 1000000.0, "tie_word_embeddings": True},
+}
+QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 _BETAS: Config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DISCRETE: Config = {**_BETAS, "clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading", "variance_type": "fixed_small"}

@@ -49,6 +49,7 @@ class DiffusersPolicy:
     published: ClassVar[Mapping[str, ModelConfig]] = {}  # published models by name
     targets: ClassVar[tuple[str, ...]] = ATTENTION  # modules that a LoRA without explicit targets adapts
     blocks: ClassVar[tuple[str, ...]] = ()  # classes of the network's repeated blocks, which are compiled
+    autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     patch: ClassVar[int] = 1  # latents per side of one token
     arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's loaders
     index: ClassVar[Mapping[str, Any]] = {}  # entries of `model_index.json` besides the components
@@ -105,7 +106,7 @@ class DiffusersPolicy:
                 module.to(dtype)
         self.network: Any = getattr(pipeline, self.network_name)
         self.vae = pipeline.vae
-        self.autoencoder = Autoencoder(self.vae)
+        self.autoencoder = self.autoencoder_class(self.vae)
         self.adapters = Adapters(self.network, self.targets)
         self.prompts = Prompts(self, [m for m in modules if m is not self.network and m is not self.vae], offload)
         self.lora: Lora | None = None
@@ -141,7 +142,7 @@ class DiffusersPolicy:
         return self.latent_shape[1] * self.autoencoder.downscaling, self.latent_shape[2] * self.autoencoder.downscaling
 
     def _latent_shape(self, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-        channels = int(self.vae.config.latent_channels)
+        channels = self.autoencoder.channels
         if image_size is None:
             return channels, self.native_size(), self.native_size()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

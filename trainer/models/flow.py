@@ -20,7 +20,7 @@ from .speed import upload
 
 
 class FlowPolicy(DiffusersPolicy):
-    """What SD3 and FLUX share."""
+    """What flow transformers share."""
 
     space: Space = "flow"
     lora_layout: LoraLayout = "diffusers"
@@ -52,10 +52,10 @@ class FlowPolicy(DiffusersPolicy):
         if steps < 1:
             raise ValueError(f"{steps} steps: give at least 1")
         scheduler, levels = copy.deepcopy(self.pipeline.scheduler), self.unshifted_sigmas(steps)
-        scheduler.set_timesteps(steps if levels is None else None, sigmas=levels, mu=self._shift())
+        scheduler.set_timesteps(steps if levels is None else None, sigmas=levels, mu=self.shift(steps))
         return scheduler.sigmas.float()
 
-    def _shift(self) -> float | None:
+    def shift(self, steps: int) -> float | None:
         """The logarithmic shift for an image's number of tokens: a line through the scheduler's two anchors (ibid., 5.3.2)."""
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting", False):

@@ -17,13 +17,15 @@ import torch
 from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
+from .klein import KleinPolicy
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
 from .single_file import one_line_errors, single_file_pipeline, tensor_shapes
 from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
+from .zimage import ZImagePolicy
 
-FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy]
+FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy, ZImagePolicy, KleinPolicy]
 MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
     name: (family, config) for family in FAMILIES for name, config in family.published.items()
 }

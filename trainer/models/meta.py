@@ -32,6 +32,10 @@ class StubTokenizer:
         """The truncated text, which pipelines log."""
         return []
 
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], **more: Any) -> str:
+        """The message without its template."""
+        return messages[0]["content"]
+
     def __call__(self, texts: str | Sequence[str], max_length: int | None = None, **more: Any) -> Any:
         from transformers import BatchEncoding
 

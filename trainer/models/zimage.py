@@ -1,0 +1,78 @@
+"""Z-Image: a single-stream flow transformer over text and 2×2 patches (arXiv:2511.22699), with Qwen3 as its text encoder.
+
+Base and Turbo are one architecture; their schedules differ (shift 6 and 3). Guidance is written as everywhere here,
+uncond + g·(cond − uncond); diffusers' pipeline writes cond + s·(cond − uncond), so g = s + 1 and its 0 is 1 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .configs import AUTOENCODER, QWEN3, QWEN3_4B, VAE16, Config, ModelConfig
+from .flow import FlowPolicy
+from .prompts import Conditioning
+
+Z_IMAGE: Config = {
+    **{"in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
+}
+
+
+def _published(shift: float) -> ModelConfig:
+    parts = {
+        "transformer": (("diffusers", "ZImageTransformer2DModel"), Z_IMAGE),
+        "vae": (AUTOENCODER, {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+        "text_encoder": (QWEN3, QWEN3_4B),
+    }
+    return ModelConfig(parts, ("FlowMatchEulerDiscreteScheduler", {"shift": shift}))
+
+
+class ZImagePolicy(FlowPolicy):
+    """A diffusers Z-Image pipeline as a trainer.policy.Policy."""
+
+    pipeline_name: ClassVar[str] = "ZImagePipeline"
+    blocks: ClassVar[tuple[str, ...]] = ("ZImageTransformerBlock",)
+    published: ClassVar[Mapping[str, ModelConfig]] = {"z-image": _published(6.0), "z-image-turbo": _published(3.0)}
+    targets: ClassVar[tuple[str, ...]] = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+    max_tokens: int | None = 512  # the pipeline's default
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)  # pyright: ignore[reportArgumentType]
+        self._lengths = WeakTensorKeyDictionary()
+
+    def native_size(self) -> int:
+        """Latents per side that the model was trained at: 1024 pixels, which no configuration states."""
+        return 1024 // self.autoencoder.downscaling
+
+    def unshifted_sigmas(self, steps: int) -> list[float] | None:
+        """See FlowPolicy."""
+        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """See DiffusersPolicy. The pipeline's embeddings have a prompt's own number of tokens; here they are padded, with a mask."""
+        tokens = self.max_tokens or 512
+        found, _ = self.pipeline.encode_prompt(list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=tokens)
+        embeddings = found[0].new_zeros(len(found), tokens, found[0].shape[-1])
+        mask = torch.zeros(len(found), tokens, dtype=torch.bool, device=embeddings.device)
+        for i, embedding in enumerate(found):
+            embeddings[i, : len(embedding)], mask[i, : len(embedding)] = embedding, True
+        return {"encoder_hidden_states": embeddings, "mask": mask}
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """See FlowPolicy. The network's time runs from noise to image, and so does its prediction."""
+        tokens = [row[:length] for row, length in zip(conditioning["encoder_hidden_states"], self._tokens(conditioning["mask"]))]
+        latents = list(x.unsqueeze(2).unbind())  # each (C,1,h,w): one frame
+        output = self.network(latents, 1 - sigma, tokens, return_dict=False)[0]
+        return -torch.stack(output).squeeze(2)
+
+    def _tokens(self, mask: Tensor) -> list[int]:
+        """Tokens of each prompt. Reading them waits for the GPU, so once for each batch of prompts."""
+        if mask.is_meta:
+            return [mask.shape[1]] * len(mask)
+        if mask not in self._lengths:
+            self._lengths[mask] = mask.sum(1).tolist()
+        return self._lengths[mask]
