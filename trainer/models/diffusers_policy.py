@@ -118,6 +118,8 @@ class DiffusersPolicy:
         """The diffusers pipeline of this family."""
         import diffusers
 
+        if not hasattr(diffusers, cls.pipeline_name):
+            raise ValueError(f"diffusers {diffusers.__version__} has no {cls.pipeline_name}: pip install --upgrade diffusers")
         return getattr(diffusers, cls.pipeline_name)
 
     @classmethod

@@ -53,14 +53,14 @@ class ZImagePolicy(FlowPolicy):
         return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """See DiffusersPolicy. The pipeline's embeddings have a prompt's own number of tokens; here they are padded, with a mask."""
-        tokens = self.max_tokens or 512
-        found, _ = self.pipeline.encode_prompt(list(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=tokens)
-        embeddings = found[0].new_zeros(len(found), tokens, found[0].shape[-1])
-        mask = torch.zeros(len(found), tokens, dtype=torch.bool, device=embeddings.device)
-        for i, embedding in enumerate(found):
-            embeddings[i, : len(embedding)], mask[i, : len(embedding)] = embedding, True
-        return {"encoder_hidden_states": embeddings, "mask": mask}
+        """See DiffusersPolicy. As the pipeline encodes, but padded, with a mask: its rows have each prompt's own number of tokens."""
+        tokenizer, options = self.pipeline.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
+        inputs = tokenizer(texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
+        ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device).bool()
+        hidden = self.pipeline.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        order = mask.int().argsort(dim=1, descending=True, stable=True)  # the prompt's tokens first, whichever side is padded
+        return {"encoder_hidden_states": hidden.gather(1, order[..., None].expand_as(hidden)), "mask": mask.gather(1, order)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See FlowPolicy. The network's time runs from noise to image, and so does its prediction."""
