@@ -255,7 +255,7 @@ def train_in_graph(
         if clip is not None:
             comfy.model_management.load_models_gpu([clip.patcher])
             for prompt in dict.fromkeys([*texts, ""]):
-                policy.prepare(prompt)
+                policy.prompts.prepare(prompt)
         preview, rewards = (preview_every, preview_cfg), (reward, features, heldout)
         config, fitted = _fitted_config(memory, config, policy, rewards, texts, preview, resume != NEW)
         samples = _samples(policy, texts, real)  # before loading: encoding may push other models out of memory

@@ -28,6 +28,7 @@ from ..trainer.rewards.weighted import RewardSpec, WeightedSum
 from ..trainer.training.config import NEUTRAL, TrainConfig, Watch
 from .adapter import DENOISER_BLOCKS, Adapter
 from .autograd import differentiable_kernels
+from .conditioning import Prompts
 from .policy import ComfyPolicy
 from .rewards import Combined, Loaded, roots
 
@@ -71,19 +72,20 @@ def _free_memory_of(device: torch.device) -> Generator[None]:
 class _DryPolicy(ComfyPolicy):
     """A policy over modules without weights, with what a plan asks of a headless one.
 
-    It is its own autoencoder and its own store of prompts: ComfyUI keeps text encoders away from a run, and its VAE whole.
+    It is its own autoencoder: ComfyUI keeps its VAE whole.
     """
 
-    encoder = encoders = ()
+    encoder = ()
 
     def __init__(self, policy: ComfyPolicy) -> None:
         self.__dict__.update(policy.__dict__)
-        self.autoencoder = self.prompts = self
-        self.device, self._conds = META, {}
+        self.autoencoder = self
+        self.device = META
         base: Any = copy.copy(policy.model.model)
         self.network = _on_meta(base.diffusion_model)
         base.__dict__["_modules"] = {**base._modules, "diffusion_model": self.network}
         self.model = SimpleNamespace(model=base, model_options=policy.model.model_options)  # a patcher's copy would unload the original
+        self.prompts = _DryPrompts(policy.prompts, base)
         self.vae = _DryVae(policy.vae)
         self.gradient_vae = self.vae if policy.gradient_vae is policy.vae else _DryVae(policy.gradient_vae)
         self.vae.smaller = None if self.gradient_vae is self.vae else self.gradient_vae  # its weights count too
@@ -96,9 +98,19 @@ class _DryPolicy(ComfyPolicy):
         """(height, width) in pixels, at eight per latent and side."""
         return 8 * self.latent_shape[1], 8 * self.latent_shape[2]
 
+
+class _DryPrompts(Prompts):
+    """Prompts on the meta device, every one as long as the longest of the run. ComfyUI keeps text encoders away from a run."""
+
+    encoders = ()
+
+    def __init__(self, prompts: Prompts, network: Any) -> None:
+        super().__init__(network, prompts.condition, META)
+        self.encoded = prompts.encoded
+
     def clear(self) -> None:
-        """Forget prompts."""
-        self._conds = {}
+        """Forget what lies on the device."""
+        self.conds.clear()
 
     def conditioning(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What their encoding keeps on the device: nothing."""
@@ -106,7 +118,7 @@ class _DryPolicy(ComfyPolicy):
 
     def prepare(self, prompt: str) -> list[dict[str, Any]]:
         """The longest conditioning of the run, for every prompt."""
-        return max(self._encoded.values(), key=lambda conds: conds[0]["cross_attn"].numel()) if self._encoded else super().prepare(prompt)
+        return max(self.encoded.values(), key=lambda conds: conds[0]["cross_attn"].numel()) if self.encoded else super().prepare(prompt)
 
 
 class _DryVae(nn.Module):

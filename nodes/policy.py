@@ -14,7 +14,6 @@ from typing import Any
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_sampling
-import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,9 @@ from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
 from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, lora_targets, recomputed, replaced_forward
-from .autograd import differentiable_kernels, make_trainable_through, ordinary, refuse_switch, require_whole, resident, resident_vae
+from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
+from .conditioning import Conditioning, Prompts
 
-Conditioning = list[tuple[Tensor, dict[str, Any]]]
 _PIXELS_AT_ONCE = 2**20  # decoded without gradient: four images of 512², or one of 1024²
 
 
@@ -58,9 +57,7 @@ class ComfyPolicy:
             self.model = self.model.clone()
             wide = torch.bfloat16 if comfy.model_management.should_use_bf16(self.device) else torch.float32
             self.model.set_model_compute_dtype(wide)
-        self._condition = condition
-        self._encoded: dict[str, list[dict[str, Any]]] = {}
-        self._conds: dict[str, dict[str, Any]] = {}
+        self.prompts = Prompts(self.model.model, condition, self.device)
         self._sampling, self._levels = self.model.get_model_object("model_sampling"), dict[int, Tensor]()
         self.space: Space = "flow" if isinstance(self._sampling, comfy.model_sampling.CONST) else "ve"
         self.lora: Lora | None = None
@@ -204,32 +201,17 @@ class ComfyPolicy:
         options = dict(self.model.model_options.get("transformer_options", {}))
         # the default splits attention by the memory that is free, which recomputation would find changed
         options["optimized_attention_override"] = lambda _, *a, **k: comfy.ldm.modules.attention.attention_pytorch(*a, **k)
+        found: list[Tensor | None] = [None] * len(x)
         with OutOfPlace():
-            return self.model.model.apply_model(x, sigma, transformer_options=options, **self._embedded(prompts, x)).float()
-
-    @torch.no_grad()
-    def prepare(self, prompt: str) -> list[dict[str, Any]]:
-        """A prompt's conditioning, encoded once; call it for all prompts while the text encoder is loaded."""
-        if prompt not in self._encoded:
-            copied = [[ordinary(cond), {k: ordinary(v) for k, v in extra.items()}] for cond, extra in self._condition(prompt)]
-            self._encoded[prompt] = comfy.sampler_helpers.convert_cond(copied)
-        return list(self._encoded[prompt])
-
-    def _embedded(self, prompts: Sequence[str], x: Tensor) -> dict[str, Any]:
-        """What the model wants to know of each prompt, side by side; each distinct prompt is prepared once."""
-        for prompt in prompts:
-            if prompt not in self._conds:
-                conds = comfy.samplers.encode_model_conds(
-                    self.model.model.extra_conds, self.prepare(prompt), x[:1].detach(), self.device, "positive"
-                )
-                if len(conds) != 1:
-                    raise ValueError(f"the conditioning of {prompt!r} has {len(conds)} parts: training takes one plain prompt")
-                whole = conds[0]["model_conds"]
-                self._conds[prompt] = {k: c.process_cond(batch_size=1, device=self.device, area=None) for k, c in whole.items()}
-        first, *others = [self._conds[p] for p in prompts]
-        if any(not cond.can_concat(other[key]) for other in others for key, cond in first.items()):
-            raise ValueError("the prompts of one batch have conditioning of different shapes: make them of similar length, or batch 1")
-        return {key: cond.concat([other[key] for other in others]) for key, cond in first.items()}
+            for rows, arguments in self.prompts.grouped(prompts, x):
+                whole = len(rows) == len(x)
+                levels, states = (sigma, x) if whole else (torch.stack([part[i] for i in rows]) for part in (sigma, x))
+                predicted = self.model.model.apply_model(states, levels, transformer_options=options, **arguments).float()
+                if whole:
+                    return predicted
+                for i, row in zip(rows, predicted):
+                    found[i] = row
+        return torch.stack([row for row in found if row is not None])
 
     # -- noise levels and pixels ---------------------------------------------------------------------------------
 

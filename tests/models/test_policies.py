@@ -58,7 +58,9 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
     if isinstance(policy, FluxPolicy):
         start = pipeline._pack_latents(start, *start.shape)
     arguments = guided(policy, guidance_scale)
-    theirs = pipeline(prompt=list(PROMPTS), num_inference_steps=4, latents=start, height=SIZE, width=SIZE, output_type="pt", **arguments).images
+    theirs = pipeline(
+        prompt=list(PROMPTS), num_inference_steps=4, latents=start, height=SIZE, width=SIZE, output_type="pt", **arguments
+    ).images
     assert ours.shape == theirs.shape == (2, 3, SIZE, SIZE)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert float(ours.std()) > 0.01  # not two blank pictures

@@ -128,10 +128,10 @@ def test_one_step_in_a_graph_has_the_headless_gradient(place, pipeline_folder, t
 
 @pytest.fixture(scope="module")
 def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
-    """Tiny models of three families, at sizes that ComfyUI's classes can have."""
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+    """Tiny models of every family, at sizes that ComfyUI's classes can have."""
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
-    folders = []
+    folders = {"klein": family_folder("klein")}
     for name, part, kind, changed in (
         ("flux-dev", None, None, {}),
         (
@@ -146,24 +146,43 @@ def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
             UNet2DConditionModel,
             {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 32, "attention_head_dim": (1, 1)},
         ),
+        ("z-image", "transformer", ZImageTransformer2DModel, {"dim": 1024, "n_layers": 1, "n_heads": 64, "n_kv_heads": 64}),
     ):
-        folders.append(family_folder(name))
+        folder = family_folder(name)
         if part:
-            folders[-1] = shutil.copytree(family_folder(name), tmp_path_factory.mktemp("sized") / name)
+            folder = shutil.copytree(folder, tmp_path_factory.mktemp("sized") / name)
             torch.manual_seed(5)
-            network = kind.from_config({**kind.load_config(folders[-1] / part), **changed})
-            network.save_pretrained(folders[-1] / part)
-    return run_inside(place, "family_gradients.py", pipeline_folder, *folders, cwd=tmp_path_factory.mktemp("gradients"))
+            network = kind.from_config({**kind.load_config(folder / part), **changed})
+            for token in ("x_pad_token", "cap_pad_token"):  # Z-Image's, zero at first
+                if hasattr(network, token):
+                    torch.nn.init.normal_(getattr(network, token))
+            network.save_pretrained(folder / part)
+        folders[name.removesuffix("-dev").replace("-", "")] = folder
+    given = [f"{family}={folder}" for family, folder in folders.items()]
+    return run_inside(place, "family_gradients.py", pipeline_folder, *given, cwd=tmp_path_factory.mktemp("gradients"))
 
 
 @comfyui
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "zimage", "klein"])
 @pytest.mark.parametrize("kept", ["kept", "recomputed"])
 def test_training_tiny_families_in_a_graph_has_the_headless_gradient(family_gradients, family, kept):
     """ComfyUI's blocks add residuals in place; bfloat16 is as far from float32 as it is headless."""
+    if f"{family}, headless bfloat16" not in family_gradients:
+        pytest.skip(f"this ComfyUI has no {family}")
     single, half = (family_gradients[f"{family}, {dtype}, {kept}"] for dtype in ("float32", "bfloat16"))
     assert single < 1e-4 and half < 2 * family_gradients[f"{family}, headless bfloat16"] + 0.01, family_gradients
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "zimage", "klein"])
+def test_the_stock_loader_takes_a_headless_lora_of_every_family(family_gradients, family):
+    """Every key, and the same x0: error as a share of what the LoRA changes."""
+    if f"{family}, loaded" not in family_gradients:
+        pytest.skip(f"this ComfyUI has no {family}")
+    found = family_gradients[f"{family}, loaded"]
+    assert found["unknown"] == [] and found["error"] < 1e-3, found
 
 
 @pytest.fixture(scope="module")

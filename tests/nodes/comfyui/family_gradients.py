@@ -1,24 +1,37 @@
-"""Run inside a ComfyUI: adapters of tiny FLUX, SD3 and SDXL models get the headless trainer's gradient.
+"""Run inside a ComfyUI: adapters of tiny models of every family get the headless trainer's gradient.
 
-Usage: family_gradients.py COMFYUI PACK PIPELINE FLUX SD3 SDXL. Prints one JSON line of relative errors, or the error of a case.
+Usage: family_gradients.py COMFYUI PACK PIPELINE FAMILY=FOLDER… Prints one JSON line of relative errors, or the error of a case; families
+that this ComfyUI does not know are left out.
 """
 
 import json
 from pathlib import Path
 
 import embedded  # first: it puts ComfyUI on the path
+import comfy.lora
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import torch
 from tiny import described
 
-pipeline, *folders = map(Path, embedded.arguments)
+pipeline = Path(embedded.arguments[0])
+folders = dict(argument.split("=", 1) for argument in embedded.arguments[1:])
 core, graph, adapter = (embedded.ours(name) for name in ("trainer.policy", "nodes.policy", "nodes.adapter"))
 MLP = ("ff.net.0.proj", "ff.net.2", "attn.to_out.0", "attn.to_add_out")
 SINGLE = ("single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out")
-TARGETS = {"flux": MLP + SINGLE, "sd3": MLP, "sdxl": ("to_q", "to_v", "to_out.0", "conv1", "ff.net.2", "proj_in")}
+TARGETS = {
+    "flux": MLP + SINGLE,
+    "sd3": MLP,
+    "sdxl": ("to_q", "to_v", "to_out.0", "conv1", "ff.net.2", "proj_in"),
+    "zimage": ("attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "adaLN_modulation.0"),
+    "klein": ("attn.to_out.0", "attn.to_add_out", "ff.linear_in", "attn.to_qkv_mlp_proj", "attn.to_out"),
+}
+POLICIES = {"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"}
+KNOWN = {"zimage": "ZImage", "klein": "Flux2"}  # classes that old versions lack
 PROMPTS = ["a red star", "a blue ring"]
 results = {}
 
@@ -34,10 +47,25 @@ def converted(family, kind, unet_config, state, dtype):
             names = comfy.utils.unet_to_diffusers(unet_config)
             state = {there: state.pop(here) for here, there in names.items() if here in state}
         else:
-            state = comfy.model_detection.convert_diffusers_mmdit(state, "")
+            state = native_klein(state) if family == "klein" else comfy.model_detection.convert_diffusers_mmdit(state, "")
         model.diffusion_model.load_state_dict(state)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model.to(dtype), device, device)
+
+
+def native_klein(state):
+    """ComfyUI's converter knows FLUX.1's names: those of FLUX.2 that differ, and the bias that it looks for and FLUX.2 lacks."""
+    state = {name.replace("time_guidance_embed", "time_text_embed"): value for name, value in state.items()}
+    shared = {name.replace(".linear.", ".lin."): state.pop(name) for name in [*state] if "stream_modulation" in name}
+    found = comfy.model_detection.convert_diffusers_mmdit({**state, "x_embedder.bias": state["x_embedder.weight"][:, 0]}, "")
+    found.pop("img_in.bias")
+    return {**found, **shared}
+
+
+def tokens(encoded):
+    """A prompt's embedding without padding, as ComfyUI has it where the family masks it."""
+    mask = encoded.get("mask")
+    return encoded["encoder_hidden_states"] if mask is None else encoded["encoder_hidden_states"][:, : int(mask.sum())]
 
 
 def gradient(policy, noise, levels):
@@ -51,17 +79,22 @@ def gradient(policy, noise, levels):
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
 
-def in_graph(family, headless, dtype, checkpointing, noise, levels):
-    """The gradient in a graph, by the headless names; `headless` gives weights, adapter and conditioning."""
+def opened_in_graph(family, headless, dtype, shape):
+    """The same weights and prompts as a MODEL in a graph, without an adapter; the MODEL."""
     network = headless.network.get_base_model() if hasattr(headless.network, "get_base_model") else headless.network
     state = {name.replace(".base_layer", ""): value for name, value in network.state_dict().items() if ".lora_" not in name}
     encoded = {p: headless.encode_prompts([p]) for p in PROMPTS}
-    texts = {p: (e["encoder_hidden_states"], e.get("pooled_projections", e.get("text_embeds"))) for p, e in encoded.items()}
+    texts = {p: (tokens(e), e.get("pooled_projections", e.get("text_embeds"))) for p, e in encoded.items()}
     model = converted(family, *described(family, headless.network.config), state, dtype)
     with torch.inference_mode():
         vae = embedded.ours("nodes.demo").load_vae(pipeline)
-    condition = lambda p: [[texts[p][0].detach(), {"pooled_output": texts[p][1].detach()}]]  # noqa: E731
-    policy = graph.ComfyPolicy(model, vae, condition, noise.shape[1:])
+    condition = lambda p: [[texts[p][0].detach(), {} if texts[p][1] is None else {"pooled_output": texts[p][1].detach()}]]  # noqa: E731
+    return graph.ComfyPolicy(model, vae, condition, shape), model
+
+
+def in_graph(family, headless, dtype, checkpointing, noise, levels):
+    """The gradient in a graph, by the headless names; `headless` gives weights, adapter and conditioning."""
+    policy, model = opened_in_graph(family, headless, dtype, noise.shape[1:])
     policy.add_lora(core.Lora(rank=4, alpha=8.0, targets=TARGETS[family]), 3)
     inside = {alias: inner for inner, (_, aliases) in adapter.lora_targets(model.model).items() for alias in aliases}
     there, names, ours = {inner: name for name, (inner, _) in policy._adapters.items()}, {}, dict(policy.named_parameters())
@@ -76,6 +109,23 @@ def in_graph(family, headless, dtype, checkpointing, noise, levels):
     return {name: found[here] for name, here in names.items()}
 
 
+@torch.no_grad()
+def loaded(family, headless, noise, levels):
+    """Of the headless trainer's LoRA file in the stock loader: keys that it does not know, and the error of x0 by the LoRA's effect."""
+    policy, model = opened_in_graph(family, headless, torch.float32, noise.shape[1:])
+    tensors = embedded.ours("trainer.lora.file").lora_tensors(headless)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    known = comfy.lora.model_lora_keys_unet(model.model, {})
+    unknown = [key for key in tensors if key.rsplit(".lora_", 1)[0].removesuffix(".alpha") not in known]
+    changed = len(patched.patches), len({key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key})
+    policy.model = patched
+    base = headless.denoiser(PROMPTS, adapter="base")(noise, levels)
+    wanted = headless.denoiser(PROMPTS)(noise, levels)
+    with policy.loaded([], 2):
+        found = policy.denoiser(PROMPTS, adapter="base")(noise, levels)
+    return {"unknown": unknown, "changed": changed, "error": float((found - wanted).norm() / (wanted - base).norm())}
+
+
 def error(found, wanted):
     """Relative, of all modules joined."""
     found, wanted = (torch.cat([g[name].flatten().float() for name in wanted]) for g in (found, wanted))
@@ -85,7 +135,7 @@ def error(found, wanted):
 def opened(family, folder, dtype):
     """The headless policy with an adapter away from the identity, where half of the gradients vanish."""
     module = embedded.ours(f"trainer.models.{family}")
-    headless = getattr(module, {"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy"}[family]).load(folder, dtype=dtype)
+    headless = getattr(module, POLICIES[family]).load(folder, dtype=dtype)
     headless.add_lora(core.Lora(rank=4, alpha=8.0, targets=TARGETS[family]), 3)
     if family == "sdxl":  # ComfyUI asks the network at the nearest timestep
         between = headless.timestep
@@ -97,12 +147,15 @@ def opened(family, folder, dtype):
 
 
 with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
-    for family, folder in zip(("flux", "sd3", "sdxl"), folders):
+    for family, folder in folders.items():
+        if not hasattr(comfy.supported_models, KNOWN.get(family, "SDXL")):
+            continue
         headless = opened(family, folder, torch.float32)
-        noise = torch.randn(2, 4 if family == "sdxl" else 16, 8, 8, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(2, headless.latent_shape[0], 8, 8, generator=torch.Generator().manual_seed(1))
         levels = torch.tensor([0.7, 0.4]) if family != "sdxl" else headless.sigmas(6)[2:4]
         wanted = gradient(headless, noise, levels)
         results[f"{family}, headless bfloat16"] = error(gradient(opened(family, folder, torch.bfloat16), noise, levels), wanted)
+        results[f"{family}, loaded"] = loaded(family, headless, noise, levels)
         for dtype in (torch.float32, torch.bfloat16):
             for kept in ("kept", "recomputed"):
                 try:

@@ -50,7 +50,7 @@ def policy_of(name):
     policy = graph.ComfyPolicy(model, vae, condition, (16 if name == "flux" else 4, 8, 8))
     policy.add_lora(ours("trainer.policy").Lora(rank=4, alpha=4.0, targets=("to_q", "to_out.0", "attn.to_out.0")), 0)
     for prompt in ("a red star", "a blue ring", ""):
-        policy.prepare(prompt)
+        policy.prompts.prepare(prompt)
     return policy
 
 

@@ -66,6 +66,23 @@ def described(family, config):
             "context_embedder_config": embedder, "num_patches": config["pos_embed_max_size"] ** 2, "qk_norm": "rms",
             "pos_embed_max_size": config["pos_embed_max_size"], "pos_embed_scaling_factor": None, "x_block_self_attn_layers": [],
         }  # fmt: skip
+    if family == "zimage":
+        return comfy.supported_models.ZImage, {
+            "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": config["dim"], "cap_feat_dim": config["cap_feat_dim"],
+            "n_layers": config["n_layers"], "n_refiner_layers": config["n_refiner_layers"], "n_heads": config["n_heads"],
+            "n_kv_heads": config["n_kv_heads"], "qk_norm": True, "axes_dims": list(config["axes_dims"]), "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "multiple_of": 1, "z_image_modulation": True, "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        }  # fmt: skip
+    if family == "klein":
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return comfy.supported_models.Flux2, {
+            "image_model": "flux2", "in_channels": config["in_channels"], "out_channels": config["in_channels"], "patch_size": 1,
+            "vec_in_dim": None, "context_in_dim": config["joint_attention_dim"], "hidden_size": width, "mlp_ratio": 3.0,
+            "num_heads": config["num_attention_heads"], "depth": config["num_layers"], "depth_single_blocks": config["num_single_layers"],
+            "axes_dim": list(config["axes_dims_rope"]), "theta": 2000, "qkv_bias": False, "ops_bias": False, "global_modulation": True,
+            "mlp_silu_act": True, "guidance_embed": False, "txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0,
+        }  # fmt: skip
     more = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
     return comfy.supported_models.Flux, {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32, "context_in_dim": 64,
