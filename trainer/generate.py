@@ -62,7 +62,7 @@ def generate(
     policies = {"": policy, **(models or {})}
     sigmas = policy.sigmas(settings.steps)
     finished: dict[K, list[Tensor]] = {key: [] for key in mixes}
-    for numbers in _chunks(first, len(prompts), batch_size_for(policy, settings)):
+    for numbers in batches(len(prompts), policy, settings, first):
         part = [prompts[i - first] for i in numbers]
         rng = Rng(settings.seed, 0, tuple(numbers))
         denoisers: dict[Slot, Denoise] = {}
@@ -113,6 +113,8 @@ def batch_size_for(policy: Policy, settings: Generation) -> int:
     return max(1, min(settings.chunk, 2**16 // (height * width)))
 
 
-def _chunks(first: int, n: int, size: int) -> Iterator[range]:
+def batches(n: int, policy: Policy, settings: Generation, first: int = 0) -> Iterator[range]:
+    """The numbers of the images that are drawn together, of `n` images from `first` on."""
+    size = batch_size_for(policy, settings)
     for start in range(first, first + n, size):
         yield range(start, min(start + size, first + n))

@@ -38,7 +38,10 @@ WRONG = [
     ([*EVALUATE, "--device", "gpu"], "device = gpu: use cpu, cuda, mps or xpu"),
     ([*EVALUATE, "--device=cuda"], "device = cuda: this machine"),
     ([*EVALUATE, "--lora", "a=y.safetensors"], "two models are called a: give --lora NAME=FILE"),
-    ([*EVALUATE, "--lora", "base.safetensors"], "two models are called base: give --lora NAME=FILE"),
+    ([*EVALUATE, "--lora", "base=y.safetensors"], "two models are called base: give --lora NAME=FILE"),
+    ([*EVALUATE, "--lora", "runs/lr=1/y.safetensors"], "no LoRA file"),
+    ([*EVALUATE, "--lora", "y.safetensors", "--lora", "./y.safetensors"], "y.safetensors is given twice"),
+    ([*EVALUATE, "--lora", "=y.safetensors"], "--lora =y.safetensors: give NAME=FILE, or a file"),
     ([*EVALUATE, "--switches", "half"], "switch 'half': write a step (15)"),
     (["score", "none"], "no image folder none"),
     (["score", "none", "--reward", "best"], "unknown reward 'best'"),
@@ -58,7 +61,10 @@ WRONG = [
     ([*TRAIN, "--zzz=4"], "unknown key 'zzz'; valid keys are batch_size,"),
     ([*TRAIN, "--resum"], "unknown argument --resum; did you mean --resume?"),
     ([*SAMPLE, "--step", "4"], "unknown argument --step; did you mean --steps?"),
-    *(([*c, "--resume", "--overwrite"], "--resume to continue, or --overwrite") for c in (TRAIN, EVALUATE, ["score", "a"], ["demo"])),
+    *(
+        ([*c, "--resume", "--overwrite"], "--resume to continue, or --overwrite")
+        for c in (TRAIN, EVALUATE, SAMPLE, ["score", "a"], ["demo"])
+    ),
     (["train", "none.toml"], "no config file none.toml"),
     ([*TRAIN, "--device", "cuda"], "write --device=cuda: settings take an equals sign"),
     ([*TRAIN, "--compile"], "write --compile=VALUE: settings take an equals sign"),

@@ -26,7 +26,10 @@ def test_train_then_sample_then_score_then_evaluate(tmp_path, capsys, monkeypatc
     assert main(["sample", "--prompt", "a red star", "--out", str(images)]) == 2
     assert "exists: add --overwrite" in capsys.readouterr().err
     assert main(["sample", "--lora", str(lora), "--prompt", "a red star", "--strength", "1e30", "--out", str(tmp_path / "black")]) == 2
-    assert "values that are not finite" in capsys.readouterr().err and not list((tmp_path / "black").iterdir())
+    assert "values that are not finite" in capsys.readouterr().err and not list((tmp_path / "black").glob("*.png"))
+    assert (
+        main(["sample", "--prompt", "a red star", "-n", "1", "--steps", "2", "--out", str(tmp_path / "black")]) == 0
+    )  # nothing was drawn into it
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert main(["sample", "--prompt", "a red star", "-n", "1", "--steps", "2", "--out", "."]) == 0

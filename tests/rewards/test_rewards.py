@@ -261,6 +261,19 @@ def test_weights_are_read(spec, parsed):
     assert parse_weights(spec) == parsed
 
 
+def test_a_path_that_exists_is_a_path_whatever_signs_it_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=1", "a,b", "a,c=2"):
+        (tmp_path / name).mkdir()
+    assert parse_weights("lr=1") == [("lr=1", 1.0)] and parse_weights("lr=1=0.5, clip=2") == [("lr=1", 0.5), ("clip", 2.0)]
+    assert parse_weights("a,b=3,clip") == [("a,b", 3.0), ("clip", 1.0)] and parse_weights(["clip, a,c=2"]) == [
+        ("clip", 1.0),
+        ("a,c=2", 1.0),
+    ]
+    assert parse_weights("hpsv2@lr=1,hpsv2.1@lr=1=2") == [("hpsv2@lr=1", 1.0), ("hpsv2.1@lr=1", 2.0)]
+    assert parse_weights("lr=2") == [("lr", 2.0)]
+
+
 def test_a_reward_given_twice_is_refused():
     with pytest.raises(ValueError, match="reward a is given twice"):
         parse_weights("a=1,a=2")

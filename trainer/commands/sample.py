@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from ..config import ConfigError, plain
-from ..data import images
-from ..generate import generate
-from ..guidance import Switch, cfg, combined
-from ..lora.file import load_lora, read_lora
+from ..generate import Generation, batches, generate
+from ..guidance import Mix, Switch, cfg, combined
+from ..lora.extract import weight_files
+from ..lora.file import load_lora, lora_weights, read_lora
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.load import ModelOptions
 from ..models.two_unets import TUNED_UNET, with_unet
+from ..runtime.files import file_hash
+from .image_folder import ImageFolder
 from .options import add_generation, finite, generation_of, policy_of, prompts_of
+from .parts import base_hash
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +47,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--strength", type=finite, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
-    add("--overwrite", action="store_true", help="write into a folder that is not empty")
+    add("--resume", action="store_true", help="go on with an interrupted run: draw the images that are not in the folder")
+    add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
     add_generation(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate images with the base model, the tuned model, or the tuned model from the switch on; returns the exit status."""
+    """Generate images with the base model, the tuned model, or the tuned model from the switch on; returns the exit status.
+
+    Everything is checked before the first image is drawn. Each batch of images is written as soon as it is drawn.
+    """
     settings, prompts = generation_of(args), prompts_of(args)
     unet = _tuned_unet(args)
     switch, until = _switch(args, unet), _until(args, unet)
-    if args.out.exists() and any(args.out.iterdir()) and not args.overwrite:
-        raise ConfigError(f"{args.out} exists: add --overwrite to write into it")
+    folder = ImageFolder(args.out)
+    folder.check(resume=args.resume, overwrite=args.overwrite)
     policy = policy_of(args)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {args.out}: {error}") from error
     k, end = (where.index(policy.sigmas(settings.steps)) if where else None for where in (switch, until))
     if k is not None and end is not None and end <= k:
         raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
@@ -64,20 +70,73 @@ def run(args: argparse.Namespace) -> int:
         load_lora(policy, args.lora, args.strength)
     models = {"tuned": with_unet(policy, unet)} if unet else {}
     mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k, end)
-    drawn = generate(policy, prompts, settings, {"": mix}, models)[""]
-    if not bool(drawn.isfinite().all()):
-        raise ValueError("the model gave values that are not finite, which would be black images: lower --strength, or give another LoRA")
-    facts = {
+    facts = {"k": k, **({} if end is None else {"until": end}), **_facts(args, unet, prompts)}
+    folder.begin({**plain(settings), **facts}, resume=args.resume, overwrite=args.overwrite)
+    try:
+        new = _draw(policy, prompts, settings, mix, models, folder)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(prompts) - len(folder.missing(range(len(prompts))))} of {len(prompts)} images are in {args.out}; "
+            "the same command with --resume goes on"
+        ) from None
+    tuned = "" if k is None else f" (tuned from step {k} to {settings.steps if end is None else end} of {settings.steps})"
+    kept = "" if new == len(prompts) else f"; {len(prompts) - new} were there"
+    print(f"wrote {new} images to {args.out}{tuned}{kept}; {folder.write_sheet(len(prompts), args.n)}")
+    return 0
+
+
+def _facts(args: argparse.Namespace, unet: Path | None, prompts: Sequence[str]) -> dict[str, Any]:
+    """What the images depend on beside the sampler's settings."""
+    tuned = {"lora": lora_weights(args.lora)} if args.lora else {"tuned_unet": weight_files(unet)[0]} if unet else {}
+    return {
         "model": args.model,
         "lora": str(args.lora or ""),
         "tuned_unet": str(unet or ""),
-        "k": k,
-        **({} if end is None else {"until": end}),
+        "strength": args.strength,
+        **{f.name: getattr(args, f.name) for f in fields(ModelOptions)},
+        "image_size": args.image_size,
+        "model_sha256": base_hash(args.model),
+        **{f"{name}_sha256": file_hash(path) for name, path in tuned.items()},
+        "n": args.n,
+        "prompts": list(prompts[:: args.n]),
+        "images": len(prompts),
     }
-    _write(drawn, prompts, args, {**plain(settings), **facts})
-    tuned = "" if k is None else f" (tuned from step {k} to {settings.steps if end is None else end} of {settings.steps})"
-    print(f"wrote {len(drawn)} images to {args.out}{tuned}")
-    return 0
+
+
+def _draw(
+    policy: DiffusersPolicy,
+    prompts: Sequence[str],
+    settings: Generation,
+    mix: Mix,
+    models: Mapping[str, DiffusersPolicy],
+    folder: ImageFolder,
+) -> int:
+    """Draw and write the images that are not in the folder; returns their number.
+
+    A batch of which one is missing is drawn as a whole: rounding may depend on the batch, and a resumed run is to equal another.
+    """
+    from tqdm import tqdm
+
+    new = 0
+    with tqdm(total=len(prompts), unit="image", disable=not sys.stderr.isatty()) as bar:
+        for numbers in batches(len(prompts), policy, settings):
+            missing = folder.missing(numbers)
+            if missing:
+                part = [prompts[i] for i in numbers]
+                drawn = generate(policy, part, settings, {"": mix}, models, first=numbers.start)[""]
+                for i in missing:
+                    image = drawn[i - numbers.start]
+                    if not bool(image.isfinite().all()):
+                        raise ValueError(
+                            f"image {i}: the model gave values that are not finite, which would be a black image: "
+                            "lower --strength, or give another LoRA"
+                        )
+                    folder.write(i, image, prompts[i])
+            new += len(missing)
+            bar.update(len(numbers))
+            for each in (policy, *models.values()):
+                each.prompts.trim()
+    return new
 
 
 def _tuned_unet(args: argparse.Namespace) -> Path | None:
@@ -109,15 +168,3 @@ def _until(args: argparse.Namespace, unet: Path | None) -> Switch | None:
     if args.lora is None and unet is None:
         raise ConfigError("--until ends the tuned model's part: give --lora or --tuned-unet")
     return Switch.parse(args.until)
-
-
-def _write(drawn: Tensor, prompts: list[str], args: argparse.Namespace, settings: dict[str, object]) -> None:
-    """Write images (N,3,H,W), each with its prompt, and `settings.json` into the folder, and a contact sheet beside it."""
-    for i, (image, prompt) in enumerate(zip(drawn, prompts)):
-        path = args.out / f"{i:05d}.png"
-        images.to_pil(image).save(path)
-        path.with_suffix(".txt").write_text(prompt + "\n", "utf-8")
-    folder = args.out.resolve()  # `.` has no name
-    sheet = folder.with_name(folder.name + "-grid.png")  # outside: every image inside has a prompt
-    images.to_pil(images.grid(drawn, args.n)).save(sheet)
-    (args.out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")

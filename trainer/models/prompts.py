@@ -71,6 +71,11 @@ class Prompts:
         rows = [self._embedding(prompt) for prompt in prompts]
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
+    def trim(self) -> None:
+        """Forget the embeddings in memory where they are more than EMBEDDINGS_KEPT bytes."""
+        if sum(value.nbytes for embedding in self._embeddings.values() for value in embedding.values()) > EMBEDDINGS_KEPT:
+            self.clear()
+
     def clear(self) -> None:
         """Forget the embeddings in memory."""
         self._embeddings.clear()

@@ -148,8 +148,10 @@ class WeightFolders:
         name, at, file = name_or_path.partition("@")
         if Path(name_or_path).is_dir():
             return Path(name_or_path) / "statistics.json"
-        if at or name.endswith(".py"):
-            return Path(file or name).with_suffix(".statistics.json")
+        if name not in REWARDS and name_or_path.endswith(".py"):
+            return Path(name_or_path).with_suffix(".statistics.json")
+        if at:
+            return Path(file).with_suffix(".statistics.json")
         if name not in REWARDS or REWARDS[name].embedded:
             known = ", ".join(n for n, entry in REWARDS.items() if not entry.embedded)
             raise ValueError(f"statistics of {name} cannot be stored: use {known}, a file or a folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,15 +89,13 @@ class WeightedSum(RewardModel):
 
 
 def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
-    """`"hpsv2.1=1, pickscore=0.5"`, or a list of such items -> (name, weight) pairs; a weight left out is 1."""
-    items = spec.split(",") if isinstance(spec, str) else [item for text in spec for item in text.split(",")]
+    """`"hpsv2.1=1, pickscore=0.5"`, or a list of such items -> (name, weight) pairs; a weight left out is 1.
+
+    A path that exists is a path, whatever signs it holds: `runs/lr=1` has the weight 1 for want of another.
+    """
     parsed: list[tuple[str, float]] = []
-    for item in (i.strip() for i in items):
-        name, equals, weight = item.rpartition("=")
-        try:
-            parsed.append((name, float(weight)) if equals else (item, 1.0))
-        except ValueError:
-            parsed.append((item, 1.0))  # the = belongs to a path
+    for item in (item for text in ([spec] if isinstance(spec, str) else spec) for item in _items(text)):
+        parsed.append(_weighted(item))
         if not parsed[-1][0]:
             raise ValueError(f"{item!r} has no reward name: write NAME or NAME=WEIGHT")
     names = [name for name, _ in parsed]
@@ -107,3 +106,28 @@ def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
     if repeated:
         raise ValueError(f"reward {sorted(repeated)[0]} is given twice")
     return parsed
+
+
+def _items(text: str) -> list[str]:
+    """What commas part, but for those in paths that exist."""
+    pieces, items = text.split(","), list[str]()
+    while pieces:
+        joined = (",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1))
+        items.append(next((item for item in joined if _is_path(_weighted(item)[0])), pieces[0].strip()))
+        pieces = pieces[items[-1].count(",") + 1 :]
+    return items
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    name, equals, weight = item.rpartition("=")
+    if not equals or _is_path(item):
+        return item, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        return item, 1.0  # the = belongs to a path
+
+
+def _is_path(item: str) -> bool:
+    """Whether PATH or NAME@PATH exists."""
+    return os.path.exists(item) or os.path.exists(item.partition("@")[2])
