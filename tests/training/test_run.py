@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import stat
 import subprocess
@@ -100,9 +101,19 @@ def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_fol
     assert main(["train", *settings(*paths, tmp_path / "run", steps=3, learning_rate=0.5), "--resume"]) == 2
     assert "was written with another learning_rate: 0.001, now 0.5" in capsys.readouterr().err
     path = tmp_path / "run" / "checkpoint.pt"
+    base = checkpoint.load(path)["base"]
     checkpoint.save({**checkpoint.load(path), "base": "other"}, path)
     assert main(["train", *settings(*paths, tmp_path / "run", steps=3), "--resume"]) == 2
     assert "was written over other weights than those of" in capsys.readouterr().err
+    images = tmp_path / "images"
+    shutil.copytree(paths[2], images)
+    moved = settings(*paths[:2], images, tmp_path / "run", steps=3)
+    (images / "0.txt").write_text("something else")
+    checkpoint.save({**checkpoint.load(path), "base": base}, path)
+    assert main(["train", *moved, "--resume"]) == 2
+    assert f"images = {images}: other captions" in capsys.readouterr().err
+    shutil.copy(paths[2] / "0.txt", images)
+    assert main(["train", *moved, "--resume"]) == 0 and checkpoint.load(path)["step"] == 3
     path.write_bytes(b"garbage")
     assert main(["train", *settings(*paths, tmp_path / "run"), "--resume"]) == 2
     assert "is not a readable checkpoint" in capsys.readouterr().err

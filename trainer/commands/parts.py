@@ -13,9 +13,11 @@ from ..data import images
 from ..data.buckets import bucket_sizes
 from ..data.cache import TensorCache
 from ..data.captions import read_captions, read_prompts
+from ..data.fingerprint import Fingerprint, fingerprint
 from ..data.images import ImageSource
-from ..data.samples import Samples, check_sources, encode_images, load_samples
+from ..data.samples import Samples, check_sources, content_hash, encode_images, load_samples
 from ..lora.extract import weight_files
+from ..lora.file import lora_weights
 from ..memory.offload import offloads, place_rewards
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.open import DTYPES, model_path, open_consistency, open_policy
@@ -55,7 +57,20 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     evaluation = _evaluation(config, policy, reward, samples, aside)
     parts = Parts(policy, samples, reward, features, evaluation, processes=processes)
     check_settings(config, parts)
-    return replace(parts, base_hash=base_hash(config.model), weights=weights_of(config))
+    return replace(parts, base_hash=base_hash(config.model), weights=weights_of(config), data=_data(config, samples, evaluation))
+
+
+def _data(config: TrainConfig, samples: Samples, evaluation: Evaluation | None) -> dict[str, Fingerprint]:
+    """By setting that names data: what tells them from others, see Parts."""
+    found = {"images" if config.images else "prompts": samples.fingerprint} if samples.fingerprint else {}
+    if config.consistency not in ("", "demo"):
+        found["consistency"] = fingerprint(1, weights=[file_hash(lora_weights(Path(config.consistency)))])
+    if config.watch.prompts and evaluation is not None:
+        found["watch.prompts"] = fingerprint(len(evaluation.prompts), prompts=evaluation.prompts)
+    if config.watch.every and config.watch.reference not in ("", "none"):
+        references = _references(config)
+        found["watch.reference"] = fingerprint(len(references), images=map(content_hash, references))
+    return found
 
 
 def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
@@ -110,6 +125,14 @@ def reference(config: TrainConfig, size: tuple[int, int]) -> Reference | None:
         from ..demo.world import real_images
 
         return lambda: real_images(FULL.real, config.seed)[0][:REFERENCES].split(CHUNK)
+    chosen = _references(config)
+    return lambda: (
+        torch.stack([images.load(source, size) for source in chosen[first : first + CHUNK]]) for first in range(0, len(chosen), CHUNK)
+    )
+
+
+def _references(config: TrainConfig) -> list[ImageSource]:
+    """REFERENCES images at most, in random order."""
     found: Sequence[ImageSource] = (
         images.find(Path(config.watch.reference))
         if config.watch.reference
@@ -118,9 +141,7 @@ def reference(config: TrainConfig, size: tuple[int, int]) -> Reference | None:
     if len(found) < 2:
         raise ConfigError(f"watch.reference: FID and LogCov need at least two images, not {len(found)}: give a folder, or none")
     order = torch.randperm(len(found), generator=generator(config.seed, "reference"))[:REFERENCES].tolist()
-    return lambda: (
-        torch.stack([images.load(found[i], size) for i in order[first : first + CHUNK]]) for first in range(0, len(order), CHUNK)
-    )
+    return [found[i] for i in order]
 
 
 def _set_speed(policy: DiffusersPolicy, config: TrainConfig) -> None:

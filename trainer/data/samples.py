@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ from .batches import Images, Prompts
 from .buckets import Size, micro_batch, nearest
 from .cache import TensorCache, Tensors, key_of
 from .captions import read_captions, read_prompts
+from .fingerprint import Fingerprint, fingerprint
 from .images import ImageSource, load, size_of
 from .latents import CachedLatents, Latents, LatentsInMemory
 
@@ -38,6 +39,8 @@ class Samples:
     prompts: tuple[str, ...]
     latents: Latents | None = None
     image: Tensor | None = None
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    """Of what was read, {} where nothing was."""
 
     @property
     def data(self) -> type[Prompts]:
@@ -109,13 +112,15 @@ def load_samples(
     """
     check_sources(prompts, images)
     if not images:
-        return Samples(tuple(read_prompts(Path(prompts))))
+        texts = tuple(read_prompts(Path(prompts)))
+        return Samples(texts, fingerprint=fingerprint(len(texts), prompts=texts))
     pairs = read_captions(images)
     sized = {source: sizes[0] if len(sizes) == 1 else nearest(size_of(source), sizes) for source, _ in pairs}
+    hashes = {source: content_hash(source) for source in sized}
     keys: dict[ImageSource, ImageSource | str] = {source: source for source in sized}
     if cache is not None:
         model = policy.latents_depend_on()
-        keys = {source: key_of("picture", _content_hash(source), str(size), model) for source, size in sized.items()}
+        keys = {source: key_of("picture", hashes[source], str(size), model) for source, size in sized.items()}
     distinct = {key: (source, sized[source]) for source, key in keys.items()}  # with a cache equal files are one image
     ordered = sorted(distinct, key=lambda key: sizes.index(distinct[key][1]))  # images of one size are encoded together
 
@@ -129,10 +134,13 @@ def load_samples(
         names = [str(key) for key in ordered]
         latents = CachedLatents(cache, names, cache.fill(names, encode, processes))
     index = {key: i for i, key in enumerate(ordered)}
-    return Samples(tuple(caption for _, caption in pairs), latents, torch.tensor([index[keys[source]] for source, _ in pairs]))
+    captions = tuple(caption for _, caption in pairs)
+    print_of = fingerprint(len(pairs), images=[hashes[source] for source, _ in pairs], captions=captions)
+    return Samples(captions, latents, torch.tensor([index[keys[source]] for source, _ in pairs]), print_of)
 
 
-def _content_hash(source: ImageSource) -> str:
+def content_hash(source: ImageSource) -> str:
+    """SHA-256 of an encoded image; raises ValueError where it cannot be read."""
     try:
         return hashlib.sha256(source.read_bytes()).hexdigest()
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +14,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config import ConfigError, build, plain, present_names
+from ..data.fingerprint import Fingerprint, difference
 from ..policy import ATTENTION
+from ..rewards.weighted import parse_weights
 from ..runtime.files import check_weights, free_bytes, write_text
 from .config import TrainConfig
 
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 CHECKPOINT, LOG, CONFIG, WATCH, BEST = "checkpoint.pt", "log.jsonl", "config.json", "watch.json", "best.safetensors"
 LOCK = ".lock"
 _STATE = {"step", "adapter", "optimizer", "ema", "objective", "points", "calls", "settings", "base"}
+_PATHS = ("model", "model_options.parts", "consistency", "images", "prompts", "watch.prompts", "watch.reference")
+_REWARDS = ("reward", "features", "watch.heldout")  # known by their weights where those are recorded
 _SNAPSHOT = re.compile(r"(lora|delta)-(\d{6,})\.safetensors")
 _OF_A_RUN = (LOG, CHECKPOINT, "lora.safetensors", "delta.safetensors", WATCH, BEST)
 
@@ -119,11 +124,17 @@ def trim_log(folder: Path, step: int) -> None:
 
 
 def check_resumable(
-    config: TrainConfig, state: Mapping[str, Any], base_hash: str, weights: Mapping[str, Mapping[str, str]], parameters: Iterable[str]
+    config: TrainConfig,
+    state: Mapping[str, Any],
+    base_hash: str,
+    weights: Mapping[str, Mapping[str, str]],
+    data: Mapping[str, Fingerprint],
+    parameters: Iterable[str],
 ) -> None:
     """ConfigError unless settings, base, rewards' weights and names of the trained parameters are those of the checkpoint.
 
-    A reward of equal weights may have another name, such as the folder of an earlier version's.
+    A reward of equal weights may have another name, such as the folder of an earlier version's; a path may be spelled in another way, and
+    data may have moved.
 
     Settings that it does not have (of an older version) are at their default. Exempt are `steps`, `budget`, `NEUTRAL`,
     and how the samples of an optimizer step are split into micro-batches: samples and noise stay the same, but what an objective
@@ -139,7 +150,8 @@ def check_resumable(
         )
     before = build(TrainConfig, {"out": config.out, **present_names(json.loads(state["settings"]))})
     then, now = _compared(before, config)
-    renamed = _same_weights(path, then, now, state.get("weights"), weights)
+    renamed = _same_weights(path, then, now, state.get("weights"), weights) | _same_data(config, state.get("data"), data)
+    renamed |= {key for key in (*_PATHS, *(_REWARDS if state.get("weights") is None else ())) if _same_path(then.get(key), now.get(key))}
     changed = sorted(key for key in {**then, **now} if key not in renamed and then.get(key) != now.get(key))
     if changed == ["batch_size", "gradient_accumulation_steps"] and _per_step(before) == _per_step(config):
         log.warning("micro-batches of %d instead of %d: draws per micro-batch differ", config.batch_size, before.batch_size)
@@ -169,6 +181,25 @@ def _compared(before: TrainConfig, config: TrainConfig) -> tuple[dict[str, Any],
     return _flat(_decisive(before)), _flat(_decisive(config))
 
 
+def _same_data(config: TrainConfig, then: Mapping[str, Fingerprint] | None, data: Mapping[str, Fingerprint]) -> set[str]:
+    """Settings whose data are those of the checkpoint, wherever they lie now; ConfigError where they have changed.
+
+    A checkpoint of 0.2.0 or earlier has no fingerprints: its data are taken to be the same where their paths are.
+    """
+    path, settings = Path(config.out) / CHECKPOINT, _flat(config.describe())
+    if then is None and data:
+        log.warning("%s records no fingerprint of its data, as files of 0.2.0 and earlier: they are taken to be the same", path)
+    known = then or {}
+    for key in data.keys() & known.keys():
+        changed = difference(known[key], data[key])
+        if changed:
+            raise ConfigError(
+                f"{path} was written with other data, {key} = {settings[key]}: {changed}; "
+                "go on with those that the run began with, or start again with --overwrite"
+            )
+    return {*(data.keys() & known.keys())}
+
+
 def _same_weights(
     path: Path,
     before: Mapping[str, Any],
@@ -184,9 +215,20 @@ def _same_weights(
     for key in now.keys() & then.keys():
         if before[key] == config[key]:
             check_weights(path, then[key], now[key], f"to go on with the earlier ones give their folder or file: --{key}=PATH")
-        elif list(then[key].values()) == list(now[key].values()) and len(now[key]) == 1:
+        elif list(then[key].values()) == list(now[key].values()) and _weights(before[key], now[key]) == _weights(config[key], now[key]):
             renamed.add(key)
     return renamed
+
+
+def _weights(spec: str, hashes: Mapping[str, str]) -> list[float] | None:
+    """The weights of a sum's rewards, in their order; None unless each of them has a file."""
+    weights = [weight for _, weight in parse_weights(spec)]
+    return weights if len(weights) == len(hashes) else None
+
+
+def _same_path(a: object, b: object) -> bool:
+    """Whether both are spellings of one path that exists: relative or absolute, with a slash at the end, or through a link."""
+    return isinstance(a, str) and isinstance(b, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
 
 
 def _decisive(config: TrainConfig) -> dict[str, Any]:

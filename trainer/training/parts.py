@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import ConfigError
+from ..data.fingerprint import Fingerprint
 from ..data.samples import Samples
 from ..objectives import OBJECTIVES, RunContext
 from ..objectives.base import ImageFeatures
@@ -31,6 +32,8 @@ class Parts:
     base_hash: str = ""
     weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     """By setting (`reward`, `watch.heldout`, …): SHA-256 of the weights by name, see `weights_of`."""
+    data: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint])
+    """By setting that names data (`images`, `watch.prompts`, …): what tells them from others, wherever they lie."""
     processes: Processes = ALONE
 
     def context(self, config: TrainConfig, policy: Policy) -> RunContext:

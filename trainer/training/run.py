@@ -44,6 +44,7 @@ class Run:
         """Adapter, loss, optimizer and EMA at step 0; `start` also checks the settings and opens the folder."""
         self.config, self.samples, self.reward, self.base_hash = config, parts.samples, parts.reward, parts.base_hash
         self.weights = {key: dict(hashes) for key, hashes in parts.weights.items()}
+        self.data = {key: dict(found) for key, found in parts.data.items()}
         self.policy, self.evaluation, self.processes = parts.policy, parts.evaluation, parts.processes
         self.counted, self.folder, self._lock = CountingPolicy(parts.policy), Path(config.out), lock
         self.context = parts.context(config, cast(Policy, self.counted))
@@ -121,12 +122,13 @@ class Run:
             "settings": json.dumps(self.config.describe(), sort_keys=True),
             "base": self.base_hash,
             "weights": self.weights,
+            "data": self.data,
         }
 
     def load(self) -> None:
-        """Restore the checkpoint; ConfigError where it belongs to other settings or weights."""
+        """Restore the checkpoint; ConfigError where it belongs to other settings, weights or data."""
         state = checkpoint.load(self.checkpoint_path)
-        folder.check_resumable(self.config, state, self.base_hash, self.weights, dict(self.policy.named_parameters()))
+        folder.check_resumable(self.config, state, self.base_hash, self.weights, self.data, dict(self.policy.named_parameters()))
         self.shared_draws = state.get("shared_draws", "step")
         if self.shared_draws == "step" and self.config.gradient_accumulation_steps > 1:
             log.warning(
