@@ -52,8 +52,8 @@ class FluxPolicy(FlowPolicy):
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         """See DiffusersPolicy."""
-        if shapes.get("double_blocks.0.img_attn.qkv.weight") != (9216, 3072):
-            return None
+        if shapes.get("double_blocks.0.img_attn.qkv.weight") != (9216, 3072) or "double_stream_modulation_img.lin.weight" in shapes:
+            return None  # FLUX.2 klein 4B has this width, too
         return "flux-dev" if any(key.startswith("guidance_in.") for key in shapes) else "flux-schnell"
 
     def native_size(self) -> int:

@@ -45,6 +45,17 @@ class KleinPolicy(FlowPolicy):
     targets: ClassVar[tuple[str, ...]] = (*FlowPolicy.targets, "attn.to_qkv_mlp_proj", "attn.to_out")
     max_tokens: int | None = 512  # the pipeline's default
 
+    @classmethod
+    def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """See DiffusersPolicy."""
+        shared = shapes.get("double_stream_modulation_img.lin.weight")
+        if shared is None:
+            return None
+        name = {3072: "flux2-klein-4b", 4096: "flux2-klein-9b"}.get(shared[1])
+        if name is None:
+            raise ValueError(f"it is a FLUX.2 of width {shared[1]}: of FLUX.2 only klein 4B and 9B are supported")
+        return name
+
     def native_size(self) -> int:
         """Latents per side that the model was trained at: 1024 pixels."""
         return int(self.pipeline.default_sample_size) // 2

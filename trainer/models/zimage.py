@@ -44,6 +44,12 @@ class ZImagePolicy(FlowPolicy):
         super().__init__(*arguments, **options)  # pyright: ignore[reportArgumentType]
         self._lengths = WeakTensorKeyDictionary()
 
+    @classmethod
+    def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """See DiffusersPolicy. Base and Turbo have the same shapes; the folder that brings the tokenizer brings the schedule."""
+        qkv, text = shapes.get("noise_refiner.0.attention.qkv.weight"), shapes.get("cap_embedder.1.weight")
+        return "z-image" if (qkv, text) == ((11520, 3840), (3840, 2560)) else None
+
     def native_size(self) -> int:
         """Latents per side that the model was trained at: 1024 pixels, which no configuration states."""
         return 1024 // self.autoencoder.downscaling
