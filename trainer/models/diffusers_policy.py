@@ -53,6 +53,7 @@ class DiffusersPolicy:
     patch: ClassVar[int] = 1  # latents per side of one token
     arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's loaders
     index: ClassVar[Mapping[str, Any]] = {}  # entries of `model_index.json` besides the components
+    split_files: ClassVar[bool] = False  # whether single files hold the network alone
     optional: ClassVar[tuple[str, ...]] = ()  # components that may be absent
     max_tokens: int | None = None  # of the text encoders; None is the tokenizer's limit
 

@@ -36,6 +36,7 @@ class KleinPolicy(FlowPolicy):
 
     pipeline_name: ClassVar[str] = "Flux2KleinPipeline"
     blocks: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    split_files: ClassVar[bool] = True
     published: ClassVar[Mapping[str, ModelConfig]] = {
         "flux2-klein-4b": _published(KLEIN_4B, QWEN3_4B),
         "flux2-klein-9b": _published(KLEIN_9B, QWEN3_8B),

@@ -21,6 +21,7 @@ from .klein import KleinPolicy
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
 from .single_file import one_line_errors, single_file_pipeline, tensor_shapes
+from .split_files import split_files_pipeline
 from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
 from .zimage import ZImagePolicy
@@ -63,7 +64,7 @@ def load_policy(
         with one_line_errors(path):
             pipeline = family.load_pipeline(path, dtype)
     elif path.is_file():
-        pipeline = single_file_pipeline(path, family, config, dtype, parts)
+        pipeline = (split_files_pipeline if family.split_files else single_file_pipeline)(path, family, config, dtype, parts)
     else:
         pipeline = two_unets_pipeline(path, family, config, dtype)
     if prediction:

@@ -36,6 +36,7 @@ class ZImagePolicy(FlowPolicy):
 
     pipeline_name: ClassVar[str] = "ZImagePipeline"
     blocks: ClassVar[tuple[str, ...]] = ("ZImageTransformerBlock",)
+    split_files: ClassVar[bool] = True
     published: ClassVar[Mapping[str, ModelConfig]] = {"z-image": _published(6.0), "z-image-turbo": _published(3.0)}
     targets: ClassVar[tuple[str, ...]] = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
     max_tokens: int | None = 512  # the pipeline's default

@@ -1,0 +1,62 @@
+"""Models whose parts are files of their own: a checkpoint of the network alone, and a folder for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .configs import ModelConfig
+from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .single_file import load_part, one_line_errors
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+def split_files_pipeline(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype, parts: str | Path = "") -> Any:
+    """The diffusers pipeline of a network's file in its original names; text encoder, tokenizer, VAE and schedule are those of `parts`."""
+    others = [name for name in config.parts if name != family.network_name]
+    if not parts:
+        raise ValueError(f"{path} holds no {', '.join(others)} and no tokenizer: name a diffusers folder that has them (parts = FOLDER)")
+    folder = Path(parts)
+    found = {name: load_part(folder / name, config.parts[name][0], dtype) for name in others}
+    for name in others:
+        if name.startswith("text_encoder"):
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            found[tokenizer] = load_part(folder / tokenizer, ("transformers", "AutoTokenizer"), dtype)
+    found["scheduler"] = load_part(folder / "scheduler", ("diffusers", config.scheduler[0]), dtype)
+    return family.pipeline_class()(**found, **{family.network_name: _network(path, family, config, dtype)})
+
+
+def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    (_, kind), settings = config.parts[family.network_name]
+    tensors = load_file(path)
+    prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in tensors)), "")
+    tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    cls: Any = getattr(diffusers, kind)
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in cls.from_config(settings).state_dict().items()}
+    convert = _converter(kind)
+    with one_line_errors(path):
+        state = convert({key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()})
+    wrong = [name for name, value in state.items() if wanted.get(name) != value.shape] + [name for name in wanted if name not in state]
+    if wrong:
+        raise ValueError(f"{path} is not the published {kind}: {len(wrong)} of its weights differ, {wrong[0]} for example")
+    with torch.device("meta"):
+        network = cls.from_config(settings)
+    with without_dtype_warning():
+        network.load_state_dict(state, assign=True)
+    return network
+
+
+def _converter(kind: str) -> Any:
+    """diffusers' own converter from original names."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise ValueError(f"this diffusers reads no single files of {kind}: pip install --upgrade diffusers")
+    return SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
