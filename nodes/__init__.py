@@ -19,6 +19,7 @@ _MODULES = {
     "rewards": ("score images",),
     "download": (),
     "scoring": ("score images",),
+    "folder": (),
     "training": ("train", "load LoRAs", "score images"),
     "objectives": (),
     "judging": (),
@@ -42,7 +43,7 @@ class Extension(ComfyExtension):
                 continue
             said = [sentence for feature in features if (sentence := host.problem(feature))]
             problems |= dict.fromkeys(said)
-            if name == "rewards" and not said:
+            if not said and hasattr(module, "register_folder"):
                 module.register_folder()
             found += [_refusing(node, said[0]) for node in module.NODES] if said else module.NODES
         for sentence in problems:

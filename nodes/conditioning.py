@@ -15,6 +15,7 @@ from .autograd import ordinary
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 Conds = dict[str, Any]
 """ComfyUI's conds of one prompt, by the argument of the network."""
+_KEPT = 64  # prompts on the device: those of a captioned folder may be thousands
 
 
 class Prompts:
@@ -23,7 +24,7 @@ class Prompts:
     def __init__(self, model: Any, condition: Callable[[str], Conditioning], device: torch.device) -> None:
         self.model, self.condition, self.device = model, condition, device
         self.encoded: dict[str, list[dict[str, Any]]] = {}
-        self.conds: dict[str, Conds] = {}  # on the device
+        self.conds: dict[tuple[Any, ...], Conds] = {}  # on the device, by prompt and size of the latents: SDXL's depend on it
 
     @torch.no_grad()
     def prepare(self, prompt: str) -> list[dict[str, Any]]:
@@ -39,6 +40,8 @@ class Prompts:
         Text encoders that do not pad (Z-Image) give prompts of different lengths, which ComfyUI does not join either.
         """
         groups: list[tuple[list[int], list[Conds]]] = []
+        while len(self.conds) > _KEPT:
+            self.conds.pop(next(iter(self.conds)))
         for i, prompt in enumerate(prompts):
             conds = self._conds_of(prompt, x)
             rows, members = next((g for g in groups if _fit(g[1][0], conds)), ([], []))
@@ -49,13 +52,14 @@ class Prompts:
         return [(rows, {key: cond.concat([m[key] for m in members[1:]]) for key, cond in members[0].items()}) for rows, members in groups]
 
     def _conds_of(self, prompt: str, x: Tensor) -> Conds:
-        if prompt not in self.conds:
+        key = (prompt, *x.shape[2:])
+        if key not in self.conds:
             conds = comfy.samplers.encode_model_conds(self.model.extra_conds, self.prepare(prompt), x[:1].detach(), self.device, "positive")
             if len(conds) != 1:
                 raise ValueError(f"the conditioning of {prompt!r} has {len(conds)} parts: training takes one plain prompt")
             whole = conds[0]["model_conds"]
-            self.conds[prompt] = {k: c.process_cond(batch_size=1, device=self.device, area=None) for k, c in whole.items()}
-        return self.conds[prompt]
+            self.conds[key] = {k: c.process_cond(batch_size=1, device=self.device, area=None) for k, c in whole.items()}
+        return self.conds[key]
 
 
 def _fit(a: Conds, b: Conds) -> bool:

@@ -7,6 +7,7 @@ import functools
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 from typing import Any
 
 import comfy.float
@@ -17,6 +18,7 @@ import comfy.ops
 import comfy.sample
 import comfy.utils
 import comfyui_version
+import folder_paths
 import torch
 
 TESTED = ("0.3.48", "0.3.64", "0.16.0", "0.33.0")
@@ -140,6 +142,17 @@ def finished(latent: dict[str, Any], samples: torch.Tensor) -> dict[str, Any]:
     dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: samples.dtype)()
     kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
     return {**kept, "samples": samples.to(device=comfy.model_management.intermediate_device(), dtype=dtype)}
+
+
+def register_folder(name: str, *extensions: str) -> None:
+    """The folder `name` below models, beside those that extra_model_paths.yaml or another pack registered under that name.
+
+    Their extensions stay; none at all means any.
+    """
+    paths, known = folder_paths.folder_names_and_paths.get(name, ([], set(extensions)))
+    ours = str(Path(folder_paths.models_dir) / name)
+    merged = {*known, *extensions} if known else set()
+    folder_paths.folder_names_and_paths[name] = ([*paths, *([] if ours in paths else [ours])], merged)
 
 
 class _Reached(BaseException):

@@ -12,7 +12,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..trainer.config import ConfigError
 from ..trainer.memory.dry_run import META
@@ -29,6 +29,7 @@ from ..trainer.training.config import NEUTRAL, TrainConfig, Watch
 from .adapter import DENOISER_BLOCKS, Adapter
 from .autograd import differentiable_kernels
 from .conditioning import Prompts
+from .latents import pixels_per_latent
 from .policy import ComfyPolicy
 from .rewards import Combined, Loaded, roots
 
@@ -36,12 +37,17 @@ MODES = ["fast", "balanced", "small"]
 
 
 class GraphPlanner(Planner):
-    """Plans of a run in a graph. rewards: the training reward, the one whose features are read, the held-out one; preview: a `Watch`."""
+    """Plans of a run in a graph. rewards: the training reward, the one whose features are read, the held-out one; prompts, images: their
+    numbers; preview: a `Watch`.
 
-    def __init__(self, policy: ComfyPolicy, rewards: tuple[Any, Any, Any], prompts: int, preview: Watch) -> None:
+    Images of all sizes are planned as squares of `image_size`: a bucket has at most as many pixels.
+    """
+
+    def __init__(self, policy: ComfyPolicy, rewards: tuple[Any, Any, Any], prompts: int, preview: Watch, images: int = 0) -> None:
         super().__init__()
         self.device = policy.device
-        self.policy, self.rewards, self.prompts, self.preview = _DryPolicy(policy), rewards, prompts, preview
+        self.policy, self.rewards, self.preview = _DryPolicy(policy), rewards, preview
+        self.prompts, self.images = prompts, images
 
     def __call__(self, config: TrainConfig) -> Plan:
         """The plan of one config."""
@@ -55,7 +61,7 @@ class GraphPlanner(Planner):
         dtype = getattr(torch, config.reward_dtype)
         seen = None if features is None else _without_weights_of(features, torch.float32)
         judge = None if heldout is None else _without_weights_of(heldout, torch.float32)
-        return MetaModels(self.policy, _without_weights_of(reward, dtype), seen, judge, prompts=self.prompts)  # pyright: ignore[reportArgumentType]
+        return MetaModels(self.policy, _without_weights_of(reward, dtype), seen, judge, self.images, self.prompts)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager
@@ -86,6 +92,7 @@ class _DryPolicy(ComfyPolicy):
         base.__dict__["_modules"] = {**base._modules, "diffusion_model": self.network}
         self.model = SimpleNamespace(model=base, model_options=policy.model.model_options)  # a patcher's copy would unload the original
         self.prompts = _DryPrompts(policy.prompts, base)
+        self._ratio = pixels_per_latent(policy.vae)
         self.vae = _DryVae(policy.vae)
         self.gradient_vae = self.vae if policy.gradient_vae is policy.vae else _DryVae(policy.gradient_vae)
         self.vae.smaller = None if self.gradient_vae is self.vae else self.gradient_vae  # its weights count too
@@ -95,8 +102,11 @@ class _DryPolicy(ComfyPolicy):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels, at eight per latent and side."""
-        return 8 * self.latent_shape[1], 8 * self.latent_shape[2]
+        """(height, width) in pixels."""
+        return self._ratio * self.latent_shape[1], self._ratio * self.latent_shape[2]
+
+    def encode(self, images: Tensor) -> None:
+        """Nothing: ComfyUI makes room for its VAE, which encodes before the run is loaded."""
 
 
 class _DryPrompts(Prompts):
@@ -164,26 +174,35 @@ def networks(*rewards: Any) -> list[RewardModel]:
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
-def settings_that_fit(mode: str, config: TrainConfig, policy: ComfyPolicy, planner: Callable[[], Planner]) -> tuple[TrainConfig, str]:
+def settings_that_fit(
+    mode: str, config: TrainConfig, policy: ComfyPolicy, planner: Callable[[], Planner], resumed: bool = False
+) -> tuple[TrainConfig, str]:
     """The config with the memory settings of a mode, and what the report says of them.
 
+    A resumed run keeps the settings that it has; of the others it takes those that change its result by rounding alone.
     Raises ValueError where nothing fits: with `balanced` by the plan with its allowance, with `small` by its tensors alone.
     """
+    given, kept = _given(policy), ""
+    if resumed:
+        asked, rounding = config, {setting.key for setting in SETTINGS} & NEUTRAL
+        config = keep_settings(config, Path(config.out) / "config.json", given | (rounding if mode == "fast" else set()))
+        given |= {setting.key for setting in SETTINGS} - NEUTRAL
+        kept = f"{_words(asked, config)}, as the run began"
     if mode == "fast":
         return config, ""
-    given, budget = _given(policy), available(policy.device)
-    changed = smallest(config, given)
+    budget, shared = available(policy.device), config.batch_size if resumed else 1  # so many processes: no smaller micro-batches
+    changed = smallest(config, given, shared)
     try:
         planned = planner()
         if mode == "balanced":
             with suppress(ConfigError):  # even the smallest does not fit
-                changed, _, _ = fit(config, budget / GB, given, planned)
+                changed, _, _ = fit(config, budget / GB, given, planned, shared)
         found = planned(changed)
     except comfy.model_management.InterruptProcessingException:
         raise
     except Exception as problem:  # a model whose code does not run without weights
         changed = changed if mode == "small" else config
-        return changed, f"; memory {mode}: {_words(config, changed)}; not planned ({type(problem).__name__}: {problem})"[:300]
+        return changed, f"; memory {mode}: {_said(kept, config, changed)}; not planned ({type(problem).__name__}: {problem})"[:300]
     least = found.total if mode == "balanced" else found.counted
     if least > budget:
         raise ValueError(
@@ -191,21 +210,19 @@ def settings_that_fit(mode: str, config: TrainConfig, policy: ComfyPolicy, plann
             f"{policy.device}: reduce width and height, image_size or rank, use a gradient_vae, or set memory to "
             f"{'small' if mode == 'balanced' else 'fast'} to try all the same"
         )
-    return changed, f"; memory {mode}: {_words(config, changed)}; {found.total / GB:.2f} GB planned of {budget / GB:.2f}"
+    return changed, f"; memory {mode}: {_said(kept, config, changed)}; {found.total / GB:.2f} GB planned of {budget / GB:.2f}"
 
 
-def kept_settings(mode: str, config: TrainConfig, policy: ComfyPolicy) -> tuple[TrainConfig, str]:
-    """The memory settings of a run that is resumed; with `fast` only those that its result depends on."""
-    given = _given(policy) | ({setting.key for setting in SETTINGS} & NEUTRAL if mode == "fast" else set())
-    kept = keep_settings(config, Path(config.out) / "config.json", given)
-    return kept, "" if mode == "fast" else f"; memory: {_words(config, kept)}, as the run began"
+def _said(kept: str, before: TrainConfig, after: TrainConfig) -> str:
+    """What a mode has changed, after what a resumed run kept."""
+    return _words(before, after) if not kept else kept if before == after else f"{kept}; now also {_words(before, after)}"
 
 
-def smallest(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """With every memory setting, and one sample per micro-batch where the batch divides so."""
+def smallest(config: TrainConfig, given: set[str], processes: int = 1) -> TrainConfig:
+    """With every memory setting, and one sample per micro-batch and process where the batch divides so."""
     for setting in SETTINGS:
         config = (setting.applied(config) if setting.key not in given else None) or config
-    while half := halved(config):
+    while half := halved(config, processes):
         config = half[1]
     return config
 

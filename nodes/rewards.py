@@ -16,6 +16,7 @@ from comfy_api.latest import io
 from ..trainer.reward import PrefixReward
 from ..trainer.rewards.registry import REWARDS, WeightFolders, weights_hashes
 from ..trainer.rewards.registry import load as load_spec
+from . import host
 from .sockets import CATEGORY, Reward, schema
 
 _FOLDER = "rewards"
@@ -23,11 +24,7 @@ _FOLDER = "rewards"
 
 def register_folder() -> None:
     """`models/rewards`, and what extra_model_paths.yaml says of it; called once, when ComfyUI loads the pack."""
-    paths, extensions = folder_paths.folder_names_and_paths.get(_FOLDER, ([], {".safetensors"}))
-    ours = str(Path(folder_paths.models_dir) / _FOLDER)
-    # another pack may have a folder of this name: its extensions stay, and none at all means any
-    merged = {*extensions, ".safetensors"} if extensions else set()
-    folder_paths.folder_names_and_paths[_FOLDER] = ([*paths, *([] if ours in paths else [ours])], merged)
+    host.register_folder(_FOLDER, ".safetensors")
 
 
 def names() -> list[str]:

@@ -16,6 +16,7 @@ from ..trainer.config import NAMES, RENAMED, build
 CATEGORY = "ImageReFL"
 Reward = io.Custom("REWARD_MODEL")
 Objective = io.Custom("ALIGN_OBJECTIVE")
+Dataset = io.Custom("CAPTIONED_IMAGES")
 LoraWeights = io.Custom("LORA_MODEL")  # the stock train, save and load nodes' own types
 Losses = io.Custom("LOSS_MAP")
 

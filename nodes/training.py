@@ -11,9 +11,10 @@ from ..trainer.config import build
 from ..trainer.objectives import OBJECTIVES, ImageReFL
 from ..trainer.policy import ATTENTION, Lora
 from ..trainer.training.config import TrainConfig
-from .graph_run import LAST, NEW, resumable, train_in_graph
+from .graph_run import train_in_graph
 from .memory import MODES
-from .sockets import CATEGORY, LoraWeights, Losses, Objective, Reward, schema, show_text, widget_name, widgets
+from .run_folders import LAST, NEW, resumable
+from .sockets import CATEGORY, Dataset, LoraWeights, Losses, Objective, Reward, schema, show_text, widget_name, widgets
 
 _OURS = (
     "steps",
@@ -54,7 +55,12 @@ def _run_inputs() -> list[Any]:
         io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip="Pixels, where no images are connected."),
         io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip="Pixels, where no images are connected."),
         io.Int.Input(
-            "image_size", default=512, min=0, max=8192, step=8, tooltip="Shorter side that images are resized to; 0 keeps theirs."
+            "image_size",
+            default=512,
+            min=0,
+            max=8192,
+            step=8,
+            tooltip="Shorter side that images are resized to; 0 keeps theirs. A dataset: side of the square.",
         ),
     ]
 
@@ -87,6 +93,13 @@ _MEMORY = io.Combo.Input(
     tooltip="fast: settings as given. balanced: the peak is predicted before the first step, and settings are switched on until it fits "
     "the device: images decoded one by one, activations recomputed, rewards offloaded, the reward in bfloat16 (which rounds it), batches "
     "in parts. small: all of these.",
+)
+# After all others: saved graphs know widgets by their position
+_DATASET = Dataset.Input(
+    "dataset",
+    optional=True,
+    tooltip="Images and captions of a folder, from Captioned Folder, instead of images and prompts: leave both empty. They are cropped to "
+    "image_size, as the headless trainer does.",
 )
 _OUTPUTS = [
     io.Model.Output("tuned", display_name="MODEL", tooltip="The tuned model: connect it as the tuned part of a Combined KSampler."),
@@ -134,6 +147,7 @@ class AlignLoraTrain(io.ComfyNode):
                 *_OPTIONAL,
                 _FEATURES,
                 _MEMORY,
+                _DATASET,
             ],
             outputs=_OUTPUTS,
         )
@@ -182,6 +196,7 @@ class ImageReFLTrain(io.ComfyNode):
                 *_run_inputs(),
                 *_OPTIONAL,
                 _MEMORY,
+                _DATASET,
             ],
             outputs=_OUTPUTS,
         )

@@ -36,6 +36,15 @@ def test_subfolders_named_with_a_number_count_so_often(tmp_path):
     assert len(dogs) == 3 and all((dog - expected).abs().max() < 0.01 for dog in dogs)
 
 
+def test_captions_may_be_in_kohyas_other_files(tmp_path):
+    """Where both are there, `.txt` is read."""
+    for name, text in (("a", "from .txt"), ("b", "from .caption")):
+        write_image(tmp_path / f"{name}.png", 0, text)
+        (tmp_path / f"{name}.caption").write_text("from .caption")
+    (tmp_path / "b.txt").unlink()
+    assert [caption for _, caption in read_captions(str(tmp_path))] == ["from .txt", "from .caption"]
+
+
 def test_manifests_name_images_and_captions(folder):
     (folder / "list.csv").write_text('image,text\n0.png,"a, b"\n1.png,\n0.png,again\n', "utf-8")
     expected = [(folder / "0.png", "a, b"), (folder / "1.png", "caption 1"), (folder / "0.png", "again")]

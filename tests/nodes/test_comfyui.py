@@ -113,17 +113,9 @@ def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_
 @comfyui
 @pytest.mark.slow
 def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
-    assert len(exactness["registered"]) == 29, exactness["registered"]
+    assert len(exactness["registered"]) == 30, exactness["registered"]
     assert exactness["described"]
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
-
-
-@comfyui
-@pytest.mark.slow
-def test_one_step_in_a_graph_has_the_headless_gradient(place, pipeline_folder, tmp_path):
-    errors = run_inside(place, "gradient.py", pipeline_folder, cwd=tmp_path)
-    assert errors["modules"] > 50 and errors["latents"] < 1e-4
-    assert all(errors[name] < 1e-3 for name in ("refl", "guided", "imagerefl", "draft-k", "srpo", "sqdf")), errors
 
 
 @pytest.fixture(scope="module")

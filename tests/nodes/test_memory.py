@@ -74,6 +74,26 @@ def test_a_resumed_run_keeps_its_settings(memory):
 
 @comfyui
 @pytest.mark.slow
+def test_a_resumed_run_is_planned_too(memory):
+    """What does not fit is refused; of the settings that it did not begin with it takes those that keep its result."""
+    said, _ = memory["resumed, does not fit"]
+    assert said.startswith("not enough memory: this run takes ") and " GB planned of " in memory["resumed"][0], memory["resumed"]
+    report, config = memory["resumed, small"]
+    assert "as the run began; now also " in report and " GB planned of " in report, report
+    assert config["vae_slicing"] and config["gradient_checkpointing_denoiser"] and config["gradient_checkpointing_reward"]
+    assert (config["batch_size"], config["reward_dtype"]) == (4, "float32")
+
+
+@comfyui
+@pytest.mark.slow
+def test_images_count_by_their_latents_and_by_the_pixels_of_the_vae(memory):
+    """Mean and deviation of 4×8×8 numbers each, in float32."""
+    assert memory["latents of 1000 images"] == pytest.approx(2 * 4 * 8 * 8 * 4 * 1000, rel=1e-3)
+    assert memory["pixels at 16 per latent"] == [128, 128]
+
+
+@comfyui
+@pytest.mark.slow
 def test_a_model_that_cannot_be_planned_trains_and_says_so(memory):
     report, config = memory["balanced, not planned"]
     assert "memory balanced: settings as given; not planned (ZeroDivisionError" in report and config["batch_size"] == 4

@@ -9,6 +9,8 @@ from . import images, manifest
 from .hub import PREFIX, read_dataset
 from .images import ImageSource
 
+CAPTION_SUFFIXES = (".txt", ".caption")  # what trainers write beside images; both are kohya's
+
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a UTF-8 text file, one per line; blank lines are skipped."""
@@ -21,7 +23,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_captions(source: str) -> Sequence[tuple[ImageSource, str]]:
-    """Images and their captions, from a folder of images with a `.txt` beside each, a CSV or JSONL manifest, or a data set
+    """Images and their captions, from a folder of images with a `.txt` or `.caption` beside each, a CSV or JSONL manifest, or a data set
     `hf:PATH_OR_NAME[:split]`.
 
     An image in a subfolder `N_name` comes N times, as in kohya's layout.
@@ -61,9 +63,14 @@ def list_images(path: Path, prompt_column: str = "") -> Iterator[tuple[Path, str
 
 
 def caption_beside(image: Path) -> str | None:
-    """The text of the UTF-8 `.txt` file beside an image; None where there is none, or it is empty."""
-    side = image.with_suffix(".txt")
-    return _text(side).strip() or None if side.is_file() else None
+    """The text of the UTF-8 `.txt` or `.caption` file beside an image; None where there is none, or it is empty."""
+    side = caption_file(image)
+    return None if side is None else _text(side).strip() or None
+
+
+def caption_file(image: Path) -> Path | None:
+    """The text file beside an image that `caption_beside` reads: the first of CAPTION_SUFFIXES that exists."""
+    return next((side for suffix in CAPTION_SUFFIXES if (side := image.with_suffix(suffix)).is_file()), None)
 
 
 def _text(path: Path) -> str:

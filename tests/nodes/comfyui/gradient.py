@@ -1,6 +1,6 @@
 """Run inside a ComfyUI: one training step in a graph has the gradient of the headless trainer.
 
-Usage: gradient.py COMFYUI PACK PIPELINE. Prints one JSON line of relative errors.
+Usage: gradient.py COMFYUI PACK PIPELINE. Prints one JSON line of relative errors, and what folder.py prints.
 """
 
 import json
@@ -57,4 +57,7 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             ours, theirs = (torch.cat([g[n].flatten() for n in sorted(g)]) for g in gradients)
             errors[name] = float((ours - theirs).norm() / ours.norm())
     errors["modules"] = len(policy.named_parameters())
+import folder
+
+errors["folder"] = folder.results
 print(json.dumps(errors))

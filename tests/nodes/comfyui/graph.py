@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 folder_paths.set_output_directory(str(Path("output").resolve()))
 extension = asyncio.run(embedded.module.comfy_entrypoint())
 N = {node.define_schema().node_id.removeprefix("ImageReFL"): node for node in asyncio.run(extension.get_node_list())}
-training = embedded.ours("nodes.graph_run")
+training, runs = embedded.ours("nodes.graph_run"), embedded.ours("nodes.run_folders")
 results = {"refused": {}}
 
 
@@ -110,10 +110,10 @@ with torch.inference_mode():
     comfy.utils.set_progress_bar_global_hook(None)
     comfy.model_management.interrupt_current_processing(False)
     results["base untouched by Cancel"] = bool(torch.equal(plain_sample()["samples"], before["samples"]))
-    results["resumable"] = training.resumable()
-    results["the last run of a name"] = training.run_folder("cut", training.LAST).name
-    resumed = call("Train", name="cut", **own, **{**settings, "resume": training.LAST, "seed": 5})
-    results["a seed of its own"] = json.loads((training.runs_folder() / "cut" / "config.json").read_text("utf-8"))["seed"]
+    results["resumable"] = runs.resumable()
+    results["the last run of a name"] = runs.run_folder("cut", runs.LAST).name
+    resumed = call("Train", name="cut", **own, **{**settings, "resume": runs.LAST, "seed": 5})
+    results["a seed of its own"] = json.loads((runs.runs_folder() / "cut" / "config.json").read_text("utf-8"))["seed"]
     results["resumed equals uninterrupted"] = all(torch.equal(lora[k], resumed[1][k]) for k in lora)
     results["resumed losses"] = len(resumed[2]["loss"])
 
@@ -124,7 +124,7 @@ with torch.inference_mode():
         return call("CombinedKSampler", model, lora_model, *arguments)[0]
 
     switched = automatic(tuned)
-    again = automatic(embedded.ours("nodes.lora").load(model, training.runs_folder() / "whole" / "lora.safetensors", 1.0)[0])
+    again = automatic(embedded.ours("nodes.lora").load(model, runs.runs_folder() / "whole" / "lora.safetensors", 1.0)[0])
     results["file equals MODEL"] = bool(torch.equal(switched["samples"], again["samples"]))
     call("SaveLora", lora, "loras/mine")
     once_more = automatic(embedded.ours("nodes.lora").load(model, Path("output/loras/mine_00001_.safetensors"), 1.0)[0])
@@ -176,13 +176,13 @@ with torch.inference_mode():
     refused("no clip", lambda: call("Train", name="x", **own, **{**settings, "clip": None}))
     refused("no such module", lambda: call("Train", name="x", **own, **{**settings, "targets": "nothing"}))
     refused("changed settings", lambda: call("Train", name="x", **own, **{**settings, "resume": "cut", "lr": 1e-3}))
-    refused("no run of this name", lambda: call("Train", name="never", **own, **{**settings, "resume": training.LAST}))
+    refused("no run of this name", lambda: call("Train", name="never", **own, **{**settings, "resume": runs.LAST}))
     refused("below the threshold", lambda: call("PickBest", [images], [0.0, 1.0, 2.0], [1], None, [5.0]))
-    training.runs_folder().joinpath("zero.safetensors").write_bytes(b"broken")
-    refused("broken LoRA", lambda: embedded.ours("nodes.lora").load(model, training.runs_folder() / "zero.safetensors", 1.0))
+    runs.runs_folder().joinpath("zero.safetensors").write_bytes(b"broken")
+    refused("broken LoRA", lambda: embedded.ours("nodes.lora").load(model, runs.runs_folder() / "zero.safetensors", 1.0))
     zero = {k: torch.zeros_like(v) if "lora_up" in k else v for k, v in lora.items()}
-    save_file(zero, training.runs_folder() / "zero.safetensors")
-    refused("LoRA without effect", lambda: embedded.ours("nodes.lora").load(model, training.runs_folder() / "zero.safetensors", 1.0))
+    save_file(zero, runs.runs_folder() / "zero.safetensors")
+    refused("LoRA without effect", lambda: embedded.ours("nodes.lora").load(model, runs.runs_folder() / "zero.safetensors", 1.0))
 
     class Breaks:
         """A reward that fails at its second look."""
@@ -205,7 +205,7 @@ with torch.inference_mode():
     comfy.model_management.load_models_gpu([changed])
     results["a model is known while a LoRA is loaded on a clone"] = training._fingerprint(model, []) == known
     results["and the LoRA was loaded"] = float((changed.model.diffusion_model.get_parameter(first) - weight).abs().max()) > 0.9
-    results["only finished or cancelled runs on disk"] = sorted(p.name for p in training.runs_folder().iterdir() if p.is_dir())
+    results["only finished or cancelled runs on disk"] = sorted(p.name for p in runs.runs_folder().iterdir() if p.is_dir())
     results["base untouched by failures"] = bool(torch.equal(plain_sample()["samples"], before["samples"]))
     results["plain sample after all"] = embedded.digest(plain_sample()["samples"])
 print(json.dumps(results))

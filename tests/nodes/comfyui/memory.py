@@ -15,7 +15,9 @@ import tiny
 import torch
 
 ours = embedded.ours
-demo, graph, graph_run, memory, rewards = (ours(f"nodes.{name}") for name in ("demo", "policy", "graph_run", "memory", "rewards"))
+demo, graph, graph_run, memory, rewards, run_folders = (
+    ours(f"nodes.{name}") for name in ("demo", "policy", "graph_run", "memory", "rewards", "run_folders")
+)
 objectives, planning = ours("trainer.objectives"), ours("trainer.memory.plan")
 lora = ours("trainer.policy").Lora(rank=4, alpha=4.0, targets=("to_q", "to_out.0"))
 draft = ("draft-k", objectives.DRaFTK(steps=3, k=2, guidance_scale=1.0))
@@ -83,7 +85,7 @@ def peaks(policy, config):
     return planned.phases["training step"], tracker.peak.bytes
 
 
-def trained(mode, resume=graph_run.NEW, **settings):
+def trained(mode, resume=run_folders.NEW, **settings):
     """The report, the run's settings as written, and its LoRA; or what was refused."""
     clip, load = demo.load_clip(), rewards.load
     given = {"memory": mode} if mode else {}
@@ -125,6 +127,13 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             policy.decode(torch.zeros(8, 4, side, side))
     results["decoded at a time"] = sizes
 
+    policy, reward = policy_of("demo"), rewards.load("demo-proxy")
+    planner = lambda images: memory.GraphPlanner(policy, (reward, None, None), 3, ours("trainer.training.config").Watch(), images)  # noqa: E731
+    steps = [planner(images)(config_of(images="graph: 1")).phases["training step"] for images in (0, 1000)]
+    results["latents of 1000 images"] = steps[1] - steps[0]
+    policy.vae.downscale_ratio = 16
+    results["pixels at 16 per latent"] = list(planner(0).policy.image_size)
+
 with torch.inference_mode():
     fast, absent = trained("fast"), trained(None)
     brief("fast", fast), brief("absent", absent)
@@ -150,7 +159,12 @@ with torch.inference_mode():
     memory.available = lambda device: 1
     brief("nothing fits", trained("balanced"))
     brief("small does not fit", trained("small"))
-    brief("resumed", trained("balanced", graph_run.LAST, steps=3))
+    kept = {"resume": run_folders.LAST, "steps": 3}
+    brief("resumed, does not fit", trained("balanced", **kept))
+    memory.available = lambda device: (3 * most + least) // 4
+    brief("resumed", trained("balanced", **kept))
+    memory.available = lambda device: 2 * most
+    brief("resumed, small", trained("small", resume=run_folders.LAST, steps=4))
     memory.GraphPlanner.__call__ = lambda self, config: 1 / 0
     brief("balanced, not planned", trained("balanced"))
     brief("small, not planned", trained("small"))

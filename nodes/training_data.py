@@ -1,0 +1,126 @@
+"""What a training run in a graph learns from: prompts, captioned images of an IMAGE, or a captioned folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..trainer.data.buckets import Size, bucket_sizes
+from ..trainer.data.cache import TensorCache
+from ..trainer.data.samples import Samples, encode_images, load_samples
+from .folder import CaptionedFolder, resolve
+from .latents import Encoder, latents_per_token, pixels_per_latent
+from .lists import prompts_of
+from .lora import runs_folder
+from .policy import ComfyPolicy
+from .sockets import pixels
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prompts, or the captions of images (N,3,H,W) or of a folder, one per sample; size: (height, width) in pixels of a square sample
+    and of previews."""
+
+    texts: Sequence[str]
+    size: Size
+    images: Tensor | None = None
+    folder: CaptionedFolder | None = None
+    written: Sequence[str] = ()
+    """The prompts that name the run's data, as in earlier versions: without blank ones, unless these are captions."""
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.folder.images if self.folder else 0 if self.images is None else len(self.images)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a headless run's config says of a folder."""
+        if self.folder is None:
+            return {}
+        return {
+            "images": f"graph: {self.folder.fingerprint}",
+            "image_size": self.size[0],
+            "buckets": self.folder.buckets,
+            "cache": str(_latents()) if self.folder.cached else "",
+        }
+
+    def check(self, policy: ComfyPolicy) -> None:
+        """ValueError where the model takes no images of this size, before anything is encoded."""
+        if self.folder is not None:
+            _sizes(policy, self.size[0], self.folder.buckets)
+
+    def samples(self, policy: ComfyPolicy) -> Samples:
+        """The samples, encoded; of a folder those of the headless trainer."""
+        if self.folder is None:
+            return Samples(tuple(self.texts)) if self.images is None else encode_images(policy, self.images, self.texts, chunk=4)
+        cache = TensorCache(_latents()) if self.folder.cached else None
+        path, sizes = resolve(self.folder.name), _sizes(policy, self.size[0], self.folder.buckets)
+        found = load_samples(Encoder(policy), "", str(path), sizes, cache)
+        if found.fingerprint != self.folder.data:
+            raise ValueError(f"{self.folder.name} changed after Captioned Folder read it: queue again")
+        return found
+
+    def report(self, samples: Samples, vae: Any, batch_size: int) -> str:
+        """What of a folder was taken, and in which sizes."""
+        if self.folder is None or samples.latents is None or samples.image is None:
+            return ""
+        ratio = pixels_per_latent(vae)
+        shapes = samples.latents.shapes
+        counts = Counter(shapes[i] for i in samples.image.tolist()).most_common()
+        sizes = [f"{width * ratio}×{height * ratio}: {count}" for (_, height, width), count in counts]
+        few = [size for size, (_, count) in zip(sizes, counts) if count < batch_size]
+        lines = [self.folder.said, f"samples by width×height: {', '.join(sizes)}"]
+        return "\n" + "\n".join([*lines, *([f"fewer than batch_size, so that its images repeat: {', '.join(few)}"] if few else [])])
+
+
+def training_data(prompts: str, images: Tensor | None, folder: CaptionedFolder | None, size: Size, image_size: int) -> TrainingData:
+    """The data of a training node's inputs; ValueError where they contradict each other."""
+    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    if folder is not None:
+        if images is not None:
+            raise ValueError("images and dataset are both connected: disconnect one of them")
+        if lines:
+            raise ValueError("dataset is connected and prompts are written: clear prompts, a dataset has its own captions")
+        if not image_size:
+            raise ValueError("image_size = 0 keeps the size of images, which a dataset cannot: give pixels, 512 for SD1.5 say")
+        return TrainingData(folder.captions, (image_size, image_size), folder=folder, written=folder.captions)
+    if images is None:
+        return TrainingData(lines, size, written=lines)
+    with torch.inference_mode(False):
+        real = _fitted(pixels(images).clone(), image_size)
+    texts = [text.strip() for text in prompts_of([prompts], [images], per_line=True)]
+    return TrainingData(texts, (int(real.shape[2]), int(real.shape[3])), real, written=lines if all(texts) else texts)
+
+
+def _latents() -> Path:
+    return runs_folder() / "latents"
+
+
+def _fitted(images: Tensor, size: int) -> Tensor:
+    """Images (B,3,H,W) scaled to `size` pixels on the shorter side, centre cropped to a multiple of 8 as the VAE needs."""
+    height, width = images.shape[2:]
+    if size:
+        scale = size / min(height, width)
+        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+        images = torch.nn.functional.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        height = width = size
+    tall, wide = height // 8 * 8, width // 8 * 8
+    top, left = (images.shape[2] - tall) // 2, (images.shape[3] - wide) // 2
+    return images[:, :, top : top + tall, left : left + wide]
+
+
+def _sizes(policy: ComfyPolicy, image_size: int, buckets: bool) -> tuple[Size, ...]:
+    """The sizes that images are cropped to, multiples of the model's unit."""
+    unit = pixels_per_latent(policy.vae) * latents_per_token(policy.model)
+    if buckets:
+        return bucket_sizes(image_size, unit)
+    if image_size % unit:
+        raise ValueError(f"image_size = {image_size}: this model takes multiples of {unit} pixels, {max(1, image_size // unit) * unit} say")
+    return ((image_size, image_size),)

@@ -1,0 +1,99 @@
+"""Training in a graph against the headless trainer, in one process: a step's gradient, and runs on a captioned folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.comfyui import PLACES, comfyui, run_inside
+
+pytestmark = [comfyui, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
+def told(request, pipeline_folder, tmp_path_factory):
+    return run_inside(request.param, "gradient.py", pipeline_folder, cwd=tmp_path_factory.mktemp("gradient"))
+
+
+@pytest.fixture
+def folder(told):
+    return told["folder"]
+
+
+def test_one_step_in_a_graph_has_the_headless_gradient(told):
+    assert told["modules"] > 50 and told["latents"] < 1e-4
+    assert all(told[name] < 1e-3 for name in ("refl", "guided", "imagerefl", "draft-k", "srpo", "sqdf")), told
+
+
+def test_a_captioned_folder_trains_as_the_command_does(folder):
+    """Three sizes, two folders with repeats; the posterior's deviation, which ComfyUI drops, is in the latents."""
+    graph, headless = folder["log"]
+    assert len(graph) == len(headless) == 4
+    for ours, theirs in zip(graph, headless):
+        assert ours == pytest.approx(theirs, abs=2e-5), (graph, headless)
+    error, size = folder["lora"]
+    assert error < 5e-3 and size > 0.1, folder["lora"]
+
+
+def test_a_resumed_run_reads_its_latents_from_the_disk_and_keeps_its_result(folder):
+    assert folder["encoded again"] == [] and folder["resumed, cached"] == 0.0
+    expected = "cached was trained on other images or captions than input/stars has now: restore them, or choose a new run"
+    assert folder["refused"]["a caption changed"] == expected
+    assert "written with another buckets: True, now False" in folder["refused"]["buckets changed"]
+
+
+def test_the_report_says_what_was_taken_and_left_out_and_in_which_sizes(folder):
+    said = folder["said"].splitlines()
+    assert said[0] == "6 samples of 4 images taken from input/stars" and folder["report"].splitlines()[1 : 1 + len(said)] == said
+    assert any(line.startswith("left out: 1_blue/notes.md (") for line in said)
+    assert any(line.startswith("left out: lonely.txt (") for line in said)
+    sizes, few = folder["report"].splitlines()[-2:]
+    assert sizes == "samples by width×height: 80×48: 3, 56×72: 2, 64×64: 1"
+    assert few == "fewer than batch_size, so that its images repeat: 64×64: 1"
+
+
+def test_folders_with_captioned_images_are_offered_and_other_packs_keep_what_they_registered(folder):
+    """A folder that is a link is not followed."""
+    stars = ["input/stars", "input/stars/1_blue", "input/stars/2_red"]
+    linked = ["input/inside", "input/linked", "input/linked caption", "input/linked folder", "input/no caption"]
+    assert folder["folders"] == ["input/10_flat", *linked, *stars, "imagerefl_datasets/deep", "imagerefl_datasets/deep/er"]
+    paths, extensions = folder["registered"]
+    assert len(paths) == 2 and any(path.endswith("registered") for path in paths) and extensions == [".foreign"]
+
+
+@pytest.mark.parametrize("case", ["a link/secret", "../elsewhere/secret", "stars/../../elsewhere/secret", "absolute"])
+def test_a_path_that_is_not_in_the_list_is_refused(folder, case):
+    assert "is not in the list: choose one below ComfyUI's input or output folder" in folder["refused"][case]
+
+
+@pytest.mark.parametrize(("case", "link"), [("linked", "i.png"), ("linked caption", "j.txt"), ("linked folder", "more")])
+def test_links_that_lead_out_are_refused_and_others_are_read(folder, case, link):
+    assert folder["refused"][case].startswith(f"input/{case}: {link} is a link that leads to "), folder["refused"][case]
+    assert folder["linked from within"] == ["a square", "linked from within"]
+
+
+def test_a_change_of_content_alone_runs_the_node_again(folder):
+    """Another caption, and another file that is not taken."""
+    assert folder["fingerprint"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("both", "images and dataset are both connected: disconnect one of them"),
+        ("prompts", "clear prompts, a dataset has its own captions"),
+        ("no size", "image_size = 0 keeps the size of images, which a dataset cannot"),
+        ("odd size", "image_size = 60: this model takes multiples of 8 pixels, 56 say"),
+        ("tiny size", "image_size = 4: buckets of this model have sides of 8 pixels and more"),
+        ("changed meanwhile", "input/stars changed after Captioned Folder read it: queue again"),
+        ("no data", "no prompt: write one per line"),
+        ("no caption", "o.png has no caption: write one into o.txt beside it"),
+    ],
+)
+def test_data_that_contradict_each_other_get_a_sentence(folder, case, message):
+    assert message in folder["refused"][case] and "\n" not in folder["refused"][case]
+
+
+def test_a_blank_caption_is_a_caption(folder):
+    """Of two images: the first line blank, a blank last line, one for both, blank lines between."""
+    assert folder["captions of two images"] == [["", "a star"], ["a star", "a star"], ["a star", "a star"], ["a", "b"]]
