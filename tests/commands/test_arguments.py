@@ -42,6 +42,8 @@ WRONG = [
     ([*EVALUATE, "--lora", "runs/lr=1/y.safetensors"], "no LoRA file"),
     ([*EVALUATE, "--lora", "y.safetensors", "--lora", "./y.safetensors"], "y.safetensors is given twice"),
     ([*EVALUATE, "--lora", "=y.safetensors"], "--lora =y.safetensors: give NAME=FILE, or a file"),
+    ([*EVALUATE, "--reward", "fid"], "--reward fid: the results have a figure of that name: write ./fid"),
+    ([*EVALUATE, "--out", "."], ". is a folder: give a JSON file"),
     ([*EVALUATE, "--switches", "half"], "switch 'half': write a step (15)"),
     (["score", "none"], "no image folder none"),
     (["score", "none", "--reward", "best"], "unknown reward 'best'"),

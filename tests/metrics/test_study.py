@@ -143,6 +143,25 @@ def test_a_stopped_study_goes_on_at_the_next_part_and_refuses_another(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_only_a_studys_own_files_are_deleted_and_chunks_without_settings_are_not_taken_over(tmp_path):
+    folder = tmp_path / "x.parts"
+    folder.mkdir()
+    for name in ("mine.safetensors", "0001.safetensors"):
+        (folder / name).write_bytes(b"mine")
+    mine = study(folder)
+    mine.open(resume=False, overwrite=True)
+    run(mine, 4)
+    (folder / "settings.json").unlink()  # deleting was interrupted
+    other = study(folder, seed=2)
+    other.open(resume=True, overwrite=False)
+    assert sorted(p.name for p in folder.iterdir()) == ["0001.safetensors", "mine.safetensors", "settings.json"]
+    (folder / "settings.json").write_text('{"seed"')
+    with pytest.raises(ValueError, match="settings.json is damaged: add --overwrite"):
+        other.open(resume=True, overwrite=False)
+    other.clear()
+    assert sorted(p.name for p in folder.iterdir()) == ["0001.safetensors", "mine.safetensors"]
+
+
 def test_a_prompt_of_one_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="prompt 'b' has 1 image"):
         Study(tmp_path, ["a", "a", "b"], [POINT], Judges({}, {}), {})

@@ -354,7 +354,7 @@ def test_csv_and_jsonl_say_the_same(folder):
 
 def test_the_best_of_each_prompt_are_copied_or_linked(folder):
     assert run(folder, "--top", 2, "--top-folder", folder / "best", "--out", folder / "s.csv") == 0
-    best = {p.name: sorted(q.name for q in p.iterdir()) for p in (folder / "best").iterdir()}
+    best = {p.name: sorted(q.name for q in p.iterdir()) for p in (folder / "best").iterdir() if p.is_dir()}
     assert best == {folder_name("prompt 0"): ["01-4.png", "02-2.png"], folder_name("prompt 1"): ["01-5.png", "02-3.png"]}
     assert run(folder, "--top", 1, "--top-folder", folder / "links", "--link", "--out", folder / "t.csv") == 0
     (link,) = (folder / "links" / folder_name("prompt 1")).iterdir()

@@ -33,6 +33,12 @@ from .checkpoints import checkpoints
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 from .parts import base_hash
 
+FIGURES = (
+    *("model", "k", "diversity", "vendi", "fid", "kid", "logcov", "lpips_diversity", "match"),
+    *("content", "reader", "dino", "dino_clip_normalised"),
+)
+"""Names in the results that no reward can have."""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
@@ -59,16 +65,19 @@ def run(args: argparse.Namespace) -> int:
         return _plot_again(args.out)
     if not args.lora or not args.reward:
         raise ConfigError("nothing to evaluate: give --lora NAME=FILE and --reward NAME")
-    parts = args.out.with_name(args.out.name + ".parts")
-    if args.out.exists() and not args.overwrite and not (args.resume and parts.is_dir()):
-        raise ConfigError(f"{args.out} exists: add --overwrite to replace it")
+    parts = _parts(args)
     settings, prompts = generation_of(args), prompts_of(args)
+    taken = next((name for name in args.reward if name in FIGURES), None)
+    if taken is not None:
+        raise ConfigError(f"--reward {taken}: the results have a figure of that name: write ./{taken}")
     if args.n < 2:
         raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
     photos = images.find(args.real) if args.real else []
     if args.real and len(photos) < 2:
         raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
     switches = [Switch.parse(text) for text in args.switches.split(",")]
+    for photo in photos:
+        images.size_of(photo)  # before anything is drawn: raises for what is not an image
     device, tuned = device_of(args), checkpoints(args.lora)
     judges = _judges(args, device)
     policy = policy_of(args)
@@ -99,6 +108,19 @@ def run(args: argparse.Namespace) -> int:
         print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
     print(f"wrote {', '.join(map(str, [args.out, *figures]))}")
     return 0
+
+
+def _parts(args: argparse.Namespace) -> Path:
+    """The folder of unfinished work; ConfigError where a file would be replaced unasked."""
+    if args.out.is_dir():
+        raise ConfigError(f"{args.out} is a folder: give a JSON file")
+    parts: Path = args.out.with_name(args.out.name + ".parts")
+    if args.overwrite or (args.resume and parts.is_dir()):
+        return parts
+    taken = next((path for path in (args.out, *(plot.paths(args.out).values() if args.plot else ())) if path.exists()), None)
+    if taken is not None:
+        raise ConfigError(f"{taken} exists: add --overwrite to replace it")
+    return parts
 
 
 def _warn_of_few_images(number: int, widths: Mapping[str, int]) -> None:

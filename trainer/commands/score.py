@@ -15,10 +15,12 @@ from ..config import ConfigError
 from ..rewards.registry import load, weights_hashes
 from ..rewards.weighted import RewardSpec, parse_weights
 from ..runtime.processes import Processes, joined
+from ..scoring.best import collect
+from ..scoring.copies import copies
 from ..scoring.items import Item, find_items
 from ..scoring.journal import Journal
 from ..scoring.scorer import ScoredImage, score
-from ..scoring.table import Table, collect
+from ..scoring.table import Table
 from .options import add_device
 
 TIMEOUT = timedelta(days=7)  # a process with large images may keep the others waiting longer than the default half hour
@@ -65,10 +67,13 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     device = processes.device(args.device)
     opened = [(load(name, device), weight) for name, weight in parse_weights(args.reward or ["demo-proxy"])]
     parts = [replace(part, weight=weight, size=args.size or part.size) for part, weight in opened]
+    _check_names(parts)
     table = Table(parts, args.raw)
     if args.top:
         table.best([], args.top)  # before any work: raises where images cannot be ranked
     items = find_items(args.paths, args.prompt, args.prompt_column)
+    if args.top:
+        _check_top_folder(args.top_folder, items, args.paths)
 
     journal = Journal(outs[0], processes.rank, _settings(args, parts)) if outs else None
     scored = _score_all(items, parts, journal, args, device, processes)
@@ -96,9 +101,30 @@ def _settings(args: argparse.Namespace, parts: Sequence[RewardSpec]) -> dict[str
     return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column, "weights": weights}
 
 
+def _check_names(parts: Sequence[RewardSpec]) -> None:
+    """ConfigError where a reward's columns would be others' too."""
+    columns = ["path", "prompt", "score", *(name for part in parts for name in (part.name, part.name + "_z"))]
+    twice = next((part.name for part in parts if columns.count(part.name) > 1 or columns.count(part.name + "_z") > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--reward {twice}: the table has a column of that name: write ./{twice}")
+
+
+def _check_top_folder(folder: Path, items: Sequence[Item], paths: Sequence[str]) -> None:
+    """ConfigError where the best would be copied over, or beside, what is scored."""
+    own = {path.resolve() for path in copies(folder)}
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--top-folder {folder} is a file: give a folder")
+    if any(Path(path).is_dir() and Path(path).samefile(folder) for path in paths if folder.exists()) or any(
+        item.path.resolve() in own for item in items if own
+    ):
+        raise ConfigError(f"--top-folder {folder} is scored itself: give another, such as {folder / 'best'}")
+
+
 def _check_output(out: Path, replaced: bool) -> None:
     if out.suffix.lower() not in (".csv", ".jsonl"):
         raise ConfigError(f"--out {out}: give a .csv or a .jsonl file")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: give a file")
     if out.exists() and not replaced:
         raise ConfigError(f"{out} exists: add --overwrite to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +141,9 @@ def _score_all(
         return list(bar(score(items, parts, device, args.batch), total=len(items)))
     if not args.resume and not args.overwrite and journal.all():
         raise ConfigError(f"{journal.all()[0]} is from an interrupted run: add --resume to continue it, or --overwrite to start again")
+    if args.resume and processes.main:
+        journal.refresh(items)
+    processes.exchange(None)
     left = journal.left(items) if args.resume else list(items)
     processes.exchange(None)  # no journal is changed before all processes have read it
     if processes.main and not args.resume:

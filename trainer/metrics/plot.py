@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.files import replacing
+
 Results = Mapping[str, Any]
 METRICS = {"diversity": "diversity", "fid": "FID", "logcov": "LogCov"}
 _LOWER_IS_BETTER = {"fid", "logcov"}
@@ -39,11 +41,15 @@ def write(results: Results, out: Path) -> list[Path]:
     figures = {"tradeoff": tradeoff_figure(results)}
     if any(len(curve.models) > 1 for curve in curves(results)):
         figures["training"] = training_figure(results)
-    paths: list[Path] = []
     for kind, figure in figures.items():
-        paths.append(out.with_suffix(f".{kind}.png"))
-        figure.savefig(paths[-1], dpi=_DPI)
-    return paths
+        with replacing(paths(out)[kind]) as partial:
+            figure.savefig(partial, dpi=_DPI, format="png")
+    return [paths(out)[kind] for kind in figures]
+
+
+def paths(out: Path) -> dict[str, Path]:
+    """Where the figures of the results in `out` lie, by kind."""
+    return {kind: out.with_suffix(f".{kind}.png") for kind in ("tradeoff", "training")}
 
 
 def tradeoff_figure(results: Results) -> Any:

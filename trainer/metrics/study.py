@@ -6,21 +6,20 @@ Images are scored as they are generated and are not stored; scores and features 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import present_names
 from ..reward import Reward
-from ..runtime.files import check_weights
+from ..runtime.files import check_weights, replacing, write_text
 from .diversity import Diversity, pairwise_diversity, vendi_score
 from .intervals import jackknife
 from .streaming import FeatureStatistics, distances
@@ -28,6 +27,7 @@ from .summary import Features, Judged, frontier_area, intervals
 
 Point = tuple[str, int]  # a model's name and its switch
 BASE: Point = ("base", 0)
+SETTINGS, _CHUNK = "settings.json", re.compile(r"\d{6}\.(safetensors|partial|safetensors\.partial)")
 JUDGE_BATCH = 64  # images per call of a reward or feature extractor
 
 
@@ -92,15 +92,18 @@ class Study:
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
         """Create the folder or, with `resume`, check that it belongs to this study."""
-        path = self.folder / "settings.json"
-        if self.folder.exists() and overwrite and not resume:
-            shutil.rmtree(self.folder)
+        path = self.folder / SETTINGS
+        if not path.is_file() or (overwrite and not resume):
+            self.clear()  # without settings chunks are the rest of a folder that was being deleted
         if path.is_file():
             if not resume:
                 raise ValueError(
                     f"{self.folder} holds an interrupted evaluation: add --resume to continue it, or --overwrite to start again"
                 )
-            earlier = json.loads(path.read_text("utf-8"))
+            try:
+                earlier: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: add --overwrite to start again") from error
             earlier["settings"] = present_names(earlier.get("settings", {}))
             remedy = "add --overwrite to start again; the earlier reward stays loadable by its folder or file: --reward PATH"
             check_weights(self.folder, earlier.get("weights"), self.settings.get("weights", {}), remedy)
@@ -109,7 +112,7 @@ class Study:
                 raise ValueError(f"{self.folder} was started with different {other}: use the same, or add --overwrite to start again")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.settings) + "\n", "utf-8")
+        write_text(json.dumps(self.settings) + "\n", path)
 
     def parts(self, size: int) -> Iterator[PromptChunk]:
         """The chunks that are not on the disk yet: whole prompts, with at least `size` images per chunk."""
@@ -127,9 +130,12 @@ class Study:
         kept: dict[str, Tensor] = {}
         for i, point in enumerate(self.points):
             kept |= {f"{i} {name}": values for name, values in self.judges.judge(images[point], part.prompts).items()}
-        partial = self._path(part.number).with_suffix(".partial")
-        save_file(kept, partial, {"pixels": str(images[BASE].shape[-1])})
-        os.replace(partial, self._path(part.number))
+        path = self._path(part.number)
+        try:
+            with replacing(path) as partial:
+                save_file(kept, partial, {"pixels": str(images[BASE].shape[-1])})
+        except SafetensorError as error:  # of a full disk too
+            raise OSError(f"cannot write {path}: {error}") from error
 
     @property
     def pixels(self) -> int:
@@ -147,7 +153,7 @@ class Study:
 
     def _read(self, point: Point, name: str) -> Iterator[Tensor]:
         """One kind of value of one point, chunk by chunk."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(path for path in self.folder.glob("*.safetensors") if _CHUNK.fullmatch(path.name)):
             with safe_open(path, "pt") as file:
                 yield file.get_tensor(f"{self.points.index(point)} {name}")
 
@@ -233,8 +239,16 @@ class Study:
         return figure if feature == next(iter(self.judges.features)) else f"{feature}_{figure}"
 
     def clear(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
+        """Delete the study's files, its settings last, and the folder where it holds no others."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if _CHUNK.fullmatch(path.name):
+                path.unlink()
+        for path in (self.folder / f"{SETTINGS}.partial", self.folder / SETTINGS):
+            path.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 
 @dataclass(frozen=True)

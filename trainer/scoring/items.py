@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data import images
 from ..data.captions import caption_beside, is_listing, list_images
+from .copies import without_copies
 from .metadata import embedded_prompt
 
 
@@ -37,16 +38,22 @@ def _expand(text: str, prompt_column: str) -> Iterator[Item]:
         pairs = list(list_images(path, prompt_column))
         if not pairs:
             raise ValueError(f"{path} names no image: write a line with the columns, such as path,prompt, and one per image below it")
-        yield from (Item(*pair) for pair in pairs)
+        kept = set(without_copies([image for image, _ in pairs], path)) if path.is_dir() else {image for image, _ in pairs}
+        yield from (Item(*pair) for pair in pairs if pair[0] in kept)
     elif path.is_file():
         yield Item(path)
     elif glob.has_magic(text):
         matches = sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).suffix.lower() in images.SUFFIXES)
         if not matches:
             raise ValueError(f"no image matches {text}")
-        yield from map(Item, matches)
+        yield from map(Item, without_copies(matches, _fixed(path)))
     else:
         raise ValueError(f"no image folder {path}, and no image or manifest of that name")
+
+
+def _fixed(pattern: Path) -> Path:
+    """The folder that a glob pattern starts in."""
+    return next((folder for folder in pattern.parents if not glob.has_magic(str(folder))), Path())
 
 
 def prompt_for(item: Item) -> str | None:

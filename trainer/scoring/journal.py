@@ -6,12 +6,13 @@ import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, cast
 
-from ..runtime.files import check_weights
-from .items import Item
-from .scorer import ScoredImage
+from ..runtime.files import check_weights, write_text
+from .items import Item, prompt_for
+from .scorer import ScoredImage, state_of
 
 
 class Journal:
@@ -36,6 +37,18 @@ class Journal:
                 continue  # killed in its first line
             self._check(settings, path)
             yield from (ScoredImage(**line) for line in lines if line is not None)
+
+    def refresh(self, items: Sequence[Item]) -> None:
+        """Drop the lines of images that have changed since, or whose prompt has. Call it in one process, before the others read."""
+        rows = list(self.rows())
+        unprompted = {str(item.path): item for item in items if item.prompt is None}
+        kept = [row for row in rows if _is_current(row, unprompted.get(row.path))]
+        if len(kept) == len(rows):
+            return
+        write_text("".join(json.dumps(line) + "\n" for line in (self.settings, *map(asdict, kept))), self.path)
+        for path in self.all():
+            if path != self.path:
+                path.unlink()
 
     def left(self, items: Sequence[Item]) -> list[Item]:
         """The items without a score; failed items are retried."""
@@ -65,15 +78,30 @@ class Journal:
         """Pass the rows on, each after it was written."""
         text = self.path.read_text("utf-8") if self.path.is_file() else ""
         fresh, torn = _parsed(text.partition("\n")[0]) is None, not text.endswith("\n")
-        with open(self.path, "w" if fresh else "a", encoding="utf-8") as file:
-            if fresh:
-                file.write(json.dumps(self.settings) + "\n")
-            elif torn:
-                file.write("\n")
+        with open(self.path, "wb" if fresh else "ab", buffering=0) as file:
+            self._write(file, json.dumps(self.settings) + "\n" if fresh else "\n" if torn else "")
             for row in rows:
-                file.write(json.dumps(asdict(row)) + "\n")
-                file.flush()
+                self._write(file, json.dumps(asdict(row)) + "\n")
                 yield row
+
+    def _write(self, file: RawIOBase, text: str) -> None:
+        data = text.encode()
+        try:
+            while data:  # a full disk takes a part, and refuses the next
+                data = data[file.write(data) or 0 :]
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error}; the scores so far are in it: --resume goes on") from error
+
+
+def _is_current(row: ScoredImage, item: Item | None) -> bool:
+    """Whether a line is still of the image and, where the item has no prompt, of that beside or inside it.
+
+    Earlier versions recorded no state.
+    """
+    try:
+        return row.state in ("", state_of(Path(row.path))) and (item is None or bool(row.error) or (prompt_for(item) or "") == row.prompt)
+    except (OSError, ValueError):
+        return False
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

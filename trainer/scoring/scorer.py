@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,12 +28,24 @@ class ScoredImage:
     prompt: str = ""
     raw: dict[str, float] = field(default_factory=dict[str, float])
     error: str = ""
+    state: str = ""
+    """Of the file when it was read, see `state_of`; "" where it could not be."""
+
+
+def state_of(path: Path) -> str:
+    """What changes with a file: its size, and the time of its last change; "" where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""
+    return f"{found.st_size}:{found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
 class _Decoded:
     item: Item
     prompt: str
+    state: str
     image: Tensor | None  # (3,H,W) uint8, where a reward accepts any size
     fitted: dict[Fit, Tensor]  # (3,size,size) uint8 by resizing rule
 
@@ -63,14 +76,14 @@ def score(
 
 def _decode(item: Item, needs_prompt: bool, fits: Sequence[Fit | None]) -> _Decoded | ScoredImage:
     try:
-        prompt = prompt_for(item)
+        prompt, state = prompt_for(item), state_of(item.path)
         image = load_bytes(item.path)
     except (ValueError, OSError) as error:
         return ScoredImage(str(item.path), item.prompt or "", error=str(error))
     if prompt is None and needs_prompt:
         return ScoredImage(str(item.path), error=f"{item.path} has no prompt: give --prompt, a manifest, or {item.path.stem}.txt beside it")
     fitted = {fit: fit.of_bytes(image) for fit in fits if fit is not None}
-    return _Decoded(item, prompt or "", image if None in fits else None, fitted)
+    return _Decoded(item, prompt or "", state, image if None in fits else None, fitted)
 
 
 @torch.no_grad()
@@ -90,7 +103,7 @@ def _score_batch(decoded: Sequence[_Decoded], parts: Sequence[RewardSpec], devic
         raw = {name: values[i] for name, values in columns.items()}
         bad = [name for name, value in raw.items() if not math.isfinite(value)]
         error = f"{d.item.path}: {bad[0]} gave {raw[bad[0]]}" if bad else ""
-        rows.append(ScoredImage(str(d.item.path), d.prompt, {} if bad else raw, error))
+        rows.append(ScoredImage(str(d.item.path), d.prompt, {} if bad else raw, error, d.state))
     return rows
 
 

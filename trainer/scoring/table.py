@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -90,20 +89,6 @@ class Table:
         for row in rows:
             prompts.setdefault(row.prompt, []).append(row)
         return {p: sorted(group, key=lambda r: -self.line(r)["score"])[:number] for p, group in prompts.items()}
-
-
-def collect(best: Mapping[str, Sequence[ScoredImage]], folder: Path, link: bool = False) -> None:
-    """Copy or link the best images into one folder per prompt; `01-<name>` is the best."""
-    for prompt, rows in best.items():
-        place = folder / folder_name(prompt)
-        place.mkdir(parents=True, exist_ok=True)
-        for rank, row in enumerate(rows, 1):
-            source, target = Path(row.path), place / f"{rank:02d}-{Path(row.path).name}"
-            target.unlink(missing_ok=True)
-            if link:
-                target.symlink_to(source.absolute())
-            else:
-                shutil.copy2(source, target)
 
 
 def folder_name(prompt: str) -> str:
