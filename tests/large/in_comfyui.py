@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 comfy_path, what, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-sys.path.insert(0, comfy_path)
+sys.path[:0] = [comfy_path, str(Path(__file__).resolve().parents[1] / "helpers")]
 sys.argv = sys.argv[:1]
 
 import torch
@@ -20,6 +20,7 @@ import comfy.lora_convert
 import comfy.model_detection
 import comfy.sd
 import comfy.utils
+from native_names import native
 
 torch.set_num_threads(1)
 told = json.loads((folder / "told.json").read_text())
@@ -32,7 +33,7 @@ def rms(x):
 def names():
     """How many LoRA modules of a whole model have no weight in ComfyUI's key map; no memory is taken."""
     state = {k: torch.empty(shape, device="meta") for k, shape in told["shapes"].items()}
-    converted = comfy.model_detection.convert_diffusers_mmdit(state, "")
+    converted = native(state)
     if converted is not None:
         config = comfy.model_detection.model_config_from_unet(converted, "")
     else:
@@ -50,7 +51,8 @@ def compare():
     from safetensors.torch import load_file
 
     ours = load_file(folder / "outputs.safetensors")
-    patcher = comfy.sd.load_diffusion_model_state_dict(load_file(folder / "network.safetensors"), {"dtype": torch.bfloat16})
+    state = load_file(folder / "network.safetensors")
+    patcher = comfy.sd.load_diffusion_model_state_dict(native(state) or state, {"dtype": torch.bfloat16})
     model = patcher.model
     cond = {k.removeprefix("cond."): v for k, v in ours.items() if k.startswith("cond.")}
     extra = {}
@@ -63,10 +65,22 @@ def compare():
     if type(model).__name__ == "Flux":
         extra["guidance"] = torch.full((len(ours["x"]),), told["guidance"])
 
+    texts = [(slice(None), cond["encoder_hidden_states"])]
+    if "mask" in cond:  # without padding, and so each prompt by itself
+        lengths = [int(row.sum()) for row in cond["mask"]]
+        texts = [(slice(i, i + 1), cond["encoder_hidden_states"][i : i + 1, :n]) for i, n in enumerate(lengths)]
+    more = {"num_tokens": 1} if "mask" in cond else {}
+
     def denoised(patcher):
         patcher.patch_model(lowvram_model_memory=1)  # LoRAs are added to float32 weights as each module runs, not rounded into bfloat16
         with torch.no_grad():
-            result = patcher.model.apply_model(ours["x"], ours["sigma"], c_crossattn=cond["encoder_hidden_states"], **extra)
+            parts = [
+                patcher.model.apply_model(
+                    ours["x"][rows], ours["sigma"][rows], c_crossattn=text, **{k: v[rows] for k, v in extra.items()}, **more
+                )
+                for rows, text in texts
+            ]
+            result = torch.cat(parts)
         patcher.unpatch_model()
         return result.float()
 

@@ -4,7 +4,7 @@ Usage: verify.py [MODEL ...] [--out FILE.jsonl]; without names, all of MODELS. C
 ComfyUI; without one its part is skipped, and the result says so. Exit status 1 when anything failed.
 
 What is true to the published models: the denoiser (SD1.5, SDXL and SD3.5-medium whole; FLUX with fewer blocks), the
-autoencoder, the schedule, every module name. What is not: weights are random, text encoders are tiny ones of the right
+autoencoder, the schedule, every module name. What is not: weights are random, text encoders are small ones of the right
 widths, images are 128×128. Weights are bfloat16, as in training; for the comparison each module's weights are made
 float32 while it runs, because bfloat16 arithmetic would hide small mistakes.
 """
@@ -42,9 +42,13 @@ from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.training.loop import train
 
-# FLUX has fewer blocks of either kind, so that it fits
-MODELS = {"sd15": {}, "sdxl": {}, "sd35-medium": {}, "flux-dev": {"num_layers": 1, "num_single_layers": 2}}
-NAMES = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell")
+# Those that do not fit have fewer blocks
+MODELS = {
+    **{"sd15": {}, "sdxl": {}, "sd35-medium": {}, "flux-dev": {"num_layers": 1, "num_single_layers": 2}},
+    **{"z-image": {"n_layers": 2}, "flux2-klein-4b": {"num_layers": 1, "num_single_layers": 2}},
+    "flux2-klein-9b": {"num_layers": 1, "num_single_layers": 2},
+}
+NAMES = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell", *[*MODELS][4:])
 SIZE = 128  # pixels
 STEPS = 5  # of the sampler, for objectives that have steps; indices of a grid shrink in proportion
 # Settings that count steps, queries or bytes without being indices of the grid
@@ -79,24 +83,28 @@ class Brightness:
 
 
 def tiny_text(kind, config):
-    """A random text encoder of the right widths and vocabulary, one layer deep."""
+    """A random text encoder of the right widths, as shallow as its use allows."""
     import transformers
 
-    library = {"CLIPTextModel": "CLIPTextConfig", "CLIPTextModelWithProjection": "CLIPTextConfig", "T5EncoderModel": "T5Config"}
-    small = {"num_layers": 1, "d_ff": 64, "num_heads": 1} if kind == "T5EncoderModel" else {"num_hidden_layers": 1, "intermediate_size": 64}
-    if kind != "T5EncoderModel":
-        small["num_attention_heads"] = 1
-    return getattr(transformers, kind)(getattr(transformers, library[kind])(**{**config, **small}))
+    cls = getattr(transformers, kind)
+    small = {"num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 1}
+    if kind == "T5EncoderModel":
+        small = {"num_layers": 1, "d_ff": 64, "num_heads": 1}
+    if kind.startswith("Qwen3"):  # whose layers 9, 18 and 27 are klein's conditioning
+        small |= {"num_hidden_layers": 28, "num_key_value_heads": 1, "vocab_size": 64}
+    return cls(cls.config_class(**{**config, **small}))
 
 
 def letters():
-    """A tokenizer of letters, for T5: its own vocabulary is in no package."""
+    """A tokenizer of letters, for T5 and Qwen3: their own vocabularies are in no package."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, **{chr(97 + i): 3 + i for i in range(26)}}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}user {{ m['content'] }} assistant{% endfor %}"
+    return tokenizer
 
 
 def random_network(kind, config):
@@ -133,8 +141,8 @@ def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
         config = {**config, **MODELS[name]} if part in ("unet", "transformer") else config
         parts[part] = random_network(kind, config) if library == "diffusers" else tiny_text(kind, config)
     for i, part in enumerate(p for p in model.parts if p.startswith("text_encoder")):
-        t5 = part == model.t5
-        parts[part.replace("text_encoder", "tokenizer")] = letters() if t5 else clip_tokenizer(folder / f"words{i}")
+        clip = model.parts[part][0][1].startswith("CLIP")
+        parts[part.replace("text_encoder", "tokenizer")] = clip_tokenizer(folder / f"words{i}") if clip else letters()
     scheduler = getattr(diffusers, model.scheduler[0])(**model.scheduler[1])
     pipeline = family.pipeline_class()(**{**family.arguments, **parts, "scheduler": scheduler})
     return family(pipeline, device, dtype, size)
@@ -288,7 +296,7 @@ def in_diffusers(policy, file, adapted, factors, x, sigma, tuned, base):
         for n, p in loaded.items():
             half = "lora_A" if ".lora_A." in n else "lora_B"
             given = factors[f"{n.split('.lora_')[0]}.{half}.default.weight"]
-            if digits and half == "lora_B" and n.startswith(("transformer_blocks", "single_transformer_blocks")):
+            if digits and half == "lora_B" and policy.lora_layout == "diffusers":
                 given = given * (policy.lora.alpha / policy.lora.rank)  # which the file has inside B
             p.data = p.data.float()
             if digits and rms(p.data - given) < 2**-8 * rms(given):

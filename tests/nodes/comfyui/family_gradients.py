@@ -5,11 +5,11 @@ that this ComfyUI does not know are left out.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import embedded  # first: it puts ComfyUI on the path
 import comfy.lora
-import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -17,6 +17,9 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from tiny import described
+
+sys.path.append(str(Path(__file__).parents[2] / "helpers"))
+from native_names import native
 
 pipeline = Path(embedded.arguments[0])
 folders = dict(argument.split("=", 1) for argument in embedded.arguments[1:])
@@ -47,19 +50,10 @@ def converted(family, kind, unet_config, state, dtype):
             names = comfy.utils.unet_to_diffusers(unet_config)
             state = {there: state.pop(here) for here, there in names.items() if here in state}
         else:
-            state = native_klein(state) if family == "klein" else comfy.model_detection.convert_diffusers_mmdit(state, "")
+            state = native(state)
         model.diffusion_model.load_state_dict(state)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model.to(dtype), device, device)
-
-
-def native_klein(state):
-    """ComfyUI's converter knows FLUX.1's names: those of FLUX.2 that differ, and the bias that it looks for and FLUX.2 lacks."""
-    state = {name.replace("time_guidance_embed", "time_text_embed"): value for name, value in state.items()}
-    shared = {name.replace(".linear.", ".lin."): state.pop(name) for name in [*state] if "stream_modulation" in name}
-    found = comfy.model_detection.convert_diffusers_mmdit({**state, "x_embedder.bias": state["x_embedder.weight"][:, 0]}, "")
-    found.pop("img_in.bias")
-    return {**found, **shared}
 
 
 def tokens(encoded):

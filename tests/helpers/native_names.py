@@ -1,0 +1,17 @@
+"""Networks in diffusers' names as ComfyUI's own loaders want them; run inside a ComfyUI."""
+
+import comfy.model_detection
+
+
+def native(state):
+    """A transformer's weights by ComfyUI's names, None for a UNet's.
+
+    Its converter knows FLUX.1's names: here those of FLUX.2 that differ, and the bias that it looks for and FLUX.2 lacks.
+    """
+    if "single_stream_modulation.linear.weight" not in state:
+        return comfy.model_detection.convert_diffusers_mmdit(state, "")
+    state = {name.replace("time_guidance_embed", "time_text_embed"): value for name, value in state.items()}
+    shared = {name.replace(".linear.", ".lin."): state.pop(name) for name in [*state] if "stream_modulation" in name}
+    found = comfy.model_detection.convert_diffusers_mmdit({**state, "x_embedder.bias": state["x_embedder.weight"][:, 0]}, "")
+    found.pop("img_in.bias")
+    return {**found, **shared}
