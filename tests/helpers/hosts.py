@@ -63,8 +63,12 @@ def chosen():
 
 
 def environment(*paths):
-    """os.environ for a process that runs ComfyUI: these folders to import from, and torchaudio's stand-in where it is missing."""
-    folders = [*map(str, paths), *([] if find_spec("torchaudio") else [str(ROOT / "tests" / "stand_ins")])]
+    """os.environ for a process that runs ComfyUI: these folders to import from, and torchaudio's stand-in where it is missing.
+
+    Without this repository, whose `nodes` would hide ComfyUI's.
+    """
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path).resolve() != ROOT]
+    folders = [*map(str, paths), *given, *([] if find_spec("torchaudio") else [str(ROOT / "tests" / "stand_ins")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
 
 
