@@ -109,8 +109,9 @@ def branches(
 
 def batch_size_for(policy: Policy, settings: Generation) -> int:
     """Images that are drawn at a time: `chunk`, but no more than sixteen of 512² pixels or four of 1024²."""
-    _, height, width = policy.latent_shape
-    return max(1, min(settings.chunk, 2**16 // (height * width)))
+    _, rows, columns = policy.latent_shape
+    height, width = getattr(policy, "image_size", (8 * rows, 8 * columns))
+    return max(1, min(settings.chunk, 2**22 // (height * width)))
 
 
 def batches(n: int, policy: Policy, settings: Generation, first: int = 0) -> Iterator[range]:

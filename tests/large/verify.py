@@ -123,7 +123,7 @@ def random_network(kind, config):
             else:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
     if buffers:  # a table of positions: computed, not learnt
-        small = {**config, "num_layers": 1, "dual_attention_layers": []}
+        small = {**config, **({"num_layers": 1, "dual_attention_layers": []} if "pos_embed_max_size" in config else {})}
         whole = dict(getattr(diffusers, kind)(**small).named_buffers())
         for name in buffers:
             network.get_buffer(name).copy_(whole[name])
@@ -343,7 +343,7 @@ def verify_names(name, folder, log):
     if comfyui is not None:
         shapes = {k: list(v.shape) for k, v in network.state_dict().items()}
         row["comfyui_unmatched"] = in_comfyui(comfyui, "names", folder, {"shapes": shapes, "keys": keys}, log).get("unmatched", "no result")
-    row["passed"] = len(modules) > 100 and row.get("comfyui_unmatched", 0) == 0
+    row["passed"] = len(modules) >= 80 and row.get("comfyui_unmatched", 0) == 0
     log(json.dumps(row))
     return [row]
 
