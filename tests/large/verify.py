@@ -250,8 +250,8 @@ def verify(name, folder, log):
             log(traceback.format_exc())
             row["error"] = f"{type(error).__name__}: {error}"
         finally:
-            for adapter in list(getattr(policy.network, "peft_config", {})):
-                policy.network.delete_adapters(adapter)
+            if getattr(policy.network, "peft_config", {}):
+                policy.network.unload_lora()  # peft's layers, too
             policy.lora, policy.adapters = None, Adapters(policy.network, policy.targets)
         row["peak_gb"] = round(peak_gb(), 1)
         log(json.dumps(row))
