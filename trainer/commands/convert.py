@@ -14,7 +14,9 @@ from ..lora.extract import extract, extract_delta, weight_files
 from ..lora.file import read_adapter, read_lora, write_adapter
 from ..lora.layouts import LAYOUTS, Adapter
 from ..lora.names import is_delta
-from ..runtime.files import file_hash
+from ..models.lora_family import for_family
+from ..models.open import denoiser_hashes
+from ..runtime.files import files_hash
 from .options import add_device, device_of
 
 
@@ -25,6 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--to", choices=LAYOUTS, help="layout to write (default: kohya for UNets, diffusers for transformers)")
     add("--base", type=Path, metavar="MODEL", help="model before full fine-tuning: with --tuned, or to check the differences IN against")
     add("--tuned", type=Path, metavar="MODEL", help="model after full fine-tuning, in the same layout; without IN")
+    add("--model", default="", metavar="MODEL", help="diffusers folder or checkpoint that the LoRA is for (default: the published model)")
+    add("--without-text-encoders", action="store_true", help="leave out what the LoRA changes in text encoders")
     add("--rank", type=int, default=64, metavar="N", help="rank of the extracted LoRA (default 64)")
     add("--exact", action="store_true", help="extract by a full SVD in float64, 20 to 70 times slower (default: randomised)")
     add("--overwrite", action="store_true", help="replace OUT")
@@ -35,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert a LoRA between layouts (kohya, diffusers, peft), or extract one from full fine-tuning.
 
-    What was written is read back before success is reported.
+    Every module must be one of a known model's. What was written is read back before success is reported.
     """
     base: Path | None = args.base
     tuned: Path | None = args.tuned
@@ -49,16 +53,18 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(0)  # the same input gives the same file
     if base is not None and tuned is not None:
         adapter, note = extract(base, tuned, args.rank, args.exact, device_of(args))
-        header = {"imagerefl": json.dumps({"base": _hash(base), "extracted": note})}
+        header = {"imagerefl": json.dumps({"base": files_hash(weight_files(base)), "extracted": note})}
         _print_note(adapter, note, args.rank)
     else:
         adapter, header = _read(sources[0], base, args)
+    described = [str(folder) for folder in (base, base and base / "unet", base and base / "transformer") if folder and _is_denoiser(folder)]
+    adapter, family = for_family(adapter, str(sources[0] if sources else tuned), args.model, described)
     layout = args.to or ("kohya" if adapter.root == "unet" else "diffusers")
     try:
         write_adapter(adapter, out, layout, header)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print(f"wrote {out} ({layout}, {len(adapter.updates)} modules): every key read back")
+    print(f"wrote {out} ({layout}, {len(adapter.updates)} modules {family}): every key read back")
     return 0
 
 
@@ -66,7 +72,7 @@ def _read(source: Path, base: Path | None, args: argparse.Namespace) -> tuple[Ad
     """The adapter of a LoRA or delta file, and the header to write with it."""
     tensors, metadata, header = read_lora(source)
     if is_delta(tensors):
-        if base is not None and metadata.get("base") != _hash(base):
+        if base is not None and metadata.get("base") not in denoiser_hashes(base):
             raise ConfigError(f"{source} was not trained on {base}: their hashes differ")
         adapter, note = extract_delta(tensors, args.rank, args.exact, device_of(args))
         _print_note(adapter, note, args.rank)
@@ -74,15 +80,21 @@ def _read(source: Path, base: Path | None, args: argparse.Namespace) -> tuple[Ad
     if base is not None:
         raise ConfigError("extraction takes --base MODEL --tuned MODEL and one path to write")
     adapter = read_adapter(source)
-    if adapter.left_out:
-        print(f"left out: {len(adapter.left_out)} modules of text encoders")
+    text = adapter.left_out
     if not adapter.updates:
         raise ConfigError(f"{source} adapts text encoders alone")
+    if text and not args.without_text_encoders:
+        raise ConfigError(
+            f"{source} also adapts text encoders, {len(text)} modules, first {text[0]}, which are not tuned here: "
+            "add --without-text-encoders to leave them out"
+        )
+    if text:
+        print(f"left out: {len(text)} modules of text encoders")
     return adapter, header
 
 
-def _hash(model: Path) -> str:
-    return file_hash(weight_files(model)[0])
+def _is_denoiser(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _print_note(adapter: Adapter, note: dict[str, float], rank: int) -> None:

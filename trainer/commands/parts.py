@@ -16,12 +16,10 @@ from ..data.captions import read_captions, read_prompts
 from ..data.fingerprint import Fingerprint, fingerprint
 from ..data.images import ImageSource
 from ..data.samples import Samples, check_sources, content_hash, encode_images, load_samples
-from ..lora.extract import weight_files
 from ..lora.file import lora_weights
 from ..memory.offload import offloads, place_rewards
 from ..models.diffusers_policy import DiffusersPolicy
-from ..models.open import DTYPES, model_path, open_consistency, open_policy
-from ..models.two_unets import BASE_UNET
+from ..models.open import DTYPES, denoiser_hashes, open_consistency, open_policy
 from ..rewards.base import RewardModel
 from ..rewards.registry import load_features, load_reward
 from ..rewards.two_tower import TwoTower
@@ -57,7 +55,9 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     evaluation = _evaluation(config, policy, reward, samples, aside)
     parts = Parts(policy, samples, reward, features, evaluation, processes=processes)
     check_settings(config, parts)
-    return replace(parts, base_hash=base_hash(config.model), weights=weights_of(config), data=_data(config, samples, evaluation))
+    now, earlier = denoiser_hashes(config.model)
+    data = _data(config, samples, evaluation)
+    return replace(parts, base_hash=now, earlier_base_hash=earlier, weights=weights_of(config), data=data)
 
 
 def _data(config: TrainConfig, samples: Samples, evaluation: Evaluation | None) -> dict[str, Fingerprint]:
@@ -83,9 +83,8 @@ def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
 
 
 def base_hash(model: str) -> str:
-    """SHA-256 of the denoiser's first file."""
-    path = model_path(model)
-    return file_hash(weight_files(path / BASE_UNET if (path / BASE_UNET).is_dir() else path)[0])
+    """SHA-256 of the denoiser, over all its files."""
+    return denoiser_hashes(model)[0]
 
 
 def _cache(config: TrainConfig) -> TensorCache | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..config import ConfigError
 from . import names
 from .layouts import Adapter, Update
+from .scales import is_scale
 
 OVERSAMPLING = 16  # random directions beyond the rank
 
@@ -32,9 +34,9 @@ def extract(base: Path, tuned: Path, rank: int, exact: bool = False, device: str
     def changes() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(before.files):
             old, new = before.read(name), after.read(name)
-            if old.shape != new.shape:
+            if old.shape[:2] != new.shape[:2] or old.numel() != new.numel():  # a 1×1 kernel is a matrix
                 raise ConfigError(f"{name} has shape {tuple(old.shape)} in {base}, {tuple(new.shape)} in {tuned}")
-            yield name, new.double() - old.double()
+            yield name, new.double().reshape(old.shape) - old.double()
 
     return _low_rank_adapter(changes(), len(before.files), rank, exact, device)
 
@@ -67,7 +69,11 @@ def _low_rank_adapter(
         update = low_rank(change, rank, exact, device)
         lost += max(energy - float(torch.linalg.matrix_norm(update.up.flatten(1).double() @ update.down.flatten(1).double()) ** 2), 0.0)
         module = names.plain(name.removesuffix(".weight"))
-        for part, rows in names.canonical(module, len(update.up), update.down.shape[1]).items():
+        try:
+            parts = names.canonical(module, len(update.up), update.down.shape[1])
+        except (ValueError, IndexError) as error:
+            raise ConfigError(f"{name} is a weight of no known model: {error}") from error
+        for part, rows in parts.items():
             updates[part] = Update(update.down, update.up[rows].contiguous(), update.alpha)
     if not updates:
         raise ConfigError("no matrix has changed: there is nothing to extract")
@@ -95,14 +101,32 @@ def low_rank(change: Tensor, rank: int, exact: bool = False, device: str = "cpu"
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a denoiser: a single file, its diffusers folder, or the folder of its whole model."""
+    """The safetensors files of a denoiser: a single file, its diffusers folder, or the folder of its whole model.
+
+    Of a folder those that diffusers loads: the shards that an index names, or the one file without a variant (fp16, ema).
+    """
     for folder in (path / "unet", path / "transformer", path):
         files = sorted(folder.glob("*.safetensors"))
+        indices = [index for index in folder.glob("*.safetensors.index.json") if index.name.count(".") == 3]
+        if indices:
+            return _shards(indices[0])
         if files:
-            return files
+            plain = [file for file in files if file.name.count(".") == 1]
+            return plain or files
     if path.is_file():
         return [path]
     raise ConfigError(f"no weights at {path}: give a .safetensors file, or a folder that has some")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        files = sorted({index.parent / str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is not an index of shards: {type(error).__name__} {error}") from error
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise ConfigError(f"{index} names {missing.name}, which is not there: the model is incomplete")
+    return files
 
 
 class _Weights:
@@ -118,6 +142,9 @@ class _Weights:
                 raise ConfigError(f"{file} is not a readable safetensors file: {error}") from error
             prefix = "model.diffusion_model."  # of the denoiser in original checkpoints; a diffusers file is all denoiser
             inside = [key for key in keys if key.startswith(prefix)] or keys
+            scales = next((key for key in inside if is_scale(key)), None)
+            if scales is not None:
+                raise ConfigError(f"{file} is quantised ({scales}): give the model in float32, float16 or bfloat16")
             self.files |= {key.removeprefix(prefix): (file, key) for key in inside}
 
     def read(self, name: str) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..policy import Adaptable, Lora, Trainable
 from . import names
 from .layouts import Adapter, Update, parse, tensors_of
+from .write import write_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -109,28 +108,12 @@ def _peft_config(adapter: Adapter) -> Any:
     return LoraConfig(**chosen, target_modules=list(adapter.updates))
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str], check: Callable[[Path], object]) -> None:
-    """Write a safetensors file, compare what reads back, call `check` with it, and only then rename it to `path`."""
-    partial = path.with_name(path.name + ".partial")
-    contiguous = {key: value.contiguous() for key, value in sorted(tensors.items())}
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(contiguous, partial, metadata=dict(header))
-        partial.chmod(mode)  # safetensors makes files that only their owner may read
-        with safe_open(partial, framework="pt") as file:
-            if set(file.keys()) != set(tensors) or any(not torch.equal(file.get_tensor(k), v) for k, v in contiguous.items()):
-                raise OSError("what was written does not read back; is the disk full?")
-        check(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _check_modules(written: Path, adapter: Adapter) -> None:
-    different = sorted(set(read_adapter(written).updates) ^ set(adapter.updates))
+    """Raise OSError unless the file reads back as the same updates of the same modules."""
+    found = read_adapter(written).updates
+    different = sorted(set(found) ^ set(adapter.updates)) or [
+        name for name, update in adapter.updates.items() if not update.equals(found[name])
+    ]
     if different:
         raise OSError(f"{len(different)} modules of the written file do not match the adapter, first {different[0]}")
 
@@ -190,7 +173,7 @@ def read_adapter(path: Path) -> Adapter:
 
 def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> Adapter:
     settings: dict[str, Any] = {}
-    if path.name == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file():
+    if path.name.removesuffix(".partial") == PEFT_WEIGHTS and path.with_name(PEFT_CONFIG).is_file():
         settings = _object(path.with_name(PEFT_CONFIG).read_text("utf-8"), str(path.with_name(PEFT_CONFIG)))
     elif "lora_adapter_metadata" in header:  # diffusers' own: peft's configuration, each key after the denoiser's name
         given = _object(header["lora_adapter_metadata"], f"{path}, metadata `lora_adapter_metadata`")
@@ -247,7 +230,7 @@ def load_consistency(policy: Adaptable, path: Path) -> None:
 
 def _attach(policy: Adaptable, adapter: Adapter, path: Path, strength: float, attach: Callable[[Lora], Mapping[str, nn.Parameter]]) -> None:
     try:
-        _check_fits(policy, adapter)
+        adapter = _fitted(policy, adapter)
         scales = {(u.rank, u.alpha) for u in adapter.updates.values()}
         rank = max(r for r, _ in scales)
         alpha = next(iter(scales))[1] if len(scales) == 1 else float(rank)
@@ -262,21 +245,20 @@ def _attach(policy: Adaptable, adapter: Adapter, path: Path, strength: float, at
             parameter.copy_(down if half == "down" else up * strength)
 
 
-def _check_fits(policy: Adaptable, adapter: Adapter) -> None:
-    """Raise ValueError for an adapter of another model, before anything is changed."""
+def _fitted(policy: Adaptable, adapter: Adapter) -> Adapter:
+    """The adapter in the shapes of the policy's modules; raises ValueError for one of another model, before anything is changed."""
     if adapter.left_out:
         raise ValueError(
-            f"also adapts text encoders ({len(adapter.left_out)} modules), which are not tuned here: "
-            "`python -m trainer convert` leaves them out"
+            f"also adapts text encoders ({len(adapter.left_out)} modules, first {adapter.left_out[0]}), which are not tuned here: "
+            "`python -m trainer convert --without-text-encoders` leaves them out"
         )
     modules = policy.adapters.adaptable()
     unknown = sorted(set(adapter.updates) - set(modules))
+    if unknown and adapter.family:
+        raise ValueError(adapter.family)
     if unknown:
         raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
-    for name, update in adapter.updates.items():
-        expected, found = tuple(modules[name].weight.shape), (update.up.shape[0], *update.down.shape[1:])
-        if found != expected:
-            raise ValueError(f"was made for another model: {name} has shape {found}, the model expects {expected}")
+    return adapter.fitted({name: modules[name].weight.shape for name in adapter.updates})
 
 
 def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -285,8 +267,12 @@ def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Pat
     unknown = sorted(set(tensors) - set(known))
     if unknown:
         raise ValueError(f"{path} was made for another model: {len(unknown)} of {len(tensors)} weights unknown, first {unknown[0]}")
+    changes: dict[str, Tensor] = {}
     for key, change in tensors.items():
         name, shape = known[key]
-        if change.shape != shape:
+        if change.shape[:2] != shape[:2] or change.numel() != shape.numel():  # a 1×1 kernel is a matrix
             raise ValueError(f"{path} was made for another model: {name} has shape {tuple(change.shape)}, the model expects {tuple(shape)}")
-    return {known[key][0]: change for key, change in tensors.items()}
+        if not bool(change.isfinite().all()):
+            raise ValueError(f"{path} is damaged: {key} has values that are not finite")
+        changes[name] = change.reshape(shape)
+    return changes

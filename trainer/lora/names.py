@@ -29,8 +29,23 @@ SUFFIXES = {
     **dict(zip(_A_B, ("down", "up"))),
     **{".lora_A.default.weight": "down", ".lora_B.default.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up"},
     **{"_lora.down.weight": "down", "_lora.up.weight": "up"},  # diffusers before peft: `….processor.to_q_lora.down.weight`
+    **{".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up", ".lora_A": "down", ".lora_B": "up"},
+    ".lora_mid.weight": "mid",
 }
-"""Every suffix in use, and which half it names."""
+"""Every suffix in use, and which half it names; `mid` is LoCon's kernel between two 1×1 halves."""
+
+OTHERS = {
+    "LoHa": r"\.hada_[wt]",
+    "LoKr": r"\.lokr_[wt]",
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
+    "IA3": r"\.(on_input|ia3_\w)",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "OFT": r"\.(oft_|boft_)",
+    "weight differences": r"\.(diff|diff_b|w_norm|b_norm|set_weight)$",
+    "biases": r"\.bias$",
+    "a change of shape": r"\.reshape_weight$",
+}
+"""Patterns of the tensors of adapters that are not plain LoRA, by their name."""
 
 _DELTA = {"weight": ".diff", "bias": ".diff_b"}
 
@@ -76,19 +91,21 @@ _UNET = ("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_e
 # Names that contain an underscore, which kohya's spelling does not tell from a dot
 _WORDS = """
 down_blocks up_blocks mid_block transformer_blocks conv_in conv_out conv_shortcut conv_norm_out time_embedding add_embedding
-time_emb_proj linear_1 linear_2 proj_in proj_out to_q to_k to_v to_out input_blocks middle_block output_blocks in_layers out_layers
-emb_layers skip_connection time_embed label_emb
+time_emb_proj linear_1 linear_2 proj_in proj_out to_q to_k to_v to_qkv to_kv to_out input_blocks middle_block output_blocks in_layers
+out_layers emb_layers skip_connection time_embed label_emb
 single_transformer_blocks time_text_embed timestep_embedder guidance_embedder text_embedder context_embedder x_embedder pos_embed
-norm1_context norm_out ff_context add_q_proj add_k_proj add_v_proj to_add_out proj_mlp double_blocks single_blocks joint_blocks
+norm1_context norm_out ff_context add_q_proj add_k_proj add_v_proj to_added_qkv to_add_out proj_mlp double_blocks single_blocks joint_blocks
 x_block context_block img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in guidance_in in_layer
 out_layer final_layer adaLN_modulation
+t_embedder y_embedder feed_forward noise_refiner context_refiner cap_embedder all_x_embedder all_final_layer linear_in linear_out
+to_qkv_mlp_proj time_guidance_embed double_stream_modulation_img double_stream_modulation_txt single_stream_modulation
 """
 _SPELLED = re.compile(r"(?:^|_)(" + "|".join(sorted(_WORDS.split(), key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
 
 
 def plain(stem: str) -> str:
     """A module's name without a layout's prefix and spelling."""
-    for prefix in (_KOHYA, "lora_transformer_"):
+    for prefix in (_KOHYA, "lora_transformer_", "lycoris_"):
         if stem.startswith(prefix):
             return ".".join(_SPELLED.findall(stem.removeprefix(prefix)))
     for prefix in ("base_model.model.", "unet.", "transformer.", "diffusion_model."):
@@ -103,19 +120,47 @@ def canonical(name: str, rows: int, columns: int = 0) -> dict[str, Rows]:
     """diffusers' names for a module of an original checkpoint, and which of its `rows` outputs each one is.
 
     A name that is diffusers' already stays. Original names are those of the LDM UNet with two residual blocks per level
-    (all Stable Diffusion UNets), and of the published FLUX and SD3 transformers, whose attention projections are fused.
+    (all Stable Diffusion UNets), and of the published FLUX, SD3 and Z-Image transformers, whose attention projections are fused; so
+    are those of diffusers after `fuse_qkv_projections`. Raises ValueError or IndexError for a name or shape of another network.
     """
     part = name.split(".")
+    inner = ".".join(part[-2:]) if part[-2:-1] == ["attention"] else part[-1]
+    if inner in _FUSED:
+        return _split(name, [".".join([*part[:-1], one]) for one in _FUSED[inner]], rows)
+    if part[0].endswith(("_modulation_img", "_modulation_txt", "single_stream_modulation")) and part[-1] == "lin":
+        return {f"{part[0]}.linear": slice(None)}
     if part[0] in ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"):
         return {_from_ldm(part): slice(None)}
     if name in _STREAM_ENDS or part[0] in ("double_blocks", "single_blocks", "joint_blocks"):
         names = [_STREAM_ENDS[name]] if name in _STREAM_ENDS else _from_stream(part)
         if "adaLN_modulation" in name and rows == 2 * columns:
             return {names[0]: [*range(columns, rows), *range(columns)]}  # shift and scale there are scale and shift here
-        width = rows // 7 if name.endswith(".linear1") else rows // len(names)  # linear1: q, k, v and a fourfold MLP
-        edges = [i * width for i in range(len(names))] + [rows]
-        return {n: slice(a, b) for n, a, b in zip(names, edges, edges[1:])}
+        if (end := part[-1] if part[0] == "single_blocks" else ".".join(part[2:])) in _FLUX2 and _FLUX2[end][0] * columns == _FLUX2[end][
+            1
+        ] * rows:
+            return {names[0].rpartition("_blocks.")[0] + f"_blocks.{part[1]}.{_FLUX2[end][2]}": slice(None)}
+        if name.endswith(".linear1") and columns and rows != 7 * columns:
+            raise ValueError(f"{rows} rows: q, k, v and the MLP of FLUX.1 are 7 times its {columns} columns")
+        return _split(name, names, rows, 7 if name.endswith(".linear1") else len(names))  # linear1: q, k, v and a fourfold MLP
     return {name: slice(None)}
+
+
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "attention.qkv": ("to_q", "to_k", "to_v"),  # of the published Z-Image
+    "attention.out": ("to_out.0",),
+}
+
+
+def _split(name: str, parts: list[str], rows: int, widths: int = 0) -> dict[str, Rows]:
+    """Each part one width of the rows, the last one the rest."""
+    width, rest = divmod(rows, widths or len(parts))
+    if rest:
+        raise ValueError(f"{rows} rows of {name} are not those of {len(parts)} projections")
+    edges = [i * width for i in range(len(parts))] + [rows]
+    return {n: slice(a, b) for n, a, b in zip(parts, edges, edges[1:])}
 
 
 _RESIDUAL = {
@@ -185,6 +230,14 @@ _JOINT = {
     "context_block.adaLN_modulation.1": _DOUBLE["txt_mod.lin"],
 }
 
+
+_FLUX2 = {
+    "linear1": (9, 1, "attn.to_qkv_mlp_proj"),
+    "linear2": (1, 4, "attn.to_out"),
+    **{f"{s}_mlp.0": (6, 1, f"ff{c}.linear_in") for s, c in (("img", ""), ("txt", "_context"))},
+    **{f"{s}_mlp.2": (1, 3, f"ff{c}.linear_out") for s, c in (("img", ""), ("txt", "_context"))},
+}
+"""FLUX.2's gated blocks, whose names are FLUX.1's: (a, b, diffusers' name) where a · columns = b · rows."""
 
 _TIME, _POOLED = "time_text_embed.timestep_embedder", "time_text_embed.text_embedder"
 _STREAM_ENDS = {

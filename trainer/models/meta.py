@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,23 @@ def _module(library: tuple[str, str], config: Config, dtype: torch.dtype) -> nn.
     with torch.device("meta"):
         module = cls.from_config(config) if library[0] == "diffusers" else cls(cls.config_class(**config))
     return nn.Module.to(module, dtype)
+
+
+@lru_cache(maxsize=16)
+def denoiser_modules(model: str) -> dict[str, tuple[int, ...]]:
+    """Weight shapes of the linear and convolutional modules, by name, of a model's denoiser; no weights are read.
+
+    `model`: a diffusers folder, of a whole model or of its denoiser, a single-file checkpoint, or a name in MODELS.
+    """
+    path = Path(model)
+    if (path / "config.json").is_file():
+        config: Config = json.loads((path / "config.json").read_text("utf-8"))
+        network = _module(("diffusers", str(config["_class_name"])), config, torch.float32)
+    else:
+        family, described = _described(path)
+        network = _module(*described.parts[family.network_name], torch.float32)
+    adaptable = ((name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return {name: tuple(module.weight.shape) for name, module in adaptable}
 
 
 def _described(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig]:

@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 
 from ..config import ConfigError
+from ..lora.extract import weight_files
 from ..lora.file import load_consistency
 from ..runtime.embedded import PIPELINE, WEIGHTS, check_files
+from ..runtime.files import file_hash, files_hash
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
 from .meta import meta_policy
+from .two_unets import BASE_UNET
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EMBEDDED = WEIGHTS / "pipeline"
@@ -20,6 +23,14 @@ EMBEDDED = WEIGHTS / "pipeline"
 def model_path(model: str) -> Path:
     """The path of a model; `demo` is the embedded one."""
     return EMBEDDED if model == "demo" else Path(model)
+
+
+def denoiser_hashes(model: str | Path) -> tuple[str, str]:
+    """SHA-256 of a denoiser over all its files, and of the first alone, which versions up to 0.2.0 recorded."""
+    path = model_path(model) if isinstance(model, str) else model
+    path = path / BASE_UNET if (path / BASE_UNET).is_dir() else path
+    files = weight_files(path)
+    return files_hash(files), file_hash(sorted(files[0].parent.glob("*.safetensors"))[0] if path.is_dir() else files[0])
 
 
 def open_policy(

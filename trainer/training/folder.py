@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def trim_log(folder: Path, step: int) -> None:
 def check_resumable(
     config: TrainConfig,
     state: Mapping[str, Any],
-    base_hash: str,
+    bases: Sequence[str],
     weights: Mapping[str, Mapping[str, str]],
     data: Mapping[str, Fingerprint],
     parameters: Iterable[str],
@@ -134,7 +134,7 @@ def check_resumable(
     """ConfigError unless settings, base, rewards' weights and names of the trained parameters are those of the checkpoint.
 
     A reward of equal weights may have another name, such as the folder of an earlier version's; a path may be spelled in another way, and
-    data may have moved.
+    data may have moved. bases: hashes of the base, today's first, then as earlier versions took it.
 
     Settings that it does not have (of an older version) are at their default. Exempt are `steps`, `budget`, `NEUTRAL`,
     and how the samples of an optimizer step are split into micro-batches: samples and noise stay the same, but what an objective
@@ -143,9 +143,9 @@ def check_resumable(
     path = Path(config.out) / CHECKPOINT
     if not isinstance(state, dict) or not state.keys() >= _STATE:
         raise ConfigError(f"{path} is not a checkpoint of a training run; start again with --overwrite")
-    if state["base"] != base_hash:
+    if state["base"] not in bases:
         raise ConfigError(
-            f"{path} was written over other weights than those of {config.model}: sha256 {state['base'][:12]}, now {base_hash[:12]}; "
+            f"{path} was written over other weights than those of {config.model}: sha256 {state['base'][:12]}, now {bases[0][:12]}; "
             "go on with the model that the run began with"
         )
     before = build(TrainConfig, {"out": config.out, **present_names(json.loads(state["settings"]))})

@@ -30,11 +30,18 @@ class Parts:
     features: ImageFeatures | None = None
     evaluation: Evaluation | None = None
     base_hash: str = ""
+    earlier_base_hash: str = ""
+    """As versions up to 0.2.0 took it, of the first file alone."""
     weights: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     """By setting (`reward`, `watch.heldout`, …): SHA-256 of the weights by name, see `weights_of`."""
     data: Mapping[str, Fingerprint] = field(default_factory=dict[str, Fingerprint])
     """By setting that names data (`images`, `watch.prompts`, …): what tells them from others, wherever they lie."""
     processes: Processes = ALONE
+
+    @property
+    def bases(self) -> tuple[str, str]:
+        """Hashes of the base, today's first."""
+        return self.base_hash, self.earlier_base_hash or self.base_hash
 
     def context(self, config: TrainConfig, policy: Policy) -> RunContext:
         """The resources that an objective may use; policy: `self.policy`, or a wrapper of it."""

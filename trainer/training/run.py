@@ -42,7 +42,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, parts: Parts, lock: FileLock | None = None) -> None:
         """Adapter, loss, optimizer and EMA at step 0; `start` also checks the settings and opens the folder."""
-        self.config, self.samples, self.reward, self.base_hash = config, parts.samples, parts.reward, parts.base_hash
+        self.config, self.samples, self.reward, self.bases = config, parts.samples, parts.reward, parts.bases
         self.weights = {key: dict(hashes) for key, hashes in parts.weights.items()}
         self.data = {key: dict(found) for key, found in parts.data.items()}
         self.policy, self.evaluation, self.processes = parts.policy, parts.evaluation, parts.processes
@@ -120,7 +120,7 @@ class Run:
             "calls": calls,
             "shared_draws": self.shared_draws,
             "settings": json.dumps(self.config.describe(), sort_keys=True),
-            "base": self.base_hash,
+            "base": self.bases[0],
             "weights": self.weights,
             "data": self.data,
         }
@@ -128,7 +128,7 @@ class Run:
     def load(self) -> None:
         """Restore the checkpoint; ConfigError where it belongs to other settings, weights or data."""
         state = checkpoint.load(self.checkpoint_path)
-        folder.check_resumable(self.config, state, self.base_hash, self.weights, self.data, dict(self.policy.named_parameters()))
+        folder.check_resumable(self.config, state, self.bases, self.weights, self.data, dict(self.policy.named_parameters()))
         self.shared_draws = state.get("shared_draws", "step")
         if self.shared_draws == "step" and self.config.gradient_accumulation_steps > 1:
             log.warning(
@@ -290,7 +290,7 @@ class Run:
                 versions[package] = version(package)
         method = self.config.method
         return {
-            "base": self.base_hash,
+            "base": self.bases[0],
             "weights": self.weights,
             "settings": self.config.describe(),
             "step": self.step,
