@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +16,13 @@ from comfy_api.latest import io
 from ..trainer.data.captions import caption_file, read_captions
 from ..trainer.data.fingerprint import Fingerprint, fingerprint
 from ..trainer.data.images import SUFFIXES
+from ..trainer.data.report import Report
 from ..trainer.data.samples import content_hash
 from . import host
 from .sockets import CATEGORY, Dataset, schema, show_text
 
 KEY = "imagerefl_datasets"
 _DEPTH = 4  # levels below a root that are listed
-_NAMED = 3  # files that a line names
 
 
 def register_folder() -> None:
@@ -63,15 +63,20 @@ def resolve(name: str) -> Path:
             f"folder {name!r} is not in the list: choose one below ComfyUI's input or output folder, or below one registered as {KEY} "
             "in extra_model_paths.yaml; at least one image in it needs its caption in a text file beside it"
         )
+    _check_inside(name, [path, *_links(path)])
+    return path
+
+
+def _check_inside(name: str, paths: Iterable[Path]) -> None:
+    """Raise ValueError where a path of a folder leads out of the roots."""
     allowed = [root.resolve() for _, root in roots()]
-    for one in [path, *_links(path)]:
+    for one in paths:
         target = Path(os.path.realpath(one))
         if not any(target.is_relative_to(root) for root in allowed):
             raise ValueError(
                 f"{name}: {one.name} is a link that leads to {target}, outside ComfyUI's input and output: copy the files, or register "
                 f"the folder where they are as {KEY} in extra_model_paths.yaml"
             )
-    return path
 
 
 def _links(path: Path) -> Iterator[Path]:
@@ -105,32 +110,15 @@ class CaptionedFolder:
 def read(name: str, buckets: bool, cached: bool) -> CaptionedFolder:
     """The folder of a name that `folders` lists; ValueError where an image has no caption, as headless."""
     path = resolve(name)
-    pairs = [(Path(str(image)), caption) for image, caption in read_captions(str(path))]
+    report = Report()
+    pairs = [(Path(str(image)), caption) for image, caption in read_captions(str(path), report)]
+    # linked folders were followed: they may hold links too
+    _check_inside(name, (file for image, _ in pairs for file in (image, caption_file(image)) if file is not None))
     captions, images = tuple(caption for _, caption in pairs), {image: _content(image) for image, _ in pairs}
     data = fingerprint(len(pairs), images=[images[image] for image, _ in pairs], captions=captions)
-    said = "\n".join([f"{len(pairs)} samples of {len(images)} images taken from {name}", *_left_out(path, set(images))])
+    report.source = name
+    said = f"{len(pairs)} samples of {len(images)} images taken from {name}\n{report}"
     return CaptionedFolder(name, buckets, cached, data, captions, len(images), said)
-
-
-def _left_out(path: Path, taken: set[Path]) -> list[str]:
-    """A line for each reason for which files were not taken."""
-    captions = {caption_file(image) for image in taken}
-    reasons: dict[str, list[str]] = {}
-    for folder, inner, files in os.walk(path):
-        linked = [name for name in inner if os.path.islink(Path(folder, name))]
-        reasons.setdefault("links to folders are not followed", []).extend(linked)
-        for one in (Path(folder, name) for name in sorted(files)):
-            if one in taken or one in captions:
-                continue
-            beside = one.suffix.lower() in (".txt", ".caption")
-            reason = "no image of this name beside it, or another caption file" if beside else f"not one of {', '.join(SUFFIXES)}"
-            reasons.setdefault(reason, []).append(one.relative_to(path).as_posix())
-    return [_line(names, reason) for reason, names in reasons.items() if names]
-
-
-def _line(names: Sequence[str], reason: str) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"left out: {', '.join(names[:_NAMED])}{more} ({reason})"
 
 
 def _content(image: Path) -> str:

@@ -43,6 +43,7 @@ def test_the_trainer_never_imports_comfyui_or_the_nodes():
 
 # From the bottom to the top: a file may import what stands on its own line (in its own package) or on a line above it.
 ORDER = (
+    ("text",),
     ("config",),
     ("runtime",),
     ("rng",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -18,8 +19,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
+from .text import CONTROL, read_text
+
 T = TypeVar("T")
 
+_BACKSLASHES = "write a path with backslashes in single quotes, or with forward slashes"
 
 NAMES: dict[str, tuple[str, str]] = {
     "guidance_scale": ("guidance", "cfg"),
@@ -152,9 +156,32 @@ def read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no config file {path}")
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))  # Windows editors write a byte order mark
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        text = read_text(path).replace("\r\n", "\n")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        values = tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid TOML: its lists or tables are nested too deep") from error
+    except ValueError as error:  # of the syntax, or of a number with thousands of digits
+        at = re.search(r"at line (\d+)", str(error))
+        line = text.split("\n")[int(at[1]) - 1] if at else ""
+        hint = f"; {_BACKSLASHES}" if re.search(r'"[^"]*\\', line) else ""
+        raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from error
+    _check_backslashes(values, f"{path}: ")
+    return values
+
+
+def _check_backslashes(value: Any, where: str) -> None:
+    r"""Raise ConfigError where a text has control characters: `"D:\train"` in TOML holds a tab and no backslash."""
+    if isinstance(value, dict):
+        for key, item in typing.cast(dict[str, Any], value).items():
+            _check_backslashes(item, f"{where}{'' if where.endswith((' ', '-')) else '.'}{key}")
+    elif isinstance(value, list):
+        for item in typing.cast(list[Any], value):
+            _check_backslashes(item, where)
+    elif isinstance(value, str) and CONTROL.search(value):
+        raise ConfigError(f"{where} = {value!r} holds a control character, as \\t in double quotes is a tab: {_BACKSLASHES}")
 
 
 def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -166,8 +193,9 @@ def override(values: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
         key, text = assignment[2:].split("=", 1)
         try:
             value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text
+        _check_backslashes({key: value}, "--")
         place: Any = result
         *tables, name = key.replace("-", "_").split(".")
         for table in tables:

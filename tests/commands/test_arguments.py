@@ -94,7 +94,7 @@ def test_bad_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypat
     assert main(arguments) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err, said.err
-    assert not said.out and not list(tmp_path.iterdir())
+    assert all(line.startswith("read ") for line in said.out.splitlines()) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

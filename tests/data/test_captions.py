@@ -59,11 +59,11 @@ def test_manifests_name_images_and_captions(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "image,text\ncafé.png,x\n".encode("latin-1"), "a.csv is not a readable manifest: 'utf-8' codec"),
+        ("a.csv", "image,text\ncafé.png,x\n".encode("latin-1"), r"a.csv is not UTF-8 \(line 2, byte 0xE9\): save it as UTF-8"),
         ("a.csv", b"image,text\nnot there.png,x\n", "not there.png, which does not exist"),
         ("a.csv", b"image,text\n", "names no image"),
-        ("a.csv", b"who,text\nx,y\n", "line 2: no image; name one in a column"),
-        ("a.jsonl", b'{"image": "0.png"\n', "a.jsonl is not a readable manifest"),
+        ("a.csv", b"who,text\nx,y\n", "a.csv, line 1: no column path, image, .*; there are who, text"),
+        ("a.jsonl", b'{"image": "0.png"\n', "a.jsonl, line 1 is not JSON"),
         ("0.txt", "café".encode("latin-1"), "0.txt is not UTF-8"),
         ("0.txt", b" \n", r"0.png has no caption: write one into 0.txt beside it"),
     ],

@@ -45,8 +45,9 @@ def test_a_resumed_run_reads_its_latents_from_the_disk_and_keeps_its_result(fold
 def test_the_report_says_what_was_taken_and_left_out_and_in_which_sizes(folder):
     said = folder["said"].splitlines()
     assert said[0] == "6 samples of 4 images taken from input/stars" and folder["report"].splitlines()[1 : 1 + len(said)] == said
-    assert any(line.startswith("left out: 1_blue/notes.md (") for line in said)
-    assert any(line.startswith("left out: lonely.txt (") for line in said)
+    assert said[1] == (
+        "read 4 images, 4 captions, 6 samples from input/stars; left out: 1 not an image (notes.md), 1 text without an image (lonely.txt)"
+    )
     sizes, few = folder["report"].splitlines()[-2:]
     assert sizes == "samples by width×height: 80×48: 3, 56×72: 2, 64×64: 1"
     assert few == "fewer than batch_size, so that its images repeat: 64×64: 1"
@@ -55,7 +56,7 @@ def test_the_report_says_what_was_taken_and_left_out_and_in_which_sizes(folder):
 def test_folders_with_captioned_images_are_offered_and_other_packs_keep_what_they_registered(folder):
     """A folder that is a link is not followed."""
     stars = ["input/stars", "input/stars/1_blue", "input/stars/2_red"]
-    linked = ["input/inside", "input/linked", "input/linked caption", "input/linked folder", "input/no caption"]
+    linked = ["input/inside", "input/linked", "input/linked caption", "input/linked folder", "input/linked twice", "input/no caption"]
     assert folder["folders"] == ["input/10_flat", *linked, *stars, "imagerefl_datasets/deep", "imagerefl_datasets/deep/er"]
     paths, extensions = folder["registered"]
     assert len(paths) == 2 and any(path.endswith("registered") for path in paths) and extensions == [".foreign"]
@@ -66,7 +67,9 @@ def test_a_path_that_is_not_in_the_list_is_refused(folder, case):
     assert "is not in the list: choose one below ComfyUI's input or output folder" in folder["refused"][case]
 
 
-@pytest.mark.parametrize(("case", "link"), [("linked", "i.png"), ("linked caption", "j.txt"), ("linked folder", "more")])
+@pytest.mark.parametrize(
+    ("case", "link"), [("linked", "i.png"), ("linked caption", "j.txt"), ("linked folder", "more"), ("linked twice", "g.png")]
+)
 def test_links_that_lead_out_are_refused_and_others_are_read(folder, case, link):
     assert folder["refused"][case].startswith(f"input/{case}: {link} is a link that leads to "), folder["refused"][case]
     assert folder["linked from within"] == ["a square", "linked from within"]

@@ -85,12 +85,14 @@ def test_folders_files_globs_and_manifests_are_found_in_order_and_once(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.csv", "name,prompt\na,b\n", "line 2: no image; name one in a column path"),
+        ("m.csv", "name,prompt\na,b\n", "m.csv, line 1: no column path, image, .*; there are name, prompt: begin with the columns"),
+        ("m.csv", "path,prompt\n,b\n", "line 2: no image; name one in a column path"),
         ("m.jsonl", "[1]\n", "line 1: give one JSON object per line"),
-        ("m.jsonl", "{", "m.jsonl is not a readable manifest"),
-        ("m.csv", b"path\n\xff\n", "m.csv is not a readable manifest"),
-        ("m.jsonl", "[" * 100_000, "m.jsonl is not a readable manifest"),
-        ("m.csv", "0.png,a star\n", "m.csv names no image: write a line with the columns"),
+        ("m.jsonl", "{", "m.jsonl, line 1 is not JSON: .*; give one JSON object per line"),
+        ("m.csv", b"path\n\xff\n", r"m.csv is not UTF-8 \(line 2, byte 0xFF\): save it as UTF-8"),
+        ("m.jsonl", "[" * 100_000, "m.jsonl, line 1 is not JSON"),
+        ("m.csv", "0.png,a star\n", "m.csv, line 1: no column path, .*; there are 0.png, a star: begin with the columns"),
+        ("m.csv", "path,prompt\n", "m.csv names no image: write a line with the columns"),
         ("m.jsonl", "", "m.jsonl names no image"),
     ],
 )
@@ -241,22 +243,20 @@ def test_a_picture_whose_reader_fails_in_a_way_of_its_own_is_a_bad_file(folder, 
     def stumble(picture):
         raise KeyError(262)
 
-    monkeypatch.setattr(
-        images.ImageOps, "exif_transpose", lambda picture: stumble(picture) if picture.filename.endswith("3.png") else picture
-    )
+    monkeypatch.setattr(images, "_eight_bit", lambda picture: stumble(picture) if picture.filename.endswith("3.png") else picture)
     assert run(folder, "--out", folder / "s.csv") == 1
     assert "3.png is not a readable image: 262" in capsys.readouterr().err
 
 
 def test_a_prompt_file_that_cannot_be_read_makes_a_bad_file(folder, monkeypatch, capsys):
-    read = Path.read_text
+    read = Path.read_bytes
 
-    def refuse(path, *arguments, **options):
+    def refuse(path):
         if path.name == "2.txt":
             raise PermissionError(f"not yours: {path}")
-        return read(path, *arguments, **options)
+        return read(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     assert run(folder, "--out", folder / "s.csv") == 1
     assert "1 of 6 images were not scored" in capsys.readouterr().err
 
@@ -494,7 +494,7 @@ def test_a_process_that_fails_ends_the_others_with_one_error_line(folder):
     failing = "import os\ndef reward(images, prompts):\n    if os.environ['RANK'] == '1':\n        raise OSError('disk gone')\n"
     (folder / "failing.py").write_text(failing + "    return images.mean((1, 2, 3))\n")
     assert finish(start(2, score_in_process, folder)) == [2, 2]
-    assert [line for rank in (0, 1) for line in said(folder, rank)] == ["error: disk gone"]
+    assert [line for rank in (0, 1) for line in said(folder, rank) if not line.startswith("read ")] == ["error: disk gone"]
     assert not (folder / "s.csv").exists() and (folder / "s.csv.0.partial").exists()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import ConfigError, plain
 from ..data import images
+from ..data.report import Report
 from ..generate import Generation, generate
 from ..guidance import Switch, cfg, combined
 from ..lora.file import load_lora, lora_weights
@@ -72,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--reward {taken}: the results have a figure of that name: write ./{taken}")
     if args.n < 2:
         raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
-    photos = images.find(args.real) if args.real else []
+    report = Report()
+    photos = images.find(args.real, report) if args.real else []
+    if args.real:
+        report.show()
     if args.real and len(photos) < 2:
         raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
     switches = [Switch.parse(text) for text in args.switches.split(",")]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from ..config import ConfigError, build
 from ..data.captions import read_prompts
+from ..data.report import Report
 from ..generate import Generation
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.open import open_policy
 from ..runtime.device import check_device, use_device
 from ..sampling import METHODS
+from ..text import valid
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +74,11 @@ def generation_of(args: argparse.Namespace) -> Generation:
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
     """The prompts, each repeated for its `-n` images."""
-    prompts = list(getattr(args, "prompt", None) or []) + (read_prompts(args.prompts) if args.prompts else [])
+    prompts = [valid(" ".join(text.split())) for text in getattr(args, "prompt", None) or []]  # one line, as in a file of prompts
+    if args.prompts:
+        report = Report()
+        prompts += read_prompts(args.prompts, report)
+        report.show()
     if not prompts:
         raise ConfigError(f"no prompt: give {'--prompt TEXT or ' if hasattr(args, 'prompt') else ''}--prompts FILE")
     if args.n < 1:

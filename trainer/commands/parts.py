@@ -15,6 +15,7 @@ from ..data.cache import TensorCache
 from ..data.captions import read_captions, read_prompts
 from ..data.fingerprint import Fingerprint, fingerprint
 from ..data.images import ImageSource
+from ..data.report import Report
 from ..data.samples import Samples, check_sources, content_hash, encode_images, load_samples
 from ..lora.file import lora_weights
 from ..memory.offload import offloads, place_rewards
@@ -52,7 +53,7 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
         open_consistency(policy, config.consistency)
     features = load_features(config.features, aside) if config.features else None
     samples = _samples(config, policy, processes)
-    evaluation = _evaluation(config, policy, reward, samples, aside)
+    evaluation = _evaluation(config, policy, reward, samples, aside, processes)
     parts = Parts(policy, samples, reward, features, evaluation, processes=processes)
     check_settings(config, parts)
     now, earlier = denoiser_hashes(config.model)
@@ -102,7 +103,9 @@ def _samples(config: TrainConfig, policy: DiffusersPolicy, processes: Processes)
     return load_samples(policy, config.prompts, config.images, sizes, _cache(config), processes)
 
 
-def _evaluation(config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, device: str) -> Evaluation | None:
+def _evaluation(
+    config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, device: str, processes: Processes
+) -> Evaluation | None:
     """The evaluations of a run; diversity is measured in features of the held-out reward or, where it has none, of the training reward."""
     if not config.watch.every:
         return None
@@ -110,13 +113,21 @@ def _evaluation(config: TrainConfig, policy: DiffusersPolicy, reward: RewardMode
     towers = [r.raw for r in (heldout, reward) if isinstance(r.raw, TwoTower)]
     if not towers:
         raise ConfigError("the watch measures diversity in image features: train on a two-tower reward, or name one in watch.heldout")
-    prompts = read_prompts(Path(config.watch.prompts)) if config.watch.prompts else samples.prompts
+    texts, photos = Report(), Report()
+    prompts = read_prompts(Path(config.watch.prompts), texts) if config.watch.prompts else samples.prompts
+    compared = reference(config, policy.image_size, photos)
+    for report in (texts, photos):
+        if report.source and processes.main:
+            report.show()
     judges = {"reward": reward, "heldout": heldout}
-    return Evaluation.of_run(config, policy, judges, prompts, towers[0].image_features, reference=reference(config, policy.image_size))
+    return Evaluation.of_run(config, policy, judges, prompts, towers[0].image_features, reference=compared)
 
 
-def reference(config: TrainConfig, size: tuple[int, int]) -> Reference | None:
-    """REFERENCES images at most of `watch.reference` or of the training images, cropped to `size`; None where there are none."""
+def reference(config: TrainConfig, size: tuple[int, int], report: Report | None = None) -> Reference | None:
+    """REFERENCES images at most of `watch.reference` or of the training images, cropped to `size`; None where there are none.
+
+    `report` is filled for `watch.reference` alone: the training images have one of their own.
+    """
     if config.watch.reference == "none" or not (config.watch.reference or config.images):
         return None
     if not config.watch.reference and config.images == "demo":
@@ -124,16 +135,16 @@ def reference(config: TrainConfig, size: tuple[int, int]) -> Reference | None:
         from ..demo.world import real_images
 
         return lambda: real_images(FULL.real, config.seed)[0][:REFERENCES].split(CHUNK)
-    chosen = _references(config)
+    chosen = _references(config, report)
     return lambda: (
         torch.stack([images.load(source, size) for source in chosen[first : first + CHUNK]]) for first in range(0, len(chosen), CHUNK)
     )
 
 
-def _references(config: TrainConfig) -> list[ImageSource]:
+def _references(config: TrainConfig, report: Report | None = None) -> list[ImageSource]:
     """REFERENCES images at most, in random order."""
     found: Sequence[ImageSource] = (
-        images.find(Path(config.watch.reference))
+        images.find(Path(config.watch.reference), report)
         if config.watch.reference
         else list(dict.fromkeys(source for source, _ in read_captions(config.images)))
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..config import ConfigError
+from ..data.report import Report
 from ..metrics.dino import DINO
 from ..rewards.calibrate import measure, write
 from ..rewards.files import download, find, weight_folders
@@ -71,7 +72,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     device = device_of(args)
     path = WeightFolders().statistics(args.name)
-    items = find_items(args.paths, args.prompt, args.prompt_column)
+    report = Report()
+    items = find_items(args.paths, args.prompt, args.prompt_column, report)
+    report.show()
     spec = load(args.name, device)
     scores: list[float] = []
     for row in score(items, [spec], device):

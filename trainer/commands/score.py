@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..data.report import Report
 from ..rewards.registry import load, weights_hashes
 from ..rewards.weighted import RewardSpec, parse_weights
 from ..runtime.processes import Processes, joined
@@ -71,9 +72,12 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     table = Table(parts, args.raw)
     if args.top:
         table.best([], args.top)  # before any work: raises where images cannot be ranked
-    items = find_items(args.paths, args.prompt, args.prompt_column)
+    report = Report()
+    items = find_items(args.paths, args.prompt, args.prompt_column, report)
     if args.top:
         _check_top_folder(args.top_folder, items, args.paths)
+    if processes.main:
+        report.show(None if outs else sys.stderr)  # without --out stdout holds the table
 
     journal = Journal(outs[0], processes.rank, _settings(args, parts)) if outs else None
     scored = _score_all(items, parts, journal, args, device, processes)

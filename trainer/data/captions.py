@@ -5,44 +5,64 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..text import lines, read_text, valid
 from . import images, manifest
 from .hub import PREFIX, read_dataset
 from .images import ImageSource
+from .infotext import positive_prompt
+from .report import Report
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # what trainers write beside images; both are kohya's
+_NOT_PROMPTS = (".json", ".toml", ".yaml", ".yml", ".parquet", ".xlsx")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one per line; blank lines are skipped."""
+def read_prompts(path: Path, report: Report | None = None) -> list[str]:
+    """The prompts of a text file, one per line without blank ones, or of a CSV or JSONL file's column."""
+    report = Report() if report is None else report
+    report.source = str(path)
     if not path.is_file():
         raise ValueError(f"no prompt file {path}")
-    prompts = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    if path.suffix.lower() in _NOT_PROMPTS:
+        raise ValueError(f"{path}: prompts are read from a text file, one per line, or from the column prompt of a .csv or .jsonl file")
+    if path.suffix.lower() in manifest.SUFFIXES:
+        prompts = manifest.read_prompt_column(path, report)
+    else:
+        prompts = [valid(line.strip()) for line in lines(read_text(path)) if line.strip()]
+        for number, prompt in enumerate(prompts, 1):
+            if prompt.lower().startswith("negative prompt:") or (not prompt.startswith("{") and positive_prompt(prompt) is not None):
+                raise ValueError(f"{path}, prompt {number} is a line of generation settings: give one prompt per line")
     if not prompts:
         raise ValueError(f"{path} is empty: give one prompt per line")
+    report.take("prompts", len(prompts))
     return prompts
 
 
-def read_captions(source: str) -> Sequence[tuple[ImageSource, str]]:
+def read_captions(source: str, report: Report | None = None) -> Sequence[tuple[ImageSource, str]]:
     """Images and their captions, from a folder of images with a `.txt` or `.caption` beside each, a CSV or JSONL manifest, or a data set
     `hf:PATH_OR_NAME[:split]`.
 
     An image in a subfolder `N_name` comes N times, as in kohya's layout.
     """
+    report = Report() if report is None else report
+    report.source = source
     if source.startswith(PREFIX):
-        return read_dataset(source.removeprefix(PREFIX))
+        return read_dataset(source.removeprefix(PREFIX), report)
     path = Path(source)
     if not is_listing(path):
         raise ValueError(f"no image folder {path}, and no manifest ({', '.join(manifest.SUFFIXES)}) of that name")
-    pairs: list[tuple[Path, str]] = []
-    for image, caption in list_images(path):
-        if not image.exists():
-            raise ValueError(f"{path} names {image}, which does not exist")
-        caption = caption or caption_beside(image)
-        if caption is None:
-            raise ValueError(f"{image} has no caption: write one into {image.stem}.txt beside it")
-        pairs += [(image, caption)] * (_repeats(image, path) if path.is_dir() else 1)
-    if not pairs:
+    found = list(list_images(path, report=report))
+    if not found:
         raise ValueError(f"{path} names no image")
+    captioned = [(image, caption or caption_beside(image, report)) for image, caption in found]
+    bare = list(dict.fromkeys(image for image, caption in captioned if not caption))
+    gone = [image for image in bare if not image.is_file()] or [image for image, _ in captioned if not image.is_file()]
+    if gone:
+        raise ValueError(f"{path} names {gone[0]}, which does not exist{_others(gone)}")
+    if bare:
+        raise ValueError(f"{bare[0]} has no caption: write one into {bare[0].stem}.txt beside it{_others(bare)}{_tables(path)}")
+    pairs = [(image, caption) for image, caption in captioned if caption for _ in range(_repeats(image, path) if path.is_dir() else 1)]
+    report.taken["captions"] = len(captioned)
+    if len(pairs) != len(captioned):
+        report.take("samples", len(pairs))
     return pairs
 
 
@@ -51,33 +71,57 @@ def is_listing(path: Path) -> bool:
     return path.is_dir() or (path.is_file() and path.suffix.lower() in manifest.SUFFIXES)
 
 
-def list_images(path: Path, prompt_column: str = "") -> Iterator[tuple[Path, str | None]]:
+def list_images(path: Path, prompt_column: str = "", report: Report | None = None) -> Iterator[tuple[Path, str | None]]:
     """The images of a folder, sorted by path, or those that a manifest names, with the manifest's prompts."""
+    report = Report() if report is None else report
     if not path.is_dir():
-        yield from manifest.read_manifest(path, prompt_column)
+        rows = list(manifest.read_manifest(path, prompt_column, report))
+        report.take("images", len({image for image, _ in rows}))
+        report.take("captions", sum(prompt is not None for _, prompt in rows))
+        yield from rows
         return
-    found = images.find(path)
+    found = images.find(path, report)
     if not found:
         raise ValueError(f"{path} holds no image ({', '.join(images.SUFFIXES)})")
     yield from ((image, None) for image in found)
 
 
-def caption_beside(image: Path) -> str | None:
-    """The text of the UTF-8 `.txt` or `.caption` file beside an image; None where there is none, or it is empty."""
-    side = caption_file(image)
-    return None if side is None else _text(side).strip() or None
-
-
 def caption_file(image: Path) -> Path | None:
-    """The text file beside an image that `caption_beside` reads: the first of CAPTION_SUFFIXES that exists."""
-    return next((side for suffix in CAPTION_SUFFIXES if (side := image.with_suffix(suffix)).is_file()), None)
+    """The text file beside an image that `caption_beside` reads: `a.txt`, `a.caption` or `a.png.txt` for `a.png`."""
+    beside = (image.with_suffix(".txt"), image.with_suffix(".caption"), image.with_suffix(".TXT"), image.with_name(image.name + ".txt"))
+    return next((path for path in beside if path.is_file()), None)
 
 
-def _text(path: Path) -> str:
+def caption_beside(image: Path, report: Report | None = None) -> str | None:
+    """The caption in the text file beside an image; None where there is none, or it is empty.
+
+    Of several lines the first is the caption, as kohya's trainer reads them; of generation settings, the positive prompt.
+    """
+    side = caption_file(image)
+    if side is None:
+        return None
+    report = Report() if report is None else report
+    text = read_text(side)
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+        positive = positive_prompt(text)
+    except ValueError as error:
+        raise ValueError(f"{side} {error}") from error
+    if positive is not None:
+        report.note("with generation settings, the positive prompt taken", side.name)
+        return valid(positive) or None
+    several = [line.strip() for line in lines(text) if line.strip()]
+    if len(several) > 1:
+        report.note("with several lines, the first taken as the caption", side.name)
+    return valid(several[0]) if several else None
+
+
+def _others(paths: Sequence[Path]) -> str:
+    return f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+
+
+def _tables(folder: Path) -> str:
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in manifest.SUFFIXES) if folder.is_dir() else []
+    return f", or give {found[0]} for the folder" if found else ""
 
 
 def _repeats(image: Path, folder: Path) -> int:

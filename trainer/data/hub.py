@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS
+from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS, prompt_of
+from .report import Report
 
 PREFIX = "hf:"
 _COLUMN = "image"
@@ -32,7 +33,7 @@ class DatasetImage:
         return self.name
 
 
-def read_dataset(source: str) -> list[tuple[DatasetImage, str]]:
+def read_dataset(source: str, report: Report | None = None) -> list[tuple[DatasetImage, str]]:
     """Images and captions of `PATH_OR_NAME[:split]` (default `train`); columns as in manifests.
 
     PATH is a folder of `save_to_disk`, of parquet files, or of images with a metadata file.
@@ -62,9 +63,12 @@ def read_dataset(source: str) -> list[tuple[DatasetImage, str]]:
         rows = rows.cast_column(_COLUMN, datasets.Image(decode=False))
     except Exception as error:
         raise ValueError(f"{label}: column {images[0]} holds no images: {error}") from error
-    pairs = [(DatasetImage(rows, i, f"{label}, row {i}"), _caption(text, f"{label}, row {i}")) for i, text in enumerate(texts)]
+    report = Report() if report is None else report
+    pairs = [(DatasetImage(rows, i, f"{label}, row {i}"), _caption(text, f"{label}, row {i}", report)) for i, text in enumerate(texts)]
     if not pairs:
         raise ValueError(f"{label} has no rows")
+    for what in ("rows", "images", "captions"):
+        report.take(what, len(pairs))
     return pairs
 
 
@@ -84,9 +88,8 @@ def _known(known: Sequence[str], columns: Any) -> list[str]:
     return [column for column in known if column in columns]
 
 
-def _caption(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: expected a caption of type str, got {type(text).__name__}")
-    if not text.strip():
+def _caption(text: Any, where: str, report: Report) -> str:
+    caption = prompt_of(text, where, report)
+    if caption is None:
         raise ValueError(f"{where} has an empty caption")
-    return text.strip()
+    return caption

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from .report import Report
+
+# Pillow refuses a PNG whose compressed text or colour profile unpacks to more than 1 MB; workflows do. All of them: 64 MB, as before
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+
+FORMATS = frozenset(("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "TGA", "QOI", "HEIF", "JXL"))
+"""Pillow's names of formats that hold photographs and drawings; HEIF and JXL need a plugin that is registered with Pillow."""
+_BUILT_WITH = {"JPEG": "jpg", "WEBP": "webp", "JPEG2000": "jpg_2000"}  # what a build of Pillow may lack, though the suffix is known
+SUFFIXES = tuple(
+    sorted(
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in FORMATS and name in Image.OPEN and (name not in _BUILT_WITH or features.check(_BUILT_WITH[name]))
+    )
+)
+"""Suffixes, in lower case, of the formats that this build of Pillow opens."""
+_MISSING = frozenset((".webp", ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".qoi"))
+SIDECARS = (".txt", ".caption")
+_HIDDEN = frozenset(("@eadir", "__macosx", "thumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found"))
+_ONE_FRAME = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib"))
 
 
 class ImageSource(Protocol):
@@ -38,7 +59,7 @@ def open_image(source: ImageSource) -> Image.Image:
     try:
         with _opened(source) as opened:
             opened.load()
-            upright: Any = _eight_bit(ImageOps.exif_transpose(opened))
+            upright: Any = _eight_bit(_upright(opened))
             upright = upright.convert("RGBA") if "A" in upright.getbands() or "transparency" in upright.info else upright.convert("RGB")
     except Exception as error:  # Pillow's readers raise many types for a damaged file
         raise ValueError(f"{source} is not a readable image: {error}") from error
@@ -48,12 +69,25 @@ def open_image(source: ImageSource) -> Image.Image:
     return upright
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation; 1, upright, where the EXIF is damaged: the pixels are as good without it."""
+    try:
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's readers raise many types
+        return 1
+    return found if 1 <= found <= 8 else 1
+
+
 def size_of(source: ImageSource) -> tuple[int, int]:
     """(height, width) of what `open_image` returns, from the file's header alone."""
     try:
         with _opened(source) as opened:
             width, height = opened.size
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90°
+            turned = _orientation(opened) >= 5  # by 90°
     except Exception as error:
         raise ValueError(f"{source} is not a readable image: {error}") from error
     return (width, height) if turned else (height, width)
@@ -104,6 +138,71 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return sheet
 
 
-def find(folder: Path) -> Sequence[Path]:
-    """Every image below a folder, sorted by path."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+def find(folder: Path, report: Report | None = None) -> Sequence[Path]:
+    """Every image below a folder, sorted by path; linked folders are followed once.
+
+    Left out are hidden files and folders, those that systems write (`@eaDir`, `Thumbs.db`), and what is not an image.
+    """
+    report = Report() if report is None else report
+    report.source = report.source or str(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no image folder {folder}")
+    found: list[Path] = []
+    sidecars: list[Path] = []
+    for path in _files(folder, report):
+        if path.suffix.lower() in SIDECARS:
+            sidecars.append(path)
+        elif (suffix := path.suffix.lower()) not in SUFFIXES:
+            report.leave_out(f"{suffix}, which this Pillow cannot open: save as PNG" if suffix in _MISSING else "not an image", path.name)
+        elif not path.is_file() and not path.is_symlink():  # a broken link is an image that cannot be read
+            report.leave_out("not a file", path.name)
+        else:
+            found.append(path)
+    stems = {p.with_suffix("") for p in found} | set(found)
+    for path in sidecars:
+        if path.with_suffix("") not in stems:
+            report.leave_out("text without an image", path.name)
+    for path in found:
+        if path.suffix.lower() not in _ONE_FRAME and frames(path) > 1:
+            report.note("animated, the first frame taken", path.name)
+    report.take("images", len(found))
+    return sorted(found)
+
+
+def frames(path: Path) -> int:
+    """Number of frames of an image file; 1 where it cannot be read."""
+    try:
+        with Image.open(path) as opened:
+            return getattr(opened, "n_frames", 1)
+    except Exception:  # decoding the pixels reports the error
+        return 1
+
+
+def _files(root: Path, report: Report) -> Iterator[Path]:
+    """Files below a folder that are not hidden. Linked folders come after all others, each real folder once."""
+    seen: set[str] = set()
+    waiting = deque([root])
+    while waiting:
+        top = waiting.popleft()
+        real = os.path.realpath(top)
+        if real in seen or (top != root and Path(os.path.realpath(root)).is_relative_to(real)):
+            report.leave_out("linked folder that is read already", top.name)
+            continue
+        for here, folders, files in os.walk(top, onerror=lambda error: report.leave_out("unreadable folder", Path(error.filename).name)):
+            seen.add(os.path.realpath(here))
+            kept = [name for name in sorted(folders) if not _hidden(name, report)]
+            links = [name for name in kept if _is_link(os.path.join(here, name))]
+            waiting += [Path(here, name) for name in links]
+            folders[:] = [name for name in kept if name not in links and os.path.realpath(os.path.join(here, name)) not in seen]
+            yield from (Path(here, name) for name in files if not _hidden(name, report))
+
+
+def _is_link(folder: str) -> bool:
+    is_junction = getattr(os.path, "isjunction", None)  # Windows' other kind of link; Python 3.12
+    return os.path.islink(folder) or bool(is_junction and is_junction(folder))
+
+
+def _hidden(name: str, report: Report) -> bool:
+    if hidden := name.startswith(".") or name.lower() in _HIDDEN:
+        report.leave_out("hidden", name)
+    return hidden

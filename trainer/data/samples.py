@@ -24,6 +24,7 @@ from .captions import read_captions, read_prompts
 from .fingerprint import Fingerprint, fingerprint
 from .images import ImageSource, load, size_of
 from .latents import CachedLatents, Latents, LatentsInMemory
+from .report import Report
 
 PIXELS_PER_BATCH = 2**21  # decoded and encoded together: 8 images of 512², 2 of 1024²
 
@@ -111,10 +112,13 @@ def load_samples(
     Each image is cropped to that of `sizes` whose aspect ratio is nearest. With a cache it is encoded once for all runs.
     """
     check_sources(prompts, images)
+    report = Report()
+    pairs = read_captions(images, report) if images else []
+    alone = [] if images else read_prompts(Path(prompts), report)
+    if processes.main:
+        report.show()
     if not images:
-        texts = tuple(read_prompts(Path(prompts)))
-        return Samples(texts, fingerprint=fingerprint(len(texts), prompts=texts))
-    pairs = read_captions(images)
+        return Samples(tuple(alone), fingerprint=fingerprint(len(alone), prompts=alone))
     sized = {source: sizes[0] if len(sizes) == 1 else nearest(size_of(source), sizes) for source, _ in pairs}
     hashes = {source: content_hash(source) for source in sized}
     keys: dict[ImageSource, ImageSource | str] = {source: source for source in sized}

@@ -67,6 +67,8 @@ write(here / "input" / "linked caption" / "j.png", (64, 64), 6, "a square")
 (here / "input" / "linked caption" / "j.txt").symlink_to(here / "elsewhere" / "secret" / "g.txt")
 write(here / "input" / "linked folder" / "k.png", (64, 64), 6, "a square")
 (here / "input" / "linked folder" / "more").symlink_to(here / "elsewhere" / "secret")
+write(here / "input" / "linked twice" / "p.png", (64, 64), 6, "a square")
+(here / "input" / "linked twice" / "within").symlink_to(here / "input" / "linked folder")
 write(here / "input" / "inside" / "l.png", (64, 64), 6, "a square")
 (here / "input" / "inside" / "m.png").symlink_to(stars / "1_blue" / "d.png")
 (here / "input" / "inside" / "m.txt").write_text("linked from within")
@@ -78,6 +80,7 @@ for name in (
     "linked",
     "linked caption",
     "linked folder",
+    "linked twice",
     "a link/secret",
     "../elsewhere/secret",
     "stars/../../elsewhere/secret",

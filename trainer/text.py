@@ -1,0 +1,63 @@
+"""Text files as editors on any system write them: their encoding, their lines, their characters."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, or UTF-16; line ends stay as they are.
+
+    Raises ValueError with the file and the line for another encoding, or a file that holds no text.
+    """
+    data = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "")
+    if not encoding:
+        encoding = _utf_16(data, path) if b"\0" in data else "utf-8"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        name = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
+        raise ValueError(f"{path} is not {name} (line {line}, byte 0x{data[error.start]:02X}): save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not a text file: it holds zero bytes; save it as UTF-8")
+    return text
+
+
+def _utf_16(data: bytes, path: Path) -> str:
+    """The byte order of UTF-16 without a mark: the one that gives more ASCII characters, as every text has spaces or line ends."""
+    zeros = {"utf-16-le": data[1::2].count(0), "utf-16-be": data[0::2].count(0)}
+    order = max(zeros, key=lambda name: zeros[name])
+    if len(set(zeros.values())) == 1 or (4 * zeros[order] < len(data) and _is_utf_8(data)):
+        raise ValueError(f"{path} is not a text file: it holds zero bytes; save it as UTF-8")
+    return order
+
+
+def _is_utf_8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def lines(text: str) -> list[str]:
+    r"""Lines that end in \n, \r\n or \r; other separators, such as U+2028, are characters of a line."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def valid(text: str) -> str:
+    """The text with halves of surrogate pairs joined, or replaced by U+FFFD where the other half is missing: no encoder takes one."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
