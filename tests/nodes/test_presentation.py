@@ -42,6 +42,13 @@ def test_the_sampler_says_where_it_switched(told):
 
 
 @comfyui
+def test_subgraph_blueprints_have_nodes_inputs_and_choices_that_exist(told):
+    names = ["Combined Generation (Reward LoRA)", "Score and Pick Best", "Train, Save and Preview Both"]
+    assert told["blueprints"] == {name: [] for name in names}
+    assert {"ImageReFLLoadReward: no input nothing", "ImageReFLScore: images is not connected"} <= set(told["broken"]), told["broken"]
+
+
+@comfyui
 def test_help_pages_have_the_inputs_and_outputs_of_their_nodes(tmp_path):
     """`python tests/nodes/comfyui/help_pages.py COMFYUI . write` writes them."""
     assert run_inside(PLACES[0], "help_pages.py", cwd=tmp_path) == []

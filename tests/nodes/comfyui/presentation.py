@@ -14,6 +14,7 @@ import embedded  # first: it puts ComfyUI on the path
 import folder_paths
 import nodes as stock
 import torch
+from blueprints import problems
 from compare import Case, combined
 
 folder_paths.set_output_directory("output")
@@ -33,6 +34,14 @@ for name, node in stock.NODE_CLASS_MAPPINGS.items():
     options = {key: value[1] for key, value in inputs if isinstance(value, tuple) and len(value) > 1}
     if any(option.get("advanced") for option in options.values()):
         results["shown"][name] = [key for key, option in options.items() if "default" in option and not option.get("advanced")]
+
+asyncio.run(stock.load_custom_node(str(Path(embedded.comfy_path) / "comfy_extras" / "nodes_primitive.py"), module_parent="comfy_extras"))
+blueprints = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((Path(embedded.pack) / "subgraphs").glob("*.json"))}
+results["blueprints"] = {name: problems(one, stock.NODE_CLASS_MAPPINGS) for name, one in blueprints.items()}
+broken = blueprints["Score and Pick Best"]
+for node in broken["definitions"]["subgraphs"][0]["nodes"]:
+    node["inputs"][0]["name"] = "nothing"
+results["broken"] = problems(broken, stock.NODE_CLASS_MAPPINGS)
 
 lora = embedded.ours("nodes.lora")
 results["runs"] = [name for name in lora.names() if name.startswith("run: ")]
