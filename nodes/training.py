@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.config import build
+from ..trainer.config import NAMES, build
 from ..trainer.objectives import OBJECTIVES, ImageReFL
 from ..trainer.policy import ATTENTION, Lora
 from ..trainer.training.config import TrainConfig
@@ -32,6 +32,26 @@ _OURS = (
 
 
 _SHOWN = {"prompts", "switch_at", "steps", "batch", "lr", "rank", "name", "resume", "memory"}
+
+
+_OLD = {
+    "train_steps": "steps",
+    "train_cfg": "guidance",
+    "train_seed": "seed",
+    **{label: old for old, label in NAMES.values() if label != "cfg"},
+}
+"""Inputs of the training nodes by their names in 0.1.0. Not `seed`: the browser gives an integer of that name another value after
+each run, and what has another seed is trained again."""
+
+
+def _renamed(described: io.Schema, node_id: str) -> io.Schema:
+    """The schema of a node of 0.1.0, under another id and with the new names of its inputs."""
+    names = {old: new for new, old in _OLD.items()}
+    described.node_id, described.is_deprecated = node_id, False
+    for one in described.inputs:
+        if one.id in names:
+            one.id, one.display_name = names[one.id], None
+    return described
 
 
 def _run_inputs() -> list[Any]:
@@ -138,6 +158,7 @@ class AlignLoraTrain(io.ComfyNode):
             description="Trains a LoRA with any objective of this pack.",
             search_aliases=["align lora train", "reward fine-tuning", "draft", "srpo", "alignprop", "finetune", "rlhf", "dpo", "grpo"],
             is_experimental=True,
+            is_deprecated=True,
             shown=_SHOWN,
             is_output_node=True,
             inputs=[
@@ -176,6 +197,7 @@ class ImageReFLTrain(io.ComfyNode):
             "layout and variety stay the base model's. Use its result as the tuned part of a Combined KSampler.",
             search_aliases=["lora imagerefl train", "reward fine-tuning", "finetune", "rlhf", "preference optimization"],
             is_experimental=True,
+            is_deprecated=True,
             shown=_SHOWN,
             is_output_node=True,
             inputs=[
@@ -211,4 +233,32 @@ class ImageReFLTrain(io.ComfyNode):
         return _shown(cls, train_in_graph(objective=("imagerefl", built), **_split(values)))
 
 
-NODES = [ImageReFLTrain, AlignLoraTrain]
+class TrainLora(ImageReFLTrain):
+    """`ImageReFLTrain` with names of their own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return _renamed(super().define_schema(), "ImageReFLTrainLora")
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        """Train."""
+        return super().execute(**{_OLD.get(name, name): value for name, value in values.items()})
+
+
+class TrainLoraAnyObjective(AlignLoraTrain):
+    """`ImageReFLAlignTrain` with names of their own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Sockets and texts."""
+        return _renamed(super().define_schema(), "ImageReFLTrainAnyObjective")
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        """Train."""
+        return super().execute(**{_OLD.get(name, name): value for name, value in values.items()})
+
+
+NODES = [TrainLora, TrainLoraAnyObjective, ImageReFLTrain, AlignLoraTrain]

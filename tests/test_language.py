@@ -45,7 +45,6 @@ ALLOWED = {
     "trainer/config.py": OLD_KEYS,
     "docs/upgrade.md": {*OLD_KEYS, "Draws"},
     "docs/nodes.md": {"checkpoint_denoiser"},  # an input of a node keeps its id
-    "web/docs/ImageReFLTrain.md": {"checkpoint_denoiser"},
 }
 FILES = [
     path

@@ -34,7 +34,7 @@ def test_a_changed_signature_is_named(told):
 @pytest.mark.parametrize(
     ("case", "names"),
     [
-        ("no training", {"ImageReFLTrain", "ImageReFLAlignTrain"}),
+        ("no training", {"ImageReFLTrain", "ImageReFLAlignTrain", "ImageReFLTrainLora", "ImageReFLTrainAnyObjective"}),
         (
             "no switch",
             {"ImageReFLSwitch", "ImageReFLCombinedKSampler", "ImageReFLCombinedGuider", "ImageReFLRangedLora", "ImageReFLSweep"},

@@ -25,6 +25,13 @@ def test_nodes_keep_their_names_inputs_defaults_outputs_and_the_order_of_widgets
         widgets = [[key for key, kind in described["inputs"].items() if kind == "widget"] for described in (then, now)]
         assert widgets[1][: len(widgets[0])] == widgets[0], name  # saved graphs know widgets by position
         assert now["outputs"][: len(then["outputs"])] == then["outputs"], name
+        assert then["kinds"].items() <= now["kinds"].items(), name
+        for key, (low, high) in then["ranges"].items():  # every value that was valid still is
+            assert now["ranges"][key][0] <= low and high <= now["ranges"][key][1], (name, key)
+        for key, options in then["options"].items():
+            assert set(options) <= set(now["options"][key]), (name, key)
+        (list_in, list_out, shows), (now_in, now_out, now_shows) = then["flags"], now["flags"]
+        assert now_in >= list_in and shows == now_shows and all(new >= old for old, new in zip(list_out, now_out)), name
 
 
 @comfyui

@@ -21,6 +21,10 @@ def test_every_node_is_found_by_other_words_and_large_ones_fold_what_few_people_
     most = ["batch", "lr", "memory", "name", "rank", "resume", "steps"]
     assert sorted(told["shown"]["ImageReFLAlignTrain"]) == most
     assert sorted(told["shown"]["ImageReFLTrain"]) == sorted([*most, "switch_at"])
+    assert sorted(told["shown"]["ImageReFLTrainLora"]) == sorted(
+        ["batch_size", "learning_rate", "memory", "name", "rank", "resume", "switch_at", "train_steps"]
+    )
+    assert told["deprecated"] == ["ImageReFLAlignTrain", "ImageReFLTrain"]
 
 
 @comfyui

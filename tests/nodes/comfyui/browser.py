@@ -19,8 +19,9 @@ from playwright.async_api import async_playwright
 
 comfy_path, pack, screenshots = (Path(p).resolve() for p in sys.argv[1:4])
 only = sys.argv[4:]
-SMALL = {"width": 64, "height": 64, "batch_size": 1, "image_size": 64, "accumulate": 1, "sampler_steps": 4}
-STEPS = {"KSampler": 4, "ImageReFLCombinedKSampler": 4, "ImageReFLTrain": 2}
+SMALL = {"width": 64, "height": 64, "batch_size": 1, "image_size": 64, "sampler_steps": 4, "preview_every": 1}
+SMALL |= {"grad_accumulation_steps": 1, "train_steps": 2}
+STEPS = {"KSampler": 4, "ImageReFLCombinedKSampler": 4}
 
 
 def models(folder):
@@ -73,7 +74,6 @@ async def shrink(page):
                 }
                 if (widget.name === 'mode') { widget.value = 'fraction' }
                 if (widget.name === 'switch_at') widget.value = 0.5
-                if (widget.name === 'batch' || widget.name === 'preview_every') widget.value = 1
             }
         }""",
         [SMALL, STEPS],

@@ -13,9 +13,12 @@ import nodes as stock
 from workflows import WIDGETS, api_form
 
 
+HOSTS = {"sampler_name", "scheduler"}  # whose options are ComfyUI's
+
+
 def described(cls):
-    """Inputs by name, `widget` or the socket's type, in their order; widgets' defaults; types of outputs."""
-    inputs, defaults = {}, {}
+    """Inputs by name, `widget` or the socket's type, in their order; widgets' defaults, kinds, ranges and options; types of outputs."""
+    inputs, defaults, kinds, ranges, options_ = {}, {}, {}, {}, {}
     for group in ("required", "optional"):
         for name, (kind, *options) in cls.INPUT_TYPES().get(group, {}).items():
             settings = options[0] if options else {}
@@ -23,7 +26,16 @@ def described(cls):
             inputs[name] = "widget" if widget else kind
             if "default" in settings:
                 defaults[name] = settings["default"]
-    return {"inputs": inputs, "defaults": defaults, "outputs": list(cls.RETURN_TYPES)}
+            if widget:
+                choices = kind if isinstance(kind, list) else settings.get("options") if kind == "COMBO" else None
+                kinds[name] = kind if choices is None else "COMBO"
+                if choices is not None and name not in HOSTS:
+                    options_[name] = list(choices)
+                if "min" in settings:
+                    ranges[name] = [settings["min"], settings["max"]]
+    flags = [bool(getattr(cls, "INPUT_IS_LIST", False)), list(cls.OUTPUT_IS_LIST), bool(getattr(cls, "OUTPUT_NODE", False))]
+    widgets = {"kinds": kinds, "ranges": ranges, "options": options_}
+    return {"inputs": inputs, "defaults": defaults, "outputs": list(cls.RETURN_TYPES), "flags": flags, **widgets}
 
 
 async def main():

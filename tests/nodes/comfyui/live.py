@@ -131,7 +131,7 @@ async def check(folder, process, port):
         workflows = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted((pack / "workflows").glob("*.json"))}
         results["every workflow is a template"] = sorted(templates) == sorted(workflows)
         prompts = {name: api_form(workflow, described) for name, workflow in workflows.items()}
-        async with session.get(f"{client.base}/extensions/comfyui-imagerefl/docs/ImageReFLTrain.md") as page:
+        async with session.get(f"{client.base}/extensions/comfyui-imagerefl/docs/ImageReFLTrainLora.md") as page:
             results["help page"] = page.status == 200 and "resume" in await page.text()
 
         combined = changed(prompts["demo-combined-generation"], "EmptyLatentImage", batch_size=2)
@@ -140,7 +140,7 @@ async def check(folder, process, port):
         results["previews"] = client.previews > 0
         first = pictures(folder, "base")
 
-        short = changed(prompts["demo-train-imagerefl"], "ImageReFLTrain", steps=3, batch=2, preview_every=0)
+        short = changed(prompts["demo-train-imagerefl"], "ImageReFLTrainLora", train_steps=3, batch_size=2, preview_every=0)
         short = changed(changed(short, "ImageReFLDemoImages", count=8), "EmptyLatentImage", batch_size=1)
         for name, prompt in {**prompts, "demo-train-imagerefl": short}.items():
             if name.startswith("demo-") and name != "demo-combined-generation":
@@ -149,7 +149,7 @@ async def check(folder, process, port):
         results["lora saved with its switch"] = len(saved) == 1 and b"switch_sigma" in saved[0]
         results["scores drawn on the node"] = any(b"mean " in text and b"image 0: " in text for text in client.texts)
 
-        long = changed(short, "ImageReFLTrain", steps=20, name="cancelled")
+        long = changed(short, "ImageReFLTrainLora", train_steps=20, name="cancelled")
         client.seen.clear()
         running = await client.queue(long)
         while not any(e["type"] == "progress" and e["data"]["max"] == 20 and e["data"]["value"] >= 2 for e in client.seen):
@@ -160,11 +160,11 @@ async def check(folder, process, port):
         results["cancel"] = (await client.until(running, "execution_interrupted", "execution_success", "execution_error"))["type"]
         results["seconds from Cancel to its answer"] = round(time.monotonic() - pressed, 2)
         results["state saved"] = (folder / "output" / "imagerefl" / "cancelled" / "checkpoint.pt").is_file()
-        offered = (await client.get("/object_info/ImageReFLTrain"))["ImageReFLTrain"]["input"]["required"]["resume"]
+        offered = (await client.get("/object_info/ImageReFLTrainLora"))["ImageReFLTrainLora"]["input"]["required"]["resume"]
         results["resume offers it"] = "cancelled" in (offered[0] if isinstance(offered[0], list) else offered[1]["options"])
 
         # on from the checkpoint, and from the run's LoRA to a saved picture: nothing is typed but the name of the run
-        resumed = changed(long, "ImageReFLTrain", resume="the last run of this name", seed=12345)
+        resumed = changed(long, "ImageReFLTrainLora", resume="the last run of this name", train_seed=12345)
         results["resumed"] = (await client.run(resumed))["type"]
         log = (folder / "output" / "imagerefl" / "cancelled" / "log.jsonl").read_text().splitlines()
         results["steps logged"] = [json.loads(line)["step"] for line in log]

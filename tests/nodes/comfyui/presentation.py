@@ -23,13 +23,15 @@ run.mkdir(parents=True)
 Path("output/imagerefl/unfinished").mkdir()
 shutil.copy(embedded.arguments[0], run / "lora.safetensors")
 asyncio.run(stock.load_custom_node(embedded.pack))
-results = {"without aliases": [], "shown": {}}
+results = {"without aliases": [], "shown": {}, "deprecated": []}
 for name, node in stock.NODE_CLASS_MAPPINGS.items():
     if not name.startswith("ImageReFL"):
         continue
     described = node.GET_SCHEMA()
     if not getattr(described, "search_aliases", ["unknown to this ComfyUI"]):
         results["without aliases"].append(name)
+    if described.is_deprecated:
+        results["deprecated"].append(name)
     inputs = [pair for group in node.INPUT_TYPES().values() if isinstance(group, dict) for pair in group.items()]
     options = {key: value[1] for key, value in inputs if isinstance(value, tuple) and len(value) > 1}
     if any(option.get("advanced") for option in options.values()):
@@ -44,6 +46,7 @@ for node in broken["definitions"]["subgraphs"][0]["nodes"]:
 results["broken"] = problems(broken, stock.NODE_CLASS_MAPPINGS)
 
 lora = embedded.ours("nodes.lora")
+results["deprecated"].sort()
 results["runs"] = [name for name in lora.names() if name.startswith("run: ")]
 results["path"] = lora.path_of("run: my run").is_file()
 try:
