@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from comfy_api.latest import io
 
 from ..trainer.data.captions import caption_file, read_captions
 from ..trainer.data.fingerprint import Fingerprint, fingerprint
-from ..trainer.data.images import SUFFIXES
+from ..trainer.data.images import SIDECARS, SUFFIXES
 from ..trainer.data.report import Report
 from ..trainer.data.samples import content_hash
 from . import host
@@ -52,6 +52,9 @@ def folders() -> dict[str, Path]:
 
 
 def _has_captioned_image(folder: str, files: Sequence[str]) -> bool:
+    """Most folders of images have no text at all: only where there is some is each image's looked for."""
+    if not any(name.lower().endswith(SIDECARS) for name in files):
+        return False
     return any(name.lower().endswith(SUFFIXES) and caption_file(Path(folder, name)) is not None for name in files)
 
 
@@ -63,28 +66,30 @@ def resolve(name: str) -> Path:
             f"folder {name!r} is not in the list: choose one below ComfyUI's input or output folder, or below one registered as {KEY} "
             "in extra_model_paths.yaml; at least one image in it needs its caption in a text file beside it"
         )
-    _check_inside(name, [path, *_links(path)])
-    return path
-
-
-def _check_inside(name: str, paths: Iterable[Path]) -> None:
-    """Raise ValueError where a path of a folder leads out of the roots."""
     allowed = [root.resolve() for _, root in roots()]
-    for one in paths:
+    for one in _links(path):
         target = Path(os.path.realpath(one))
         if not any(target.is_relative_to(root) for root in allowed):
             raise ValueError(
                 f"{name}: {one.name} is a link that leads to {target}, outside ComfyUI's input and output: copy the files, or register "
                 f"the folder where they are as {KEY} in extra_model_paths.yaml"
             )
+    return path
 
 
 def _links(path: Path) -> Iterator[Path]:
-    """Whatever below a folder is a link, or on Windows a junction."""
-    for folder, inner, files in os.walk(path):
-        here = os.path.realpath(folder)
-        yield from (Path(folder, name) for name in inner if os.path.realpath(Path(folder, name)) != os.path.join(here, name))
-        yield from (Path(folder, name) for name in files if os.path.islink(Path(folder, name)))
+    """The folder, and whatever below it is a link, or on Windows a junction. A linked folder is looked into once its link was taken."""
+    waiting, seen = [path], set[str]()
+    while waiting:
+        yield waiting[-1]
+        for folder, inner, files in os.walk(waiting.pop()):
+            here = os.path.realpath(folder)
+            if here in seen:
+                inner.clear()
+                continue
+            seen.add(here)
+            waiting += [Path(folder, name) for name in inner if os.path.realpath(Path(folder, name)) != os.path.join(here, name)]
+            yield from (Path(folder, name) for name in files if os.path.islink(Path(folder, name)))
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,10 @@ def read(name: str, buckets: bool, cached: bool) -> CaptionedFolder:
     path = resolve(name)
     report = Report()
     pairs = [(Path(str(image)), caption) for image, caption in read_captions(str(path), report)]
-    # linked folders were followed: they may hold links too
-    _check_inside(name, (file for image, _ in pairs for file in (image, caption_file(image)) if file is not None))
     captions, images = tuple(caption for _, caption in pairs), {image: _content(image) for image, _ in pairs}
     data = fingerprint(len(pairs), images=[images[image] for image, _ in pairs], captions=captions)
     report.source = name
-    said = f"{len(pairs)} samples of {len(images)} images taken from {name}\n{report}"
-    return CaptionedFolder(name, buckets, cached, data, captions, len(images), said)
+    return CaptionedFolder(name, buckets, cached, data, captions, len(images), str(report))
 
 
 def _content(image: Path) -> str:

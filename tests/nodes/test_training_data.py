@@ -43,9 +43,8 @@ def test_a_resumed_run_reads_its_latents_from_the_disk_and_keeps_its_result(fold
 
 
 def test_the_report_says_what_was_taken_and_left_out_and_in_which_sizes(folder):
-    said = folder["said"].splitlines()
-    assert said[0] == "6 samples of 4 images taken from input/stars" and folder["report"].splitlines()[1 : 1 + len(said)] == said
-    assert said[1] == (
+    assert folder["said"] == folder["report"].splitlines()[1]
+    assert folder["said"] == (
         "read 4 images, 4 captions, 6 samples from input/stars; left out: 1 not an image (notes.md), 1 text without an image (lonely.txt)"
     )
     sizes, few = folder["report"].splitlines()[-2:]
@@ -68,7 +67,7 @@ def test_a_path_that_is_not_in_the_list_is_refused(folder, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "link"), [("linked", "i.png"), ("linked caption", "j.txt"), ("linked folder", "more"), ("linked twice", "g.png")]
+    ("case", "link"), [("linked", "i.png"), ("linked caption", "j.txt"), ("linked folder", "more"), ("linked twice", "more")]
 )
 def test_links_that_lead_out_are_refused_and_others_are_read(folder, case, link):
     assert folder["refused"][case].startswith(f"input/{case}: {link} is a link that leads to "), folder["refused"][case]
