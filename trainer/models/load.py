@@ -18,6 +18,7 @@ from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
 from .klein import KleinPolicy
+from .quantised import refuse_scales
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
 from .single_file import one_line_errors, single_file_pipeline, tensor_shapes
@@ -58,7 +59,7 @@ def load_policy(
     """
     path = Path(path)
     for file in (*path.glob("*/*.safetensors"), *(Path(parts).glob("*/*.safetensors") if parts else ())):
-        tensor_shapes(file)  # before anything is loaded: libraries do not name the file that was cut short
+        refuse_scales(file, tensor_shapes(file))  # before anything is loaded: libraries do not name the file that was cut short
     family, config = resolve(path)
     if config is None:
         with one_line_errors(path):
@@ -72,6 +73,7 @@ def load_policy(
             raise ValueError(f"prediction = {prediction!r} is for UNets: {path} predicts a flow")
         pipeline.scheduler.register_to_config(prediction_type=prediction)
     _check_complete(path, pipeline)
+    _check_finite(path, pipeline)
     return family(pipeline, device, dtype, image_size, offload)
 
 
@@ -125,3 +127,12 @@ def _check_complete(path: Path, pipeline: Any) -> None:
         if missing or lacking:
             first = f", {missing[0]} for example" if missing else ""
             raise ValueError(f"{path}: the files of its {name} lack {max(len(missing), lacking)} weights{first}, or are another model's")
+
+
+def _check_finite(path: Path, pipeline: Any) -> None:
+    """Refuse a model with a weight that is not finite: it would draw black images."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            endless = next((key for key, p in part.named_parameters() if not bool(p.sum(dtype=torch.float32).isfinite())), None)
+            if endless is not None:
+                raise ValueError(f"{path} is damaged: {endless} of its {name} has values that are not finite")

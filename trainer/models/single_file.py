@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..lora.scales import is_scale
 from .clip_words import write_tokenizer
 from .configs import Config, ModelConfig, PartClass
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .quantised import read_scaled, refuse_scales
 
+_PREFIX = "model.diffusion_model."
+_OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.", "v_pred", "ztsnr")
 _T5_MARKS = ("text_encoders.t5xxl.",)
 _MARKS = {
     "vae": ("first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"),
@@ -66,11 +70,18 @@ def load_part(folder: Path, part: PartClass, dtype: torch.dtype) -> Any:
 
 def single_file_pipeline(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype, parts: str | Path = "") -> Any:
     """The diffusers pipeline of a checkpoint of that family; `parts` is a diffusers folder for what the file lacks."""
+    import diffusers
+
     shapes, scheduler = tensor_shapes(path), config.scheduler
     if "v_pred" in shapes:  # the community's marker tensors
         prediction = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in shapes}
         scheduler = scheduler[0], {**scheduler[1], **prediction}
+    prefix = _PREFIX if any(key.startswith(_PREFIX) for key in shapes) else ""
+    inside = {key: shape for key, shape in shapes.items() if key.startswith(prefix) and not key.startswith(_OTHER_PARTS)}
+    scales = list(filter(is_scale, shapes))
+    refuse_scales(path, (key for key in scales if key.startswith(_OTHER_PARTS[:2])))
     given = _missing_parts(path, family, config, shapes, Path(parts) if parts else None, dtype)
+    _check_all_read(path, family, config, {key: shape for key, shape in inside.items() if not is_scale(key)})
     with tempfile.TemporaryDirectory() as folder:
         _write_configs(Path(folder), family, config, scheduler)
         clips = [name for name, (part, _) in config.parts.items() if part[1].startswith("CLIPText")]
@@ -78,8 +89,39 @@ def single_file_pipeline(path: Path, family: type[DiffusersPolicy], config: Mode
             tokenizer = name.replace("text_encoder", "tokenizer")
             given.setdefault(tokenizer, clip_tokenizer(Path(folder) / f"{tokenizer}_words", pad))
         with without_dtype_warning(), one_line_errors(path):
+            if any(key in inside for key in scales):
+                network: Any = getattr(diffusers, config.parts[family.network_name][0][1])
+                tensors = read_scaled(path, dtype, prefix)
+                options = {"config": folder, "subfolder": family.network_name, "local_files_only": True, "torch_dtype": dtype}
+                given[family.network_name] = network.from_single_file(tensors, **options)
             options = {"local_files_only": True, "torch_dtype": dtype, **family.arguments, **given}
             return family.pipeline_class().from_single_file(str(path), config=folder, **options)
+
+
+def _check_all_read(path: Path, family: type[DiffusersPolicy], config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError for a tensor of the denoiser that diffusers' converter leaves unread; the converter runs on shapes alone."""
+    (_, kind), settings = config.parts[family.network_name]
+    given = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    left = dict(given)
+    try:
+        found = converter(kind)(checkpoint=left, config=settings)
+    except Exception:  # a file that lacks tensors: loading names them
+        return
+    remaining = {id(value) for value in left.values()} - {
+        id(value) for value in found.values()
+    }  # the converters pop what they read, or copy it
+    unread = [key for key, value in given.items() if id(value) in remaining]
+    if unread:
+        raise ValueError(f"{path} holds {len(unread)} tensors that {kind} has no place for, first {unread[0]}")
+
+
+def converter(kind: str) -> Any:
+    """diffusers' own converter from original names."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+        raise ValueError(f"this diffusers reads no single files of {kind}: pip install --upgrade diffusers")
+    return SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
 
 
 def _missing_parts(
@@ -89,8 +131,11 @@ def _missing_parts(
     given: dict[str, Any] = {}
     for name, (part, _) in config.parts.items():
         marks = _T5_MARKS if name == config.t5 else _MARKS.get(name, "")
-        if name == family.network_name or any(key.startswith(marks) for key in shapes):
+        scale = next((key for key in shapes if key.startswith(marks) and is_scale(key)), None) if marks else None
+        if name == family.network_name or (scale is None and any(key.startswith(marks) for key in shapes)):
             continue
+        if scale is not None and not (parts is not None and (parts / name).is_dir()):
+            raise ValueError(f"{path}: its {name} is quantised ({scale}): name a diffusers folder that has one (parts = FOLDER)")
         if parts is not None and (parts / name).is_dir():
             given[name] = load_part(parts / name, part, dtype)
         elif name in family.optional:

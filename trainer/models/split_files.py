@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
-from .single_file import load_part, one_line_errors
+from .quantised import read_scaled
+from .single_file import converter, load_part, one_line_errors, tensor_shapes
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
@@ -34,15 +34,15 @@ def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dty
     import diffusers
 
     (_, kind), settings = config.parts[family.network_name]
-    tensors = load_file(path)
-    prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in tensors)), "")
-    tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    keys = tensor_shapes(path)
+    prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)), "")
+    tensors = {key.removeprefix(prefix): value for key, value in read_scaled(path, dtype, prefix).items()}
     cls: Any = getattr(diffusers, kind)
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in cls.from_config(settings).state_dict().items()}
-    convert = _converter(kind)
+    convert = converter(kind)
     with one_line_errors(path):
-        state = convert({key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()})
+        state = convert(tensors)
     wrong = [name for name, value in state.items() if wanted.get(name) != value.shape] + [name for name in wanted if name not in state]
     if wrong:
         raise ValueError(f"{path} is not the published {kind}: {len(wrong)} of its weights differ, {wrong[0]} for example")
@@ -51,12 +51,3 @@ def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dty
     with without_dtype_warning():
         network.load_state_dict(state, assign=True)
     return network
-
-
-def _converter(kind: str) -> Any:
-    """diffusers' own converter from original names."""
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
-        raise ValueError(f"this diffusers reads no single files of {kind}: pip install --upgrade diffusers")
-    return SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
