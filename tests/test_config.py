@@ -69,6 +69,41 @@ def test_command_line_overrides_toml(tmp_path):
         read_toml(tmp_path / "none.toml")
 
 
+BACKSLASHES = "write a path with backslashes in single quotes, or with forward slashes"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (r'out = "D:\train\bilder"', r"c.toml: out = 'D:\train\x08ilder' holds a control character, as \t in double quotes is a tab"),
+        (r'[watch]\nprompts = "a\neu.txt"'.replace(r"\n", "\n", 1), r"c.toml: watch.prompts = 'a\neu.txt' holds a control character"),
+        (r'[inner]\nwords = ["a\fb"]'.replace(r"\n", "\n", 1), r"c.toml: inner.words = 'a\x0cb' holds a control character"),
+        (r'a = 1\nout = "C:\Users\me"'.replace(r"\n", "\n", 1), "c.toml is not valid TOML: Invalid hex value (at line 2"),
+        (r'out = "\\server\share"'.replace("\\\\", "\\"), "c.toml is not valid TOML: Unescaped '\\' in a string (at line 1"),
+        (r'out = "D:\train\"', "c.toml is not valid TOML"),
+    ],
+)
+def test_backslashes_of_windows_are_refused_with_the_valid_form(content, message, tmp_path):
+    (tmp_path / "c.toml").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read_toml(tmp_path / "c.toml")
+    assert message in str(error.value) and str(error.value).endswith(BACKSLASHES) and "\n" not in str(error.value)
+
+
+def test_paths_of_windows_in_their_valid_forms_and_files_of_its_editors(tmp_path):
+    text = 'out = \'D:\\train\\bilder\'\r\nimages = "D:/train"\r\nmodel = "D:\\\\sd"\r\n'
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le"):
+        (tmp_path / "c.toml").write_bytes(text.encode(encoding))
+        assert read_toml(tmp_path / "c.toml") == {"out": r"D:\train\bilder", "images": "D:/train", "model": r"D:\sd"}
+    assert override({}, [r"--out=D:\train\bilder"]) == {"out": r"D:\train\bilder"}
+    with pytest.raises(ConfigError, match=r"--out = 'D:\\train' holds a control character"):
+        override({}, [r'--out="D:\train"'])
+    for content, message in (("a = " + "[" * 10_000, "nested too deep"), ("a = " + "9" * 5000, "digits"), ("a = '\xe9'", "is not UTF-8")):
+        (tmp_path / "c.toml").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ConfigError, match=rf"c.toml is not .*{message}" if message != "is not UTF-8" else message):
+            read_toml(tmp_path / "c.toml")
+
+
 def test_a_number_given_for_a_text_is_its_text():
     assert build(Outer, override({}, ["--name=12"])).name == "12"
     assert build(TrainConfig, override({"out": "x"}, ["--watch.switch=12"])).watch.switch == "12"

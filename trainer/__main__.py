@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 from .commands import COMMANDS
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Imports the module of that command alone, and none for `--help`.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: prompts and names that a terminal lacks letters for stop nothing
     try:
         args = _parse(list(sys.argv[1:] if arguments is None else arguments))
         return import_module(f".commands.{args.command}", __package__).run(args)

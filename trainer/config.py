@@ -165,7 +165,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: its lists or tables are nested too deep") from error
     except ValueError as error:  # of the syntax, or of a number with thousands of digits
         at = re.search(r"at line (\d+)", str(error))
-        line = text.split("\n")[int(at[1]) - 1] if at else ""
+        line = text.split("\n")[int(at[1]) - 1] if at else text
         hint = f"; {_BACKSLASHES}" if re.search(r'"[^"]*\\', line) else ""
         raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from error
     _check_backslashes(values, f"{path}: ")

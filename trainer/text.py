@@ -1,4 +1,4 @@
-"""Text files as editors on any system write them: their encoding, their lines, their characters."""
+"""Text files as editors on any system write them: their names, their encoding, their lines, their characters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; False too for a name that no file system takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_text(path: Path) -> str:
@@ -37,12 +45,15 @@ def read_text(path: Path) -> str:
 
 
 def _utf_16(data: bytes, path: Path) -> str:
-    """The byte order of UTF-16 without a mark: the one that gives more ASCII characters, as every text has spaces or line ends."""
+    """The byte order of UTF-16 without a mark: of text with many ASCII characters, or with spaces or line ends in one order alone."""
     zeros = {"utf-16-le": data[1::2].count(0), "utf-16-be": data[0::2].count(0)}
+    spaced = [name for name in zeros if re.search(r"[ \t\r\n]", data.decode(name, "ignore"))]
     order = max(zeros, key=lambda name: zeros[name])
-    if len(set(zeros.values())) == 1 or (4 * zeros[order] < len(data) and _is_utf_8(data)):
-        raise ValueError(f"{path} is not a text file: it holds zero bytes; save it as UTF-8")
-    return order
+    if 4 * zeros[order] >= len(data) and len(set(zeros.values())) == 2:
+        return order
+    if len(spaced) == 1 and not _is_utf_8(data):
+        return spaced[0]
+    raise ValueError(f"{path} is not a text file: it holds zero bytes; save it as UTF-8")
 
 
 def _is_utf_8(data: bytes) -> bool:

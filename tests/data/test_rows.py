@@ -123,14 +123,19 @@ def test_the_report_counts_rows_and_says_what_was_taken_in_part(table, tmp_path)
     assert str(report).endswith("3 with several captions, the first taken (line 1, line 2, …)")
 
 
-def test_rows_may_name_images_from_the_working_folder(table, tmp_path, monkeypatch):
-    (tmp_path / "tables").mkdir()
-    monkeypatch.chdir(tmp_path)
+def test_rows_may_name_images_from_the_working_folder_or_one_above_the_table(table, tmp_path, monkeypatch):
+    """As tables of `score` do, which wrote the paths that it was given."""
+    (tmp_path / "out" / "tables").mkdir(parents=True)
+    (tmp_path / "else").mkdir()
+    for folder in (tmp_path, tmp_path / "else"):
+        monkeypatch.chdir(folder)
+        report = Report()
+        assert table("path,prompt\na.png,a star\n", "out/tables/m.csv", report) == ["a star"]
+        assert f"1 found from the folder {tmp_path}, not the table's (a.png)" in str(report)
+    write_image(tmp_path / "out" / "tables" / "b.png", 2)
     report = Report()
-    assert table("path,prompt\na.png,a star\n", "tables/m.csv", report) == ["a star"]
-    assert "1 found below the working folder, not the table's (a.png)" in str(report)
-    monkeypatch.chdir("/")
-    assert "which does not exist" in table("path,prompt\na.png,a star\nb.png,x\n", "tables/m.csv")
+    assert table("path,prompt\nb.png,a star\n", "out/tables/m.csv", report) == ["a star"] and not report.notes
+    assert "c.png, which does not exist (and 1 more)" in table("path,prompt\na.png,x\nc.png,x\nd.png,x\n", "out/tables/m.csv")
 
 
 def test_prompt_files_are_lines_or_a_column(tmp_path):

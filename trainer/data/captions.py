@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..text import lines, read_text, valid
+from ..text import CONTROL, is_file, lines, read_text, valid
 from . import images, manifest
 from .hub import PREFIX, read_dataset
 from .images import ImageSource
@@ -52,11 +52,11 @@ def read_captions(source: str, report: Report | None = None) -> Sequence[tuple[I
     found = list(list_images(path, report=report))
     if not found:
         raise ValueError(f"{path} names no image")
+    gone = [image for image, _ in found if not is_file(image)]
+    if gone:
+        raise ValueError(f"{path} names {CONTROL.sub(' ', str(gone[0]))}, which does not exist{_others(gone)}")
     captioned = [(image, caption or caption_beside(image, report)) for image, caption in found]
     bare = list(dict.fromkeys(image for image, caption in captioned if not caption))
-    gone = [image for image in bare if not image.is_file()] or [image for image, _ in captioned if not image.is_file()]
-    if gone:
-        raise ValueError(f"{path} names {gone[0]}, which does not exist{_others(gone)}")
     if bare:
         raise ValueError(f"{bare[0]} has no caption: write one into {bare[0].stem}.txt beside it{_others(bare)}{_tables(path)}")
     pairs = [(image, caption) for image, caption in captioned if caption for _ in range(_repeats(image, path) if path.is_dir() else 1)]
@@ -88,8 +88,10 @@ def list_images(path: Path, prompt_column: str = "", report: Report | None = Non
 
 def caption_file(image: Path) -> Path | None:
     """The text file beside an image that `caption_beside` reads: `a.txt`, `a.caption` or `a.png.txt` for `a.png`."""
+    if not image.name:
+        return None
     beside = (image.with_suffix(".txt"), image.with_suffix(".caption"), image.with_suffix(".TXT"), image.with_name(image.name + ".txt"))
-    return next((path for path in beside if path.is_file()), None)
+    return next((path for path in beside if is_file(path)), None)
 
 
 def caption_beside(image: Path, report: Report | None = None) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ..text import valid
+from ..text import is_file, valid
 from .infotext import positive_prompt
 from .report import Report
 from .rows import SUFFIXES as SUFFIXES
@@ -21,8 +21,8 @@ PROMPT_COLUMNS = ("prompt", "caption", "text", "positive_prompt", "captions", "d
 def read_manifest(path: Path, prompt_column: str = "", report: Report | None = None) -> Iterator[tuple[Path, str | None]]:
     """Image and prompt of each row. A row that cannot be read for certain is an error with its line number.
 
-    Relative paths start at the manifest's folder or, where it has no such file, at the working folder. The prompt is that of
-    `prompt_column`, or of the first of PROMPT_COLUMNS that a row has.
+    Relative paths start at the manifest's folder or, where it has no such file, at the working folder or one above the manifest's, as in
+    tables of `score`. The prompt is that of `prompt_column`, or of the first of PROMPT_COLUMNS that a row has.
     """
     report = Report() if report is None else report
     for row in read_rows(path, IMAGE_COLUMNS, _columns(prompt_column), report):
@@ -87,20 +87,13 @@ def _resolved(folder: Path, name: str, report: Report) -> Path:
     """The file that a row names, also with Windows' separators, or with bytes that are not UTF-8 escaped as `\\udc..`."""
     unescaped = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
     spellings = dict.fromkeys((name, name.strip(), unescaped, name.strip().replace("\\", "/")))
-    for base in (folder, Path()):
+    for base in (folder, Path(), *folder.absolute().parents):
         for spelling in spellings:
-            if _is_file(base / spelling):
+            if is_file(base / spelling):
                 if base != folder and not Path(spelling).is_absolute():
-                    report.note("found below the working folder, not the table's", spelling)
+                    report.note(f"found from the folder {base.absolute()}, not the table's", spelling)
                 return base / spelling
     return folder / name.strip()
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # names that no file system takes
-        return False
 
 
 def _line(where: str) -> str:

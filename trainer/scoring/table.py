@@ -65,9 +65,11 @@ class Table:
         if jsonl:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             return
-        writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+        plain = csv.DictWriter(file, self.columns, lineterminator="\n")
+        quoted = csv.DictWriter(file, self.columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writeheader()
+        for line in lines:  # before Python 3.13 the writer leaves \r without quotes, which ends a row
+            (quoted if any(isinstance(v, str) and "\r" in v for v in line.values()) else plain).writerow(line)
 
     def write_back(self, rows: Sequence[ScoredImage]) -> list[ScoredImage]:
         """Write each image's scores into its PNG text, under the key `imagerefl_scores`; returns those that failed, with the error."""
