@@ -116,5 +116,51 @@ def test_switches_say_what_is_wrong():
     for text in ("sigma=nan", "sigma=-1", "sigma=inf", "nan%"):
         with pytest.raises(ValueError, match="write a step"):
             Switch.parse(text)
-    with pytest.raises(ValueError, match="one of step, percent or sigma"):
+    with pytest.raises(ValueError, match="one of step, percent, sigma or last"):
         Switch(step=1, sigma=0.5)
+
+
+def test_two_schedules_meet_at_one_level():
+    base, tuned = grid(40), grid(8)
+    for switch, k in ((Switch(step=3), 3), (Switch(percent=0.5), 20), (Switch(last=12), 28), (Switch(sigma=float(base[7])), 7)):
+        joined, found = switch.joined(base, base)
+        assert torch.equal(joined, base) and found == k  # equal schedules are one
+    assert all(torch.equal(switch.joined(base, tuned)[0], tuned) for switch in (Switch(step=0), Switch(last=8)))
+    assert all(torch.equal(switch.joined(base, tuned)[0], base) for switch in (Switch(step=40), Switch(last=0)))
+    joined, k = Switch(step=2).joined(base, tuned)
+    assert k == 2 and torch.equal(joined[:3], base[:3]) and torch.equal(joined[3:], tuned[tuned < base[2]])
+    joined, k = Switch.parse("last=6").joined(base, tuned)  # the base draws down to the level where 6 steps are left
+    assert torch.equal(joined[k:], tuned[2:]) and torch.equal(joined[:k], base[base > tuned[2] * 1.0001]) and k > 2
+    assert bool((joined.diff() < 0).all())
+    with pytest.raises(ValueError, match="last 9 of 8 steps"):
+        Switch(last=9).joined(base, tuned)
+
+
+@pytest.mark.parametrize(("first", "then"), itertools.product(("ddpm", "ddim", "dpmpp_2m"), repeat=2))
+def test_parts_with_their_own_steps_and_sampler_are_a_chain_of_two_trajectories(first, then):
+    """Each from its own table of levels; the history of a multistep sampler crosses only where the sampler stays."""
+
+    def tuned(x, sigma):
+        return 0.9 * toy_denoiser(x, sigma) + 0.05
+
+    levels, k = Switch(last=4).joined(grid(20), grid(8))
+    start = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * levels[0]
+    mix = combined(BASE, TUNED, k)
+    models = {"base": toy_denoiser, "tuned": tuned}
+    found = dict(branches({0: mix}, lambda slot: models[slot.adapter], start, levels, noises(0), first, tuned_method=then))[0]
+    transitions = list(trajectory(toy_denoiser, start, levels, noises(0), first, 0, k))
+    history = transitions[-1].denoised if first == then else None
+    x = transitions[-1].x_next
+    assert torch.equal(found, end_of(x, trajectory(tuned, x, levels, noises(0), then, k, previous=history)))
+
+
+def test_generation_with_two_equal_schedules_is_generation_with_one(toy_policy):
+    settings = Generation(steps=10, guidance_scale=1.0)
+    sigmas = toy_policy.sigmas(10)
+    mixes = {k: combined(settings.base, settings.tuned(), k) for k in (0, 4, 10)}
+    grids = {k: Switch(step=k).joined(sigmas, sigmas)[0] for k in mixes}
+    one, two = (generate(toy_policy, ["p"] * 3, settings, mixes, grids=given) for given in (None, grids))
+    assert all(torch.equal(one[k], two[k]) for k in mixes)
+    other = {4: Switch(step=4).joined(sigmas, toy_policy.sigmas(5))[0]}
+    assert not torch.equal(generate(toy_policy, ["p"] * 3, settings, mixes, grids=other)[4], one[4])
+    assert torch.equal(generate(toy_policy, ["p"] * 3, settings, mixes, grids=other)[0], one[0])

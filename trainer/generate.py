@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .config import plain
 from .denoiser import Denoise
 from .guidance import Mix, Parts, Slot, weighted_sum
 from .policy import Policy
 from .rng import Rng
-from .sampling import Method, NoiseAt, Space, last_of, trajectory
+from .sampling import Method, NoiseAt, Space, last_of, start_at, trajectory
 
 K = TypeVar("K")
 
@@ -31,7 +32,14 @@ class Generation:
         default=1.0, metadata={"min": 0.0, "max": 30.0, "help": "guidance of the tuned model; 1 is none, as it was trained"}
     )
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of start noise and step noise"})
+    tuned_steps: int = field(default=0, metadata={"min": 0, "max": 1000, "help": "steps of the tuned model's own schedule; 0: as steps"})
+    tuned_method: Method | None = field(default=None, metadata={"help": "sampler of the tuned part; none: as method"})
     chunk: int = field(default=64, metadata={"min": 1, "help": "images at a time, fewer where they are large; changes no image"})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The settings as plain values; a schedule of the tuned part only where there is one, as earlier versions wrote them."""
+        return {key: value for key, value in plain(self).items() if value or key not in ("tuned_steps", "tuned_method")}
 
     @property
     def base(self) -> Slot:
@@ -52,8 +60,9 @@ def generate(
     models: Mapping[str, Policy] | None = None,
     progress: Callable[[int], object] = lambda images: None,
     first: int = 0,
+    grids: Mapping[K, Tensor] | None = None,
 ) -> dict[K, Tensor]:
-    """Images (N,3,H,W) of N prompts by the keys of `mixes`.
+    """Images (N,3,H,W) of N prompts by the keys of `mixes`; `grids` are noise levels (T+1,) of mixes that have their own.
 
     `policy` gives noise levels and decodes; `models` are other policies of its family, by the names in slots. Steps at which
     mixes evaluate the same are computed once for all of them. Image i depends on (seed, i, prompt, mix) alone; `first` is the
@@ -72,12 +81,28 @@ def generate(
                 made[slot] = policies[slot.model].denoiser(part, adapter=slot.adapter, guidance_scale=slot.guidance_scale)
             return made[slot]
 
-        start = policy.start(rng.start_noise(policy.latent_shape), settings.steps)
+        noise = rng.start_noise(policy.latent_shape).to(policy.device)
         noise_at = rng.step_noise(policy.latent_shape)
-        for key, latents in branches(mixes, denoiser_of, start, sigmas, noise_at, settings.method, policy.space):
-            finished[key].append(policy.decode(latents).cpu())
-            progress(len(part))
+        for levels, members in _by_grid(mixes, sigmas, grids or {}):
+            start = policy.start(noise, settings.steps) if levels is sigmas else start_at(noise, levels[0], policy.space)
+            for key, latents in branches(
+                members, denoiser_of, start, levels, noise_at, settings.method, policy.space, settings.tuned_method
+            ):
+                finished[key].append(policy.decode(latents).cpu())
+                progress(len(part))
     return {key: torch.cat(images) for key, images in finished.items()}
+
+
+def _by_grid(mixes: Mapping[K, Mix], sigmas: Tensor, grids: Mapping[K, Tensor]) -> list[tuple[Tensor, dict[K, Mix]]]:
+    """The mixes that share noise levels, with them; those of `sigmas` have that very tensor."""
+    found: list[tuple[Tensor, dict[K, Mix]]] = [(sigmas, {})]
+    for key, mix in mixes.items():
+        levels = grids.get(key, sigmas)
+        members = next((members for known, members in found if torch.equal(known, levels)), None)
+        if members is None:
+            found.append((levels, members := {}))
+        members[key] = mix
+    return [(levels, members) for levels, members in found if members]
 
 
 def branches(
@@ -88,23 +113,33 @@ def branches(
     noise_at: NoiseAt,
     method: Method = "ddpm",
     space: Space = "ve",
+    tuned_method: Method | None = None,
 ) -> Iterator[tuple[K, Tensor]]:
-    """The final latents of every mix from one start x (B,C,h,w); a trajectory forks where mixes begin to differ."""
+    """The final latents of every mix from one start x (B,C,h,w); a trajectory forks where mixes begin to differ.
+
+    `tuned_method` is the sampler from a mix's handover on. A multistep sampler keeps its history where it stays the same.
+    """
     steps, levels = len(sigmas) - 1, list[float](sigmas.tolist())
-    waiting: list[tuple[dict[K, Mix], int, Tensor, Tensor | None]] = [(dict(mixes), 0, x, None)]
+    waiting: list[tuple[dict[K, Mix], int, Tensor, tuple[Method, Tensor] | None]] = [(dict(mixes), 0, x, None)]
+
+    def at(mix: Mix, i: int) -> tuple[Parts, Method]:
+        after = tuned_method is not None and mix.handover is not None and i >= mix.handover
+        return mix.at(i, levels[i]), tuned_method if after and tuned_method else method
+
     while waiting:
         group, i, x, previous = waiting.pop()
         if i == steps:
             yield from ((key, x) for key in group)
             continue
-        alike: dict[Parts, dict[K, Mix]] = {}
+        alike: dict[tuple[Parts, Method], dict[K, Mix]] = {}
         for key, mix in group.items():
-            alike.setdefault(mix.at(i, levels[i]), {})[key] = mix
-        for parts, members in alike.items():
-            stop = next((j for j in range(i + 1, steps) if any(mix.at(j, levels[j]) != parts for mix in members.values())), steps)
+            alike.setdefault(at(mix, i), {})[key] = mix
+        for (parts, sampler), members in alike.items():
+            stop = next((j for j in range(i + 1, steps) if any(at(mix, j) != (parts, sampler) for mix in members.values())), steps)
             denoise = weighted_sum([(denoiser_of(slot), value) for slot, value in parts])
-            end = last_of(trajectory(denoise, x, sigmas, noise_at, method, i, stop, space=space, previous=previous))
-            waiting.append((members, stop, end.x_next, end.denoised))
+            history = previous[1] if previous is not None and previous[0] == sampler else None
+            end = last_of(trajectory(denoise, x, sigmas, noise_at, sampler, i, stop, space=space, previous=history))
+            waiting.append((members, stop, end.x_next, (sampler, end.denoised)))
 
 
 def batch_size_for(policy: Policy, settings: Generation) -> int:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .denoiser import Denoise
@@ -44,6 +45,8 @@ class Mix:
 
     slots: tuple[Slot, ...]
     coefficients: Callable[[int, float], tuple[float, ...]]
+    handover: int | None = None
+    """The step from which the tuned part's sampler takes over; None: one sampler for all."""
 
     def at(self, i: int, sigma: float) -> Parts:
         """What is evaluated at step i. Raises ValueError where the coefficients do not sum to 1."""
@@ -75,25 +78,27 @@ def combined(base: Slot, tuned: Slot, k: int, end: int | None = None) -> Mix:
 
     k = 0 is the tuned model alone, k = T the base alone. From step `end` on it is the base again.
     """
-    return Mix((base, tuned), lambda i, sigma: (0.0, 1.0) if k <= i and (end is None or i < end) else (1.0, 0.0))
+    return Mix((base, tuned), lambda i, sigma: (0.0, 1.0) if k <= i and (end is None or i < end) else (1.0, 0.0), k)
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Where combined generation hands over from the base to the tuned model; give exactly one of the three.
+    """Where combined generation hands over from the base to the tuned model; give exactly one of the four.
 
     step: number of sampler steps that the base draws. percent: their share of all steps, in [0,1].
     sigma: the tuned model takes every evaluation with σ ≤ sigma, which does not depend on sampler or step count.
+    last: number of steps of the tuned model, the last ones of its own schedule.
     """
 
     step: int | None = None
     percent: float | None = None
     sigma: float | None = None
+    last: int | None = None
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.step, self.percent, self.sigma) if v is not None]
+        given = [v for v in (self.step, self.percent, self.sigma, self.last) if v is not None]
         if len(given) != 1:
-            raise ValueError("a switch is given as one of step, percent or sigma")
+            raise ValueError("a switch is given as one of step, percent, sigma or last")
         if self.percent is not None and not 0 <= self.percent <= 1:
             raise ValueError(f"switch percent {self.percent}: give a share of the steps between 0 and 1")
         if self.sigma is not None and not 0 <= self.sigma < math.inf:
@@ -108,18 +113,40 @@ class Switch:
             return self.step
         if self.percent is not None:
             return round(self.percent * steps)
+        if self.last is not None:
+            if not 0 <= self.last <= steps:
+                raise ValueError(f"switch at the last {self.last} of {steps} steps: give 0 (base only) to {steps} (tuned only)")
+            return steps - self.last
         assert self.sigma is not None
         # a relative margin so that a σ read from a file still hits its own grid point
         return int((sigmas[:-1] > self.sigma * (1 + 1e-4)).sum())
 
+    def joined(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:
+        """The grid of a run whose parts have grids of their own, base (T+1,) and tuned (T'+1,), and the tuned part's first step.
+
+        They meet at one level of the base's grid, for `last` of the tuned one's: the base takes its levels above, the tuned model its own
+        below. Two equal grids give that grid; at the ends the grid is that part's whole.
+        """
+        own = tuned if self.last is not None else base
+        k = self.index(own)
+        if k == 0:
+            return tuned, 0
+        if k == len(own) - 1:
+            return base, len(base) - 1
+        level = own[k]
+        before, after = base[base > level * (1 + 1e-4)], tuned[tuned < level / (1 + 1e-4)]
+        return torch.cat([before, level[None], after]), len(before)
+
     @staticmethod
     def parse(text: str) -> Switch:
-        """`15` (step), `75%`, or `sigma=0.63`."""
+        """`15` (step), `75%`, `sigma=0.63`, or `last=6`."""
         try:
             if text.endswith("%"):
                 return Switch(percent=float(text[:-1]) / 100)
             if text.startswith("sigma="):
                 return Switch(sigma=float(text[6:]))
+            if text.startswith("last="):
+                return Switch(last=int(text[5:]))
             return Switch(step=int(text))
         except ValueError as error:
-            raise ValueError(f"switch {text!r}: write a step (15), a percentage (75%) or a noise level (sigma=0.63)") from error
+            raise ValueError(f"switch {text!r}: write a step (15), a percentage (75%), a noise level (sigma=0.63) or last=6") from error

@@ -76,6 +76,11 @@ class Transition:
     x_next: Tensor
 
 
+def start_at(noise: Tensor, sigma: Tensor, space: Space = "ve") -> Tensor:
+    """The first state of a rollout at level σ from N(0,1): noise·√(1+σ²) in variance-exploding coordinates, the noise in flow."""
+    return noise * ((1 + sigma.square()).sqrt() if space == "ve" else 1.0)
+
+
 NoiseAt = Callable[[int], Tensor]
 """Standard normal noise (B,C,h,w) of a step."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, plain
+from ..config import ConfigError
 from ..data import images
 from ..data.report import Report
 from ..generate import Generation, generate
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     lora = "a tuned model and its name, or a run's folder: its snapshots; may be given several times, one name for one run's checkpoints"
     add("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
-    add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63 (default 0,75%%)")
+    add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63, last=6 (default 0,75%%)")
     add("--reward", action="append", default=[], metavar="NAME", help="reward by name or folder; may be given several times")
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
     add("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
@@ -88,18 +88,18 @@ def run(args: argparse.Namespace) -> int:
     adapters = {name: f"evaluated{i}" for i, name in enumerate(tuned)}  # a user's name may mean something to peft, or to the policy
     for name, checkpoint in tuned.items():
         load_lora(policy, checkpoint.file, adapter=adapters[name])
-    sigmas = policy.sigmas(settings.steps)
-    steps = list(dict.fromkeys(s.index(sigmas) for s in switches))
+    schedules = _schedules(policy, settings, switches)
+    steps = list(schedules)
     weights = _weights(args)
     loras = {name: file_hash(lora_weights(checkpoint.file)) for name, checkpoint in tuned.items()}
-    same = {"settings": plain(settings), "model": args.model, "loras": loras, "weights": weights}
+    same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights}
     study = Study(parts, prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
-    _draw(study, policy, adapters, steps, settings)
+    _draw(study, policy, adapters, schedules, settings)
     real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
     results: dict[str, Any] = {
         **study.summarise(real),
-        "config": {**plain(settings), "switches": steps, "n": len(prompts)},
+        "config": {**settings.facts, "switches": steps, "n": len(prompts)},
         "checkpoints": {name: {"run": c.run, "step": c.step, "file": str(c.file), "sha256": loras[name]} for name, c in tuned.items()},
         "weights": weights,
     }
@@ -162,17 +162,33 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
     return {**found, **({"dino": file_hash(dino)} if dino else {})}
 
 
-def _draw(study: Study, policy: DiffusersPolicy, adapters: Mapping[str, str], steps: Sequence[int], settings: Generation) -> None:
+def _schedules(policy: DiffusersPolicy, settings: Generation, switches: Sequence[Switch]) -> dict[int, Tensor]:
+    """The noise levels of each switch, by the first step of the tuned model there."""
+    base = policy.sigmas(settings.steps)
+    tuned = policy.sigmas(settings.tuned_steps) if settings.tuned_steps else base
+    found: dict[int, Tensor] = {}
+    for switch in switches:
+        levels, k = switch.joined(base, tuned)
+        if not torch.equal(found.setdefault(k, levels), levels):
+            raise ConfigError(f"--switches: two of them begin at step {k} with different levels: evaluate one at a time")
+    return found
+
+
+def _draw(
+    study: Study, policy: DiffusersPolicy, adapters: Mapping[str, str], schedules: Mapping[int, Tensor], settings: Generation
+) -> None:
     """Generate the chunks of prompts that are not in the study yet; adapters: of each tuned model, by its name."""
     from tqdm import tqdm
 
-    mixes = {(name, k): combined(settings.base, settings.tuned(adapter), k) for name, adapter in adapters.items() for k in steps}
+    points = [(name, k) for name in adapters for k in schedules]
+    mixes = {(name, k): combined(settings.base, settings.tuned(adapters[name]), k) for name, k in points}
+    grids = {(name, k): schedules[k] for name, k in points}
     mixes[BASE] = cfg(settings.base)
     parts = list(study.parts(settings.chunk))
     total = sum(len(part.prompts) for part in parts) * len(study.points)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for part in parts:
-            study.add(part, generate(policy, part.prompts, settings, mixes, progress=bar.update, first=part.first))
+            study.add(part, generate(policy, part.prompts, settings, mixes, progress=bar.update, first=part.first, grids=grids))
 
 
 def _judges(args: argparse.Namespace, device: str) -> Judges:

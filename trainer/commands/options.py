@@ -47,10 +47,11 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt per line")
     add("-n", type=int, default=4, metavar="N", help="images per prompt (default 4)")
     for f in fields(Generation):
-        if f.name != "method":
+        if f.name not in ("method", "tuned_method"):
             text = f"{f.metadata['help']} (default {f.default})"
             add("--" + f.name.replace("_", "-"), type=type(f.default), metavar="X", help=text)
     add("--method", choices=METHODS, default="ddpm", help="sampler (default ddpm)")
+    add("--tuned-method", choices=METHODS, help="sampler of the tuned part (default: as --method)")
     add_device(parser)
 
 

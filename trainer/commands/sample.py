@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, plain
+from torch import Tensor
+
+from ..config import ConfigError
 from ..generate import Generation, batches, generate
 from ..guidance import Mix, Switch, cfg, combined
 from ..lora.extract import weight_files
@@ -38,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--switch",
         default="auto",
         metavar="WHERE",
-        help="first step of the tuned model: 15, 75%%, sigma=0.63, or auto: the LoRA's (default)",
+        help="first step of the tuned model: 15, 75%%, sigma=0.63, last=6 (of its own steps), or auto: the LoRA's (default)",
     )
     add(
         "--until",
@@ -63,23 +65,24 @@ def run(args: argparse.Namespace) -> int:
     folder = ImageFolder(args.out)
     folder.check(resume=args.resume, overwrite=args.overwrite)
     policy = policy_of(args)
-    k, end = (where.index(policy.sigmas(settings.steps)) if where else None for where in (switch, until))
-    if k is not None and end is not None and end <= k:
-        raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
     if args.lora is not None:
         load_lora(policy, args.lora, args.strength)
     models = {"tuned": with_unet(policy, unet)} if unet else {}
+    levels, k = _schedule(policy, models.get("tuned", policy), settings, switch, until)
+    end = until.index(levels) if until else None
+    if k is not None and end is not None and end <= k:
+        raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
     mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k, end)
     facts = {"k": k, **({} if end is None else {"until": end}), **_facts(args, unet, prompts)}
-    folder.begin({**plain(settings), **facts}, resume=args.resume, overwrite=args.overwrite)
+    folder.begin({**settings.facts, **facts}, resume=args.resume, overwrite=args.overwrite)
     try:
-        new = _draw(policy, prompts, settings, mix, models, folder)
+        new = _draw(policy, prompts, settings, mix, models, folder, levels)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{len(prompts) - len(folder.missing(range(len(prompts))))} of {len(prompts)} images are in {args.out}; "
             "the same command with --resume goes on"
         ) from None
-    tuned = "" if k is None else f" (tuned from step {k} to {settings.steps if end is None else end} of {settings.steps})"
+    tuned = "" if k is None else f" (tuned from step {k} to {len(levels) - 1 if end is None else end} of {len(levels) - 1})"
     kept = "" if new == len(prompts) else f"; {len(prompts) - new} were there"
     print(f"wrote {new} images to {args.out}{tuned}{kept}; {folder.write_sheet(len(prompts), args.n)}")
     return 0
@@ -110,6 +113,7 @@ def _draw(
     mix: Mix,
     models: Mapping[str, DiffusersPolicy],
     folder: ImageFolder,
+    levels: Tensor,
 ) -> int:
     """Draw and write the images that are not in the folder; returns their number.
 
@@ -123,7 +127,7 @@ def _draw(
             missing = folder.missing(numbers)
             if missing:
                 part = [prompts[i] for i in numbers]
-                drawn = generate(policy, part, settings, {"": mix}, models, first=numbers.start)[""]
+                drawn = generate(policy, part, settings, {"": mix}, models, first=numbers.start, grids={"": levels})[""]
                 for i in missing:
                     image = drawn[i - numbers.start]
                     if not bool(image.isfinite().all()):
@@ -159,6 +163,20 @@ def _switch(args: argparse.Namespace, unet: Path | None) -> Switch | None:
     if not isinstance(metadata.get("switch_sigma"), int | float):
         raise ConfigError(f"{args.lora} recommends no switch: give --switch")
     return Switch(sigma=metadata["switch_sigma"])
+
+
+def _schedule(
+    policy: DiffusersPolicy, tuned: DiffusersPolicy, settings: Generation, switch: Switch | None, until: Switch | None
+) -> tuple[Tensor, int | None]:
+    """The noise levels of the run, and the first step of the tuned model; None without one."""
+    own = bool(settings.tuned_steps) or settings.tuned_method is not None
+    if switch is None or until is not None:
+        if own:
+            raise ConfigError("--tuned-steps and --tuned-method are of a tuned model that draws to the end: give one, and no --until")
+        levels = policy.sigmas(settings.steps)
+        return levels, None if switch is None else switch.index(levels)
+    base = policy.sigmas(settings.steps)
+    return switch.joined(base, tuned.sigmas(settings.tuned_steps) if settings.tuned_steps else base)
 
 
 def _until(args: argparse.Namespace, unet: Path | None) -> Switch | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..denoiser import Denoiser
 from ..guidance import classifier_free_guidance
 from ..policy import ATTENTION, Lora, LoraLayout, initial_down
-from ..sampling import Space, add_noise
+from ..sampling import Space, add_noise, start_at
 from . import speed
 from .adapters import Adapters
 from .autoencoder import Autoencoder
@@ -199,8 +199,7 @@ class DiffusersPolicy:
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
         """The first state of a rollout from N(0,1): noise·√(1+σ₀²) in variance-exploding coordinates, the noise in flow."""
-        first = self.sigmas(steps)[0]
-        return noise.to(self.device) * ((1 + first.square()).sqrt() if self.space == "ve" else 1.0)
+        return start_at(noise.to(self.device), self.sigmas(steps)[0], self.space)
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """α(σ)·x0 + σ·noise."""
