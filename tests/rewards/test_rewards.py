@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,7 +24,7 @@ from trainer.rewards.compressibility import JpegSize
 from trainer.rewards.mps import MPS
 from trainer.rewards.preprocess import Fit, resize_and_crop, resize_and_pad
 from trainer.rewards.python_file import PythonReward
-from trainer.rewards.registry import REWARDS, load
+from trainer.rewards.registry import REWARDS, WeightFolders, load
 from trainer.rewards.weighted import RewardSpec, Standardised, WeightedSum, parse_weights
 
 NAMES = list(parity.CASES)
@@ -393,3 +398,77 @@ def test_a_text_has_the_same_features_in_any_company():
     together, alone = (demo.load_tower("proxy") for _ in range(2))
     expected = torch.cat([alone.text_features([prompt]) for prompt in prompts])
     assert torch.equal(together.text_features(prompts), expected)
+
+
+# -- files of one's own as people have them --------------------------------------------------------------------------
+
+
+def write_own(folder, shift, name="warm"):
+    """A reward file with dataclasses, postponed annotations, a module beside it, imported late too, and a weight file."""
+    folder.mkdir()
+    (folder / "helper.py").write_text(f"SHIFT = {shift}\n")
+    (folder / "late").mkdir()
+    (folder / "late" / "__init__.py").write_text(f"SCALE = {shift + 1}\n")
+    torch.save({"w": torch.tensor(float(shift))}, folder / "head.pt")
+    (folder / f"{name}.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass, field\nfrom pathlib import Path\n"
+        "import torch\nfrom helper import SHIFT\n"
+        "@dataclass\nclass Settings:\n    parts: list[int] = field(default_factory=list)\n    scale: float = 1.0\n"
+        "W = torch.load(Path(__file__).parent / 'head.pt', weights_only=True)['w']\n"
+        "def reward(images, prompts):\n    import late\n"
+        "    return images.mean((1, 2, 3)) * Settings().scale + SHIFT + 10 * late.SCALE + 100 * W\n"
+    )
+    return folder / f"{name}.py"
+
+
+def test_two_files_of_one_name_keep_their_own_modules_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "helper", other := ModuleType("helper"))  # another program's
+    monkeypatch.chdir(tmp_path)
+    paths = [write_own(tmp_path / folder, shift) for folder, shift in (("a", 1), ("b", 5))]
+    one, two = (load(str(path.relative_to(tmp_path))).reward for path in paths)
+    monkeypatch.chdir(tmp_path.parent)  # __file__ stays right
+    images = squares(2, 8)
+    for _ in range(2):
+        for reward, shift in ((one, 1), (two, 5)):
+            torch.testing.assert_close(reward(images, ["a", "b"]), images.mean((1, 2, 3)) + shift + 10 * (shift + 1) + 100 * shift)
+    assert sys.modules["helper"] is other and "late" not in sys.modules
+    assert copy.deepcopy(one)(images, ["a", "b"]).shape == (2,)  # ComfyUI's nodes copy rewards to other devices
+
+
+def test_a_path_from_the_files_folder_gets_the_remedy(tmp_path, monkeypatch):
+    path = write_own(tmp_path / "own", 1)
+    path.write_text(path.read_text().replace("Path(__file__).parent / 'head.pt'", "'head.pt'"))
+    with pytest.raises(
+        ValueError, match=r"own.warm.py fails when it is imported: FileNotFoundError: .*write Path\(__file__\).parent / 'head"
+    ):
+        load(str(path))
+    path.write_text("def reward(images, prompts):\n    open('head.pt')\n")
+    with pytest.raises(ValueError, match=r"reward\(\) failed: FileNotFoundError: .*write Path\(__file__\).parent / 'head.pt'"):
+        load(str(path)).reward(squares(1, 8), ["a"])
+    path.write_text("import sys\nsys.exit()\n")
+    with pytest.raises(ValueError, match="fails when it is imported: SystemExit"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [('{"mean": 1}', "it has no std"), ("[]", "it is not a JSON object"), (f'{{"mean": {10**400}, "std": 1}}', "mean is not a number")],
+)
+def test_statistics_that_lack_a_key_name_it(text, why, reward_folder, tmp_path):
+    (tmp_path / "own.statistics.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"own.statistics.json does not hold .* \({why}\): measure again"):
+        WeightFolders().read_statistics(str(tmp_path / "own.py"))
+
+
+def test_a_reward_folder_whose_config_lacks_a_key_names_it(reward_folder, tmp_path):
+    shutil.copytree(reward_folder, tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    for key in ("mean", "std", "scale", "embed_dim", "vision_cfg", "text_cfg"):
+        (tmp_path / "folder" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        with pytest.raises(ValueError, match=rf"config.json .*has no '?{key}'?[:;] take the file"):
+            load(str(tmp_path / "folder"))
+
+
+def test_statistics_with_a_byte_order_mark_are_read(tmp_path):
+    (tmp_path / "own.statistics.json").write_text('{"mean": 1, "std": 2}', "utf-8-sig")
+    assert WeightFolders().read_statistics(str(tmp_path / "own.py")) == (1.0, 2.0)

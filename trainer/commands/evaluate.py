@@ -153,7 +153,7 @@ def _plot_again(out: Path) -> int:
 
 def _weights(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of what the figures depend on beside the LoRAs: the base, the rewards and, with the embedded model, its readers."""
-    found = {"model": base_hash(args.model), **weights_hashes(",".join(args.reward))}
+    found = {"model": base_hash(args.model), **weights_hashes(args.reward)}
     if args.model == "demo":
         from ..demo import files
 

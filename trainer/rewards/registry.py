@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from ..runtime.files import files_hash
 from .aesthetic import Aesthetic
 from .base import RewardModel
+from .calibrate import StatisticsError, checked_statistics
 from .clip import ARCHITECTURES, load_clip, temperature, tokenizer
 from .compressibility import JpegSize
 from .files import WeightFile, find, verify, weight_folders
@@ -166,15 +166,12 @@ class WeightFolders:
         if not path.is_file():
             return None
         try:
-            values = json.loads(path.read_text("utf-8"))
-            mean, std = float(values["mean"]), float(values["std"])
-        except (ValueError, KeyError, TypeError):  # broken JSON is a ValueError
-            mean, std = math.nan, math.nan
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            return checked_statistics(json.loads(path.read_text("utf-8-sig")))
+        except (ValueError, RecursionError) as error:  # broken JSON is a ValueError
+            why = f" ({error})" if isinstance(error, StatisticsError) else ""
             raise ValueError(
-                f"{path} does not hold a mean and a standard deviation above 0: measure again with `rewards calibrate`, or delete it"
-            )
-        return mean, std
+                f"{path} does not hold a mean and a standard deviation above 0{why}: measure again with `rewards calibrate`, or delete it"
+            ) from error
 
 
 def load(
@@ -211,7 +208,7 @@ def load_features(name: str, device: str | torch.device = "cpu") -> TwoTower:
     return reward
 
 
-def weights_hashes(spec: str, folders: WeightFolders | None = None) -> dict[str, str]:
+def weights_hashes(spec: str | Sequence[str], folders: WeightFolders | None = None) -> dict[str, str]:
     """By name, SHA-256 of the files that the scores of each reward of a sum depend on (`files_hash`); those without files are left out."""
     hashes = {name: files_hash(_files(name, folders or WeightFolders())) for name, _ in parse_weights(spec)}
     return {name: value for name, value in hashes.items() if value}

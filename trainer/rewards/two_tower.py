@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..reward import check_lengths
+from .calibrate import checked_statistics
 from .clip import split_towers
 from .preprocess import Fit, normalise
 from .prompt_cache import PromptCachedReward
@@ -44,15 +45,24 @@ class TwoTower(PromptCachedReward[Tensor]):
         for name in FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not a reward folder: it has no {name}")
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+        try:
+            config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8-sig"))
+            clip = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+            context, fit, scale = config["text_cfg"]["context_length"], Fit(config["vision_cfg"]["image_size"]), float(config["scale"])
+            statistics = checked_statistics(config)
+        except KeyError as error:
+            raise ValueError(f"{folder / 'config.json'} has no {error}: take the file that came with the weights") from error
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(
+                f"{folder / 'config.json'} does not describe a reward: {why}; take the file that came with the weights"
+            ) from error
         if torch.device(device).type != "meta":
             state = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
             clip.load_state_dict(split_towers(state))
-        tokenizer = SimpleTokenizer(str(folder / "merges.txt.gz"), context_length=config["text_cfg"]["context_length"])
-        fit = Fit(config["vision_cfg"]["image_size"])
-        reward = TwoTower(clip.to(device, dtype), lambda texts: tokenizer(list(texts)), fit, config["scale"])
-        reward.statistics = (config["mean"], config["std"])
+        tokenizer = SimpleTokenizer(str(folder / "merges.txt.gz"), context_length=context)
+        reward = TwoTower(clip.to(device, dtype), lambda texts: tokenizer(list(texts)), fit, scale)
+        reward.statistics = statistics
         return reward
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
