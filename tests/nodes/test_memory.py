@@ -74,6 +74,14 @@ def test_a_resumed_run_keeps_its_settings(memory):
 
 @comfyui
 @pytest.mark.slow
+def test_prompts_are_conditioned_for_each_size_and_few_stay_on_the_device(memory):
+    """A prompt of two buckets, and 100 prompts after it."""
+    other_size, same_size = memory["SDXL's size conditioning"]
+    assert other_size > 0.1 and same_size == 0 and memory["prompts on the device"] == 65
+
+
+@comfyui
+@pytest.mark.slow
 def test_a_resumed_run_is_planned_too(memory):
     """What does not fit is refused; of the settings that it did not begin with it takes those that keep its result."""
     said, _ = memory["resumed, does not fit"]

@@ -119,6 +119,14 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         results[f"as given, {name}"] = peaks(policy, config_of())
         results[f"small, {name}"] = peaks(policy, memory.smallest(config_of(), {"model_options.dtype"}))
 
+    prompts = policy_of("sdxl").prompts
+    size = lambda height, width: prompts.grouped(["a red star"], torch.zeros(1, 4, height, width))[0][1]["y"]  # noqa: E731
+    wide, again = size(8, 16), size(8, 16)
+    results["SDXL's size conditioning"] = [float((wide - size(8, 8)).abs().max()), float((wide - again).abs().max())]
+    for number in range(100):
+        prompts.grouped([f"a red star {number}"], torch.zeros(1, 4, 8, 8))
+    results["prompts on the device"] = len(prompts.conds)
+
     policy, sizes = policy_of("demo"), []
     decode = policy.vae.first_stage_model.decode
     policy.vae.first_stage_model.decode = lambda latents: (sizes.append(len(latents)), torch.zeros(len(latents), 3, 8, 8))[1]
