@@ -23,9 +23,9 @@ DENOISER_BLOCKS = {
     *("JointTransformerBlock", "OmniGen2TransformerBlock", "QwenImageTransformerBlock"),  # Lumina 2 and Z-Image, OmniGen 2, Qwen-Image
     *("HiDreamImageBlock", "MMDiTBlock", "DiTBlock", "PixArtMSBlock", "HunYuanDiTBlock"),  # HiDream, AuraFlow, PixArt, HunyuanDiT
     *("ErnieImageSharedAdaLNBlock", "Ideogram4TransformerBlock", "LensTransformerBlock", "BooguDoubleStreamBlock"),
-    *("JoyImageTransformerBlock", "MMDiTBlockT2I", "PiTBlock"),  # JoyImage, PixelDiT
+    *("JoyImageTransformerBlock", "MMDiTBlockT2I", "PiTBlock", "TextFusionBlock"),  # JoyImage, PixelDiT, Krea 2
 }
-DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample"}
+DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample", *("ResidualBlock", "AttentionBlock", "Resample")}  # the last three: Wan's
 
 
 def lora_targets(model: Any) -> dict[str, tuple[str, set[str]]]:
@@ -85,6 +85,17 @@ class OutOfPlace(TorchFunctionMode):
             if dis.opname[caller.f_code.co_code[caller.f_lasti]].startswith(("BINARY_OP", "INPLACE_")):
                 return other(*args, **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))
+
+
+def decode_frame(module: Any, latents: Tensor) -> Tensor:
+    """Pixels (B,3,H,W) of a video VAE's latents (B,C,1,h,w), by its decoder's parts.
+
+    Older ComfyUIs decode the first frame with a memory for the next, which forbids recomputation.
+    """
+    if not (hasattr(module, "conv2") and hasattr(module, "decoder")):
+        return module.decode(latents)[:, :, 0]
+    pixels = module.decoder(module.conv2(latents))
+    return (torch.cat(pixels, 2) if isinstance(pixels, list) else pixels)[:, :, 0]
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def pixels_per_latent(vae: Any) -> int:
 
 def latents_per_token(model: Any) -> int:
     """Latents per token of a transformer on each side; 1 in a UNet."""
-    patch = getattr(model.model.diffusion_model, "patch_size", None) or model.model.model_config.unet_config.get("patch_size") or 1
+    network, config = model.model.diffusion_model, model.model.model_config.unet_config
+    patch = getattr(network, "patch_size", None) or config.get("patch_size") or config.get("patch") or 1
     return patch if isinstance(patch, int) else int(patch[-1])
 
 

@@ -23,10 +23,11 @@ from ..trainer.denoiser import Denoiser
 from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
 from ..trainer.sampling import Space, add_noise, leading_timesteps
-from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, lora_targets, recomputed, replaced_forward
+from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, decode_frame, lora_targets, recomputed, replaced_forward
 from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
 from .conditioning import Conditioning, Prompts
 
+_OF_FRAMES = ("QwenImage", "Krea2")  # ComfyUI's classes of image models that have a video model's latents
 _PIXELS_AT_ONCE = 2**20  # decoded without gradient: four images of 512², or one of 1024²
 
 
@@ -46,10 +47,13 @@ class ComfyPolicy:
     ) -> None:
         refuse_switch(model)
         dimensions = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2)
-        if dimensions != 2:
+        self._frames = type(model.model).__name__ in _OF_FRAMES and dimensions == 3  # latents are (B,C,1,h,w)
+        if dimensions != 2 and not self._frames:
             raise ValueError("this model draws video or sound: reward training knows images only")
         self.model, self.vae = resident(model), resident_vae(vae)
         self.gradient_vae = resident_vae(gradient_vae) if gradient_vae else self.vae
+        if self._frames and any(getattr(part, "latent_dim", 3) != 3 for part in (vae, gradient_vae) if part is not None):
+            raise ValueError("this model's latents are those of Qwen-Image's VAE: connect that one (qwen_image_vae.safetensors)")
         self.latent_shape = latent_shape
         self.device = model.load_device
         if model.model.get_dtype() == torch.float16 and hasattr(model, "set_model_compute_dtype"):
@@ -121,7 +125,7 @@ class ComfyPolicy:
         `others` are patchers to load as well (rewards).
         """
         management = comfy.model_management
-        shape = [2 * batch, *self.latent_shape]
+        shape = [2 * batch, self.latent_shape[0], *([1] if self._frames else []), *self.latent_shape[1:]]
         needed = 4 * self.model.model.memory_required(shape) + self.gradient_vae.memory_used_decode(shape, self.gradient_vae.vae_dtype)
         vaes = [self.vae.patcher] + ([self.gradient_vae.patcher] if self.gradient_vae is not self.vae else [])
         management.load_models_gpu([self.model, *vaes, *others], memory_required=needed, force_full_load=True)
@@ -202,16 +206,22 @@ class ComfyPolicy:
         # the default splits attention by the memory that is free, which recomputation would find changed
         options["optimized_attention_override"] = lambda _, *a, **k: comfy.ldm.modules.attention.attention_pytorch(*a, **k)
         found: list[Tensor | None] = [None] * len(x)
+        x = self._framed(x)
         with OutOfPlace():
             for rows, arguments in self.prompts.grouped(prompts, x):
                 whole = len(rows) == len(x)
                 levels, states = (sigma, x) if whole else (torch.stack([part[i] for i in rows]) for part in (sigma, x))
                 predicted = self.model.model.apply_model(states, levels, transformer_options=options, **arguments).float()
+                predicted = predicted.squeeze(2) if self._frames else predicted
                 if whole:
                     return predicted
                 for i, row in zip(rows, predicted):
                     found[i] = row
         return torch.stack([row for row in found if row is not None])
+
+    def _framed(self, latents: Tensor) -> Tensor:
+        """Latents (B,C,h,w) as ComfyUI has them."""
+        return latents.unsqueeze(2) if self._frames else latents
 
     # -- noise levels and pixels ---------------------------------------------------------------------------------
 
@@ -238,7 +248,11 @@ class ComfyPolicy:
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled latents of images (B,3,H,W) in [0,1]: ComfyUI gives the posterior's mean, so the deviation is 0."""
-        latents = self.model.model.process_latent_in(self.vae.encode(images.movedim(1, -1))).to(self.device).float()
+        pixels = images.movedim(1, -1)
+        # several images at once would be a video
+        own = torch.cat([self.vae.encode(one) for one in pixels.split(1)]) if self._frames else self.vae.encode(pixels)
+        latents = self.model.model.process_latent_in(own).to(self.device).float()
+        latents = latents.squeeze(2) if self._frames else latents
         return latents, torch.zeros_like(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -251,8 +265,8 @@ class ComfyPolicy:
         return torch.cat([self._decode(self.vae, part) for part in latents.split(max(1, _PIXELS_AT_ONCE // pixels))])
 
     def _decode(self, vae: Any, latents: Tensor) -> Tensor:
-        unscaled = self.model.model.process_latent_out(latents)
-        pixels = vae.first_stage_model.decode(unscaled.to(vae.vae_dtype).to(vae.device))
+        unscaled = self.model.model.process_latent_out(self._framed(latents)).to(vae.vae_dtype).to(vae.device)
+        pixels = decode_frame(vae.first_stage_model, unscaled) if self._frames else vae.first_stage_model.decode(unscaled)
         return (pixels.float().to(self.device) / 2 + 0.5).clamp(0, 1)
 
 

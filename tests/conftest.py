@@ -178,6 +178,73 @@ def tiny_qwen3(kind, layers=3):
     return kind(Qwen3Config(vocab_size=40, head_dim=16, **sizes)).eval()
 
 
+def template_tokenizer():
+    """A tokenizer of Qwen's chat markers and words: its template has as many tokens as with Qwen's own vocabulary."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = (
+        "system user assistant Describe the image by detailing color shape size texture quantity text spatial relationships of objects and"
+    )
+    words = [*["<|im_start|>", "<|im_end|>", "\n", ",", ":", "a", "red", "star", "blue", "ring", "blurred"], *words.split(), "background"]
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, **{word: i + 2 for i, word in enumerate(words)}}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\|\w+\|>|\w+|[^\w ]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+
+
+def tiny_qwen_vae():
+    """A random autoencoder of Qwen-Image's kind."""
+    import diffusers
+
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    for layer in (vae.decoder.conv_out, vae.quant_conv):
+        torch.nn.init.normal_(layer.weight, std=0.2)  # an output that would show a mistake
+    return vae
+
+
+def tiny_krea():
+    """A random Krea 2 pipeline; its attention heads are as wide as ComfyUI takes them."""
+    import diffusers
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 32, "num_position_embeddings": 16}
+    encoder = Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config={**text, "vocab_size": 64, "head_dim": 16, "rope_parameters": rope},
+            vision_config={**vision, "deepstack_visual_indexes": [0]},
+        )
+    ).eval()
+    transformer = diffusers.Krea2Transformer2DModel(
+        num_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=768,
+        timestep_embed_dim=32,
+        text_hidden_dim=32,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=128,
+    )
+    for name, weight in transformer.named_parameters():
+        if "scale_shift_table" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+        elif ".norm" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    torch.nn.init.normal_(transformer.final_layer.linear.weight, std=0.1)
+    return diffusers.Krea2Pipeline(
+        transformer=transformer,
+        vae=tiny_qwen_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        text_encoder=encoder,
+        tokenizer=template_tokenizer(),
+        text_encoder_select_layers=(1, 2, 3),
+    )
+
+
 def tiny_family(name, words):
     """A random pipeline of the family `name`, in its true layout and as small as its classes allow; `words` is a tokenizer."""
     import diffusers
@@ -200,6 +267,8 @@ def tiny_family(name, words):
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1}
         return diffusers.AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=channels, **blocks, **kwargs)
 
+    if name == "krea2":
+        return tiny_krea()
     if name in ("sd3", "flux-dev", "flux-schnell", "z-image"):
         bare = {"use_quant_conv": False, "use_post_quant_conv": False}
         parts = {"vae": vae(16, scaling_factor=1.5305, shift_factor=0.0609, **bare)}

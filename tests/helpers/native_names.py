@@ -1,6 +1,7 @@
 """Networks in diffusers' names as ComfyUI's own loaders want them; run inside a ComfyUI."""
 
 import comfy.model_detection
+from original_names import original_krea
 
 
 def native(state):
@@ -8,6 +9,8 @@ def native(state):
 
     Its converter knows FLUX.1's names: here those of FLUX.2 that differ, and the bias that it looks for and FLUX.2 lacks.
     """
+    if "text_fusion.projector.weight" in state:
+        return original_krea(state)
     if "single_stream_modulation.linear.weight" not in state:
         return comfy.model_detection.convert_diffusers_mmdit(state, "")
     state = {name.replace("time_guidance_embed", "time_text_embed"): value for name, value in state.items()}

@@ -65,10 +65,11 @@ def compare():
     if type(model).__name__ == "Flux":
         extra["guidance"] = torch.full((len(ours["x"]),), told["guidance"])
 
-    texts = [(slice(None), cond["encoder_hidden_states"])]
+    joined = cond["encoder_hidden_states"].flatten(2)  # Krea 2's are several layers
+    texts = [(slice(None), joined)]
     if "mask" in cond:  # without padding, and so each prompt by itself
         lengths = [int(row.sum()) for row in cond["mask"]]
-        texts = [(slice(i, i + 1), cond["encoder_hidden_states"][i : i + 1, :n]) for i, n in enumerate(lengths)]
+        texts = [(slice(i, i + 1), joined[i : i + 1, :n]) for i, n in enumerate(lengths)]
     more = {"num_tokens": 1} if "mask" in cond else {}
 
     def denoised(patcher):

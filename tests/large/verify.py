@@ -46,7 +46,7 @@ from trainer.training.loop import train
 MODELS = {
     **{"sd15": {}, "sdxl": {}, "sd35-medium": {}, "flux-dev": {"num_layers": 1, "num_single_layers": 2}},
     **{"z-image": {"n_layers": 2}, "flux2-klein-4b": {"num_layers": 1, "num_single_layers": 2}},
-    "flux2-klein-9b": {"num_layers": 1, "num_single_layers": 2},
+    **{"flux2-klein-9b": {"num_layers": 1, "num_single_layers": 2}, "krea2": {"num_layers": 1}},
 }
 NAMES = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell", *[*MODELS][4:])
 SIZE = 128  # pixels
@@ -90,8 +90,11 @@ def tiny_text(kind, config):
     small = {"num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 1}
     if kind == "T5EncoderModel":
         small = {"num_layers": 1, "d_ff": 64, "num_heads": 1}
-    if kind.startswith("Qwen3"):  # whose layers 9, 18 and 27 are klein's conditioning
-        small |= {"num_hidden_layers": 28, "num_key_value_heads": 1, "vocab_size": 64}
+    if kind.startswith("Qwen3"):  # whose layers 9, 18 and 27 are klein's conditioning, and 2, 5, … 35 Krea 2's
+        small |= {"num_hidden_layers": 36, "num_key_value_heads": 1, "vocab_size": 64}
+    if "text_config" in config:
+        eyes = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "deepstack_visual_indexes": [0]}
+        small = {"text_config": {**config["text_config"], **small}, "vision_config": {**config["vision_config"], **eyes}}
     return cls(cls.config_class(**{**config, **small}))
 
 
@@ -144,7 +147,7 @@ def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
         clip = model.parts[part][0][1].startswith("CLIP")
         parts[part.replace("text_encoder", "tokenizer")] = clip_tokenizer(folder / f"words{i}") if clip else letters()
     scheduler = getattr(diffusers, model.scheduler[0])(**model.scheduler[1])
-    pipeline = family.pipeline_class()(**{**family.arguments, **parts, "scheduler": scheduler})
+    pipeline = family.pipeline_class()(**{**family.arguments, **model.arguments, **parts, "scheduler": scheduler})
     return family(pipeline, device, dtype, size)
 
 

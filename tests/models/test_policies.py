@@ -10,8 +10,10 @@ from helpers.losses import batch_of, loss_of
 from trainer.generate import Generation, generate
 from trainer.guidance import cfg
 from trainer.lora.file import load_lora, save_lora
+from trainer.models.autoencoder import FrameAutoencoder
 from trainer.models.flux import FluxPolicy
 from trainer.models.klein import KleinPolicy
+from trainer.models.krea import KreaPolicy
 from trainer.models.sd3 import SD3Policy
 from trainer.models.sdxl import SDXLPolicy
 from trainer.models.unet import UNetPolicy
@@ -23,7 +25,7 @@ from trainer.rng import Rng
 PROMPTS = ["a red star", "a blue ring, blurred"]
 POLICIES = {
     **{"sd15": UNetPolicy, "sdxl": SDXLPolicy, "sd3": SD3Policy, "flux-dev": FluxPolicy, "flux-schnell": FluxPolicy},
-    **{"z-image": ZImagePolicy, "klein": KleinPolicy},
+    **{"z-image": ZImagePolicy, "klein": KleinPolicy, "krea2": KreaPolicy},
 }
 SIZE = 64  # pixels: 8×8 latents, smaller than any of the models' own size
 FAMILIES = pytest.mark.parametrize("family", POLICIES)
@@ -31,13 +33,21 @@ FAMILIES = pytest.mark.parametrize("family", POLICIES)
 
 @pytest.fixture
 def load(family_folder):
-    return lambda family, **kwargs: POLICIES[family].load(family_folder(family), image_size=SIZE, **kwargs)
+    def loaded(family, **kwargs):
+        policy = POLICIES[family].load(family_folder(family), image_size=SIZE, **kwargs)
+        if isinstance(policy, KreaPolicy):
+            policy.max_tokens = 24  # fewer than the pipeline's default take less time
+        return policy
+
+    return loaded
 
 
 def guided(policy, scale):
     """The pipeline's arguments for guidance by a second evaluation."""
     if isinstance(policy, FluxPolicy):  # schnell was distilled with 256 tokens; the pipeline would take 512 for it too
         return {"negative_prompt": ["", ""], "true_cfg_scale": scale, "max_sequence_length": policy.max_tokens}
+    if isinstance(policy, KreaPolicy):
+        return {"guidance_scale": scale - 1, "max_sequence_length": policy.max_tokens}
     if isinstance(policy, ZImagePolicy):  # cond + s·(cond − uncond)
         return {"guidance_scale": scale - 1}
     return {"guidance_scale": scale}
@@ -55,7 +65,7 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
     start = Rng(5, 0, (0, 1)).normal("start", policy.latent_shape)
     if isinstance(policy, UNetPolicy):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True)
-    if isinstance(policy, FluxPolicy):
+    if isinstance(policy, FluxPolicy | KreaPolicy):
         start = pipeline._pack_latents(start, *start.shape)
     arguments = guided(policy, guidance_scale)
     theirs = pipeline(
@@ -92,6 +102,8 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
             expected, x = step(output, t, x).pred_original_sample, x * (1 + sigma.square()).sqrt()
         if isinstance(policy, FluxPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8) for part in (x, expected))
+        if isinstance(policy, KreaPolicy):
+            x, expected = (pipeline._unpack_latents(part, SIZE, SIZE).squeeze(2) for part in (x, expected))
         if isinstance(policy, KleinPolicy):
             x, expected = (part.mT.reshape(2, *policy.latent_shape) for part in (x, expected))
         with torch.no_grad():
@@ -109,6 +121,12 @@ def test_pixels_and_latents_are_scaled_once(load, family):
     images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     mean, std = policy.encode(images)
     with torch.no_grad():
+        if isinstance(policy.autoencoder, FrameAutoencoder):
+            posterior = vae.encode(2 * images.unsqueeze(2) - 1).latent_dist
+            means, deviations = (torch.tensor(value).reshape(16, 1, 1, 1) for value in (config.latents_mean, config.latents_std))
+            torch.testing.assert_close(mean, ((posterior.mean - means) / deviations).squeeze(2))
+            torch.testing.assert_close(std, (posterior.std / deviations).squeeze(2))
+            return  # decoding: where a rollout ends
         posterior = vae.encode(2 * images - 1).latent_dist
         if isinstance(policy, KleinPolicy):
             torch.testing.assert_close(mean, policy.pipeline._encode_vae_image(2 * images - 1, None))
@@ -140,7 +158,7 @@ def test_diffusers_loads_every_key_of_a_saved_lora_and_predicts_the_same(load, f
         tuned = policy.denoiser(PROMPTS)(x, sigma)
         assert float((tuned - base).abs().max()) > 1e-3
         torch.testing.assert_close(theirs.denoiser(PROMPTS)(x, sigma), tuned, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(again.denoiser(PROMPTS)(x, sigma), tuned, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(again.denoiser(PROMPTS)(x, sigma), tuned, rtol=1e-6, atol=5e-6)
     adapted = {n.rsplit(".lora_A", 1)[0] for n, _ in theirs.network.named_parameters() if ".lora_A." in n}
     assert adapted == {n.rsplit(".lora_A", 1)[0] for n, _ in policy.named_parameters() if ".lora_A." in n}
     assert not [r.getMessage() for r in caplog.records if "unexpected" in r.getMessage() and "No LoRA keys" not in r.getMessage()]

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.original_names import original_krea
 from safetensors.torch import save_file
 
 from trainer.models import load
 from trainer.models.klein import KleinPolicy
+from trainer.models.krea import KreaPolicy
 from trainer.models.zimage import ZImagePolicy
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -77,7 +79,7 @@ def prediction(policy):
         return policy.denoiser(PROMPTS, guidance_scale=2.0)(x, torch.tensor([0.8, 0.4]))
 
 
-CASES = {"z-image": (ZImagePolicy, original_zimage), "klein": (KleinPolicy, original_klein)}
+CASES = {"z-image": (ZImagePolicy, original_zimage), "klein": (KleinPolicy, original_klein), "krea2": (KreaPolicy, original_krea)}
 
 
 @pytest.fixture(params=CASES)
@@ -110,9 +112,9 @@ def test_what_is_missing_is_named(case, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"holds no vae, text_encoder and no tokenizer: name a diffusers folder"):
         load.load_policy(file)
-    gone = next(key for key in tensors if key.endswith("qkv.weight"))
+    gone = next(key for key in tensors if key.endswith(("qkv.weight", "wq.weight")))
     save_file({key: value for key, value in tensors.items() if key != gone}, file)
-    with pytest.raises(ValueError, match=r"is not the published .*: 3 of its weights differ"):
+    with pytest.raises(ValueError, match=rf"is not the published .*: {3 if 'qkv' in gone else 1} of its weights differ"):
         load.load_policy(file, parts=folder)
     save_file({**tensors, "extra.weight": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=r"1 of its weights differ, extra.weight"):

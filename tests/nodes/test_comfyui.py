@@ -118,12 +118,15 @@ def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 
 
+GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea")
+
+
 @pytest.fixture(scope="module")
 def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
     """Tiny models of every family, at sizes that ComfyUI's classes can have."""
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
-    folders = {"klein": family_folder("klein")}
+    folders = {"klein": family_folder("klein"), "krea": family_folder("krea2")}
     for name, part, kind, changed in (
         ("flux-dev", None, None, {}),
         (
@@ -156,7 +159,7 @@ def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
 
 @comfyui
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "zimage", "klein"])
+@pytest.mark.parametrize("family", GRAPH_FAMILIES)
 @pytest.mark.parametrize("kept", ["kept", "recomputed"])
 def test_training_tiny_families_in_a_graph_has_the_headless_gradient(family_gradients, family, kept):
     """ComfyUI's blocks add residuals in place; bfloat16 is as far from float32 as it is headless."""
@@ -168,7 +171,16 @@ def test_training_tiny_families_in_a_graph_has_the_headless_gradient(family_grad
 
 @comfyui
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux", "sd3", "sdxl", "zimage", "klein"])
+def test_a_video_autoencoder_decodes_one_frame_as_headless(family_gradients):
+    """Image, gradient and encoded latents, for one set of weights in both hosts."""
+    if "decoded" not in family_gradients:
+        pytest.skip("this ComfyUI has no Krea 2")
+    assert max(family_gradients["decoded"]) < 1e-4, family_gradients
+
+
+@comfyui
+@pytest.mark.slow
+@pytest.mark.parametrize("family", GRAPH_FAMILIES)
 def test_the_stock_loader_takes_a_headless_lora_of_every_family(family_gradients, family):
     """Every key, and the same x0: error as a share of what the LoRA changes."""
     if f"{family}, loaded" not in family_gradients:

@@ -103,3 +103,51 @@ class PatchedAutoencoder(Autoencoder):
         """Mean and standard deviation (4C,1,1) in float32."""
         bn = self.vae.bn
         return bn.running_mean.float()[:, None, None], (bn.running_var.float()[:, None, None] + bn.eps).sqrt()
+
+
+class FrameAutoencoder(Autoencoder):
+    """Qwen-Image's, which Krea 2 and Anima share: a video autoencoder, used for one frame; channels have a mean and deviation each."""
+
+    _on_device: Tensor | None = None  # the statistics: uploading them at every use would wait for the GPU
+
+    @property
+    def channels(self) -> int:
+        """See Autoencoder."""
+        return int(self.vae.config.z_dim)
+
+    @property
+    def downscaling(self) -> int:
+        """See Autoencoder."""
+        return 2 ** len(self.vae.config.temperal_downsample)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See Autoencoder."""
+        posterior = self.vae.encode((images * 2 - 1).unsqueeze(2).to(self.vae.dtype)).latent_dist
+        return self.scaled(posterior.mean.squeeze(2).float(), posterior.std.squeeze(2).float())
+
+    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """See Autoencoder."""
+        shift, scale = self._statistics(mean)
+        return (mean - shift) / scale, std / scale
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See Autoencoder."""
+        shift, scale = self._statistics(latents)
+        return latents * scale + shift
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        # the parts of `vae.decode` for the first frame: its memory of earlier frames would forbid recomputation
+        own = self.vae.post_quant_conv(self.unscaled(latents).unsqueeze(2).to(self.vae.dtype))
+        return (self.vae.decoder(own).squeeze(2).float() / 2 + 0.5).clamp(0, 1)
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (C,1,1) of the autoencoder's own latents."""
+        if self._on_device is None or self._on_device.device != latents.device:
+            values = [self.vae.config.latents_mean, self.vae.config.latents_std]
+            self._on_device = torch.tensor(values).to(latents.device)[..., None, None]
+        return self._on_device[0], self._on_device[1]
+
+    def key(self) -> str:
+        """See Autoencoder."""
+        return f"{module_hash(self.vae)}/{self.vae.config.latents_mean}/{self.vae.config.latents_std}"

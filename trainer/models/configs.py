@@ -5,7 +5,7 @@ They are those of the models' own repositories, in diffusers' terms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Config = dict[str, Any]
@@ -17,16 +17,22 @@ CLIP_PROJECTED: PartClass = ("transformers", "CLIPTextModelWithProjection")
 T5: PartClass = ("transformers", "T5EncoderModel")
 QWEN3: PartClass = ("transformers", "Qwen3Model")
 QWEN3_CAUSAL: PartClass = ("transformers", "Qwen3ForCausalLM")
+QWEN3_VL: PartClass = ("transformers", "Qwen3VLModel")
 AUTOENCODER: PartClass = ("diffusers", "AutoencoderKL")
+QWEN_AUTOENCODER: PartClass = ("diffusers", "AutoencoderKLQwenImage")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One published model: class and configuration of each part and of the scheduler; the padding token of each CLIP."""
+    """One published model: class and configuration of each part and of the scheduler; the padding token of each CLIP.
+
+    `arguments` are the pipeline's own settings.
+    """
 
     parts: dict[str, tuple[PartClass, Config]]
     scheduler: tuple[str, Config]
     pads: tuple[str, ...] = ("<|endoftext|>",)
+    arguments: Config = field(default_factory=dict[str, Any])
 
     @property
     def t5(self) -> str:
@@ -63,6 +69,13 @@ QWEN3_4B: Config = {
     **{"rope_theta": 1000000.0, "tie_word_embeddings": True},
 }
 QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+QWEN3_VL_4B: Config = {
+    "text_config": {**QWEN3_4B, "max_position_embeddings": 262144},
+    "vision_config": {
+        **{"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560},
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+}
 
 _BETAS: Config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DISCRETE: Config = {**_BETAS, "clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading", "variance_type": "fixed_small"}

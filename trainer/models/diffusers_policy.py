@@ -52,6 +52,7 @@ class DiffusersPolicy:
     autoencoder_class: ClassVar[type[Autoencoder]] = Autoencoder
     patch: ClassVar[int] = 1  # latents per side of one token
     arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's loaders
+    settings: ClassVar[tuple[str, ...]] = ()  # the pipeline's own, which its folder states
     index: ClassVar[Mapping[str, Any]] = {}  # entries of `model_index.json` besides the components
     split_files: ClassVar[bool] = False  # whether single files hold the network alone
     optional: ClassVar[tuple[str, ...]] = ()  # components that may be absent
@@ -101,11 +102,14 @@ class DiffusersPolicy:
             raise ValueError(f"weights in {dtype}: use float32 or bfloat16; float16 loses small reward gradients")
         self.device, self.dtype, self.pipeline = torch.device(device), dtype, pipeline
         modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        self.network: Any = getattr(pipeline, self.network_name)
         for module in modules:
             module.to("cpu" if offload else self.device).requires_grad_(False).eval()
-            if any(p.dtype != dtype for p in module.parameters()):
+            exact = getattr(module, "_keep_in_fp32_modules", None) if module is self.network else None
+            if exact:
+                speed.cast(module, dtype, exact)
+            elif any(p.dtype != dtype for p in module.parameters()):
                 module.to(dtype)
-        self.network: Any = getattr(pipeline, self.network_name)
         self.vae = pipeline.vae
         self.autoencoder = self.autoencoder_class(self.vae)
         self.adapters = Adapters(self.network, self.targets)
@@ -232,7 +236,9 @@ class DiffusersPolicy:
     def use_channels_last(self) -> None:
         """Store convolutions with channels as the fastest dimension, as tensor cores want them."""
         for module in (self.network, self.vae):
-            module.to(memory_format=torch.channels_last)
+            for weight in module.parameters():
+                if weight.ndim == 4:  # those of video autoencoders have 5
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def compile(self, **options: Any) -> None:
         """torch.compile the network's blocks."""

@@ -32,6 +32,8 @@ class FlowPolicy(DiffusersPolicy):
     )
     default_max_shift: ClassVar[float] = 1.15
     """The family's shift of the longest token sequence, where the scheduler's configuration has none."""
+    default_long: ClassVar[int] = 4096
+    """The tokens of that sequence, likewise."""
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction (B,C,h,w) for states x in its own precision and levels sigma (B,) in float32."""
@@ -60,7 +62,7 @@ class FlowPolicy(DiffusersPolicy):
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting", False):
             return None
-        short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", self.default_long)
         low, high = config.get("base_shift", 0.5), config.get("max_shift", self.default_max_shift)
         tokens = (self.latent_shape[1] // self.patch) * (self.latent_shape[2] // self.patch)
         return low + (high - low) * (tokens - short) / (long - short)

@@ -18,6 +18,7 @@ from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
 from .klein import KleinPolicy
+from .krea import KreaPolicy
 from .quantised import refuse_scales
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
@@ -27,7 +28,7 @@ from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
 from .zimage import ZImagePolicy
 
-FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy, ZImagePolicy, KleinPolicy]
+FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy, ZImagePolicy, KleinPolicy, KreaPolicy]
 MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
     name: (family, config) for family in FAMILIES for name, config in family.published.items()
 }

@@ -6,6 +6,7 @@ Built from configurations alone: of a diffusers folder, of a single file's famil
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from .configs import Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .load import MODELS, resolve
+from .split_files import pipeline_settings
+
+_TEMPLATE = re.compile(r"<\|\w+\|>|\w+|[^\w ]")  # of Qwen's chat templates: markers, words, line breaks
 
 
 class StubTokenizer:
-    """Every prompt has max_length tokens."""
+    """Every prompt has max_length tokens; a text without that limit is a part of a template."""
 
     def __init__(self, length: int) -> None:
         self.model_max_length = length
@@ -40,7 +44,9 @@ class StubTokenizer:
     def __call__(self, texts: str | Sequence[str], max_length: int | None = None, **more: Any) -> Any:
         from transformers import BatchEncoding
 
-        shape = (1 if isinstance(texts, str) else len(texts), max_length or 1)
+        rows = [texts] if isinstance(texts, str) else texts
+        template = max((len(_TEMPLATE.findall(row)) for row in rows), default=0)
+        shape = (len(rows), max_length or max(1, template))
         return BatchEncoding({"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)})
 
 
@@ -59,7 +65,7 @@ def meta_policy(path: str | Path, dtype: torch.dtype = torch.float32, image_size
             parts[name.replace("text_encoder", "tokenizer")] = StubTokenizer(length)
     parts["scheduler"] = getattr(diffusers, config.scheduler[0]).from_config(config.scheduler[1])
     absent = {kind: None for name in family.optional if name not in parts for kind in (name, name.replace("text_encoder", "tokenizer"))}
-    pipeline = family.pipeline_class()(**{**family.arguments, **absent, **parts})
+    pipeline = family.pipeline_class()(**{**family.arguments, **config.arguments, **absent, **parts})
     return family(pipeline, "meta", dtype, image_size or None)
 
 
@@ -96,10 +102,10 @@ def _described(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig]:
             return MODELS[str(path)]
         raise FileNotFoundError(f"no model at {path}: give a diffusers folder, a .safetensors checkpoint, or one of {', '.join(MODELS)}")
     family, config = resolve(path)
-    return family, config or _folder_config(path)
+    return family, config or _folder_config(path, family)
 
 
-def _folder_config(path: Path) -> ModelConfig:
+def _folder_config(path: Path, family: type[DiffusersPolicy]) -> ModelConfig:
     def read(name: str) -> Any:
         return json.loads((path / name).read_text("utf-8"))
 
@@ -109,4 +115,5 @@ def _folder_config(path: Path) -> ModelConfig:
         for part, value in index.items()
         if part in ("unet", "transformer", "vae") or (part.startswith("text_encoder") and value[0])
     }
-    return ModelConfig(parts, (index["scheduler"][1], read("scheduler/scheduler_config.json")))
+    arguments = pipeline_settings(path, family)
+    return ModelConfig(parts, (index["scheduler"][1], read("scheduler/scheduler_config.json")), arguments=arguments)

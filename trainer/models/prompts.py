@@ -19,12 +19,40 @@ from .speed import on_device
 Conditioning = dict[str, Tensor]
 """Text conditioning of B prompts: tensors (B,…) by argument name, `encoder_hidden_states` (B,tokens,width) among them.
 
-Every prompt has the same shapes: encoders pad. A mask (B,tokens) is a tensor of its own, boolean or of integers.
+Every prompt has the same shapes: encoders pad. With a `mask` (B,tokens) of its own tokens, which come first, a prompt is kept without
+padding and padded again by zeros.
 """
 
 # Entries of a text encoder's configuration that its output does not depend on; the weights are hashed with their precision
 _IRRELEVANT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_BY_TOKEN = ("encoder_hidden_states", "mask")
 EMBEDDINGS_KEPT = 2 << 30  # bytes of cached embeddings that are also kept in memory
+
+
+def prompt_first(hidden: Tensor, mask: Tensor) -> Conditioning:
+    """Hidden states (B,tokens,…) and their boolean mask (B,tokens), each prompt's own tokens first, in order."""
+    order = mask.int().argsort(dim=1, descending=True, stable=True)
+    index = order.reshape(*order.shape, *[1] * (hidden.ndim - 2))
+    return {"encoder_hidden_states": hidden.take_along_dim(index, 1), "mask": mask.gather(1, order)}
+
+
+def _own_tokens(row: Conditioning) -> Conditioning:
+    """One prompt's conditioning without what its mask hides."""
+    mask = row.get("mask")
+    if mask is None or mask.is_meta:
+        return row
+    own = int(mask.sum())
+    return {key: value[:own].clone() if key in _BY_TOKEN else value for key, value in row.items()}
+
+
+def _padded(row: Conditioning, tokens: int | None) -> Conditioning:
+    """One prompt's conditioning with `tokens` tokens, where it has a mask; the added ones are zeros."""
+    mask = row.get("mask")
+    if mask is None or tokens is None or len(mask) >= tokens:
+        return row
+    missing = tokens - len(mask)
+    longer = {key: torch.cat([row[key], row[key].new_zeros(missing, *row[key].shape[1:])]) for key in _BY_TOKEN}
+    return {**row, **longer}
 
 
 class TextModel(Protocol):
@@ -68,7 +96,7 @@ class Prompts:
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning of B prompts, on the CPU."""
         self.prepare(prompts)
-        rows = [self._embedding(prompt) for prompt in prompts]
+        rows = [_padded(self._embedding(prompt), self.model.max_tokens) for prompt in prompts]
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     def trim(self) -> None:
@@ -97,7 +125,7 @@ class Prompts:
         """Encoded one at a time: batched encoding rounds differently, which would break exact resume."""
         with on_device(self.encoders, self.model.device, self.offload):
             return [
-                {key: value[0].cpu() for key, value in self.model.encode_prompts([prompt]).items()}
+                _own_tokens({key: value[0].cpu() for key, value in self.model.encode_prompts([prompt]).items()})
                 for prompt in progress_bar(prompts, "encoding prompts")
             ]
 

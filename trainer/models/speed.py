@@ -13,7 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .adapters import Adapters
 
-_DECODER_PARTS = ("ResnetBlock2D", "Attention", "Upsample2D")
+_DECODER_PARTS = (
+    *("ResnetBlock2D", "Attention", "Upsample2D"),
+    *("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
+)
 
 
 @contextmanager
@@ -70,6 +73,13 @@ def shard(network: Any, mesh: Any) -> None:
     adapters = {p for name, p in network.named_parameters() if ".lora_" in name}
     for module in (*innermost, network):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+
+
+def cast(module: nn.Module, dtype: torch.dtype, exact: Collection[str]) -> None:
+    """Weights in `dtype`, those of submodules that are called one of `exact` in float32."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_floating_point():
+            value.data = value.data.to(torch.float32 if set(exact) & set(name.split(".")) else dtype)
 
 
 def recompute_network(network: Any, adapters: Adapters, enabled: bool) -> None:

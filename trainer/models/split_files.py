@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .configs import ModelConfig
+from .configs import Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
 from .quantised import read_scaled
 from .single_file import converter, load_part, one_line_errors, tensor_shapes
@@ -27,7 +28,15 @@ def split_files_pipeline(path: Path, family: type[DiffusersPolicy], config: Mode
             tokenizer = name.replace("text_encoder", "tokenizer")
             found[tokenizer] = load_part(folder / tokenizer, ("transformers", "AutoTokenizer"), dtype)
     found["scheduler"] = load_part(folder / "scheduler", ("diffusers", config.scheduler[0]), dtype)
-    return family.pipeline_class()(**found, **{family.network_name: _network(path, family, config, dtype)})
+    settings = {**config.arguments, **pipeline_settings(folder, family)}
+    return family.pipeline_class()(**found, **settings, **{family.network_name: _network(path, family, config, dtype)})
+
+
+def pipeline_settings(folder: Path, family: type[DiffusersPolicy]) -> Config:
+    """The settings of a pipeline, which are no components, in a diffusers folder."""
+    file = folder / "model_index.json"
+    index: Config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return {name: value for name, value in index.items() if name in family.settings}
 
 
 def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .configs import AUTOENCODER, QWEN3, QWEN3_4B, VAE16, Config, ModelConfig
 from .flow import FlowPolicy
-from .prompts import Conditioning
+from .prompts import Conditioning, prompt_first
 
 Z_IMAGE: Config = {
     **{"in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
@@ -66,8 +66,7 @@ class ZImagePolicy(FlowPolicy):
         inputs = tokenizer(texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt")
         ids, mask = inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device).bool()
         hidden = self.pipeline.text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        order = mask.int().argsort(dim=1, descending=True, stable=True)  # the prompt's tokens first, whichever side is padded
-        return {"encoder_hidden_states": hidden.gather(1, order[..., None].expand_as(hidden)), "mask": mask.gather(1, order)}
+        return prompt_first(hidden, mask)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See FlowPolicy. The network's time runs from noise to image, and so does its prediction."""

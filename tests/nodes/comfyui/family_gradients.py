@@ -16,13 +16,16 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
-from tiny import described
+from diffusers import AutoencoderKLQwenImage
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from tiny import described, wan_vae
 
 sys.path.append(str(Path(__file__).parents[2] / "helpers"))
 from native_names import native
 
 pipeline = Path(embedded.arguments[0])
 folders = dict(argument.split("=", 1) for argument in embedded.arguments[1:])
+FrameAutoencoder = embedded.ours("trainer.models.autoencoder").FrameAutoencoder
 core, graph, adapter = (embedded.ours(name) for name in ("trainer.policy", "nodes.policy", "nodes.adapter"))
 MLP = ("ff.net.0.proj", "ff.net.2", "attn.to_out.0", "attn.to_add_out")
 SINGLE = ("single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out")
@@ -32,9 +35,14 @@ TARGETS = {
     "sdxl": ("to_q", "to_v", "to_out.0", "conv1", "ff.net.2", "proj_in"),
     "zimage": ("attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "adaLN_modulation.0"),
     "klein": ("attn.to_out.0", "attn.to_add_out", "ff.linear_in", "attn.to_qkv_mlp_proj", "attn.to_out"),
+    "krea": ("attn.to_out.0", "attn.to_q", "ff.down", "final_layer.linear"),
 }
-POLICIES = {"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"}
-KNOWN = {"zimage": "ZImage", "klein": "Flux2"}  # classes that old versions lack
+POLICIES = {
+    **{"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"},
+    "krea": "KreaPolicy",
+}
+KNOWN = {"zimage": "ZImage", "klein": "Flux2", "krea": "Krea2"}  # classes that old versions lack
+FRAMES = ("krea",)  # latents of a video autoencoder
 PROMPTS = ["a red star", "a blue ring"]
 results = {}
 
@@ -57,9 +65,9 @@ def converted(family, kind, unet_config, state, dtype):
 
 
 def tokens(encoded):
-    """A prompt's embedding without padding, as ComfyUI has it where the family masks it."""
-    mask = encoded.get("mask")
-    return encoded["encoder_hidden_states"] if mask is None else encoded["encoder_hidden_states"][:, : int(mask.sum())]
+    """A prompt's embedding without padding, as ComfyUI has it where the family masks it; several layers as one of their joint width."""
+    mask, text = encoded.get("mask"), encoded["encoder_hidden_states"].flatten(2)
+    return text if mask is None else text[:, : int(mask.sum())]
 
 
 def gradient(policy, noise, levels):
@@ -81,9 +89,26 @@ def opened_in_graph(family, headless, dtype, shape):
     texts = {p: (tokens(e), e.get("pooled_projections", e.get("text_embeds"))) for p, e in encoded.items()}
     model = converted(family, *described(family, headless.network.config), state, dtype)
     with torch.inference_mode():
-        vae = embedded.ours("nodes.demo").load_vae(pipeline)
+        vae = wan_vae() if family in FRAMES else embedded.ours("nodes.demo").load_vae(pipeline)
     condition = lambda p: [[texts[p][0].detach(), {} if texts[p][1] is None else {"pooled_output": texts[p][1].detach()}]]  # noqa: E731
     return graph.ComfyPolicy(model, vae, condition, shape), model
+
+
+def decoded(headless, noise):
+    """Of one video autoencoder's weights in both hosts: errors of a decoded image, of its gradient, and of an encoded image."""
+    vae, theirs = wan_vae(), AutoencoderKLQwenImage(base_dim=8)
+    theirs.load_state_dict(convert_wan_vae_to_diffusers(dict(vae.first_stage_model.state_dict())))
+    latents, found = 0.3 * noise, []
+    policy, _ = opened_in_graph("krea", headless, torch.float32, noise.shape[1:])
+    with policy.loaded([], 2):
+        for decode in (FrameAutoencoder(theirs.requires_grad_(False)).decode, policy.decode):
+            x = latents.clone().requires_grad_()
+            images = decode(x)
+            (images * torch.linspace(-1, 1, images.numel()).reshape(images.shape)).sum().backward()
+            found.append((images.detach(), x.grad))
+    images = found[0][0]
+    found = [(*pair, encode(images)[0]) for pair, encode in zip(found, (FrameAutoencoder(theirs).encode, policy.encode))]
+    return [float((ours - wanted).norm() / wanted.norm()) for wanted, ours in zip(*found)]
 
 
 def in_graph(family, headless, dtype, checkpointing, noise, levels):
@@ -149,6 +174,8 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         levels = torch.tensor([0.7, 0.4]) if family != "sdxl" else headless.sigmas(6)[2:4]
         wanted = gradient(headless, noise, levels)
         results[f"{family}, headless bfloat16"] = error(gradient(opened(family, folder, torch.bfloat16), noise, levels), wanted)
+        if family == "krea":
+            results["decoded"] = decoded(headless, noise)
         results[f"{family}, loaded"] = loaded(family, headless, noise, levels)
         for dtype in (torch.float32, torch.bfloat16):
             for kept in ("kept", "recomputed"):

@@ -4,6 +4,7 @@ import embedded  # first: it puts ComfyUI on the path
 import comfy.cldm.cldm
 import comfy.ldm.modules.diffusionmodules.mmdit
 import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.ldm.wan.vae
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
@@ -83,6 +84,13 @@ def described(family, config):
             "axes_dim": list(config["axes_dims_rope"]), "theta": 2000, "qkv_bias": False, "ops_bias": False, "global_modulation": True,
             "mlp_silu_act": True, "guidance_embed": False, "txt_ids_dims": [3], "default_ref_method": "index", "ref_index_scale": 10.0,
         }  # fmt: skip
+    if family == "krea":
+        return comfy.supported_models.Krea2, {
+            "image_model": "krea2", "features": config["num_attention_heads"] * config["attention_head_dim"], "channels": 16, "patch": 2,
+            "layers": config["num_layers"], "heads": config["num_attention_heads"], "kvheads": config["num_key_value_heads"],
+            "tdim": config["timestep_embed_dim"], "txtlayers": config["num_text_layers"], "txtdim": config["text_hidden_dim"],
+            "txtheads": config["text_num_attention_heads"], "txtkvheads": config["text_num_key_value_heads"],
+        }  # fmt: skip
     more = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
     return comfy.supported_models.Flux, {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32, "context_in_dim": 64,
@@ -109,6 +117,13 @@ def sd3(seed):
         pos_embed_max_size=32, pos_embed_scaling_factor=None, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
     return comfy.sd.load_diffusion_model_state_dict(_random(network, seed))
+
+
+def wan_vae():
+    """A small random VAE of Wan 2.1's and Qwen-Image's kind."""
+    kind = comfy.ldm.wan.vae.WanVAE
+    state = _random(kind(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]), 4)
+    return comfy.sd.VAE(sd={n: torch.ones_like(v) if n.endswith("gamma") else v for n, v in state.items()}, dtype=torch.float32)
 
 
 def random_lora(model, seed, targets):
