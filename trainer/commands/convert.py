@@ -11,7 +11,7 @@ import torch
 
 from ..config import ConfigError
 from ..lora.extract import extract, extract_delta, weight_files
-from ..lora.file import read_adapter, read_lora, write_adapter
+from ..lora.file import PEFT_CONFIG, PEFT_WEIGHTS, read_adapter, read_lora, write_adapter
 from ..lora.layouts import LAYOUTS, Adapter
 from ..lora.names import is_delta
 from ..models.lora_family import for_family
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("extraction takes --base MODEL --tuned MODEL and one path to write")
     if tuned is None and len(sources) != 1:
         raise ConfigError("give the LoRA to read and the path to write")
-    if out.exists() and not args.overwrite:
+    if _is_finished(out) and not args.overwrite:
         raise ConfigError(f"{out} exists: add --overwrite to replace it")
     torch.manual_seed(0)  # the same input gives the same file
     if base is not None and tuned is not None:
@@ -66,6 +66,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     print(f"wrote {out} ({layout}, {len(adapter.updates)} modules {family}): every key read back")
     return 0
+
+
+def _is_finished(out: Path) -> bool:
+    """Whether something is there; not for a peft folder that was being written when it was interrupted: its weights come last."""
+    if not out.is_dir():
+        return out.exists()
+    return any(path.name.removesuffix(".partial") != PEFT_CONFIG and path.name != f"{PEFT_WEIGHTS}.partial" for path in out.iterdir())
 
 
 def _read(source: Path, base: Path | None, args: argparse.Namespace) -> tuple[Adapter, dict[str, str]]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..policy import Adaptable, Lora, Trainable
+from ..runtime.files import write_text
 from . import names
 from .layouts import Adapter, Update, parse, tensors_of
 from .write import write_tensors
@@ -87,7 +89,14 @@ def write_adapter(adapter: Adapter, path: Path, layout: str, header: Mapping[str
     header = {key: value for key, value in header.items() if key != "lora_adapter_metadata"}  # it described the old layout
     if layout == "peft":
         path.mkdir(parents=True, exist_ok=True)
-        _peft_config(adapter).save_pretrained(path)
+        (path / PEFT_WEIGHTS).unlink(missing_ok=True)  # a folder without weights is unfinished; none mixes two adapters
+        try:
+            with TemporaryDirectory() as folder:
+                _peft_config(adapter).save_pretrained(folder)
+                text = (Path(folder) / PEFT_CONFIG).read_text("utf-8")
+        except OSError as error:
+            raise OSError(f"cannot write {path / PEFT_CONFIG}: {error}") from error
+        write_text(text, path / PEFT_CONFIG)
         path = path / PEFT_WEIGHTS
     else:
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(max(u.rank for u in adapter.updates.values()))}
