@@ -187,12 +187,14 @@ CHANGES = Changes()
 
 def fork(work, folder, *, fatal=0, room=None):
     """Run `work` in a child; killed before its change number `fatal` of the folder x, or with files of `room` bytes at most."""
+    said, end = os.pipe()
     process = os.fork()
     if process:
-        return process
+        os.close(end)
+        return process, said
     code = 99
     try:
-        sys.stdout = sys.stderr = open(folder / "said", "w", buffering=1)  # noqa: SIM115
+        sys.stdout = sys.stderr = os.fdopen(end, "w", buffering=1)
         CHANGES.folder, CHANGES.count, CHANGES.fatal = str(folder / "x"), 0, fatal
         if room is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
@@ -207,8 +209,12 @@ def fork(work, folder, *, fatal=0, room=None):
         os._exit(code)
 
 
-def ended(process):
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def ended(child):
+    """Exit status of a child, negative where a signal ended it, and what it said."""
+    process, said = child
+    with os.fdopen(said) as file:
+        text = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), text
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +242,8 @@ def check(case, folder, mine, whole):
     kept = {n: c for n, c in mine.results().items() if not any(part in n for part in PASSING)}
     wrong = [n for n, c in kept.items() if whole.get(n) != c and not (case is Score and n.startswith("in"))]
     assert not wrong, wrong
-    assert ended(fork(mine.resume, folder)) == 0, (folder / "said").read_text()
+    code, said = ended(fork(mine.resume, folder))
+    assert code == 0, said
     found = mine.results()
     assert found.keys() == whole.keys() and [n for n in found if found[n] != whole[n]] == []
 
@@ -246,7 +253,7 @@ def check(case, folder, mine, whole):
 def test_a_command_that_is_killed_between_two_writes_is_completed_by_another(case, moment, wholes, tmp_path):
     whole, count = wholes(case)
     mine = case(tmp_path / "x")
-    assert ended(fork(mine.start, tmp_path, fatal=max(1, round(moment * count)))) == -signal.SIGKILL
+    assert ended(fork(mine.start, tmp_path, fatal=max(1, round(moment * count))))[0] == -signal.SIGKILL
     check(case, tmp_path, mine, whole)
 
 
@@ -258,7 +265,7 @@ def test_a_command_that_is_killed_before_any_of_its_writes_is_completed_by_anoth
     for moment in moments:
         (tmp_path / f"{moment}").mkdir()
         mine = case(tmp_path / f"{moment}" / "x")
-        assert ended(fork(mine.start, tmp_path / f"{moment}", fatal=moment)) == -signal.SIGKILL
+        assert ended(fork(mine.start, tmp_path / f"{moment}", fatal=moment))[0] == -signal.SIGKILL
         check(case, tmp_path / f"{moment}", mine, whole)
 
 
@@ -268,15 +275,15 @@ def test_a_command_that_is_killed_at_twenty_random_moments_is_completed_by_anoth
     whole, _ = wholes(case)
     (tmp_path / "timed").mkdir()
     begin, killed = time.monotonic(), 0
-    assert ended(fork(case(tmp_path / "timed" / "x").start, tmp_path / "timed")) == 0
+    assert ended(fork(case(tmp_path / "timed" / "x").start, tmp_path / "timed"))[0] == 0
     seconds = time.monotonic() - begin
     for moment in range(20):
         (tmp_path / f"{moment}").mkdir()
         mine = case(tmp_path / f"{moment}" / "x")
-        process = fork(mine.start, tmp_path / f"{moment}")
+        child = fork(mine.start, tmp_path / f"{moment}")
         time.sleep(random.Random(moment).uniform(0, seconds))
-        os.kill(process, signal.SIGKILL)
-        killed += ended(process) == -signal.SIGKILL
+        os.kill(child[0], signal.SIGKILL)
+        killed += ended(child)[0] == -signal.SIGKILL
         check(case, tmp_path / f"{moment}", mine, whole)
     print(f"{case.__name__}: {killed} of 20 were killed before their end")
     assert killed >= 5
@@ -287,7 +294,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(case, wholes, tmp_path)
     """Files of a limited size stand for it: the system refuses the bytes beyond, as a full disk does."""
     whole, _ = wholes(case)
     mine = case(tmp_path / "x")
-    assert ended(fork(mine.start, tmp_path, room=ROOM[case])) == 2
-    said = (tmp_path / "said").read_text().replace("\r", "\n").splitlines()[-1]
+    code, said = ended(fork(mine.start, tmp_path, room=ROOM[case]))
+    assert code == 2, said
+    said = said.replace("\r", "\n").splitlines()[-1]
     assert said.startswith(f"error: cannot write {tmp_path}") or (case is Score and said.startswith("error: cannot write s.csv")), said
     check(case, tmp_path, mine, whole)

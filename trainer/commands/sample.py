@@ -19,7 +19,7 @@ from ..lora.file import load_lora, lora_weights, read_lora
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.two_unets import TUNED_UNET, with_unet
-from ..runtime.files import file_hash
+from ..runtime.files import files_hash
 from .image_folder import ImageFolder
 from .options import add_generation, finite, generation_of, policy_of, prompts_of
 from .parts import base_hash
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(args: argparse.Namespace, unet: Path | None, prompts: Sequence[str]) -> dict[str, Any]:
     """What the images depend on beside the sampler's settings."""
-    tuned = {"lora": lora_weights(args.lora)} if args.lora else {"tuned_unet": weight_files(unet)[0]} if unet else {}
+    tuned = {"lora": [lora_weights(args.lora)]} if args.lora else {"tuned_unet": weight_files(unet)} if unet else {}
     return {
         "model": args.model,
         "lora": str(args.lora or ""),
@@ -99,7 +99,7 @@ def _facts(args: argparse.Namespace, unet: Path | None, prompts: Sequence[str]) 
         **{f.name: getattr(args, f.name) for f in fields(ModelOptions)},
         "image_size": args.image_size,
         "model_sha256": base_hash(args.model),
-        **{f"{name}_sha256": file_hash(path) for name, path in tuned.items()},
+        **{f"{name}_sha256": files_hash(paths) for name, paths in tuned.items()},
         "n": args.n,
         "prompts": list(prompts[:: args.n]),
         "images": len(prompts),
