@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..trainer.text import lines
+
 
 def separate(parts: Sequence[Tensor]) -> list[Tensor]:
     """A list of IMAGEs (B,H,W,C) of any sizes -> their images, each (1,H,W,C), in order."""
@@ -68,7 +70,7 @@ def prompts_of(texts: Sequence[str], parts: Sequence[Tensor], per_line: bool) ->
     are dropped, then all.
     """
     counts = [len(part) for part in parts]
-    texts = [line for text in texts for line in (text.splitlines() or [""] if per_line else [text])]
+    texts = [line for text in texts for line in (lines(text) or [""] if per_line else [text])]
     if not any(text.strip() for text in texts):
         return [""] * sum(counts)
     if per_line:

@@ -22,6 +22,7 @@ from ..trainer.guidance import Slot, combined
 from ..trainer.metrics.diversity import within_prompt_diversity
 from ..trainer.rng import Rng
 from ..trainer.sampling import METHODS
+from ..trainer.text import lines
 from .combined import guider
 from .judging import VISION, features
 from .scoring import score
@@ -104,18 +105,18 @@ class Progress:
 
 def conditioned(text: str, positive: Any, clip: Any) -> list[tuple[str, Any]]:
     """Prompts with their conditioning: with a CLIP one for each line, else one prompt, which `positive` must show."""
-    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    prompts = list(dict.fromkeys(line.strip() for line in lines(text) if line.strip()))
     if clip is not None and positive is not None:
         raise ValueError("positive and clip are both connected: disconnect positive, since clip encodes the prompts")
-    if clip is not None and not lines:
+    if clip is not None and not prompts:
         raise ValueError("no prompt: write one per line")
     if clip is not None:
-        return [(line, clip.encode_from_tokens_scheduled(clip.tokenize(line))) for line in lines]
+        return [(line, clip.encode_from_tokens_scheduled(clip.tokenize(line))) for line in prompts]
     if positive is None:
         raise ValueError("no conditioning: connect clip, which encodes each line of prompt, or positive for one prompt")
-    if len(lines) > 1:
-        raise ValueError(f"{len(lines)} lines of prompt without a clip: connect clip for one prompt per line, or write one line")
-    return [("".join(lines), positive)]
+    if len(prompts) > 1:
+        raise ValueError(f"{len(prompts)} lines of prompt without a clip: connect clip for one prompt per line, or write one line")
+    return [("".join(prompts), positive)]
 
 
 def parse_switches(text: str, steps: int) -> list[int]:

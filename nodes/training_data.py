@@ -14,6 +14,7 @@ from torch import Tensor
 from ..trainer.data.buckets import Size, bucket_sizes
 from ..trainer.data.cache import TensorCache
 from ..trainer.data.samples import Samples, encode_images, load_samples
+from ..trainer.text import lines
 from .folder import CaptionedFolder, resolve
 from .latents import Encoder, latents_per_token, pixels_per_latent
 from .lists import prompts_of
@@ -76,27 +77,27 @@ class TrainingData:
         counts = Counter(shapes[i] for i in samples.image.tolist()).most_common()
         sizes = [f"{width * ratio}×{height * ratio}: {count}" for (_, height, width), count in counts]
         few = [size for size, (_, count) in zip(sizes, counts) if count < batch_size]
-        lines = [self.folder.said, f"samples by width×height: {', '.join(sizes)}"]
-        return "\n" + "\n".join([*lines, *([f"fewer than batch_size, so that its images repeat: {', '.join(few)}"] if few else [])])
+        said = [self.folder.said, f"samples by width×height: {', '.join(sizes)}"]
+        return "\n" + "\n".join([*said, *([f"fewer than batch_size, so that its images repeat: {', '.join(few)}"] if few else [])])
 
 
 def training_data(prompts: str, images: Tensor | None, folder: CaptionedFolder | None, size: Size, image_size: int) -> TrainingData:
     """The data of a training node's inputs; ValueError where they contradict each other."""
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+    written = [line.strip() for line in lines(prompts) if line.strip()]
     if folder is not None:
         if images is not None:
             raise ValueError("images and dataset are both connected: disconnect one of them")
-        if lines:
+        if written:
             raise ValueError("dataset is connected and prompts are written: clear prompts, a dataset has its own captions")
         if not image_size:
             raise ValueError("image_size = 0 keeps the size of images, which a dataset cannot: give pixels, 512 for SD1.5 say")
         return TrainingData(folder.captions, (image_size, image_size), folder=folder, written=folder.captions)
     if images is None:
-        return TrainingData(lines, size, written=lines)
+        return TrainingData(written, size, written=written)
     with torch.inference_mode(False):
         real = _fitted(pixels(images).clone(), image_size)
     texts = [text.strip() for text in prompts_of([prompts], [images], per_line=True)]
-    return TrainingData(texts, (int(real.shape[2]), int(real.shape[3])), real, written=lines if all(texts) else texts)
+    return TrainingData(texts, (int(real.shape[2]), int(real.shape[3])), real, written=written if all(texts) else texts)
 
 
 def _latents() -> Path:

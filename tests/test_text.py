@@ -44,6 +44,7 @@ def test_what_is_not_text_is_refused_with_the_line(content, tmp_path):
 
 
 def test_lines_end_at_line_ends_alone():
-    assert lines("a\nb\r\nc\rd\n\ne") == ["a", "b", "c", "d", "", "e"]
+    for text in ("a\nb\r\nc\rd\n\ne", "a\n", "a\n\n", "", "\n"):
+        assert lines(text) == text.splitlines()
     one = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"
     assert lines(one) == [one] and len(one.splitlines()) == 9

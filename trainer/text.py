@@ -65,8 +65,9 @@ def _is_utf_8(data: bytes) -> bool:
 
 
 def lines(text: str) -> list[str]:
-    r"""Lines that end in \n, \r\n or \r; other separators, such as U+2028, are characters of a line."""
-    return re.split(r"\r\n|\n|\r", text)
+    r"""Lines that end in \n, \r\n or \r; other separators, such as U+2028, are characters of a line. A last line may lack its end."""
+    found = re.split(r"\r\n|\n|\r", text)
+    return found if found[-1] else found[:-1]
 
 
 def valid(text: str) -> str:

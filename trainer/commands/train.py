@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import build, override, plain, read_toml
 from ..memory.oom import remedy
-from ..memory.planner import Planner
+from ..memory.planner import Planner, data_report
 from ..memory.savings import fit_vram
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES
@@ -78,6 +78,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         config = processes.exchange(fitted)[0]
     if args.plan:
         if processes.main:
+            if (report := data_report(config)).source:
+                report.show()
             print(planner.report(config))
         return 0
     try:

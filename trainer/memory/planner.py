@@ -9,6 +9,7 @@ from pathlib import Path
 from ..config import plain
 from ..data.captions import read_captions, read_prompts
 from ..data.hub import PREFIX
+from ..data.report import Report
 from ..models.open import DTYPES, open_consistency, open_policy
 from ..rewards.base import RewardModel
 from ..rewards.registry import load, load_features
@@ -87,14 +88,21 @@ def _meta_reward(spec: str, dtype: str = "float32") -> RewardModel:
     return reward
 
 
-def _data_size(config: TrainConfig) -> tuple[int, int]:
+def data_report(config: TrainConfig) -> Report:
+    """What a run would read; without a source where the data are not there yet."""
+    report = Report()
+    _data_size(config, report)
+    return report
+
+
+def _data_size(config: TrainConfig, report: Report | None = None) -> tuple[int, int]:
     """Numbers of images and of distinct prompts; (1, 1) where the data are not there yet."""
     if config.images == "demo":
         number = importlib.import_module("..demo.show", __package__).FULL.real  # memory/ must not depend on demo/
         return number, number
     if config.images.startswith(PREFIX) or (config.images and Path(config.images).exists()):
-        pairs = read_captions(config.images)
+        pairs = read_captions(config.images, report)
         return len({image for image, _ in pairs}), len({caption for _, caption in pairs})
     if config.prompts and Path(config.prompts).exists():
-        return 0, len(set(read_prompts(Path(config.prompts))))
+        return 0, len(set(read_prompts(Path(config.prompts), report)))
     return int(bool(config.images)), 1
