@@ -4,7 +4,6 @@ Usage: executor.py COMFYUI PACK. Prints one JSON line.
 """
 
 import asyncio
-import inspect
 import json
 import sys
 from pathlib import Path
@@ -14,34 +13,16 @@ import execution
 import folder_paths
 import nodes as stock
 import torch
+from in_process import Executor, own_folders
+from workflows import api_form, changed
 
-for name in ("output", "temp", "input"):
-    Path(name).mkdir()
-    getattr(folder_paths, f"set_{name}_directory")(str(Path(name).resolve()))
+own_folders()
+
 for name in ("checkpoints", "loras"):
     Path(name).mkdir()
     folder_paths.add_model_folder_path(name, str(Path(name).resolve()))
-from workflows import api_form, changed
 
 results = {}
-
-
-class Server:
-    """What PromptExecutor wants of a server."""
-
-    client_id = last_node_id = last_prompt_id = None
-
-    def __init__(self):
-        self.sockets_metadata, self.sent = {}, []
-
-    def send_sync(self, event, data, sid=None):
-        self.sent.append((event, data))
-
-
-def caching():
-    """Settings of the cache that later versions read while they run a graph: nothing is dropped for want of memory."""
-    known = inspect.signature(execution.PromptExecutor).parameters
-    return {"cache_args": {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}} if "cache_args" in known else {}
 
 
 def plain_sample():
@@ -57,15 +38,8 @@ async def main():
     results["modules that the pack brings"] = sorted({name.split(".")[0] for name in set(sys.modules) - before})
     results["plain sample in a fresh process"] = plain_sample()
     described = {name: {"input": kind.INPUT_TYPES()} for name, kind in stock.NODE_CLASS_MAPPINGS.items()}
-    server = Server()
-    executor = execution.PromptExecutor(server, **caching())
-
-    async def run(name, prompt):
-        validity = await execution.validate_prompt(name, prompt, None)
-        assert validity[0], validity[1:]
-        assert not validity[3], validity[3]  # an invalid output would be dropped, and the rest run
-        await executor.execute_async(prompt, name, {"client_id": "a browser"}, validity[2])
-        return executor.success
+    executor = Executor()
+    run = executor.run
 
     async def problems(name, prompt):
         """Whether a prompt is valid, and the kinds of errors of its nodes."""
@@ -85,9 +59,9 @@ async def main():
     results["valid with their files"] = [name for name, prompt in stable.items() if await problems(name, prompt) == (True, set())]
     combined = changed(prompts["demo-combined-generation"], "EmptyLatentImage", batch_size=1)
     results["combined"] = await run("combined", combined)
-    first = len([1 for event, _ in server.sent if event == "executing"])
+    first = len([1 for event, _ in executor.server.sent if event == "executing"])
     results["again"] = await run("again", combined)
-    cached = [data["nodes"] for event, data in server.sent if event == "execution_cached"][-1]
+    cached = [data["nodes"] for event, data in executor.server.sent if event == "execution_cached"][-1]
     results["everything cached"] = set(cached) >= {i for i, node in combined.items() if node["class_type"] != "SaveImage"} and first > 5
     results["demo-score-and-pick-best"] = await run("best", changed(prompts["demo-score-and-pick-best"], "KSampler", steps=2))
     cure = changed(prompts["demo-collapse-and-cure"], "KSampler", steps=2)
@@ -96,7 +70,7 @@ async def main():
     results["demo-trade-off-sweep"] = await run("sweep", sweep)
     wrong = changed(combined, "ImageReFLCombinedKSampler", mode="step", switch_at=99.0)
     results["a wrong k fails"] = not await run("wrong", wrong)
-    results["says why"] = next(data for event, data in executor.status_messages if event == "execution_error")["exception_message"].strip()
+    results["says why"] = executor.problem()
     results["and the next runs"] = await run("next", combined)
 
 

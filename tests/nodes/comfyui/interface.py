@@ -1,4 +1,5 @@
-"""Run inside a ComfyUI: the pack's nodes as saved graphs know them, and which workflows of a folder the server accepts.
+"""Run inside a ComfyUI: the pack's nodes as saved graphs know them, and which workflows of a folder the server accepts,
+and what they give.
 
 Usage: interface.py COMFYUI PACK WORKFLOWS. Prints one JSON line.
 """
@@ -9,8 +10,16 @@ from pathlib import Path
 
 import embedded  # first: it puts ComfyUI on the path
 import execution
+import folder_paths
 import nodes as stock
+import old_graphs
+from in_process import own_folders
+from PIL import Image
 from workflows import WIDGETS, api_form
+
+own_folders()
+Image.new("RGB", (64, 64), (90, 120, 60)).save("input/example.png")
+folder_paths.add_model_folder_path("loras", str(Path(embedded.arguments[0]).parent / "imagerefl"))
 
 
 HOSTS = {"sampler_name", "scheduler"}  # whose options are ComfyUI's
@@ -44,15 +53,17 @@ async def main():
     await stock.load_custom_node(embedded.pack)
     ours = {name: described(cls) for name, cls in stock.NODE_CLASS_MAPPINGS.items() if name not in theirs}
     known = {name: {"input": cls.INPUT_TYPES()} for name, cls in stock.NODE_CLASS_MAPPINGS.items()}
-    errors = {}
+    errors, prompts = {}, {}
     for path in sorted(Path(embedded.arguments[0]).glob("*.json")):
         text = path.read_text("utf-8")
         if "SaveLoRANode" not in known:  # ComfyUI's own, which later versions call SaveLoRA
             text = text.replace('"SaveLoRANode"', '"SaveLoRA"')
-        validity = await execution.validate_prompt(path.stem, api_form(json.loads(text), known), None)
+        prompts[path.stem] = api_form(json.loads(text), known)
+        validity = await execution.validate_prompt(path.stem, prompts[path.stem], None)
         kinds = {error["type"] for node in validity[3].values() for error in node["errors"]}
         errors[path.stem] = sorted(kinds)
-    return {"nodes": ours, "errors": errors}
+    names = getattr(embedded.ours("nodes.training"), "_OLD", None)  # none in 0.1.0
+    return {"nodes": ours, "errors": errors, **await old_graphs.run(prompts, names)}
 
 
 print(json.dumps(asyncio.run(main())))
