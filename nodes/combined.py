@@ -13,6 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from . import host
+from .parts import SAME, Part, joined, sampled, tuned_part
 from .schedule import LEVEL, When
 from .sockets import CATEGORY, draw_text, schema
 from .switch import SWITCH_INPUTS, rule, switched
@@ -141,6 +142,29 @@ class CombinedKSampler(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="The latent to denoise."),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Below 1, sampling starts from the latent."),
                 *_TUNED_PROMPTS,
+                io.Int.Input(
+                    "tuned_steps",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="Steps of the tuned part's own schedule, for a turbo model or few-step LoRA after its base. 0: as steps. "
+                    "A switch by step or fraction counts the base's steps, one by last steps the tuned part's.",
+                ),
+                io.Combo.Input(
+                    "tuned_sampler_name",
+                    options=[SAME, *comfy.samplers.KSampler.SAMPLERS],
+                    default=SAME,
+                    optional=True,
+                    tooltip="Sampler of the tuned part. Another one starts without the history of the first.",
+                ),
+                io.Combo.Input(
+                    "tuned_scheduler",
+                    options=[SAME, *comfy.samplers.KSampler.SCHEDULERS],
+                    default=SAME,
+                    optional=True,
+                    tooltip="Spacing of the tuned part's noise levels, by the tuned model's own shift.",
+                ),
             ],
             outputs=[io.Latent.Output("latent", display_name="LATENT", tooltip="The denoised latent.")],
         )
@@ -165,29 +189,36 @@ class CombinedKSampler(io.ComfyNode):
         denoise: float,
         tuned_positive: Any = None,
         tuned_negative: Any = None,
+        tuned_steps: int = 0,
+        tuned_sampler_name: str = SAME,
+        tuned_scheduler: str = SAME,
     ) -> io.NodeOutput:
         """Sample."""
-        when = rule(tuned, mode, switch_at)
+        first = Part(base, steps, sampler_name, scheduler)
+        second = tuned_part(first, tuned, tuned_steps, tuned_sampler_name, tuned_scheduler)
+        when: When = rule(tuned, mode, switch_at)
+        # an impossible switch is refused before any step
+        sigmas, k = joined(first.sigmas(denoise), second.sigmas(denoise), when)
+        last = len(sigmas) - 1
+        sampler = comfy.samplers.sampler_object(sampler_name)
+        if second is not first:
+            sampler, when = sampled(first, second, k, last)
         model = switched(base, tuned, when, strength)
         latent = host.latent_for(model, latent_image)
         if len(latent) == 0:
             raise ValueError("an empty latent batch: there is nothing to draw")
         if not bool(torch.isfinite(latent).all()):
             raise ValueError("the latent holds numbers that are not finite: look at the node that made it")
-        plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
-        if len(plan.sigmas) > 1:
-            switch = when.sigma(plan.sigmas)  # an impossible switch is refused before any step
-            levels = plan.sigmas.tolist()
-            k, last = sum(level > switch for level in levels[:-1]), len(levels) - 1
+        if last > 0:
             alone = {0: "tuned model alone", last: "base model alone"}
-            draw_text(cls, alone.get(k, f"tuned from step {k} of {last} on (σ {levels[k]:.3f})"))
+            draw_text(cls, alone.get(k, f"tuned from step {k} of {last} on (σ {float(sigmas[k]):.3f})"))
         samples = guider(model, when, cfg, tuned_cfg, positive, negative, tuned_positive, tuned_negative).sample(
             comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")),
             latent,
-            comfy.samplers.sampler_object(sampler_name),
-            plan.sigmas,
+            sampler,
+            sigmas,
             denoise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(plan.sigmas) - 1),
+            callback=latent_preview.prepare_callback(model, last),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )

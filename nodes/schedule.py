@@ -19,7 +19,7 @@ from .gate import Patches, gated, without_gate
 KEY = "imagerefl_switch"
 SCHEDULE = "imagerefl_schedule"  # a MODEL's LoRAs in ranges, under this key of its attachments
 LEVEL = "imagerefl_sigma"  # in the transformer options of an evaluation: its σ as a float, where that is known
-_MARGIN = 1 + 1e-4
+MARGIN = 1 + 1e-4
 
 When = Callable[[float, dict[str, Any]], bool]
 """Whether something is on, from the σ of an evaluation and the transformer options of its sampling run."""
@@ -40,13 +40,13 @@ class Rule:
         if steps > 0 and levels[0] < levels[-1]:
             raise ValueError("noise levels rise in this run (flipped sigmas): a switch or a LoRA in a range needs levels that fall")
         if self.mode == "sigma":
-            return self.at * _MARGIN
+            return self.at * MARGIN
         k = {"step": round(self.at), "fraction": round(self.at * steps), "last steps": steps - round(self.at)}[self.mode]
         if not 0 <= k <= steps:
             raise ValueError(f"the switch at {self.mode} {self.at:g} lies outside the {steps} steps that are run")
         if k == 0:
             return float("inf")
-        return levels[k] * _MARGIN if k < steps else -1.0
+        return levels[k] * MARGIN if k < steps else -1.0
 
     def __call__(self, level: float, options: dict[str, Any]) -> bool:
         """Whether an evaluation at σ = level comes after that point."""

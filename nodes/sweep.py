@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -25,21 +24,11 @@ from ..trainer.sampling import METHODS
 from ..trainer.text import lines
 from .combined import guider
 from .judging import VISION, features
+from .parts import Manual
 from .scoring import score
 from .sockets import CATEGORY, Reward, image, pixels, schema, show_text
 from .switch import switched
 from .tradeoff import Swept
-
-
-@dataclass
-class Manual:
-    """A switch that the sweep turns by hand."""
-
-    tuned: bool = False
-
-    def __call__(self, level: float, options: dict[str, Any]) -> bool:
-        """Whether the tuned model evaluates."""
-        return self.tuned
 
 
 class Sweep(comfy.samplers.Sampler):

@@ -180,10 +180,12 @@ def exact(policy):
         if not own:
             continue
 
-        def widen(module, _, own=own):
+        def widen(module, given, own=own):
             for _, p in own:
                 p.narrow = p.data
                 p.data = p.data.float()
+            # Z-Image's embedding of the timestep asks for the weights' type before they are wide
+            return tuple(v.float() if torch.is_tensor(v) and v.is_floating_point() else v for v in given)
 
         def restore(module, _, output, own=own):
             for _, p in own:
