@@ -39,7 +39,9 @@ def test_every_format_that_pillow_opens_is_an_image(tmp_path):
         assert (images.load(path, 8) - torch.tensor([1.0, 0, 0]).view(3, 1, 1)).abs().max() < 0.05
     (tmp_path / "j.heic").write_bytes(b"\0\0\0\x18ftypheic")
     if ".heic" not in images.SUFFIXES:
-        assert "left out: 1 .heic, which this Pillow cannot open: save as PNG (j.heic)" in str(found(tmp_path)[1])
+        assert "left out: 1 .heic (this Pillow cannot open them, save as PNG) (j.heic)" in str(found(tmp_path)[1])
+        with pytest.raises(ValueError, match=r"j.heic is not a readable image: this Pillow cannot open .heic, save it as PNG"):
+            images.open_image(tmp_path / "j.heic")
 
 
 def test_what_systems_and_editors_leave_in_folders_is_left_out(tmp_path):

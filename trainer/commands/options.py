@@ -16,7 +16,7 @@ from ..models.load import ModelOptions
 from ..models.open import open_policy
 from ..runtime.device import check_device, use_device
 from ..sampling import METHODS
-from ..text import valid
+from ..text import lines, valid
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,8 @@ def generation_of(args: argparse.Namespace) -> Generation:
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
     """The prompts, each repeated for its `-n` images."""
-    prompts = [valid(" ".join(text.split())) for text in getattr(args, "prompt", None) or []]  # one line, as in a file of prompts
+    given = getattr(args, "prompt", None) or []
+    prompts = [valid(" ".join(line.strip() for line in lines(text))) for text in given]  # one line each, as in a file of prompts
     if args.prompts:
         report = Report()
         prompts += read_prompts(args.prompts, report)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .report import Report
 
-# Pillow refuses a PNG whose compressed text or colour profile unpacks to more than 1 MB; workflows do. All of them: 64 MB, as before
-PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+# Pillow refuses a PNG with a compressed text or colour profile of more than 1 MB, or 64 MB of them; workflows with images in them have more
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 1 << 28)
 
 FORMATS = frozenset(("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "TGA", "QOI", "HEIF", "JXL"))
 """Pillow's names of formats that hold photographs and drawings; HEIF and JXL need a plugin that is registered with Pillow."""
@@ -62,7 +62,7 @@ def open_image(source: ImageSource) -> Image.Image:
             upright: Any = _eight_bit(_upright(opened))
             upright = upright.convert("RGBA") if "A" in upright.getbands() or "transparency" in upright.info else upright.convert("RGB")
     except Exception as error:  # Pillow's readers raise many types for a damaged file
-        raise ValueError(f"{source} is not a readable image: {error}") from error
+        raise _unreadable(source, error) from error
     if upright.mode == "RGBA":
         white = Image.new("RGBA", upright.size, "white")
         upright = Image.alpha_composite(white, upright).convert("RGB")
@@ -89,8 +89,14 @@ def size_of(source: ImageSource) -> tuple[int, int]:
             width, height = opened.size
             turned = _orientation(opened) >= 5  # by 90°
     except Exception as error:
-        raise ValueError(f"{source} is not a readable image: {error}") from error
+        raise _unreadable(source, error) from error
     return (width, height) if turned else (height, width)
+
+
+def _unreadable(source: ImageSource, error: Exception) -> ValueError:
+    suffix = Path(str(source)).suffix.lower()
+    lacking = suffix in _MISSING and suffix not in SUFFIXES
+    return ValueError(f"{source} is not a readable image: {f'this Pillow cannot open {suffix}, save it as PNG' if lacking else error}")
 
 
 def _opened(source: ImageSource) -> Image.Image:
@@ -153,7 +159,7 @@ def find(folder: Path, report: Report | None = None) -> Sequence[Path]:
         if path.suffix.lower() in SIDECARS:
             sidecars.append(path)
         elif (suffix := path.suffix.lower()) not in SUFFIXES:
-            report.leave_out(f"{suffix}, which this Pillow cannot open: save as PNG" if suffix in _MISSING else "not an image", path.name)
+            report.leave_out(f"{suffix} (this Pillow cannot open them, save as PNG)" if suffix in _MISSING else "not an image", path.name)
         elif not path.is_file() and not path.is_symlink():  # a broken link is an image that cannot be read
             report.leave_out("not a file", path.name)
         else:
