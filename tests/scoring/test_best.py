@@ -33,7 +33,7 @@ def score(*arguments, prompt="a square"):
 
 
 def names(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != ".imagerefl-best.json")
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != ".imagerefl-top.json")
 
 
 @pytest.mark.parametrize("link", [[], ["--link"]])

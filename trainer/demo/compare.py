@@ -106,11 +106,13 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     unknown = [n for n in names if n not in METHODS]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}: use some of {', '.join(METHODS)}")
-    begin = time.monotonic()
+    begin, configs = time.monotonic(), {name: train_config(name, out / "runs" / name, size, seed) for name in names}
+    for config in configs.values():
+        experiment.evaluations(config)  # before any is trained: raises where a finished one had other settings
     samples = experiment.renders(size.real, seed)
     watched = [c.text for c in world.captions(size.watched, "validation")]
     judges = rewards()
-    curves = {name: experiment.train(train_config(name, out / "runs" / name, size, seed), samples, watched, judges) for name in names}
+    curves = {name: experiment.train(config, samples, watched, judges) for name, config in configs.items()}
     files_of = (("", "lora.safetensors"), (" best", "best.safetensors"))
     loras = {f"{name}{label}": out / "runs" / name / file for name in names for label, file in files_of}
     captions, mixes = world.captions(size.prompts, "methods"), experiment.switched(loras, SWITCHES)

@@ -129,11 +129,10 @@ def train(
     trained on, the proxy by default.
     """
     folder = Path(config.out)
-    weights = weights_of(config)
-    if resume and (folder / "lora.safetensors").is_file() and (folder / WATCH).is_file():
-        _check_finished(config, folder / "lora.safetensors", weights)
-        return json.loads((folder / WATCH).read_text("utf-8"))
-    policy = load_base()
+    finished = evaluations(config) if resume else None
+    if finished is not None:
+        return finished
+    weights, policy = weights_of(config), load_base()
     if config.consistency:
         load_consistency(policy, files.CONSISTENCY)
     evaluation = Evaluation.of_run(config, policy, rewards, prompts, files.load_extractor().features)
@@ -144,6 +143,15 @@ def train(
     if not run.last:
         raise KeyboardInterrupt(f"saved {run.checkpoint_path} after step {run.step}; the same command continues, the demo with --resume")
     return evaluation.points
+
+
+def evaluations(config: TrainConfig) -> list[dict[str, float]] | None:
+    """The evaluations of a finished run, None of another; ConfigError where the finished one had other settings or weights."""
+    folder = Path(config.out)
+    if not (folder / "lora.safetensors").is_file() or not (folder / WATCH).is_file():
+        return None
+    _check_finished(config, folder / "lora.safetensors", weights_of(config))
+    return json.loads((folder / WATCH).read_text("utf-8"))
 
 
 def _check_finished(config: TrainConfig, lora: Path, weights: Mapping[str, Mapping[str, str]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-LIST = ".imagerefl-best.json"
+LIST = ".imagerefl-top.json"
 """In the folder of the best: the names of the files that were copied or linked into it."""
 
 
