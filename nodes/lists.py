@@ -12,11 +12,23 @@ from torch import Tensor
 from ..trainer.text import lines
 
 
+def check_image(part: Tensor) -> None:
+    """ValueError where an IMAGE is not (B,H,W,C) of floats, or has no image."""
+    shape = tuple(part.shape)
+    if part.ndim != 4:
+        raise ValueError(f"an image of shape {shape}: ComfyUI's are (batch, height, width, colours); look at the node that made it")
+    if not part.numel():
+        raise ValueError(f"an empty image batch (shape {shape}): connect at least one image")
+    if not part.is_floating_point():
+        raise ValueError(f"an image of {part.dtype}: ComfyUI's hold floats from 0 to 1; look at the node that made it")
+
+
 def separate(parts: Sequence[Tensor]) -> list[Tensor]:
     """A list of IMAGEs (B,H,W,C) of any sizes -> their images, each (1,H,W,C), in order."""
-    empty = next((tuple(part.shape) for part in parts if part.ndim != 4 or len(part) == 0), None if parts else ())
-    if empty is not None:
-        raise ValueError(f"an empty image batch (shape {empty}): connect at least one image")
+    if not parts:
+        raise ValueError("an empty list of images: connect at least one image")
+    for part in parts:
+        check_image(part)
     return [one for part in parts for one in part.split(1)]
 
 

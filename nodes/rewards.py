@@ -35,7 +35,8 @@ def names() -> list[str]:
 
 def roots() -> list[Path]:
     """The folders that hold rewards."""
-    return [Path(root) for root in folder_paths.get_folder_paths(_FOLDER)]
+    # another pack may have emptied the list
+    return [Path(root) for root in folder_paths.get_folder_paths(_FOLDER) or [Path(folder_paths.models_dir) / _FOLDER]]
 
 
 @dataclass(frozen=True)

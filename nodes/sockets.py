@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..trainer.config import NAMES, RENAMED, build
+from .lists import check_image
 
 CATEGORY = "ImageReFL"
 Reward = io.Custom("REWARD_MODEL")
@@ -51,8 +52,7 @@ def draw_text(node: type[io.ComfyNode], text: str) -> None:
 
 def pixels(image: torch.Tensor) -> torch.Tensor:
     """IMAGE (B,H,W,C) -> (B,3,H,W) in [0,1], float32."""
-    if image.ndim != 4 or len(image) == 0:
-        raise ValueError(f"an empty image batch (shape {tuple(image.shape)}): connect at least one image")
+    check_image(image)
     if not bool(torch.isfinite(image).all()):
         raise ValueError("an image holds numbers that are not finite: look at the node that made it")
     return image[..., :3].movedim(-1, 1).float().clamp(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from helpers.comfyui import PLACES, comfyui, run_inside
@@ -50,7 +51,11 @@ def test_a_broken_image_has_no_score_and_the_others_keep_theirs(told):
 def test_what_cannot_be_scored_or_picked_is_refused_in_a_sentence(told):
     assert told["none finite"] == "ValueError: no image is finite: look at the node that made the images"
     assert told["no finite score"] == "ValueError: reward 'nan demo-proxy' gives no image a finite score: connect another"
-    assert told["an empty list"] == "ValueError: an empty image batch (shape ()): connect at least one image"
+    assert told["an empty list"] == "ValueError: an empty list of images: connect at least one image"
+    shape = told["three dimensions"]
+    assert shape.startswith("ValueError: an image of shape (") and "(batch, height, width, colours)" in shape
+    assert told["bytes"].startswith("ValueError: an image of torch.uint8: ComfyUI's hold floats from 0 to 1")
+    assert [Path(root).parts[-2:] for root in told["no folder of rewards"]] == [("models", "rewards")]
     assert told["pick of NaN alone"].startswith("ValueError: none of 2 images is finite and has a finite score: look at the node")
     assert told["diversity of one"] == "ValueError: prompt 'b' has one image: diversity needs at least two"
 

@@ -34,17 +34,6 @@ def models(folder):
     os.link(first, folder / "checkpoints" / "imagerefl-sd15-merged.safetensors")
 
 
-async def ready(base, process):
-    async with aiohttp.ClientSession() as session:
-        while process.poll() is None:
-            try:
-                async with session.get(base + "/object_info") as answer:
-                    return await answer.json()
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.3)
-    raise RuntimeError("the server stopped")
-
-
 async def choose_template(page, name):
     """Through the template browser, as a user: the pack's entry in the list, then the card."""
     await page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
@@ -124,7 +113,8 @@ async def main():
     base = f"http://127.0.0.1:{port}"
     results = {}
     try:
-        await ready(base, process)
+        async with aiohttp.ClientSession() as session:
+            await live.Client(session, base).ready(process, folder)
         async with async_playwright() as tools:
             switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
             chromium = shutil.which("chromium") or shutil.which("google-chrome")

@@ -31,6 +31,15 @@ def ours(name):
     return importlib.import_module(f"{spec.name}.{name}")
 
 
+def refused(call):
+    """The sentence with which a call is refused; empty where it is not."""
+    try:
+        call()
+    except (ValueError, OSError, FloatingPointError) as problem:
+        return str(problem)
+    return ""
+
+
 def build(folder):
     """A MODEL over a fresh model of ComfyUI's own classes, from a diffusers folder."""
     return ours("nodes.demo").load_model(Path(folder))

@@ -27,14 +27,6 @@ case = Case(positive, negative)
 RULE, STEPS, K, CFG, TUNED_CFG = switch.Rule("step", 1), case.steps, case.k, case.cfg, case.tuned_cfg
 
 
-def refused(call):
-    try:
-        call()
-    except ValueError as problem:
-        return str(problem)
-    return ""
-
-
 results = {"shared": {}, "two": {}, "styled": {}}
 with torch.inference_mode():
     reward, style = load_file(lora), load_file(style_lora)
@@ -134,25 +126,29 @@ with torch.inference_mode():
     outside.add_patches({"model_sampling.sigmas": (torch.ones_like(base.model.model_sampling.sigmas),)})
     once = switch.switched(base, tuned, RULE)
     results["refused"] = {
-        "beyond": refused(lambda: case.combined(base, tuned, "euler", at=STEPS + 1)),
-        "equal": refused(lambda: switch.switched(base, base.clone(), RULE)),
-        "auto": refused(lambda: switch.BaseTunedSwitch.execute(base, tuned, "auto", 0.0, 1.0)),
-        "beyond, stock sampler": refused(lambda: case.stock(switch.switched(base, tuned, switch.Rule("step", STEPS + 1)), "euler")),
-        "zero weights": refused(lambda: switch.switched(base, silent, RULE)),
-        "zero strength": refused(lambda: switch.switched(base, faint, RULE)),
-        "not in a module": refused(lambda: switch.switched(base, outside, RULE)),
-        "switch as base": refused(lambda: switch.switched(once, tuned, RULE)),
-        "switch as tuned": refused(lambda: switch.switched(base, once, RULE)),
-        "attention patches": refused(lambda: switch.switched(base, patched, RULE)),
-        "empty": refused(lambda: case.combined(base, tuned, "euler", latent={"samples": torch.zeros(0, 4, 8, 8)})),
-        "not finite": refused(lambda: case.combined(base, tuned, "euler", latent={"samples": torch.full((1, 4, 8, 8), float("nan"))})),
+        "beyond": embedded.refused(lambda: case.combined(base, tuned, "euler", at=STEPS + 1)),
+        "equal": embedded.refused(lambda: switch.switched(base, base.clone(), RULE)),
+        "auto": embedded.refused(lambda: switch.BaseTunedSwitch.execute(base, tuned, "auto", 0.0, 1.0)),
+        "beyond, stock sampler": embedded.refused(
+            lambda: case.stock(switch.switched(base, tuned, switch.Rule("step", STEPS + 1)), "euler")
+        ),
+        "zero weights": embedded.refused(lambda: switch.switched(base, silent, RULE)),
+        "zero strength": embedded.refused(lambda: switch.switched(base, faint, RULE)),
+        "not in a module": embedded.refused(lambda: switch.switched(base, outside, RULE)),
+        "switch as base": embedded.refused(lambda: switch.switched(once, tuned, RULE)),
+        "switch as tuned": embedded.refused(lambda: switch.switched(base, once, RULE)),
+        "attention patches": embedded.refused(lambda: switch.switched(base, patched, RULE)),
+        "empty": embedded.refused(lambda: case.combined(base, tuned, "euler", latent={"samples": torch.zeros(0, 4, 8, 8)})),
+        "not finite": embedded.refused(
+            lambda: case.combined(base, tuned, "euler", latent={"samples": torch.full((1, 4, 8, 8), float("nan"))})
+        ),
     }
 
     flow = base.clone()
     flow.add_object_patch(
         "model_sampling", type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST), {})()
     )
-    results["refused"]["flow"] = refused(lambda: switch.switched(base, flow, RULE))
+    results["refused"]["flow"] = embedded.refused(lambda: switch.switched(base, flow, RULE))
     asyncio.run(stock.load_custom_node(embedded.pack))
     results["registered"] = sorted(name for name in stock.NODE_CLASS_MAPPINGS if name.startswith("ImageReFL"))
     texts = []

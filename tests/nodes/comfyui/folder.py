@@ -39,11 +39,7 @@ def write(path, size, seed, caption, suffix=".txt"):
 
 
 def ask(name, action):
-    try:
-        action()
-        refused[name] = ""
-    except (ValueError, OSError) as problem:
-        refused[name] = str(problem)
+    refused[name] = embedded.refused(action)
 
 
 def read(name, buckets=True, cached=False):

@@ -31,11 +31,7 @@ def call(node, *arguments, **keywords):
 
 
 def refused(name, action):
-    try:
-        action()
-        results["refused"][name] = ""
-    except (ValueError, FileNotFoundError, FloatingPointError) as problem:
-        results["refused"][name] = str(problem)
+    results["refused"][name] = embedded.refused(action)
 
 
 class StopAt:

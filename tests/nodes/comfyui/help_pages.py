@@ -34,7 +34,7 @@ def tables(described):
     lines = [MARK, "", "| input | type | default | |", "|---|---|---|---|"]
     for one in described.inputs:
         label = getattr(one, "display_name", None) or one.id
-        lines.append(f"| **{plain(label)}** | {kind_of(one)} | {default_of(one)} | {plain(one.tooltip)} |")
+        lines.append(f"| **{plain(label)}** | {plain(kind_of(one))} | {default_of(one)} | {plain(one.tooltip)} |")
     if described.outputs:
         lines += ["", "## Outputs", "", "| output | type | |", "|---|---|---|"]
         for one in described.outputs:

@@ -168,11 +168,3 @@ def quantized(format_, dtype, layer, weight):
     """A matrix as a layer of a quantised checkpoint holds it, without the hardware that multiplies in the format."""
     layer.quant_format, layer.layout_type, layer._full_precision_mm = format_, comfy.ops.QUANT_ALGOS[format_]["comfy_tensor_layout"], True
     return Quantized.from_float(weight.to(dtype), layer.layout_type)
-
-
-def refused(call):
-    try:
-        call()
-    except ValueError as problem:
-        return str(problem)
-    return ""

@@ -109,6 +109,12 @@ with torch.inference_mode():
         lambda: N["Score"].execute([batch], [combine(True, reward_a=proxy, weight_a=math.nan).result[0]], ["a"], [False]).result[0],
     )
     case("an empty list", lambda: score([], ["a"]).result[0])
+    case("three dimensions", lambda: score([batch[0]], ["a"]).result[0])
+    case("bytes", lambda: score([(batch * 255).to(torch.uint8)], ["a"]).result[0])
+    registered = folder_paths.folder_names_and_paths["rewards"]
+    folder_paths.folder_names_and_paths["rewards"] = ([], set())  # as another pack may leave it
+    case("no folder of rewards", lambda: [str(root) for root in rewards.roots()])
+    folder_paths.folder_names_and_paths["rewards"] = registered
 
     def pick(images, scores, k, latents=None):
         given = hidden("PickBest").execute(images, scores, [k], latents)

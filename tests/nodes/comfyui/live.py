@@ -70,6 +70,16 @@ class Client:
         async with self.session.get(self.base + path) as answer:
             return await answer.json()
 
+    async def ready(self, process, folder):
+        """The nodes, once the server answers."""
+        begin = time.monotonic()
+        while True:
+            try:
+                return await self.get("/object_info")
+            except aiohttp.ClientError:
+                assert process.poll() is None and time.monotonic() - begin < 180, (folder / "server.log").read_text()[-3000:]
+                await asyncio.sleep(0.3)
+
     async def queue(self, prompt):
         async with self.session.post(self.base + "/prompt", json={"prompt": prompt, "client_id": self.id}) as answer:
             body = await answer.json()
@@ -118,14 +128,7 @@ async def check(folder, process, port):
     results = {}
     async with aiohttp.ClientSession() as session:
         client = Client(session, f"http://127.0.0.1:{port}")
-        begin = time.monotonic()
-        while True:
-            try:
-                described = await client.get("/object_info")
-                break
-            except aiohttp.ClientError:
-                assert process.poll() is None and time.monotonic() - begin < 180, (folder / "server.log").read_text()[-3000:]
-                await asyncio.sleep(0.3)
+        described = await client.ready(process, folder)
         listening = asyncio.create_task(client.listen())
         templates = (await client.get("/api/workflow_templates"))["comfyui-imagerefl"]
         workflows = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted((pack / "workflows").glob("*.json"))}

@@ -29,14 +29,6 @@ case = Case(positive, negative, steps=8)
 REWARD, STYLE = map(load_file, files)
 
 
-def refused(call):
-    try:
-        call()
-    except ValueError as problem:
-        return str(problem)
-    return ""
-
-
 def apart(*loras):
     """A model of its own with merged LoRAs."""
     model = embedded.build(pipeline_folder)
@@ -170,18 +162,20 @@ with torch.inference_mode():
     other, zero = embedded.build(pipeline_folder), {k: torch.zeros_like(v) for k, v in REWARD.items()}
     pair = switch.switched(base, other, switch.Rule("step", 4))
     results["refused"] = {
-        "empty steps": refused(lambda: within(base, REWARD, "step", 4, 4)),
-        "fraction": refused(lambda: within(base, REWARD, "fraction", 0.5, 2.0)),
-        "noise levels": refused(lambda: within(base, REWARD, "sigma", 1.0, 2.0)),
-        "beyond": refused(lambda: sample(within(base, REWARD, "step", 9, 10000))),
-        "auto": refused(lambda: within(base, REWARD, "auto", 0.0, 0.0)),
-        "zero": refused(lambda: within(base, zero, "step", 0, 2)),
-        "two checkpoints": refused(lambda: within(pair, REWARD, "step", 0, 2)),
-        "below two checkpoints": refused(lambda: switch.switched(within(base, REWARD, "step", 0, 2), other, switch.Rule("step", 4))),
-        "no step in a share": refused(lambda: sample(within(base, REWARD, "fraction", 0.5, 0.51))),
-        "no step before the end": refused(lambda: sample(within(base, REWARD, "step", 8, 10000))),
-        "rising noise levels": refused(lambda: flipped(within(base, REWARD, "step", 0, 2))),
-        "merge at half strength": refused(lambda: switch.switched(base, merged, switch.Rule("step", 4), 0.5)),
-        "same below both": refused(lambda: make(two, two)),
+        "empty steps": embedded.refused(lambda: within(base, REWARD, "step", 4, 4)),
+        "fraction": embedded.refused(lambda: within(base, REWARD, "fraction", 0.5, 2.0)),
+        "noise levels": embedded.refused(lambda: within(base, REWARD, "sigma", 1.0, 2.0)),
+        "beyond": embedded.refused(lambda: sample(within(base, REWARD, "step", 9, 10000))),
+        "auto": embedded.refused(lambda: within(base, REWARD, "auto", 0.0, 0.0)),
+        "zero": embedded.refused(lambda: within(base, zero, "step", 0, 2)),
+        "two checkpoints": embedded.refused(lambda: within(pair, REWARD, "step", 0, 2)),
+        "below two checkpoints": embedded.refused(
+            lambda: switch.switched(within(base, REWARD, "step", 0, 2), other, switch.Rule("step", 4))
+        ),
+        "no step in a share": embedded.refused(lambda: sample(within(base, REWARD, "fraction", 0.5, 0.51))),
+        "no step before the end": embedded.refused(lambda: sample(within(base, REWARD, "step", 8, 10000))),
+        "rising noise levels": embedded.refused(lambda: flipped(within(base, REWARD, "step", 0, 2))),
+        "merge at half strength": embedded.refused(lambda: switch.switched(base, merged, switch.Rule("step", 4), 0.5)),
+        "same below both": embedded.refused(lambda: make(two, two)),
     }
 print(json.dumps(results))

@@ -33,7 +33,6 @@ from layers import (
     network,
     patcher,
     quantized,
-    refused,
 )
 from torch import nn
 
@@ -152,7 +151,7 @@ with torch.inference_mode():
     base = patcher(network(linear=Ignoring))
     tuned = base.clone()
     tuned.add_patches(weights_only)
-    results["ignoring"] = refused(lambda: gated(base, tuned))
+    results["ignoring"] = embedded.refused(lambda: gated(base, tuned))
 
     if embedded.arguments:
         sys.modules.setdefault("nodes", types.ModuleType("nodes"))  # ComfyUI's own, which their loader reads when it is used

@@ -10,7 +10,8 @@ import comfy.float
 import comfy.lora
 import comfy.patcher_extension
 import torch
-from layers import host, network, patcher, refused, residency
+from embedded import refused
+from layers import host, network, patcher, residency
 
 results = {}
 
