@@ -245,6 +245,31 @@ def tiny_krea():
     )
 
 
+def tiny_qwen():
+    """A random Qwen-Image pipeline."""
+    import diffusers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 32}
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**text, "vocab_size": 64, "rope_parameters": rope}, vision_config=vision)
+    ).eval()
+    transformer = diffusers.QwenImageTransformer2DModel(
+        num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 6, 6)
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+    shift = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    return diffusers.QwenImagePipeline(
+        transformer=transformer,
+        vae=tiny_qwen_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shift),
+        text_encoder=encoder,
+        tokenizer=template_tokenizer(),
+    )
+
+
 def tiny_family(name, words):
     """A random pipeline of the family `name`, in its true layout and as small as its classes allow; `words` is a tokenizer."""
     import diffusers
@@ -267,8 +292,8 @@ def tiny_family(name, words):
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1}
         return diffusers.AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=channels, **blocks, **kwargs)
 
-    if name == "krea2":
-        return tiny_krea()
+    if name in ("krea2", "qwen-image"):
+        return tiny_krea() if name == "krea2" else tiny_qwen()
     if name in ("sd3", "flux-dev", "flux-schnell", "z-image"):
         bare = {"use_quant_conv": False, "use_post_quant_conv": False}
         parts = {"vae": vae(16, scaling_factor=1.5305, shift_factor=0.0609, **bare)}

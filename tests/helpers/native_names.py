@@ -9,6 +9,8 @@ def native(state):
 
     Its converter knows FLUX.1's names: here those of FLUX.2 that differ, and the bias that it looks for and FLUX.2 lacks.
     """
+    if "txt_norm.weight" in state:  # Qwen-Image's names are diffusers'
+        return dict(state)
     if "text_fusion.projector.weight" in state:
         return original_krea(state)
     if "single_stream_modulation.linear.weight" not in state:

@@ -131,6 +131,8 @@ def true_shapes(name):
         return {"double_blocks.0.img_attn.qkv.weight": (3 * width, width), "double_stream_modulation_img.lin.weight": (6 * width, width)}
     if name.startswith("z-image"):
         return {"noise_refiner.0.attention.qkv.weight": (11520, 3840), "cap_embedder.1.weight": (3840, 2560)}
+    if name == "qwen-image":
+        return {"txt_norm.weight": (3584,), "img_in.weight": (3072, 64)}
     if name.startswith("krea2"):
         return {"txtfusion.projector.weight": (1, 12), "first.weight": (6144, 64)}
     if name.startswith("flux"):

@@ -14,6 +14,7 @@ from trainer.models.autoencoder import FrameAutoencoder
 from trainer.models.flux import FluxPolicy
 from trainer.models.klein import KleinPolicy
 from trainer.models.krea import KreaPolicy
+from trainer.models.qwen import QwenPolicy
 from trainer.models.sd3 import SD3Policy
 from trainer.models.sdxl import SDXLPolicy
 from trainer.models.unet import UNetPolicy
@@ -25,7 +26,7 @@ from trainer.rng import Rng
 PROMPTS = ["a red star", "a blue ring, blurred"]
 POLICIES = {
     **{"sd15": UNetPolicy, "sdxl": SDXLPolicy, "sd3": SD3Policy, "flux-dev": FluxPolicy, "flux-schnell": FluxPolicy},
-    **{"z-image": ZImagePolicy, "klein": KleinPolicy, "krea2": KreaPolicy},
+    **{"z-image": ZImagePolicy, "klein": KleinPolicy, "krea2": KreaPolicy, "qwen-image": QwenPolicy},
 }
 SIZE = 64  # pixels: 8×8 latents, smaller than any of the models' own size
 FAMILIES = pytest.mark.parametrize("family", POLICIES)
@@ -35,7 +36,7 @@ FAMILIES = pytest.mark.parametrize("family", POLICIES)
 def load(family_folder):
     def loaded(family, **kwargs):
         policy = POLICIES[family].load(family_folder(family), image_size=SIZE, **kwargs)
-        if isinstance(policy, KreaPolicy):
+        if isinstance(policy, KreaPolicy | QwenPolicy):
             policy.max_tokens = 24  # fewer than the pipeline's default take less time
         return policy
 
@@ -44,7 +45,7 @@ def load(family_folder):
 
 def guided(policy, scale):
     """The pipeline's arguments for guidance by a second evaluation."""
-    if isinstance(policy, FluxPolicy):  # schnell was distilled with 256 tokens; the pipeline would take 512 for it too
+    if isinstance(policy, FluxPolicy | QwenPolicy):  # schnell was distilled with 256 tokens; the pipeline would take 512 for it too
         return {"negative_prompt": ["", ""], "true_cfg_scale": scale, "max_sequence_length": policy.max_tokens}
     if isinstance(policy, KreaPolicy):
         return {"guidance_scale": scale - 1, "max_sequence_length": policy.max_tokens}
@@ -65,7 +66,7 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
     start = Rng(5, 0, (0, 1)).normal("start", policy.latent_shape)
     if isinstance(policy, UNetPolicy):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True)
-    if isinstance(policy, FluxPolicy | KreaPolicy):
+    if isinstance(policy, FluxPolicy | KreaPolicy | QwenPolicy):
         start = pipeline._pack_latents(start, *start.shape)
     arguments = guided(policy, guidance_scale)
     theirs = pipeline(
@@ -102,6 +103,8 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
             expected, x = step(output, t, x).pred_original_sample, x * (1 + sigma.square()).sqrt()
         if isinstance(policy, FluxPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8) for part in (x, expected))
+        if isinstance(policy, QwenPolicy):
+            x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8).squeeze(2) for part in (x, expected))
         if isinstance(policy, KreaPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE).squeeze(2) for part in (x, expected))
         if isinstance(policy, KleinPolicy):
@@ -188,7 +191,8 @@ def test_one_step_of_imagerefl_reaches_every_adapter_parameter(load, family, dty
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and float(logs["kl"].mean()) > 0
     for name, p in policy.named_parameters():
         assert p.dtype == torch.float32
-        last = family.startswith("sd3") and ".1.attn.add_q_proj." in name  # SD3's last block drops the text after attention
+        # the last block of SD3 and Qwen-Image drops the text after attention
+        last = family in ("sd3", "qwen-image") and any(f".1.attn.{part}." in name for part in ("add_q_proj", "to_add_out"))
         assert last or (p.grad is not None and bool(torch.isfinite(p.grad).all()) and float(p.grad.abs().max()) > 0), name
     assert all(p.grad is None for n, p in policy.network.named_parameters() if ".lora_" not in n)
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from trainer.models import load
 from trainer.models.klein import KleinPolicy
 from trainer.models.krea import KreaPolicy
+from trainer.models.qwen import QwenPolicy
 from trainer.models.zimage import ZImagePolicy
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -79,7 +80,12 @@ def prediction(policy):
         return policy.denoiser(PROMPTS, guidance_scale=2.0)(x, torch.tensor([0.8, 0.4]))
 
 
-CASES = {"z-image": (ZImagePolicy, original_zimage), "klein": (KleinPolicy, original_klein), "krea2": (KreaPolicy, original_krea)}
+CASES = {
+    "z-image": (ZImagePolicy, original_zimage),
+    "klein": (KleinPolicy, original_klein),
+    "krea2": (KreaPolicy, original_krea),
+    "qwen-image": (QwenPolicy, dict),
+}
 
 
 @pytest.fixture(params=CASES)
@@ -112,7 +118,7 @@ def test_what_is_missing_is_named(case, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"holds no vae, text_encoder and no tokenizer: name a diffusers folder"):
         load.load_policy(file)
-    gone = next(key for key in tensors if key.endswith(("qkv.weight", "wq.weight")))
+    gone = next(key for key in tensors if key.endswith(("qkv.weight", "wq.weight", "add_q_proj.weight")))
     save_file({key: value for key, value in tensors.items() if key != gone}, file)
     with pytest.raises(ValueError, match=rf"is not the published .*: {3 if 'qkv' in gone else 1} of its weights differ"):
         load.load_policy(file, parts=folder)

@@ -118,7 +118,7 @@ def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 
 
-GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea")
+GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea", "qwen")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
     """Tiny models of every family, at sizes that ComfyUI's classes can have."""
     from diffusers import SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
-    folders = {"klein": family_folder("klein"), "krea": family_folder("krea2")}
+    folders = {"klein": family_folder("klein"), "krea": family_folder("krea2"), "qwen": family_folder("qwen-image")}
     for name, part, kind, changed in (
         ("flux-dev", None, None, {}),
         (
@@ -174,7 +174,7 @@ def test_training_tiny_families_in_a_graph_has_the_headless_gradient(family_grad
 def test_a_video_autoencoder_decodes_one_frame_as_headless(family_gradients):
     """Image, gradient and encoded latents, for one set of weights in both hosts."""
     if "decoded" not in family_gradients:
-        pytest.skip("this ComfyUI has no Krea 2")
+        pytest.skip("this ComfyUI has no Qwen-Image")
     assert max(family_gradients["decoded"]) < 1e-4, family_gradients
 
 

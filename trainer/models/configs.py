@@ -19,6 +19,7 @@ QWEN3: PartClass = ("transformers", "Qwen3Model")
 QWEN3_CAUSAL: PartClass = ("transformers", "Qwen3ForCausalLM")
 QWEN3_VL: PartClass = ("transformers", "Qwen3VLModel")
 AUTOENCODER: PartClass = ("diffusers", "AutoencoderKL")
+QWEN2_VL: PartClass = ("transformers", "Qwen2_5_VLForConditionalGeneration")
 QWEN_AUTOENCODER: PartClass = ("diffusers", "AutoencoderKLQwenImage")
 
 
@@ -75,6 +76,14 @@ QWEN3_VL_4B: Config = {
         **{"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560},
         "deepstack_visual_indexes": [5, 11, 17],
     },
+}
+QWEN2_VL_7B: Config = {
+    "text_config": {
+        **{"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+        **{"num_key_value_heads": 4, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
 }
 
 _BETAS: Config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

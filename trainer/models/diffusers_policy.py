@@ -86,6 +86,10 @@ class DiffusersPolicy:
         """
         raise NotImplementedError
 
+    def guided(self, x: Tensor, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        """x0-prediction from those with and without the prompt, at states x; all (B,C,h,w)."""
+        return classifier_free_guidance(conditional, unconditional, guidance_scale)
+
     def sigmas(self, steps: int) -> Tensor:
         """Decreasing noise levels (steps+1,) on the CPU, the last one 0."""
         raise NotImplementedError
@@ -276,7 +280,7 @@ class PromptedDenoiser:
                 return policy.predict(x, sigma, self.conditioning)
             both = policy.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), self.conditioning)
             conditional, unconditional = both.chunk(2)
-            return classifier_free_guidance(conditional, unconditional, self.guidance_scale)
+            return policy.guided(x, conditional, unconditional, self.guidance_scale)
 
     def rows(self, index: Tensor) -> PromptedDenoiser:
         """See Denoiser."""

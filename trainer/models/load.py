@@ -20,6 +20,7 @@ from .flux import FluxPolicy
 from .klein import KleinPolicy
 from .krea import KreaPolicy
 from .quantised import refuse_scales
+from .qwen import QwenPolicy
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
 from .single_file import one_line_errors, single_file_pipeline, tensor_shapes
@@ -28,7 +29,7 @@ from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
 from .zimage import ZImagePolicy
 
-FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy, ZImagePolicy, KleinPolicy, KreaPolicy]
+FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy, ZImagePolicy, KleinPolicy, KreaPolicy, QwenPolicy]
 MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
     name: (family, config) for family in FAMILIES for name, config in family.published.items()
 }

@@ -63,7 +63,7 @@ def load_part(folder: Path, part: PartClass, dtype: torch.dtype) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: the model is incomplete")
     library: Any = {"diffusers": diffusers, "transformers": transformers}[part[0]]
-    options: dict[str, Any] = {"torch_dtype": dtype} if part[1].startswith(("Autoencoder", "CLIPText", "T5Encoder", "Qwen3")) else {}
+    options: dict[str, Any] = {"torch_dtype": dtype} if part[1].startswith(("Autoencoder", "CLIPText", "T5Encoder", "Qwen")) else {}
     with without_dtype_warning(), one_line_errors(folder):
         return getattr(library, part[1]).from_pretrained(folder, **options)
 

@@ -41,6 +41,7 @@ def pipeline_settings(folder: Path, family: type[DiffusersPolicy]) -> Config:
 
 def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype) -> Any:
     import diffusers
+    from accelerate import init_empty_weights
 
     (_, kind), settings = config.parts[family.network_name]
     keys = tensor_shapes(path)
@@ -55,7 +56,7 @@ def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dty
     wrong = [name for name, value in state.items() if wanted.get(name) != value.shape] + [name for name in wanted if name not in state]
     if wrong:
         raise ValueError(f"{path} is not the published {kind}: {len(wrong)} of its weights differ, {wrong[0]} for example")
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # what is computed, as tables of positions, keeps its values
         network = cls.from_config(settings)
     with without_dtype_warning():
         network.load_state_dict(state, assign=True)

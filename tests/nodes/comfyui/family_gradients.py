@@ -36,13 +36,14 @@ TARGETS = {
     "zimage": ("attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "adaLN_modulation.0"),
     "klein": ("attn.to_out.0", "attn.to_add_out", "ff.linear_in", "attn.to_qkv_mlp_proj", "attn.to_out"),
     "krea": ("attn.to_out.0", "attn.to_q", "ff.down", "final_layer.linear"),
+    "qwen": ("attn.to_out.0", "attn.add_k_proj", "img_mlp.net.2", "proj_out"),
 }
 POLICIES = {
     **{"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"},
-    "krea": "KreaPolicy",
+    **{"krea": "KreaPolicy", "qwen": "QwenPolicy"},
 }
-KNOWN = {"zimage": "ZImage", "klein": "Flux2", "krea": "Krea2"}  # classes that old versions lack
-FRAMES = ("krea",)  # latents of a video autoencoder
+KNOWN = {"zimage": "ZImage", "klein": "Flux2", "krea": "Krea2", "qwen": "QwenImage"}  # classes that old versions lack
+FRAMES = ("krea", "qwen")  # latents of a video autoencoder
 PROMPTS = ["a red star", "a blue ring"]
 results = {}
 
@@ -99,7 +100,7 @@ def decoded(headless, noise):
     vae, theirs = wan_vae(), AutoencoderKLQwenImage(base_dim=8)
     theirs.load_state_dict(convert_wan_vae_to_diffusers(dict(vae.first_stage_model.state_dict())))
     latents, found = 0.3 * noise, []
-    policy, _ = opened_in_graph("krea", headless, torch.float32, noise.shape[1:])
+    policy, _ = opened_in_graph("qwen", headless, torch.float32, noise.shape[1:])
     with policy.loaded([], 2):
         for decode in (FrameAutoencoder(theirs.requires_grad_(False)).decode, policy.decode):
             x = latents.clone().requires_grad_()
@@ -174,7 +175,7 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         levels = torch.tensor([0.7, 0.4]) if family != "sdxl" else headless.sigmas(6)[2:4]
         wanted = gradient(headless, noise, levels)
         results[f"{family}, headless bfloat16"] = error(gradient(opened(family, folder, torch.bfloat16), noise, levels), wanted)
-        if family == "krea":
+        if family == "qwen":
             results["decoded"] = decoded(headless, noise)
         results[f"{family}, loaded"] = loaded(family, headless, noise, levels)
         for dtype in (torch.float32, torch.bfloat16):

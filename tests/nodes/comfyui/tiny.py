@@ -91,6 +91,12 @@ def described(family, config):
             "tdim": config["timestep_embed_dim"], "txtlayers": config["num_text_layers"], "txtdim": config["text_hidden_dim"],
             "txtheads": config["text_num_attention_heads"], "txtkvheads": config["text_num_key_value_heads"],
         }  # fmt: skip
+    if family == "qwen":
+        return comfy.supported_models.QwenImage, {
+            "image_model": "qwen_image", "in_channels": config["in_channels"], "num_layers": config["num_layers"],
+            "attention_head_dim": config["attention_head_dim"], "num_attention_heads": config["num_attention_heads"],
+            "joint_attention_dim": config["joint_attention_dim"], "axes_dims_rope": tuple(config["axes_dims_rope"]),
+        }  # fmt: skip
     more = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
     return comfy.supported_models.Flux, {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32, "context_in_dim": 64,
