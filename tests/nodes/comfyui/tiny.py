@@ -129,7 +129,11 @@ def wan_vae():
     """A small random VAE of Wan 2.1's and Qwen-Image's kind."""
     kind = comfy.ldm.wan.vae.WanVAE
     state = _random(kind(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]), 4)
-    return comfy.sd.VAE(sd={n: torch.ones_like(v) if n.endswith("gamma") else v for n, v in state.items()}, dtype=torch.float32)
+    comfy.ldm.wan.vae.WanVAE = lambda **config: kind(**{**config, "dim": 8})  # older loaders know one size
+    try:
+        return comfy.sd.VAE(sd={n: torch.ones_like(v) if n.endswith("gamma") else v for n, v in state.items()}, dtype=torch.float32)
+    finally:
+        comfy.ldm.wan.vae.WanVAE = kind
 
 
 def random_lora(model, seed, targets):
