@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 from helpers.comfyui import PLACES, comfyui, run_inside
 
+from trainer.models.flux import FluxPolicy
+from trainer.models.sd3 import SD3Policy
+from trainer.models.sdxl import SDXLPolicy
+from trainer.models.unet import UNetPolicy
+
 
 @pytest.fixture(scope="module", params=PLACES or [None], ids=lambda place: Path(place).parent.name if place else "none")
 def memory(request, tmp_path_factory):
@@ -98,6 +103,8 @@ def test_images_count_by_their_latents_and_by_the_pixels_of_the_vae(memory):
     """Mean and deviation of 4×8×8 numbers each, in float32."""
     assert memory["latents of 1000 images"] == pytest.approx(2 * 4 * 8 * 8 * 4 * 1000, rel=1e-3)
     assert memory["pixels at 16 per latent"] == [128, 128]
+    units = {"demo": UNetPolicy, "sdxl": SDXLPolicy, "flux": FluxPolicy, "sd3": SD3Policy}  # as of headless buckets, at 8 pixels per latent
+    assert {name: memory[f"unit, {name}"] for name in units} == {name: 8 * policy.patch for name, policy in units.items()}
 
 
 @comfyui

@@ -114,11 +114,14 @@ def difference(run, other):
 
 KEYS = [setting.key for setting in ours("trainer.memory.savings").SETTINGS]
 with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
+    latents = ours("nodes.latents")
     for name in ("demo", "sdxl", "flux"):
         policy = policy_of(name)
+        results[f"unit, {name}"] = latents.pixels_per_latent(policy.vae) * latents.latents_per_token(policy.model)
         results[f"as given, {name}"] = peaks(policy, config_of())
         results[f"small, {name}"] = peaks(policy, memory.smallest(config_of(), {"model_options.dtype"}))
 
+    results["unit, sd3"] = 8 * latents.latents_per_token(tiny.sd3(1))
     prompts = policy_of("sdxl").prompts
     size = lambda height, width: prompts.grouped(["a red star"], torch.zeros(1, 4, height, width))[0][1]["y"]  # noqa: E731
     wide, again = size(8, 16), size(8, 16)
