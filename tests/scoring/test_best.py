@@ -83,6 +83,14 @@ def test_a_top_folder_that_is_scored_or_holds_a_file_in_the_way_is_refused(folde
     assert score("r1", "--top", 1, "--top-folder", "bright.py") == 2 and "is a file: give a folder" in capsys.readouterr().err
 
 
+def test_the_table_on_the_terminal_has_each_image_as_soon_as_it_is_scored(folder, capsys):
+    (folder / "bright.py").write_text(
+        "def reward(images, prompts):\n    if images.mean() > 0.5:\n        raise KeyboardInterrupt\n    return images.mean((1, 2, 3))\n"
+    )
+    assert score("r1", "--batch", 1, "--raw") == 130
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["path", "r1/r1_0.png", "r1/r1_1.png"]
+
+
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 

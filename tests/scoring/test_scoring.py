@@ -494,7 +494,9 @@ def test_a_process_that_fails_ends_the_others_with_one_error_line(folder):
     failing = "import os\ndef reward(images, prompts):\n    if os.environ['RANK'] == '1':\n        raise OSError('disk gone')\n"
     (folder / "failing.py").write_text(failing + "    return images.mean((1, 2, 3))\n")
     assert finish(start(2, score_in_process, folder)) == [2, 2]
-    assert [line for rank in (0, 1) for line in said(folder, rank) if not line.startswith("read ")] == ["error: disk gone"]
+    assert [line for rank in (0, 1) for line in said(folder, rank) if not line.startswith("read ")] == [
+        f"error: {folder / 'failing.py'}: reward() failed: OSError: disk gone"
+    ]
     assert not (folder / "s.csv").exists() and (folder / "s.csv.0.partial").exists()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -80,14 +80,15 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         report.show(None if outs else sys.stderr)  # without --out stdout holds the table
 
     journal = Journal(outs[0], processes.rank, _settings(args, parts)) if outs else None
-    scored = _score_all(items, parts, journal, args, device, processes)
-    if not processes.main:
-        return 0
-    good, bad = _sorted(scored, items)
+    if journal is None:
+        good, bad = _print(score(items, parts, device, args.batch), table)
+    else:
+        scored = _score_all(items, parts, journal, args, device, processes)
+        if not processes.main:
+            return 0
+        good, bad = _sorted(scored, items)
     for out in outs:
         table.write(good, out)
-    if not outs:
-        table.write_to(good, sys.stdout)
     unwritten = table.write_back(good) if args.write_back else []
     if args.top:
         collect(table.best(good, args.top), args.top_folder, args.link)
@@ -135,14 +136,12 @@ def _check_output(out: Path, replaced: bool) -> None:
 
 
 def _score_all(
-    items: Sequence[Item], parts: Sequence[RewardSpec], journal: Journal | None, args: argparse.Namespace, device: str, processes: Processes
+    items: Sequence[Item], parts: Sequence[RewardSpec], journal: Journal, args: argparse.Namespace, device: str, processes: Processes
 ) -> list[ScoredImage]:
     """The scores of all processes, new and from journals; on other processes than the first none."""
     from tqdm import tqdm
 
     bar = partial(tqdm, unit="image", disable=not (processes.main and sys.stderr.isatty()))
-    if journal is None:
-        return list(bar(score(items, parts, device, args.batch), total=len(items)))
     if not args.resume and not args.overwrite and journal.all():
         raise ConfigError(f"{journal.all()[0]} is from an interrupted run: add --resume to continue it, or --overwrite to start again")
     if args.resume and processes.main:
@@ -158,6 +157,21 @@ def _score_all(
         pass
     processes.exchange(None)
     return journal.finished() if processes.main else []
+
+
+def _print(scored: Iterable[ScoredImage], table: Table) -> tuple[list[ScoredImage], list[ScoredImage]]:
+    """Write the table to stdout, each line when its image is scored; returns the images with a score and those with an error."""
+    good: list[ScoredImage] = []
+    bad: list[ScoredImage] = []
+
+    def rows() -> Iterator[ScoredImage]:
+        for row in scored:
+            (bad if row.error else good).append(row)
+            if not row.error:
+                yield row
+
+    table.write_to(rows(), sys.stdout)
+    return good, bad
 
 
 def _sorted(scored: Sequence[ScoredImage], items: Sequence[Item]) -> tuple[list[ScoredImage], list[ScoredImage]]:

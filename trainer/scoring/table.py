@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,9 +59,9 @@ class Table:
             partial.unlink(missing_ok=True)
             raise OSError(f"cannot write {path}: {error}") from error
 
-    def write_to(self, rows: Sequence[ScoredImage], file: IO[str], jsonl: bool = False) -> None:
-        """All rows, to an open file."""
-        lines = [{k: round(v, 6) if isinstance(v, float) else v for k, v in self.line(row).items()} for row in rows]
+    def write_to(self, rows: Iterable[ScoredImage], file: IO[str], jsonl: bool = False) -> None:
+        """All rows, to an open file, each as it comes."""
+        lines = ({k: round(v, 6) if isinstance(v, float) else v for k, v in self.line(row).items()} for row in rows)
         if jsonl:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             return
