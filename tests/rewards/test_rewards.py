@@ -472,3 +472,69 @@ def test_a_reward_folder_whose_config_lacks_a_key_names_it(reward_folder, tmp_pa
 def test_statistics_with_a_byte_order_mark_are_read(tmp_path):
     (tmp_path / "own.statistics.json").write_text('{"mean": 1, "std": 2}', "utf-8-sig")
     assert WeightFolders().read_statistics(str(tmp_path / "own.py")) == (1.0, 2.0)
+
+
+ODD = [
+    "a ‘curly’ quote",
+    "fish &amp; chips",
+    "ﬁne ligature",
+    "ｆｕｌｌ width",
+    "cafÃ© mojibake",
+    "e\u0301 combining",
+    "tabs\t and\n lines",
+    "it's 12 GBs…",
+    "ÀÉ ẞ",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def transformers_tokens(tmp_path_factory):
+    """transformers' CLIPTokenizer with open_clip's vocabulary, as the processors of PickScore and MPS are."""
+    import gzip
+
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+    from transformers import CLIPTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): i for token, i in SimpleTokenizer().encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}))
+    return lambda texts: CLIPTokenizerFast.from_pretrained(folder)(texts, truncation=True, max_length=77)["input_ids"]
+
+
+def test_pickscore_and_mps_read_prompts_as_transformers_does_and_hps_as_open_clip(opened, transformers_tokens):
+    from open_clip.tokenizer import SimpleTokenizer
+
+    expected, differ = transformers_tokens(ODD), 0
+    for text, ids in zip(ODD, expected):
+        for name in ("pickscore", "mps"):
+            row = opened[name][0].tokenize([text])[0]
+            assert row[: len(ids)].tolist() == ids and int(row[len(ids) :].abs().sum()) == 0, (name, text)
+        repaired = opened["hpsv2.1"][0].tokenize([text])[0]
+        assert torch.equal(repaired, SimpleTokenizer()([text])[0]), text
+        differ += not torch.equal(repaired, row)
+    assert differ >= 5
+
+
+def test_mps_has_both_thresholds_by_name(tmp_path):
+    assert [load(name, "meta").reward.threshold for name in ("mps", "mps-0.01")] == [0.3, 0.01]
+    assert REWARDS["mps"].files == REWARDS["mps-0.01"].files
+
+
+def test_one_image_without_a_finite_score_costs_the_others_nothing(tmp_path):
+    from trainer.scoring.items import Item
+    from trainer.scoring.scorer import score
+
+    (tmp_path / "own.py").write_text("def reward(images, prompts):\n    means = images.mean((1, 2, 3))\n    return (means - 0.5).sqrt()\n")
+    for name, value in (("dark", 10), ("light", 250), ("grey", 200)):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{name}.png")
+    items = [Item(tmp_path / f"{name}.png", "a") for name in ("light", "dark", "grey")]
+    rows = list(score(items, [load(str(tmp_path / "own.py"))]))
+    values = [next(iter(row.raw.values()), None) for row in rows]
+    assert values == [pytest.approx((250 / 255 - 0.5) ** 0.5), None, pytest.approx((200 / 255 - 0.5) ** 0.5)]
+    assert "dark.png" in rows[1].error and rows[1].error.endswith("gave nan") and not rows[0].error

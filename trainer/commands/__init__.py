@@ -12,5 +12,6 @@ COMMANDS: dict[str, str] = {
     "evaluate": "Compare tuned models with their base: rewards, diversity, distances, frontier.",
     "compare": "Train several methods on the embedded model under one budget of denoiser calls and compare them.",
     "convert": "Convert a LoRA to another layout, or extract one from a full fine-tune.",
+    "doctor": "Say what is installed here and what would not work: the text that a report of a problem should hold.",
 }
 """The name of each command's module, and one line of help."""

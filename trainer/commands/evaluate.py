@@ -20,6 +20,7 @@ from ..guidance import Switch, cfg, combined
 from ..lora.file import load_lora, lora_weights
 from ..metrics import plot
 from ..metrics.dino import DINO, Dino
+from ..metrics.inception import INCEPTION, Inception
 from ..metrics.lpips import FILES as LPIPS
 from ..metrics.lpips import Lpips
 from ..metrics.study import BASE, Judges, Study
@@ -35,7 +36,7 @@ from .options import add_generation, device_of, generation_of, policy_of, prompt
 from .parts import base_hash
 
 FIGURES = (
-    *("model", "k", "diversity", "vendi", "fid", "kid", "logcov", "lpips_diversity", "match"),
+    *("model", "k", "diversity", "vendi", "fid", "kid", "logcov", "fid_inception", "lpips_diversity", "match"),
     *("content", "reader", "dino", "dino_clip_normalised"),
 )
 """Names in the results that no reward can have."""
@@ -50,6 +51,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--reward", action="append", default=[], metavar="NAME", help="reward by name or folder; may be given several times")
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
     add("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
+    add("--inception", type=Path, metavar="FILE", help="network of the published FID (default: that of `rewards download inception`)")
+    add("--raw", action="store_true", help="raw scores: needs no mean and standard deviation, and they are then on the rewards' own scales")
     files = f"LPIPS weights (default: {' and '.join(LPIPS)} in models/rewards/lpips)"
     add("--lpips", type=Path, nargs=2, metavar=("ALEXNET", "HEADS"), help=files)
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file; unfinished work lies beside it in <out>.parts")
@@ -92,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     steps = list(schedules)
     weights = _weights(args)
     loras = {name: file_hash(lora_weights(checkpoint.file)) for name, checkpoint in tuned.items()}
-    same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights}
+    same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights, **({"raw": True} if args.raw else {})}
     study = Study(parts, prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
     _draw(study, policy, adapters, schedules, settings)
-    real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.features.items()} if photos else None
+    real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.extractors.items()} if photos else None
     results: dict[str, Any] = {
         **study.summarise(real),
-        "config": {**settings.facts, "switches": steps, "n": len(prompts)},
+        "config": {**settings.facts, "switches": steps, "n": len(prompts), **({"raw": True} if args.raw else {})},
         "checkpoints": {name: {"run": c.run, "step": c.step, "file": str(c.file), "sha256": loras[name]} for name, c in tuned.items()},
         "weights": weights,
     }
@@ -159,7 +162,9 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
 
         found |= {path.stem: file_hash(path) for path in sorted(files.FOLDER.glob("*.safetensors")) if path != files.CONSISTENCY}
     dino = args.dino or find("dino", DINO, weight_folders())
-    return {**found, **({"dino": file_hash(dino)} if dino else {})}
+    inception = args.inception or find("inception", INCEPTION, weight_folders())
+    networks = {"dino": dino, "inception": inception}
+    return {**found, **{name: file_hash(path) for name, path in networks.items() if path}}
 
 
 def _schedules(policy: DiffusersPolicy, settings: Generation, switches: Sequence[Switch]) -> dict[int, Tensor]:
@@ -194,7 +199,7 @@ def _draw(
 def _judges(args: argparse.Namespace, device: str) -> Judges:
     """The rewards; features of the embedded extractor and reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
     placement, folders = Placement(device), weight_folders()
-    rewards = {name: load_reward(name, True, device) for name in args.reward}
+    rewards = {name: load_reward(name, not args.raw, device) for name in args.reward}
     towers = {name: r.raw.image_features for name, r in rewards.items() if isinstance(r.raw, TwoTower)}
     features: dict[str, Features] = {}
     if args.model == "demo":
@@ -212,7 +217,14 @@ def _judges(args: argparse.Namespace, device: str) -> Judges:
         raise ConfigError("diversity needs image features: name at least one two-tower reward, or give --dino")
     found = [folder / "lpips" for folder in folders if all((folder / "lpips" / name).is_file() for name in LPIPS)]
     lpips = args.lpips or ([found[0] / name for name in LPIPS] if found else None)
-    return Judges(rewards, features, Lpips.load(lpips[0], lpips[1], placement) if lpips else None, device)
+    inception = args.inception or find("inception", INCEPTION, folders)
+    return Judges(
+        rewards,
+        features,
+        Lpips.load(lpips[0], lpips[1], placement) if lpips else None,
+        device,
+        inception=Inception.load(verify(inception), placement) if inception is not None else None,
+    )
 
 
 @torch.no_grad()

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..config import ConfigError
 from ..data.report import Report
 from ..metrics.dino import DINO
+from ..metrics.inception import INCEPTION
 from ..rewards.calibrate import measure, write
-from ..rewards.files import download, find, weight_folders
+from ..rewards.files import WeightFile, download, state, weight_folders
 from ..rewards.registry import REWARDS, WeightFolders, load
 from .options import add_device, device_of
+
+EXTRACTORS: dict[str, tuple[WeightFile, str, str]] = {
+    "dino": (DINO, "Apache-2.0 (card)", "for `evaluate`"),
+    "inception": (INCEPTION, "Apache-2.0 (code)", "for FID in `evaluate`"),
+}
+"""Feature extractors that are downloaded as rewards are: the file, its licence, and what it is for."""
+
+
+def names() -> list[str]:
+    """Everything that `rewards download` knows."""
+    return [*REWARDS, *EXTRACTORS]
+
+
+def files_of(name: str) -> list[WeightFile]:
+    """The files of a reward or a feature extractor."""
+    return [EXTRACTORS[name][0]] if name in EXTRACTORS else list(REWARDS[name].files.values())
+
+
+def found_files(name: str) -> dict[str, Any]:
+    """`state` (here, missing, or built in), `files`, and for rewards that need them whether `statistics` are known."""
+    if name in EXTRACTORS:
+        return state(name, files_of(name), weight_folders())
+    files = files_of(name)
+    if not files:
+        return {"state": "built in", "files": []}
+    found = state(name, files, weight_folders())
+    known = WeightFolders().read_statistics(name) is not None or name == "imagereward"  # whose authors' code holds them
+    return {**found, "statistics": known}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="list every reward with its licence and source, and whether its weights are found")
     fetch = actions.add_parser("download", help="download a reward's weights from the Hugging Face hub; no other command downloads")
-    fetch.add_argument("name", metavar="NAME", help="name of a reward, or dino")
+    fetch.add_argument("name", metavar="NAME", help=f"name of a reward, or {' or '.join(EXTRACTORS)}")
     fetch.add_argument("--folder", type=Path, help="where to (default: ComfyUI's models/rewards, or the user's cache)")
     calibrate = actions.add_parser("calibrate", help="measure a reward's mean and standard deviation on images of the base model")
     calibrate.add_argument("name", metavar="NAME", help="name of a reward, or a Python file")
@@ -43,22 +73,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list() -> None:
-    folders = weight_folders()
-    width = max(map(len, REWARDS))
-    for name, entry in REWARDS.items():
-        found = all(find(name, file, folders) for file in entry.files.values())
-        print(f"{name:<{width}}  {'here' if found else 'missing':<7}  {entry.licence:<29}  {entry.source}")
-    print(f"{'dino':<{width}}  {'here' if find('dino', DINO, folders) else 'missing':<7}  {'Apache-2.0 (card)':<29}  for `evaluate`")
+    width = max(map(len, names()))
+    rows = {name: (entry.licence, entry.source) for name, entry in REWARDS.items()}
+    rows |= {name: (licence, purpose) for name, (_, licence, purpose) in EXTRACTORS.items()}
+    for name, (licence, source) in rows.items():
+        found = state(name, files_of(name), weight_folders())["state"]
+        print(f"{name:<{width}}  {found:<7}  {licence:<29}  {source}")
     print("\nfiles, and the source of their names; a file without a revision is not pinned:")
-    for file in dict.fromkeys([*(f for entry in REWARDS.values() for f in entry.files.values()), DINO]):
+    for file in dict.fromkeys(file for name in rows for file in files_of(name)):
         print(f"  {file.repository} {file.path} at {file.revision[:12]}: {file.read_at}")
-    print(f"weights are looked for in {', '.join(map(str, folders))}")
+    print(f"weights are looked for in {', '.join(map(str, weight_folders()))}")
 
 
 def _download(name: str, folder: Path | None) -> None:
-    if name not in (*REWARDS, "dino"):
-        raise ConfigError(f"unknown reward {name!r}: use {', '.join(REWARDS)} or dino")
-    files = [DINO] if name == "dino" else REWARDS[name].files.values()
+    if name not in names():
+        raise ConfigError(f"unknown reward {name!r}: use {', '.join(names()[:-1])} or {names()[-1]}")
+    files = files_of(name)
     if not files:
         raise ConfigError(f"{name} needs no weights")
     for file in files:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,14 @@ class Moments:
         self.number = 0
         self._mean = torch.zeros(0, dtype=torch.float64)
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    @staticmethod
+    def of(batches: Iterable[Tensor]) -> Moments:
+        """Of features (N,D) in batches."""
+        moments = Moments()
+        for features in batches:
+            moments.update(features)
+        return moments
 
     def update(self, features: Tensor) -> Moments:
         """Add features (N,D)."""

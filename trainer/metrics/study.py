@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import present_names
 from ..reward import Reward
 from ..runtime.files import check_weights, replacing, write_text
+from .distances import Moments, frechet_distance
 from .diversity import Diversity, pairwise_diversity, vendi_score
 from .intervals import jackknife
 from .streaming import FeatureStatistics, distances
@@ -28,6 +29,7 @@ from .summary import Features, Judged, frontier_area, intervals
 Point = tuple[str, int]  # a model's name and its switch
 BASE: Point = ("base", 0)
 SETTINGS, _CHUNK = "settings.json", re.compile(r"\d{6}\.(safetensors|partial|safetensors\.partial)")
+INCEPTION = "fid_inception"
 JUDGE_BATCH = 64  # images per call of a reward or feature extractor
 
 
@@ -36,7 +38,8 @@ class Judges:
     """Rewards and feature extractors by name, and LPIPS if its weights are present; metrics of the first extractor carry no prefix.
 
     match: images (N,3,H,W), N prompts -> (N,) of 0 and 1: whether an image shows what its prompt names. Only pairs of images that do
-    add to the diversity under the first extractor, and the share that does is the figure `match`.
+    add to the diversity under the first extractor, and the share that does is the figure `match`. inception: the network of the
+    published FID, for the figure `fid_inception` alone.
     """
 
     rewards: Mapping[str, Reward]
@@ -44,6 +47,12 @@ class Judges:
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     device: str = "cpu"
     match: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    inception: Features | None = None
+
+    @property
+    def extractors(self) -> dict[str, Features]:
+        """All feature extractors by the name under which their features are stored; that of FID is not among the names of rewards."""
+        return {**self.features, **({INCEPTION: self.inception} if self.inception is not None else {})}
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -52,8 +61,12 @@ class Judges:
         for first in range(0, len(images), JUDGE_BATCH):
             part = images[first : first + JUDGE_BATCH].to(self.device)
             for name, reward in self.rewards.items():
-                found.setdefault(f"reward {name}", []).append(reward(part, prompts[first : first + JUDGE_BATCH]).float())
-            for name, features in self.features.items():
+                scores = reward(part, prompts[first : first + JUDGE_BATCH]).float()
+                bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
+                if bad:
+                    raise ValueError(f"{name} gave {float(scores[bad[0]])} to an image of {prompts[first + bad[0]]!r}: use another reward")
+                found.setdefault(f"reward {name}", []).append(scores)
+            for name, features in self.extractors.items():
                 found.setdefault(f"features {name}", []).append(features(part).float())
             if self.match is not None:
                 found.setdefault("match", []).append(self.match(part, prompts[first : first + JUDGE_BATCH]).float())
@@ -87,7 +100,7 @@ class Study:
         if lone is not None:
             raise ValueError(f"prompt {lone!r} has 1 image: diversity needs at least two")
         self.folder, self.counts, self.points, self.judges = folder, counts, [BASE, *points], judges
-        kinds = [*judges.rewards, *judges.features, *(["lpips"] if judges.lpips else []), *(["match"] if judges.match else [])]
+        kinds = [*judges.rewards, *judges.extractors, *(["lpips"] if judges.lpips else []), *(["match"] if judges.match else [])]
         self.settings = json.loads(json.dumps({**settings, "judges": kinds, "points": self.points, "prompts": counts}))
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
@@ -146,7 +159,7 @@ class Study:
     @property
     def widths(self) -> dict[str, int]:
         """Number of features of each extractor."""
-        return {name: next(self._read(BASE, f"features {name}")).shape[1] for name in self.judges.features}
+        return {name: next(self._read(BASE, f"features {name}")).shape[1] for name in self.judges.extractors}
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
@@ -174,9 +187,9 @@ class Study:
         """
         statistics: dict[str, FeatureStatistics] = {}
         if real is not None:
-            for name, parts in real.items():
+            for name in self.judges.features:
                 statistics[name] = FeatureStatistics()
-                for seen in parts:
+                for seen in real[name]:
                     statistics[name].update(seen, [0] * len(seen))
         base_statistics = {name: self._statistics(BASE, name) for name in self.judges.features}
         references = statistics if real is not None else base_statistics
@@ -185,7 +198,8 @@ class Study:
         base = self.judged(BASE)
         judged: dict[Point, Judged] = {BASE: base}
         own = base_figures if real is not None else {name: base_figures[name] for name in ("fid", "logcov")}  # 0 to itself; KID is not
-        rows: dict[Point, dict[str, float]] = {BASE: {**base.means(), **own}}
+        inception = self._inception(real)
+        rows: dict[Point, dict[str, float]] = {BASE: {**base.means(), **own, **inception[BASE]}}
         differences: list[dict[str, Any]] = []
         absolute: list[dict[str, Any]] = [{"model": "base", **intervals(base), **({} if real is None else base_distances.intervals())}]
         for point in self.points[1:]:
@@ -193,7 +207,7 @@ class Study:
             distance = _Distances(mine, references, real is None)
             figures = distance.figures()
             judged[point] = self.judged(point)
-            rows[point] = {**judged[point].means(), **figures}
+            rows[point] = {**judged[point].means(), **figures, **inception[point]}
             here = {"model": point[0], "k": point[1]}
             differences.append(
                 {**here, **intervals(judged[point], base), **distance.intervals(base_distances if real is not None else None)}
@@ -210,6 +224,13 @@ class Study:
             "features": list(self.judges.features),
             "reference": "real images" if real is not None else "the base model's images",
         }
+
+    def _inception(self, real: Mapping[str, Iterable[Tensor]] | None) -> dict[Point, dict[str, float]]:
+        """The published FID of each point, without an interval: ten more roots of 2048 × 2048 matrices would take minutes a point."""
+        if self.judges.inception is None:
+            return {point: {} for point in self.points}
+        reference = Moments.of(self._read(BASE, f"features {INCEPTION}") if real is None else real[INCEPTION])
+        return {p: {INCEPTION: frechet_distance(Moments.of(self._read(p, f"features {INCEPTION}")), reference)} for p in self.points}
 
     def _statistics(self, point: Point, name: str) -> FeatureStatistics:
         statistics = FeatureStatistics()

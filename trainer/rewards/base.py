@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from .preprocess import Fit
 
 
+class NotFiniteError(ValueError):
+    """Some `scores` (B,) are infinite or NaN."""
+
+    def __init__(self, message: str, scores: Tensor) -> None:
+        super().__init__(message)
+        self.scores = scores
+
+
 class RewardModel(nn.Module):
     """Scores images under prompts; higher is better. A subclass implements `forward` and overrides what else it can do."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,15 @@ def temperature(clip: Any) -> float:
     return 1.0 if clip.logit_scale.is_meta else float(clip.logit_scale.exp())
 
 
-def tokenizer(context_length: int = 77) -> Callable[[Sequence[str]], Tensor]:
-    """CLIP's lower-casing tokenizer: texts -> (N,L) int64; longer prompts are cut to `context_length` tokens, the end token kept."""
+def tokenizer(context_length: int = 77, repair: bool = True) -> Callable[[Sequence[str]], Tensor]:
+    """CLIP's lower-casing tokenizer: texts -> (N,L) int64; longer prompts are cut to `context_length` tokens, the end token kept.
+
+    repair: mend wrongly decoded characters, curly quotes and HTML entities first, as OpenAI's and open_clip's code do; transformers'
+    CLIPTokenizer does not.
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
-    encode = SimpleTokenizer(context_length=context_length)
+    encode: Any = SimpleTokenizer(context_length=context_length)
+    if not repair:
+        encode.clean_fn = lambda text: " ".join(unicodedata.normalize("NFC", text).split()).lower()
     return lambda texts: encode(list(texts))

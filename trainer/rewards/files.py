@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from ..runtime.files import file_hash, write_text
+from ..runtime.files import file_hash, replacing, write_text
 
 # File names that many repositories use: only looked for in a folder of the reward's name.
 _GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}
@@ -29,6 +31,10 @@ class WeightFile:
     also: tuple[str, ...] = ()
     folder: str = ""  # of another reward that shares the file
     named_in: str = ""
+    url: str = ""
+    """Of a file that is not on the hub; `repository` is then that of its authors on GitHub."""
+    sha256: str = ""
+    """How the file's hash begins, where its authors say."""
 
     @property
     def read_at(self) -> str:
@@ -92,6 +98,22 @@ def verify(path: Path) -> Path:
     return path
 
 
+def state(reward: str, files: Sequence[WeightFile], folders: Sequence[Path]) -> dict[str, Any]:
+    """`state` here or missing, and of each file that is there: path, size in GB and what is recorded of its hash. Nothing is hashed."""
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        path = find(reward, file, folders)
+        if path is not None:
+            said = "no record of its hash"
+            if _record(path).is_file():
+                try:
+                    said = f"sha256 {_recorded(_record(path))[:12]} recorded"
+                except ValueError:
+                    said = "its record is damaged"
+            rows.append({"file": str(path), "gb": round(path.stat().st_size / 1e9, 2), "record": said})
+    return {"state": "here" if len(rows) == len(files) else "missing", "files": rows}
+
+
 def metadata(file: WeightFile) -> Any:
     """What the hub says of a file: `commit_hash`, and `size` in bytes if it says."""
     import huggingface_hub as hub
@@ -106,24 +128,45 @@ def _cannot(file: WeightFile, error: Exception) -> ValueError:
     return ValueError(f"cannot download {file.path} of {file.repository}: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 
+def _fetch_from_hub(file: WeightFile, target: Path) -> str | None:
+    import huggingface_hub as hub
+
+    commit: Any = metadata(file).commit_hash
+    try:
+        fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=target.parent))
+    except Exception as error:
+        raise _cannot(file, error) from error
+    if fetched != target:
+        os.replace(fetched, target)
+    return commit
+
+
+def _fetch_url(file: WeightFile, target: Path) -> str | None:
+    from urllib.request import urlopen
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(target) as partial:
+            with urlopen(file.url, timeout=60) as source, open(partial, "wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+            found = file_hash(partial)
+            if not found.startswith(file.sha256):
+                raise OSError(f"the hash {found[:12]} of what {file.url} gave does not begin with {file.sha256}")
+    except (OSError, ValueError, HTTPException) as error:
+        raise _cannot(file, error) from error
+    return None
+
+
 def download(reward: str, file: WeightFile, root: Path) -> Path:
     """Download one file into `<root>/<reward>/` and record its revision and hash; a recorded file is verified instead.
 
     Raises ValueError if the file had another hash before: changed weights under the same name are another reward.
     """
-    import huggingface_hub as hub
-
     folder = root / (file.folder or reward)
     target = folder / file.name
     if target.is_file() and _record(target).is_file():
         return verify(target)
-    commit: Any = metadata(file).commit_hash
-    try:
-        fetched = Path(hub.hf_hub_download(file.repository, file.path, revision=commit or file.revision, local_dir=folder))
-    except Exception as error:
-        raise _cannot(file, error) from error
-    if fetched != target:
-        os.replace(fetched, target)
+    commit = _fetch_url(file, target) if file.url else _fetch_from_hub(file, target)
     record = {"repository": file.repository, "path": file.path, "revision": commit or file.revision, "sha256": file_hash(target)}
     if _record(target).is_file():
         recorded = _recorded(_record(target))

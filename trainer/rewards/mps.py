@@ -156,15 +156,15 @@ class MPS(PromptCachedReward[_Prompt]):
         self._condition: Tensor | None = None
 
     @staticmethod
-    def load(paths: Mapping[str, Path], architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32) -> MPS:
+    def load(paths: Mapping[str, Path], architecture: Mapping[str, Any], placement: Placement = CPU_FLOAT32, threshold: float = 0.3) -> MPS:
         """From `weights`, a safetensors copy of the released weights; the released file is a pickled program and is refused."""
         path = paths["weights"]
         state = strip(placement.read(path, SAFE), "mps.")
         towers = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
         clip = build_clip(towers, architecture, path, placement)
         cross = fill(lambda: _CrossModel(architecture["embed_dim"], DEPTH), _cross_state(state), path, placement)
-        tokenize = tokenizer(architecture["text_cfg"]["context_length"])
-        return MPS(clip, cross, tokenize, Fit(architecture["vision_cfg"]["image_size"]), temperature(clip))
+        tokenize = tokenizer(architecture["text_cfg"]["context_length"], repair=False)
+        return MPS(clip, cross, tokenize, Fit(architecture["vision_cfg"]["image_size"]), temperature(clip), threshold)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,) float32."""

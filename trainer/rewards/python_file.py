@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import RewardModel
+from .base import NotFiniteError, RewardModel
 
 # A file beside the reward never stands in for these; a script's folder comes first for Python, too, but they are in use here.
 _INSTALLED = sys.stdlib_module_names | {"numpy", "open_clip", "PIL", "safetensors", "torch", "torchvision", "trainer", "transformers"}
@@ -112,7 +112,7 @@ class PythonReward(RewardModel):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"{self.source}: reward() returned {shape} for {len(images)} images: return a tensor of one score per image")
         if not torch.isfinite(scores).all():
-            raise ValueError(f"{self.source}: reward() returned a score that is not finite")
+            raise NotFiniteError(f"{self.source}: reward() returned a score that is not finite", scores.float())
         if self.differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
             raise ValueError(f"{self.source}: no gradient reaches the pixels: compute with tensors, or set DIFFERENTIABLE = False")
         return scores.float()

@@ -45,11 +45,16 @@ class Entry:
 
 
 def _two_tower(
-    paths: Paths, architecture: Mapping[str, Any], placement: Placement, rule: Literal["crop", "pad"] = "crop", scaled: bool = False
+    paths: Paths,
+    architecture: Mapping[str, Any],
+    placement: Placement,
+    rule: Literal["crop", "pad"] = "crop",
+    scaled: bool = False,
+    repair: bool = True,
 ) -> TwoTower:
     clip = load_clip(paths["weights"], architecture, placement)
     fit = Fit(architecture["vision_cfg"]["image_size"], rule)
-    return TwoTower(clip, tokenizer(architecture["text_cfg"]["context_length"]), fit, temperature(clip) if scaled else 1.0)
+    return TwoTower(clip, tokenizer(architecture["text_cfg"]["context_length"], repair), fit, temperature(clip) if scaled else 1.0)
 
 
 def _clip(name: str, file: WeightFile, licence: str, source: str, **options: Any) -> Entry:
@@ -90,13 +95,24 @@ _IMAGE_REWARD = WeightFile(
 _VOCABULARY = WeightFile(
     "google-bert/bert-base-uncased", "vocab.txt", "1a30f9711976fc1bd9879517ef1075cd161924fa", ("bert-base-uncased-vocab.txt",)
 )
-_MPS = WeightFile("RE-N-Y/mpsv1", "model.safetensors", also=("MPS_overall_checkpoint_diffsynth.safetensors", "MPS_overall_checkpoint.pth"))
+_MPS = WeightFile(
+    "RE-N-Y/mpsv1",
+    "model.safetensors",
+    also=("MPS_overall_checkpoint_diffsynth.safetensors", "MPS_overall_checkpoint.pth"),
+    folder="mps",
+)
 _AESTHETIC = WeightFile(
     "trl-lib/ddpo-aesthetic-predictor",
     "aesthetic-model.pth",
     "7f639699bec8126062148a47ecb1a4312d8e6688",
     ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth"),
 )
+
+
+def _mps(threshold: float) -> Entry:
+    source = f"arXiv:2405.14705, github.com/Kwai-Kolors/MPS; {SAFE}"
+    return Entry(partial(MPS.load, threshold=threshold), "MIT (code; card: none)", source, {"weights": _MPS}, ARCHITECTURES["ViT-H-14"])
+
 
 # Licences: "card" is what the repository of the weights says, "code" what the authors' code says.
 REWARDS: dict[str, Entry] = {
@@ -106,7 +122,12 @@ REWARDS: dict[str, Entry] = {
     "hpsv2.1": _hps("HPS_v2.1_compressed.pt"),
     "hpsv2": _hps("HPS_v2_compressed.pt"),
     "pickscore": _clip(
-        "ViT-H-14", _PICKSCORE, "MIT (code; card: none)", "arXiv:2305.01569, huggingface.co/yuvalkirstain/PickScore_v1", scaled=True
+        "ViT-H-14",
+        _PICKSCORE,
+        "MIT (code; card: none)",
+        "arXiv:2305.01569, huggingface.co/yuvalkirstain/PickScore_v1",
+        scaled=True,
+        repair=False,
     ),
     "clip": _clip("ViT-B-32", _B32, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
     "clip-l14": _clip("ViT-L-14", _L14, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
@@ -118,13 +139,8 @@ REWARDS: dict[str, Entry] = {
         {"weights": _IMAGE_REWARD, "vocabulary": _VOCABULARY},
         ARCHITECTURE,
     ),
-    "mps": Entry(
-        MPS.load,
-        "MIT (code; card: none)",
-        f"arXiv:2405.14705, github.com/Kwai-Kolors/MPS; {SAFE}",
-        {"weights": _MPS},
-        ARCHITECTURES["ViT-H-14"],
-    ),
+    "mps": _mps(0.3),
+    "mps-0.01": _mps(0.01),  # the threshold of the authors' model class and of ImageReFL's code
     "aesthetic": Entry(
         Aesthetic.load,
         "Apache-2.0 (code; card: none)",

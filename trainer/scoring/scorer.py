@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import load_bytes
+from ..rewards.base import NotFiniteError
 from ..rewards.preprocess import Fit
 from ..rewards.weighted import RewardSpec
 from .items import Item, prompt_for
@@ -97,7 +98,7 @@ def _score_batch(decoded: Sequence[_Decoded], parts: Sequence[RewardSpec], devic
             continue
         if part.fit not in fitted:
             fitted[part.fit] = torch.stack([d.fitted[part.fit] for d in decoded]).to(device) / 255
-        columns[part.name] = part.reward(fitted[part.fit], prompts).tolist()
+        columns[part.name] = _scores(part, fitted[part.fit], prompts)
     rows: list[ScoredImage] = []
     for i, d in enumerate(decoded):
         raw = {name: values[i] for name, values in columns.items()}
@@ -113,9 +114,17 @@ def _unfitted(part: RewardSpec, decoded: Sequence[_Decoded], device: str) -> lis
     images = [d.image for d in decoded if d.image is not None]
     for group in _by_size(images):
         stacked = torch.stack([images[i] for i in group]).to(device) / 255
-        for i, value in zip(group, part.reward(stacked, [decoded[i].prompt for i in group]).tolist()):
+        for i, value in zip(group, _scores(part, stacked, [decoded[i].prompt for i in group])):
             values[i] = value
     return values
+
+
+def _scores(part: RewardSpec, images: Tensor, prompts: Sequence[str]) -> list[float]:
+    """One score per image; those that are not finite are listed one by one, the others are kept."""
+    try:
+        return part.reward(images, prompts).tolist()
+    except NotFiniteError as error:
+        return error.scores.tolist()
 
 
 def _by_size(images: Sequence[Tensor]) -> list[list[int]]:
