@@ -24,8 +24,6 @@ from trainer.rewards.preprocess import Fit
 from trainer.rewards.weighted import RewardSpec
 from trainer.scoring.items import Item, find_items, prompt_for
 from trainer.scoring.journal import Journal
-from trainer.scoring.metadata import embedded_prompt
-from trainer.scoring.png import write_text
 from trainer.scoring.scorer import ScoredImage, score
 from trainer.scoring.table import Table, folder_name
 
@@ -127,54 +125,7 @@ def png_with(path, **texts):
     return path
 
 
-GRAPH = {
-    "3": {"class_type": "KSampler", "inputs": {"positive": ["9", 0], "negative": ["7", 0], "model": ["4", 0]}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "ugly", "clip": ["4", 1]}},
-    "9": {"class_type": "ConditioningSetTimestepRange", "inputs": {"conditioning": ["6", 0], "start": 0.0}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["12", 0], "clip": ["4", 1]}},
-    "12": {"class_type": "PrimitiveString", "inputs": {"value": " a fox in the snow "}},
-}
 A1111 = "a fox,\nin the snow\nNegative prompt: ugly\nSteps: 20, Sampler: Euler a, CFG scale: 7, Size: 4x4"
-
-
-def test_prompts_that_comfyui_and_a1111_wrote_are_read(tmp_path):
-    assert embedded_prompt(png_with(tmp_path / "c.png", prompt=json.dumps(GRAPH))) == "a fox in the snow"
-    assert embedded_prompt(png_with(tmp_path / "a.png", parameters=A1111)) == "a fox,\nin the snow"
-    assert embedded_prompt(png_with(tmp_path / "o.png", parameters="some note")) is None
-    flux = {
-        "1": {"inputs": {"guider": ["2", 0]}},
-        "2": {"inputs": {"conditioning": ["3", 0]}},
-        "3": {"inputs": {"clip_l": "", "t5xxl": "a cat"}},
-    }
-    assert embedded_prompt(png_with(tmp_path / "f.png", prompt=json.dumps(flux))) == "a cat"
-    circle = {"1": {"inputs": {"positive": ["2", 0]}}, "2": {"inputs": {"conditioning": ["2", 0]}}}
-    for odd in ("not json", "[1]", json.dumps(circle), json.dumps({"1": 2}), "{}"):
-        assert embedded_prompt(png_with(tmp_path / "odd.png", prompt=odd)) is None
-
-
-def test_a_graph_that_would_keep_a_reader_busy_for_ever_does_not(tmp_path):
-    """Every node named by two inputs of the one before: 2^4000 ways, and 4000 nodes deep."""
-    ladder = {str(i): {"inputs": {"conditioning_1": [str(i + 1), 0], "conditioning_2": [str(i + 1), 0]}} for i in range(4000)}
-    for node in ladder.values():
-        node["inputs"]["cond"] = node["inputs"]["conditioning_1"]
-    graph = {"s": {"inputs": {"positive": ["0", 0]}}, **ladder, "4000": {"inputs": {"text": ""}}}
-    assert embedded_prompt(png_with(tmp_path / "a.png", prompt=json.dumps(graph))) is None
-    graph["4000"] = {"inputs": {"text": "a fox"}}
-    assert embedded_prompt(png_with(tmp_path / "b.png", prompt=json.dumps(graph))) == "a fox"
-    assert embedded_prompt(png_with(tmp_path / "c.png", prompt="[" * 100_000, parameters=A1111)) == "a fox,\nin the snow"
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "webp"])
-@pytest.mark.parametrize("encoding", ["utf-16-be", "utf-16-le"])
-def test_prompts_in_exif_are_read(suffix, encoding, tmp_path):
-    exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + A1111.encode(encoding)
-    Image.new("RGB", (4, 4)).save(tmp_path / f"a.{suffix}", exif=exif)
-    assert embedded_prompt(tmp_path / f"a.{suffix}") == "a fox,\nin the snow"
-    exif = Image.Exif()
-    exif[0x0110] = "prompt:" + json.dumps(GRAPH)
-    Image.new("RGB", (4, 4)).save(tmp_path / f"c.{suffix}", exif=exif)
-    assert embedded_prompt(tmp_path / f"c.{suffix}") == "a fox in the snow"
 
 
 def test_a_prompt_given_beats_the_one_beside_which_beats_the_one_inside(tmp_path):
@@ -376,24 +327,6 @@ def test_scores_go_into_a_png_and_leave_pixels_and_other_texts_alone(folder):
     info = Image.open(path).info
     assert json.loads(info["imagerefl_scores"])["prompt"] == "ä fox" and info["parameters"] == A1111
     assert path.read_bytes().count(b"imagerefl_scores") == 1 and np.asarray(Image.open(path)).tobytes() == pixels
-
-
-def test_writing_through_a_link_changes_the_picture_and_keeps_the_link_and_the_rights(tmp_path):
-    path, link = grey(tmp_path / "a.png", 5), tmp_path / "b.png"
-    path.chmod(0o640)
-    link.symlink_to(path)
-    write_text(link, "k", "v")
-    assert link.is_symlink() and Image.open(path).info["k"] == "v" and path.stat().st_mode & 0o777 == 0o640
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.txt", "b.png"]
-
-
-def test_a_png_cut_short_is_not_written_into(tmp_path):
-    path = grey(tmp_path / "a.png", 5)
-    path.write_bytes(path.read_bytes()[:-6])
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="cut short: it was not changed"):
-        write_text(path, "k", "v")
-    assert path.read_bytes() == before
 
 
 # -- stopping and going on -------------------------------------------------------------------------------------------

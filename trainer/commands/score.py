@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="image folders, images, quoted globs, CSV or JSONL manifests (columns path and prompt)")
-    add("--prompt", metavar="TEXT", help="prompt of all images (default: from the manifest, a .txt file, or ComfyUI's or A1111's metadata)")
+    add("--prompt", metavar="TEXT", help="prompt of all images (default: from the manifest, a .txt file, or inside the image)")
     add("--prompt-column", default="", metavar="NAME", help="the manifest's column of prompts (default prompt, caption or text)")
     add("--reward", action="append", metavar="NAME[=WEIGHT]", help="see `rewards list`; may be given several times (default demo-proxy)")
     add("--raw", action="store_true", help="weight raw scores instead of standardised ones")

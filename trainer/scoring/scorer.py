@@ -16,6 +16,7 @@ from ..data.images import load_bytes
 from ..rewards.base import NotFiniteError
 from ..rewards.preprocess import Fit
 from ..rewards.weighted import RewardSpec
+from .graph import UnclearPrompt
 from .items import Item, prompt_for
 
 PIXELS_PER_BATCH = 1 << 25  # of images scored in their own size: 400 MB as float32
@@ -77,14 +78,23 @@ def score(
 
 def _decode(item: Item, needs_prompt: bool, fits: Sequence[Fit | None]) -> _Decoded | ScoredImage:
     try:
-        prompt, state = prompt_for(item), state_of(item.path)
+        state = state_of(item.path)
         image = load_bytes(item.path)
+        prompt, why = _prompt(item)
     except (ValueError, OSError) as error:
         return ScoredImage(str(item.path), item.prompt or "", error=str(error))
     if prompt is None and needs_prompt:
-        return ScoredImage(str(item.path), error=f"{item.path} has no prompt: give --prompt, a manifest, or {item.path.stem}.txt beside it")
+        return ScoredImage(str(item.path), error=f"{why}: give --prompt, a manifest, or {item.path.stem}.txt beside it")
     fitted = {fit: fit.of_bytes(image) for fit in fits if fit is not None}
     return _Decoded(item, prompt or "", state, image if None in fits else None, fitted)
+
+
+def _prompt(item: Item) -> tuple[str | None, str]:
+    """The prompt, and why there is none."""
+    try:
+        return prompt_for(item), f"{item.path} has no prompt"
+    except UnclearPrompt as error:
+        return None, str(error)
 
 
 @torch.no_grad()
