@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from . import host
-from .parts import SAME, Part, joined, sampled, tuned_part
+from .parts import SAME, SamplerSettings, joined, sampled, tuned_part
 from .schedule import LEVEL, When
 from .sockets import CATEGORY, draw_text, schema
 from .switch import SWITCH_INPUTS, rule, switched
@@ -194,7 +194,7 @@ class CombinedKSampler(io.ComfyNode):
         tuned_scheduler: str = SAME,
     ) -> io.NodeOutput:
         """Sample."""
-        first = Part(base, steps, sampler_name, scheduler)
+        first = SamplerSettings(base, steps, sampler_name, scheduler)
         second = tuned_part(first, tuned, tuned_steps, tuned_sampler_name, tuned_scheduler)
         when: When = rule(tuned, mode, switch_at)
         # an impossible switch is refused before any step

@@ -15,7 +15,7 @@ SAME = "as above"
 
 
 @dataclass(frozen=True)
-class Part:
+class SamplerSettings:
     """How one part is sampled: its model, whose own shift spaces the levels, steps, sampler and scheduler."""
 
     model: Any
@@ -31,11 +31,11 @@ class Part:
         ).sigmas
 
 
-def tuned_part(base: Part, tuned: Any, steps: int, sampler: str, scheduler: str) -> Part:
+def tuned_part(base: SamplerSettings, tuned: Any, steps: int, sampler: str, scheduler: str) -> SamplerSettings:
     """The second part: the base's, but for what is set."""
     if not steps and sampler == scheduler == SAME:
         return base
-    return Part(
+    return SamplerSettings(
         tuned, steps or base.steps, base.sampler if sampler == SAME else sampler, base.scheduler if scheduler == SAME else scheduler
     )
 
@@ -102,7 +102,7 @@ class TwoSamplers(comfy.samplers.Sampler):
         return self.then.sample(model_wrap, sigmas[self.k :], more, shown(self.k), torch.zeros_like(between), between, None, disable_pbar)
 
 
-def sampled(base: Part, tuned: Part, k: int, steps: int) -> tuple[Any, When]:
+def sampled(base: SamplerSettings, tuned: SamplerSettings, k: int, steps: int) -> tuple[Any, When]:
     """The sampler of a joined run, and when the tuned model evaluates: one where both have the same, or where one has all steps."""
     make = comfy.samplers.sampler_object
     if base.sampler == tuned.sampler or k in (0, steps):
