@@ -18,7 +18,7 @@ from PIL import Image
 from playwright.async_api import async_playwright
 
 comfy_path, pack, screenshots = (Path(p).resolve() for p in sys.argv[1:4])
-VIEW = {"width": 1500, "height": 860}
+VIEW = {"width": 1900, "height": 1100}  # at less than 60 % the classic canvas draws no text
 SET = """([kind, values]) => {
     for (const node of app.graph.nodes) if (node.type === kind) for (const widget of node.widgets ?? [])
         if (widget.name in values) { widget.value = values[widget.name]; widget.callback?.(widget.value) }
@@ -32,12 +32,13 @@ REPLACE = """run => {  // the plain sampler by Load Reward LoRA and Combined KSa
         const node = LiteGraph.createNode(type); app.graph.add(node); node.pos = at; if (size) node.setSize(size); return node
     }
     const slot = (node, name) => node.inputs.findIndex(input => input.name === name)
-    const lora = add('ImageReFLLoadLora', [0, 180], [280, 120]), sampler = add('ImageReFLCombinedKSampler', [x, y], [320, 440])
+    const lora = add('ImageReFLLoadLora', [0, 180], [280, 120]), sampler = add('ImageReFLCombinedKSampler', [x, y], [300, 440])
     const link = (l, node, name) => app.graph.getNodeById(l.origin_id).connect(l.origin_slot, node, slot(node, name))
     link(source.model, lora, 'model'); link(source.model, sampler, 'base'); lora.connect(0, sampler, slot(sampler, 'tuned'))
     for (const name of ['positive', 'negative', 'latent_image']) link(source[name], sampler, name)
     sampler.connect(0, app.graph.getNodeById(target.target_id), target.target_slot)
     app.graph.remove(plain)
+    for (const node of app.graph.nodes) if (node.pos[1] > 500) node.pos = [node.pos[0], node.pos[1] + 280]  // room for the preview
     const set = (node, name, value) => { const w = node.widgets.find(w => w.name === name); w.value = value; w.callback?.(value) }
     set(lora, 'lora_name', run); set(sampler, 'mode', 'auto'); set(sampler, 'steps', 20); set(sampler, 'cfg', 2.0)
 }"""
@@ -91,7 +92,7 @@ class Browser:
         await self.page.wait_for_timeout(2500)
         path = screenshots / f"{name}.png"
         await self.page.screenshot(path=path)
-        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+        Image.open(path).convert("RGB").resize((1425, 825), Image.Resampling.LANCZOS).quantize(128).save(path, optimize=True)
 
 
 async def journey(browser, look):
@@ -118,6 +119,8 @@ async def journey(browser, look):
     found["steps after a second run"] = await browser.steps("journey")
 
     await browser.graph("demo-score-and-pick-best")
+    await browser.page.evaluate("() => app.refreshComboInNodes()")  # the key R: the run joins the list of LoRAs
+    await browser.page.wait_for_timeout(3000)
     await browser.page.evaluate(REPLACE, "run: journey")
     await browser.press("Run")
     found["used"] = await browser.ended(4)
@@ -141,6 +144,7 @@ async def main():
             page.set_default_timeout(120_000)
             browser = Browser(page, f"http://127.0.0.1:{port}", session, folder)
             await browser.opened()
+            await page.evaluate("() => app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
             if look == "vue":
                 await page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
                 await page.wait_for_timeout(1500)
