@@ -250,3 +250,24 @@ def test_evaluate_judges_by_everything_that_is_at_hand_and_goes_on_after_a_stop(
     assert {"demo-heldout", "diversity", "vendi", "fid", "kid", "logcov", "demo-heldout_diversity"} <= results["base"].keys()
     assert results["base"].keys() | {"model", "k"} == results["points"][1].keys() and results["config"]["n"] == 6
     assert {"diversity", "fid", "demo-heldout_kid"} <= results["ci"][1].keys() and results["ci_absolute"][0]["model"] == "base"
+
+
+@pytest.mark.full  # roots of 2048 × 2048 matrices
+def test_evaluate_takes_raw_scores_of_rewards_without_statistics_and_the_published_fid(tmp_path, capsys):
+    from helpers.inception import random_state
+
+    torch.save(random_state(), tmp_path / "inception.pth")
+    (tmp_path / "own.py").write_text("def reward(images, prompts):\n    return 100 * images.mean((1, 2, 3))\n")
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    out = tmp_path / "judged.json"
+    command = ["evaluate", "--lora", f"mine={files.loras()['demo-refl']}", "--prompts", str(tmp_path / "prompts.txt"), "-n", "2"]
+    command += ["--steps", "2", "--switches", "0", "--reward", str(tmp_path / "own.py"), "--out", str(out)]
+    assert main(command) == 2
+    assert "no mean and standard deviation are known" in capsys.readouterr().err
+    assert main([*command, "--raw", "--inception", str(tmp_path / "inception.pth")]) == 0
+    results = json.loads(out.read_text())
+    point = results["points"][0]
+    assert 5 < point[str(tmp_path / "own.py")] < 95 and results["config"]["raw"] is True  # hundredths of full brightness, not deviations
+    assert point["fid_inception"] > 1 and results["base"]["fid_inception"] == pytest.approx(0, abs=1e-3)
+    assert {"inception", str(tmp_path / "own.py")} <= results["weights"].keys()
+    assert "fid_inception has 2048" in capsys.readouterr().err
