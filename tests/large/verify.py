@@ -175,17 +175,18 @@ def peak_gb():
 def exact(policy):
     """Inside, every module of the network has float32 weights while it runs, and the arithmetic is float32."""
     handles = []
+    # Z-Image's embedding of the timestep asks for its layers' type before they run: it is made wide as a whole
+    whole = [module for module in policy.network.modules() if type(module).__name__ == "TimestepEmbedder"]
+    inside = {part for module in whole for part in module.modules()} - {*whole}
     for module in policy.network.modules():
-        own = [(n, p) for n, p in module.named_parameters(recurse=False) if p.dtype == torch.bfloat16]
-        if not own:
+        own = [(n, p) for n, p in module.named_parameters(recurse=module in whole) if p.dtype == torch.bfloat16]
+        if not own or module in inside:
             continue
 
-        def widen(module, given, own=own):
+        def widen(module, _, own=own):
             for _, p in own:
                 p.narrow = p.data
                 p.data = p.data.float()
-            # Z-Image's embedding of the timestep asks for the weights' type before they are wide
-            return tuple(v.float() if torch.is_tensor(v) and v.is_floating_point() else v for v in given)
 
         def restore(module, _, output, own=own):
             for _, p in own:
