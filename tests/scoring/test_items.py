@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 from helpers.images import write_image
@@ -70,6 +71,15 @@ def test_the_report_names_what_is_scored_without_a_caption_and_what_is_named_twi
     write_image(tmp_path / "a.png", 0, "a star")
     write_image(tmp_path / "b.png", 1)
     (tmp_path / "notes.md").write_text("x")
+    report = Report()
+    write_image(tmp_path / "c" / "c.png", 0, "a star\nin two lines")
+    write_image(tmp_path / "c" / "d.png", 0)
+    (tmp_path / "c" / "d.txt").write_bytes(b"caf\xe9")  # stops nothing here
+    find_items([str(tmp_path / "c")], report=report)
+    assert str(report) == (
+        f"read 2 images, 1 caption from {tmp_path / 'c'}; left out: nothing; 1 with several lines, the first taken as the caption (c.txt)"
+    )
+    shutil.rmtree(tmp_path / "c")
     report = Report()
     found = find_items([str(tmp_path), str(tmp_path / "a.png"), str(tmp_path / "*")], report=report)
     assert found == [Item(tmp_path / "a.png"), Item(tmp_path / "b.png")]

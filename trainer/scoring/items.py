@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import images
-from ..data.captions import caption_beside, caption_file, is_listing, list_images
+from ..data.captions import caption_beside, is_listing, list_images
 from ..data.report import Report
 from ..text import valid
 from .copies import without_copies
@@ -38,9 +38,15 @@ def find_items(paths: Sequence[str], prompt: str | None = None, prompt_column: s
             report.leave_out("named twice", item.path.name)
         items[item] = None
     report.taken["images"] = len({item.path for item in items})
-    own = sum(item.prompt is not None for item in items)
-    report.taken["captions"] = own + sum(item.prompt is None and caption_file(item.path) is not None for item in items)
+    report.taken["captions"] = sum(item.prompt is not None or _has_caption(item.path, report) for item in items)
     return list(items)
+
+
+def _has_caption(image: Path, report: Report) -> bool:
+    try:
+        return caption_beside(image, report) is not None
+    except (ValueError, OSError):  # scoring reports it and goes on
+        return False
 
 
 def _expand(text: str, prompt_column: str, report: Report) -> Iterator[Item]:
