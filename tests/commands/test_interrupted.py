@@ -28,6 +28,8 @@ WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink"}
 PASSING = (
     ".parts",
     "scores/settings.json",
+    "scores/0",
+    "scores/.tmp",
     ".partial",
     ".writing",
     "watch.json",

@@ -22,6 +22,7 @@ from trainer.data import images
 from trainer.rewards.base import RewardModel
 from trainer.rewards.preprocess import Fit
 from trainer.rewards.weighted import RewardSpec
+from trainer.scoring import scorer
 from trainer.scoring.items import Item, find_items, prompt_for
 from trainer.scoring.journal import Journal
 from trainer.scoring.scorer import ScoredImage, score
@@ -245,6 +246,17 @@ def test_pictures_of_many_sizes_are_scored_as_if_alone(tmp_path, reward_folder):
     assert [Path(r.path).name for r in rows] == [f"{i}.png" for i in range(5)]
     torch.testing.assert_close(found, expected, atol=2e-3 * float(expected.std()), rtol=0)
     torch.testing.assert_close(found, differentiable, atol=5e-2 * float(expected.std()), rtol=0)
+
+
+def test_large_images_in_their_own_size_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+    paths = [grey(tmp_path / f"{i:02d}.png", 10 * i, size=(40, 40)) for i in range(20)]
+    decoded, reward, most = [], Brightness(), []
+    monkeypatch.setattr(scorer, "PIXELS_PER_BATCH", 2 * 40 * 40)
+    monkeypatch.setattr(scorer, "load_bytes", lambda path: decoded.append(path) or images.load_bytes(path))
+    for number, row in enumerate(score([Item(p) for p in paths], [RewardSpec("b", reward)], batch=8, threads=2)):
+        assert row.raw["b"] == pytest.approx(10 * number / 255, abs=1e-6)
+        most.append(len(decoded) - number)
+    assert max(most) <= 2 + 8 and {shape[0] for shape in reward.batches} == {2}  # a batch, and four batches ahead
 
 
 def test_equal_fits_share_one_resize_and_rewards_without_one_see_pictures_as_they_are(tmp_path, monkeypatch):

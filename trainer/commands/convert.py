@@ -72,7 +72,8 @@ def _is_finished(out: Path) -> bool:
     """Whether something is there; not for a peft folder that was being written when it was interrupted: its weights come last."""
     if not out.is_dir():
         return out.exists()
-    return any(path.name.removesuffix(".partial") != PEFT_CONFIG and path.name != f"{PEFT_WEIGHTS}.partial" for path in out.iterdir())
+    unfinished = {PEFT_CONFIG, f"{PEFT_CONFIG}.partial", f"{PEFT_WEIGHTS}.partial", f"{PEFT_WEIGHTS}.writing"}
+    return any(path.name not in unfinished for path in out.iterdir())
 
 
 def _read(source: Path, base: Path | None, args: argparse.Namespace) -> tuple[Adapter, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str], check: Callable[[Path], object]) -> None:
     """Write a safetensors file, compare what reads back, call `check` with it, and only then rename it to `path`."""
     partial = path.with_name(path.name + ".partial")
+    aside = path.with_name(path.name + ".writing")
     contiguous = _separate(tensors)
     endless = next((key for key, value in contiguous.items() if value.is_floating_point() and not bool(value.isfinite().all())), None)
     if endless is not None:
@@ -22,7 +24,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
     try:
         partial.touch()
         mode = partial.stat().st_mode
-        save_file(contiguous, partial, metadata=dict(header))
+        aside.mkdir(exist_ok=True)  # safetensors writes under a random name first, which a kill would leave there for good
+        save_file(contiguous, aside / path.name, metadata=dict(header))
+        os.replace(aside / path.name, partial)
         partial.chmod(mode)  # safetensors makes files that only their owner may read
         with safe_open(partial, framework="pt") as file:
             if set(file.keys()) != set(tensors) or any(not torch.equal(file.get_tensor(k), v) for k, v in contiguous.items()):
@@ -33,6 +37,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

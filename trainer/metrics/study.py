@@ -28,8 +28,8 @@ from .summary import Features, Judged, frontier_area, intervals
 
 Point = tuple[str, int]  # a model's name and its switch
 BASE: Point = ("base", 0)
-SETTINGS, _CHUNK = "settings.json", re.compile(r"\d{6}\.(safetensors|partial|safetensors\.partial)")
-INCEPTION = "fid_inception"
+SETTINGS, INCEPTION = "settings.json", "fid_inception"
+_CHUNK = re.compile(r"\d{6}\.(safetensors|partial|safetensors\.partial)|\.tmp\w{6}")  # the last is safetensors' own
 JUDGE_BATCH = 64  # images per call of a reward or feature extractor
 
 

@@ -60,20 +60,31 @@ def score(
     fits = list(dict.fromkeys(p.fit for p in parts))
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[_Decoded | ScoredImage]] = deque()
-        coming = iter(items)
+        coming, ahead = iter(items), threads if None in fits else 2 * batch
 
         def decode_ahead() -> None:
-            while len(waiting) < 2 * batch and (item := next(coming, None)) is not None:
+            while len(waiting) < ahead and (item := next(coming, None)) is not None:
                 waiting.append(pool.submit(_decode, item, needs_prompt, fits))
 
         decode_ahead()
         while waiting:
-            chunk = [waiting.popleft().result() for _ in range(min(batch, len(waiting)))]
-            decode_ahead()
+            chunk: list[_Decoded | ScoredImage] = []
+            pixels = 0
+            while waiting and len(chunk) < batch and pixels < PIXELS_PER_BATCH:
+                chunk.append(waiting.popleft().result())
+                size = _pixels(chunk[-1])
+                pixels += size
+                ahead = 2 * batch if size == 0 else min(2 * batch, max(threads, 4 * PIXELS_PER_BATCH // size))
+                decode_ahead()
             readable = [d for d in chunk if isinstance(d, _Decoded)]
             scored = iter(_score_batch(readable, parts, device))
             for d in chunk:
                 yield d if isinstance(d, ScoredImage) else next(scored)
+
+
+def _pixels(decoded: _Decoded | ScoredImage) -> int:
+    """Of an image that is kept in its own size."""
+    return decoded.image[0].numel() if isinstance(decoded, _Decoded) and decoded.image is not None else 0
 
 
 def _decode(item: Item, needs_prompt: bool, fits: Sequence[Fit | None]) -> _Decoded | ScoredImage:
