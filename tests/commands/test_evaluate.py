@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from trainer.guidance import cfg, combined
 from trainer.lora.file import load_lora, save_delta, save_lora
 from trainer.metrics.study import BASE, Study
 from trainer.models.load import load_policy
+from trainer.models.two_unets import with_unet
 from trainer.policy import Lora
 from trainer.rewards.registry import weights_hashes
+from trainer.runtime.files import file_hash
 
 PROMPTS = ["a red star", "a blue ring"]
 
@@ -76,6 +79,56 @@ def test_one_pipeline_serves_the_base_and_every_tuned_model(pipeline_folder, rew
     assert min(distances) > 1e-3
     results = json.loads((tmp_path / "x.json").read_text())
     assert [(p["model"], p["k"]) for p in results["points"]] == points
+
+
+def test_a_published_folder_of_two_unets_is_evaluated_without_a_lora(pipeline_folder, reward_folder, files, tmp_path, monkeypatch, capsys):
+    """Its images are those of `sample`'s two pipelines; the UNet is known by its hash, and may be given beside LoRAs."""
+    folder = shutil.copytree(pipeline_folder, tmp_path / "ImageReFL_HPS_SD")
+    (folder / "unet").rename(folder / "original_unet")
+    tuned = shutil.copytree(folder / "original_unet", folder / "fine_tuned_unet")
+    (file,) = tuned.glob("*.safetensors")
+    torch.manual_seed(0)
+    save_file({k: v + 0.02 * torch.randn_like(v) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    drawn, add = {}, Study.add
+    monkeypatch.setattr(Study, "add", lambda self, part, images: drawn.update(images) or add(self, part, images))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["evaluate", "--model", str(folder), "--reward", str(reward_folder), "--prompts", str(tmp_path / "prompts.txt")]
+    command += ["-n", "2", "--steps", "4", "--switches", "2", "--out", str(tmp_path / "x.json")]
+    assert main(command) == 0
+    settings, prompts, base = Generation(steps=4), [p for p in PROMPTS for _ in range(2)], load_policy(folder)
+    mixes = {BASE: cfg(settings.base), (folder.name, 2): combined(settings.base, settings.tuned(model="t"), 2)}
+    alone = generate(base, prompts, settings, mixes, {"t": with_unet(base, tuned)})
+    assert {point: float((images - drawn[point]).abs().max()) for point, images in alone.items()} == dict.fromkeys(drawn, 0.0)
+    assert float((drawn[BASE] - drawn[folder.name, 2]).abs().max()) > 1e-3
+    found = json.loads((tmp_path / "x.json").read_text())["checkpoints"]
+    assert found[folder.name] == {"run": folder.name, "step": None, "file": str(tuned), "sha256": file_hash(file)}
+    both = [*command, "--overwrite", "--lora", f"small={files['small']}", "--tuned-unet"]
+    assert main([*both, f"small={tuned}"]) == 2 and "two models are called small" in capsys.readouterr().err
+    assert main([*both, f"whole={tuned}"]) == 0
+    assert set(json.loads((tmp_path / "x.json").read_text())["checkpoints"]) == {"small", "whole"}
+
+
+def test_values_that_are_not_finite_are_never_ranked(tmp_path):
+    """Images, a reward's scores and features, each with its name and prompt."""
+
+    def study(score=0.0, feature=0.0):
+        rewards = {"mine": lambda images, prompts: torch.tensor([0.0, score])}
+        features = {"far": lambda images: torch.tensor([[0.0], [feature]])}
+        judges = SimpleNamespace(
+            judge=lambda images, prompts: {"mine": rewards["mine"](images, prompts), "features far": features["far"](images)}
+        )
+        return SimpleNamespace(points=[BASE], judges=judges, _path=lambda number: tmp_path / f"{number}.safetensors")
+
+    part, images = SimpleNamespace(prompts=PROMPTS, number=0), {BASE: torch.zeros(2, 3, 8, 8)}
+    Study.add(study(), part, images)
+    bad = {BASE: images[BASE].index_fill(0, torch.tensor([1]), float("nan"))}
+    for made, drawn, message in (
+        (study(), bad, "base from step 0 drew values that are not finite for 'a blue ring'"),
+        (study(score=float("nan")), images, "mine of base from step 0 gave values that are not finite for 'a blue ring'"),
+        (study(feature=float("inf")), images, "features far of base from step 0 gave values that are not finite for 'a blue ring'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Study.add(made, part, drawn)
 
 
 def snapshot_files(files, folder):

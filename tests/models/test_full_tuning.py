@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers.losses import loss_of
 from helpers.unet import OBJECTIVE, PROMPTS, brightness, image_batch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
-from trainer.config import build
+from trainer.config import ConfigError, build
 from trainer.lora.extract import weight_files
 from trainer.lora.file import load_lora, read_lora, save_delta
+from trainer.models.open import denoiser_hashes
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora
-from trainer.runtime.files import file_hash
+from trainer.runtime.files import file_hash, files_hash
 from trainer.training.config import TrainConfig
 from trainer.training.parts import Parts
 from trainer.training.run import Run
@@ -212,3 +215,28 @@ def test_a_lora_is_extracted_from_the_file_and_says_what_it_holds(whole, pipelin
     torch.testing.assert_close(outputs(adapted.denoiser(PROMPTS)), outputs(whole.denoiser(PROMPTS)), rtol=1e-4, atol=1e-4)
     assert main([*arguments, str(pipeline_folder / "vae"), "--overwrite"]) == 2
     assert "was not trained on" in capsys.readouterr().err
+
+
+def test_a_base_of_several_files_is_known_by_all_of_them(tmp_path):
+    """Shards by their index; of variants the one that diffusers loads; one file by its own hash, as ever."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for i, name in enumerate(shards):
+        save_file({f"{i}": torch.zeros(3)}, folder / name)
+    save_file({"old": torch.zeros(3)}, folder / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(shards)}}))
+    assert weight_files(tmp_path) == [folder / name for name in shards]
+    now, earlier = denoiser_hashes(tmp_path)
+    assert now == files_hash([folder / name for name in shards]) and earlier == file_hash(folder / "a.safetensors")
+    save_file({"1": torch.ones(3)}, folder / shards[1])
+    assert denoiser_hashes(tmp_path)[0] != now and denoiser_hashes(tmp_path)[1] == earlier
+    (folder / shards[1]).unlink()
+    with pytest.raises(ConfigError, match="names model-00002-of-00002.safetensors, which is not there"):
+        weight_files(tmp_path)
+    one = tmp_path / "one" / "unet"
+    one.mkdir(parents=True)
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"):
+        save_file({"a": torch.full((3,), float(len(name)))}, one / name)
+    assert weight_files(one.parent) == [one / "diffusion_pytorch_model.safetensors"]
+    assert denoiser_hashes(one.parent) == tuple(file_hash(one / f"diffusion_pytorch_model{end}.safetensors") for end in ("", ".fp16"))

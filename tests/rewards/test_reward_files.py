@@ -318,3 +318,12 @@ def test_measured_statistics_of_a_reward_folder_replace_those_it_came_with(rewar
 
 def test_files_are_read_without_running_anything(pickscore):
     assert read_state(pickscore).keys() == load_file(pickscore).keys()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_weight_that_is_not_finite_is_refused_with_its_name(kind, tmp_path):
+    file = tmp_path / f"a.{kind}"
+    state = {"good.weight": torch.ones(3), "bad.weight": torch.tensor([1.0, float("nan")])}
+    save_file(state, file) if kind == "safetensors" else torch.save({"state_dict": state}, file)
+    with pytest.raises(ValueError, match=rf"^{file} is damaged: bad.weight has values that are not finite$"):
+        read_state(file)

@@ -16,7 +16,8 @@ from ..config import ConfigError
 from ..data import images
 from ..data.report import Report
 from ..generate import Generation, generate
-from ..guidance import Switch, cfg, combined
+from ..guidance import Slot, Switch, cfg, combined
+from ..lora.extract import weight_files
 from ..lora.file import load_lora, lora_weights
 from ..metrics import plot
 from ..metrics.dino import DINO, Dino
@@ -26,12 +27,13 @@ from ..metrics.lpips import Lpips
 from ..metrics.study import BASE, Judges, Study
 from ..metrics.summary import Features
 from ..models.diffusers_policy import DiffusersPolicy
+from ..models.two_unets import TUNED_UNET, with_unet
 from ..rewards.files import find, verify, weight_folders
 from ..rewards.registry import load_reward, weights_hashes
 from ..rewards.two_tower import TwoTower
 from ..rewards.weights import Placement
-from ..runtime.files import file_hash, write_text
-from .checkpoints import checkpoints
+from ..runtime.files import file_hash, files_hash, write_text
+from .checkpoints import Checkpoint, checkpoints, split_name
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 from .parts import base_hash
 
@@ -47,6 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     lora = "a tuned model and its name, or a run's folder: its snapshots; may be given several times, one name for one run's checkpoints"
     add("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
+    unet = "a tuned model that is a whole UNet; may be given several times (default without --lora: fine_tuned_unet in the model's folder)"
+    add("--tuned-unet", action="append", default=[], metavar="NAME=FOLDER", help=unet)
     add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63, last=6 (default 0,75%%)")
     add("--reward", action="append", default=[], metavar="NAME", help="reward by name or folder; may be given several times")
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
@@ -65,10 +69,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate with every tuned model and switch, and compare with the base model; returns the exit status."""
-    if args.plot and not args.lora:
+    unets = _unets(args)
+    if args.plot and not args.lora and not unets:
         return _plot_again(args.out)
-    if not args.lora or not args.reward:
-        raise ConfigError("nothing to evaluate: give --lora NAME=FILE and --reward NAME")
+    if not (args.lora or unets) or not args.reward:
+        raise ConfigError("nothing to evaluate: give --lora NAME=FILE or --tuned-unet NAME=FOLDER, and --reward NAME")
     parts = _parts(args)
     settings, prompts = generation_of(args), prompts_of(args)
     taken = next((name for name in args.reward if name in FIGURES), None)
@@ -85,20 +90,26 @@ def run(args: argparse.Namespace) -> int:
     switches = [Switch.parse(text) for text in args.switches.split(",")]
     for photo in photos:
         images.size_of(photo)  # before anything is drawn: raises for what is not an image
-    device, tuned = device_of(args), checkpoints(args.lora)
+    device, tuned = device_of(args), {**checkpoints(args.lora)}
+    for name, folder in unets.items():
+        if name in tuned:
+            raise ConfigError(f"two models are called {name}: give --tuned-unet NAME=FOLDER")
+        tuned[name] = Checkpoint(name, None, folder)
     judges = _judges(args, device)
     policy = policy_of(args)
-    adapters = {name: f"evaluated{i}" for i, name in enumerate(tuned)}  # a user's name may mean something to peft, or to the policy
-    for name, checkpoint in tuned.items():
-        load_lora(policy, checkpoint.file, adapter=adapters[name])
+    models = {name: with_unet(policy, folder) for name, folder in unets.items()}
+    # a user's name may mean something to peft, or to the policy
+    slots = {name: settings.tuned(model=name) if name in unets else settings.tuned(f"evaluated{i}") for i, name in enumerate(tuned)}
+    for name in tuned.keys() - unets.keys():
+        load_lora(policy, tuned[name].file, adapter=slots[name].adapter)
     schedules = _schedules(policy, settings, switches)
     steps = list(schedules)
     weights = _weights(args)
-    loras = {name: file_hash(lora_weights(checkpoint.file)) for name, checkpoint in tuned.items()}
+    loras = {n: files_hash(weight_files(c.file)) if n in unets else file_hash(lora_weights(c.file)) for n, c in tuned.items()}
     same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights, **({"raw": True} if args.raw else {})}
     study = Study(parts, prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
-    _draw(study, policy, adapters, schedules, settings)
+    _draw(study, policy, slots, models, schedules, settings)
     real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.extractors.items()} if photos else None
     results: dict[str, Any] = {
         **study.summarise(real),
@@ -115,6 +126,20 @@ def run(args: argparse.Namespace) -> int:
         print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
     print(f"wrote {', '.join(map(str, [args.out, *figures]))}")
     return 0
+
+
+def _unets(args: argparse.Namespace) -> dict[str, Path]:
+    """The tuned models that are UNets, by name: the arguments', or that of a folder in the layout of the published ImageReFL models."""
+    published = Path(args.model) / TUNED_UNET
+    if not args.tuned_unet and not args.lora and not args.plot and published.is_dir():
+        return {published.parent.name: published}
+    found: dict[str, Path] = {}
+    for name, folder in map(split_name, args.tuned_unet):
+        name = name or folder.resolve().name
+        if name in found or name == BASE[0]:
+            raise ConfigError(f"two models are called {name}: give --tuned-unet NAME=FOLDER")
+        found[name] = folder
+    return found
 
 
 def _parts(args: argparse.Namespace) -> Path:
@@ -180,20 +205,25 @@ def _schedules(policy: DiffusersPolicy, settings: Generation, switches: Sequence
 
 
 def _draw(
-    study: Study, policy: DiffusersPolicy, adapters: Mapping[str, str], schedules: Mapping[int, Tensor], settings: Generation
+    study: Study,
+    policy: DiffusersPolicy,
+    slots: Mapping[str, Slot],
+    models: Mapping[str, DiffusersPolicy],
+    schedules: Mapping[int, Tensor],
+    settings: Generation,
 ) -> None:
-    """Generate the chunks of prompts that are not in the study yet; adapters: of each tuned model, by its name."""
+    """Generate the chunks of prompts that are not in the study yet; slots: of each tuned model, by its name; models: whole ones."""
     from tqdm import tqdm
 
-    points = [(name, k) for name in adapters for k in schedules]
-    mixes = {(name, k): combined(settings.base, settings.tuned(adapters[name]), k) for name, k in points}
+    points = [(name, k) for name in slots for k in schedules]
+    mixes = {(name, k): combined(settings.base, slots[name], k) for name, k in points}
     grids = {(name, k): schedules[k] for name, k in points}
     mixes[BASE] = cfg(settings.base)
     parts = list(study.parts(settings.chunk))
     total = sum(len(part.prompts) for part in parts) * len(study.points)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for part in parts:
-            study.add(part, generate(policy, part.prompts, settings, mixes, progress=bar.update, first=part.first, grids=grids))
+            study.add(part, generate(policy, part.prompts, settings, mixes, models, bar.update, first=part.first, grids=grids))
 
 
 def _judges(args: argparse.Namespace, device: str) -> Judges:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..lora.scales import is_scale
@@ -32,6 +32,13 @@ def read_scaled(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, T
     A scale is one number or one for each output (out,) or (out,1). Raises ValueError for other quantisations, and for a scale without
     a weight, with the file and the tensor.
     """
+    try:
+        return _read(path, dtype, prefix)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _read(path: Path, dtype: torch.dtype, prefix: str) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         keys: list[str] = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
         _check_formats(path, file.metadata() or {})

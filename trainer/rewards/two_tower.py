@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from .calibrate import checked_statistics
 from .clip import split_towers
 from .preprocess import Fit, normalise
 from .prompt_cache import PromptCachedReward
+from .weights import read_state
 
 FILES = ("config.json", "model.safetensors", "merges.txt.gz")
 """The files of a reward folder."""
@@ -58,7 +58,7 @@ class TwoTower(PromptCachedReward[Tensor]):
                 f"{folder / 'config.json'} does not describe a reward: {why}; take the file that came with the weights"
             ) from error
         if torch.device(device).type != "meta":
-            state = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+            state = {k: v.float() for k, v in read_state(folder / "model.safetensors").items()}
             clip.load_state_dict(split_towers(state))
         tokenizer = SimpleTokenizer(str(folder / "merges.txt.gz"), context_length=context)
         reward = TwoTower(clip.to(device, dtype), lambda texts: tokenizer(list(texts)), fit, scale)

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class NotFinite(ValueError):
+    """A weight is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Device and dtype to load weights to; for `meta` no file is read."""
@@ -45,8 +49,10 @@ def read_state(path: Path, instead: str = "") -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weight file {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return check_finite(load_file(path), path)
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except NotFinite:
+        raise
     except pickle.UnpicklingError as error:
         safe = f"use {instead}" if instead else "use a safetensors file of the same weights"
         raise ValueError(f"{path} was not opened: it is a pickle of more than tensors, which could run code, or damaged; {safe}") from error
@@ -57,7 +63,15 @@ def read_state(path: Path, instead: str = "") -> dict[str, Tensor]:
         loaded = cast(dict[str, Any], loaded)["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in cast(dict[str, Any], loaded).values()):
         raise ValueError(f"{path} is not a state dict: its values must be tensors")
-    return cast(dict[str, Tensor], loaded)
+    return check_finite(cast(dict[str, Tensor], loaded), path)
+
+
+def check_finite(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The state dict; NotFinite with the file and the tensor where a weight is not a finite number: its scores would not be either."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float32).isfinite()):
+            raise NotFinite(f"{source} is damaged: {name} has values that are not finite")
+    return state
 
 
 def strip(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
