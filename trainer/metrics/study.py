@@ -22,6 +22,7 @@ from ..reward import Reward
 from ..runtime.files import check_weights, replacing, write_text
 from .distances import Moments, frechet_distance
 from .diversity import Diversity, pairwise_diversity, vendi_score
+from .finite import check_finite
 from .intervals import jackknife
 from .streaming import FeatureStatistics, distances
 from .summary import Features, Judged, frontier_area, intervals
@@ -142,10 +143,9 @@ class Study:
         """Score the images (N,3,H,W) of every point of one chunk, and write scores and features."""
         kept: dict[str, Tensor] = {}
         for i, point in enumerate(self.points):
-            _check_finite(images[point], part.prompts, f"{point[0]} from step {point[1]} drew values")
+            check_finite(images[point], part.prompts, f"{point[0]} from step {point[1]} drew values")
             for name, values in self.judges.judge(images[point], part.prompts).items():
-                _check_finite(values, part.prompts, f"{name} of {point[0]} from step {point[1]} gave values")
-                kept[f"{i} {name}"] = values
+                kept[f"{i} {name}"] = check_finite(values, part.prompts, f"{name} of {point[0]} from step {point[1]} gave values")
         path = self._path(part.number)
         try:
             with replacing(path) as partial:
@@ -298,11 +298,3 @@ class _Distances:
             return {name: value - off.get(name, 0.0) for name, value in self.figures(block).items()}
 
         return jackknife(statistic, next(iter(self.mine.values())).blocks)
-
-
-def _check_finite(values: Tensor, prompts: Sequence[str], what: str) -> None:
-    """ValueError that names what gave NaN or infinity, and for which prompt, so that nothing ranks or averages it."""
-    if not bool(values.isfinite().all()):
-        row = int((~values.isfinite()).nonzero()[0, 0])
-        where = f" for {prompts[row]!r}" if len(values) == len(prompts) else ""
-        raise ValueError(f"{what} that are not finite{where}")
