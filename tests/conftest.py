@@ -294,7 +294,7 @@ def tiny_family(name, words):
 
     if name in ("krea2", "qwen-image"):
         return tiny_krea() if name == "krea2" else tiny_qwen()
-    if name in ("sd3", "flux-dev", "flux-schnell", "z-image"):
+    if name in ("sd3", "flux-dev", "flux-schnell", "z-image", "chroma"):
         bare = {"use_quant_conv": False, "use_post_quant_conv": False}
         parts = {"vae": vae(16, scaling_factor=1.5305, shift_factor=0.0609, **bare)}
     else:
@@ -325,6 +325,21 @@ def tiny_family(name, words):
             text_encoder=encoder,
             tokenizer=chat_tokenizer(),
         )
+    if name == "chroma":
+        transformer = diffusers.ChromaTransformer2DModel(
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            axes_dims_rope=(4, 4, 8),
+            approximator_hidden_dim=32,
+            approximator_layers=1,
+        )
+        torch.nn.init.normal_(transformer.distilled_guidance_layer.out_proj.weight, std=0.2)
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.3)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+        return diffusers.ChromaPipeline(transformer=transformer, scheduler=scheduler, text_encoder=t5(), tokenizer=t5_tokenizer(), **parts)
     if name == "z-image":
         from transformers import Qwen3Model
 

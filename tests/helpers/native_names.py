@@ -11,6 +11,12 @@ def native(state):
     """
     if "txt_norm.weight" in state:  # Qwen-Image's names are diffusers'
         return dict(state)
+    if "distilled_guidance_layer.in_proj.weight" in state:  # Chroma, which is FLUX.1 but for these
+        names = {
+            name: name.replace(".linear_1.", ".in_layer.").replace(".linear_2.", ".out_layer.") for name in state if "distilled" in name
+        }
+        apart = {there: state[here] for here, there in names.items()}
+        return {**comfy.model_detection.convert_diffusers_mmdit({k: v for k, v in state.items() if k not in names}, ""), **apart}
     if "text_fusion.projector.weight" in state:
         return original_krea(state)
     if "single_stream_modulation.linear.weight" not in state:

@@ -62,6 +62,8 @@ def compare():
         extra["y"] = model.encode_adm(pooled_output=cond["text_embeds"], **size)
     elif pooled is not None:
         extra["y"] = pooled
+    if type(model).__name__ == "Chroma":
+        extra["guidance"] = torch.zeros(len(ours["x"]))
     if type(model).__name__ == "Flux":
         extra["guidance"] = torch.full((len(ours["x"]),), told["guidance"])
 

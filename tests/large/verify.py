@@ -47,6 +47,7 @@ MODELS = {
     **{"sd15": {}, "sdxl": {}, "sd35-medium": {}, "flux-dev": {"num_layers": 1, "num_single_layers": 2}},
     **{"z-image": {"n_layers": 2}, "flux2-klein-4b": {"num_layers": 1, "num_single_layers": 2}},
     **{"flux2-klein-9b": {"num_layers": 1, "num_single_layers": 2}, "krea2": {"num_layers": 1}, "qwen-image": {"num_layers": 2}},
+    "chroma": {"num_layers": 1, "num_single_layers": 2},
 }
 NAMES = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell", *[*MODELS][4:])
 SIZE = 128  # pixels

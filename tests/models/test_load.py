@@ -131,6 +131,8 @@ def true_shapes(name):
         return {"double_blocks.0.img_attn.qkv.weight": (3 * width, width), "double_stream_modulation_img.lin.weight": (6 * width, width)}
     if name.startswith("z-image"):
         return {"noise_refiner.0.attention.qkv.weight": (11520, 3840), "cap_embedder.1.weight": (3840, 2560)}
+    if name == "chroma":
+        return {"double_blocks.0.img_attn.qkv.weight": (9216, 3072), "distilled_guidance_layer.in_proj.weight": (5120, 64)}
     if name == "qwen-image":
         return {"txt_norm.weight": (3584,), "img_in.weight": (3072, 64)}
     if name.startswith("krea2"):

@@ -11,6 +11,7 @@ from trainer.generate import Generation, generate
 from trainer.guidance import cfg
 from trainer.lora.file import load_lora, save_lora
 from trainer.models.autoencoder import FrameAutoencoder
+from trainer.models.chroma import ChromaPolicy
 from trainer.models.flux import FluxPolicy
 from trainer.models.klein import KleinPolicy
 from trainer.models.krea import KreaPolicy
@@ -26,7 +27,7 @@ from trainer.rng import Rng
 PROMPTS = ["a red star", "a blue ring, blurred"]
 POLICIES = {
     **{"sd15": UNetPolicy, "sdxl": SDXLPolicy, "sd3": SD3Policy, "flux-dev": FluxPolicy, "flux-schnell": FluxPolicy},
-    **{"z-image": ZImagePolicy, "klein": KleinPolicy, "krea2": KreaPolicy, "qwen-image": QwenPolicy},
+    **{"z-image": ZImagePolicy, "klein": KleinPolicy, "krea2": KreaPolicy, "qwen-image": QwenPolicy, "chroma": ChromaPolicy},
 }
 SIZE = 64  # pixels: 8×8 latents, smaller than any of the models' own size
 FAMILIES = pytest.mark.parametrize("family", POLICIES)
@@ -38,6 +39,10 @@ def load(family_folder):
         policy = POLICIES[family].load(family_folder(family), image_size=SIZE, **kwargs)
         if isinstance(policy, KreaPolicy | QwenPolicy):
             policy.max_tokens = 24  # fewer than the pipeline's default take less time
+        if isinstance(policy, ChromaPolicy):  # the pipeline adds its mask to the scores of attention, see trainer.models.chroma
+            inner = policy.pipeline._prepare_attention_mask
+            policy.pipeline._prepare_attention_mask = lambda **given: None if (mask := inner(**given)) is None else mask.bool()
+            policy.max_tokens = 40
         return policy
 
     return loaded
@@ -47,6 +52,8 @@ def guided(policy, scale):
     """The pipeline's arguments for guidance by a second evaluation."""
     if isinstance(policy, FluxPolicy | QwenPolicy):  # schnell was distilled with 256 tokens; the pipeline would take 512 for it too
         return {"negative_prompt": ["", ""], "true_cfg_scale": scale, "max_sequence_length": policy.max_tokens}
+    if isinstance(policy, ChromaPolicy):
+        return {"guidance_scale": scale, "max_sequence_length": policy.max_tokens}
     if isinstance(policy, KreaPolicy):
         return {"guidance_scale": scale - 1, "max_sequence_length": policy.max_tokens}
     if isinstance(policy, ZImagePolicy):  # cond + s·(cond − uncond)
@@ -66,7 +73,7 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
     start = Rng(5, 0, (0, 1)).normal("start", policy.latent_shape)
     if isinstance(policy, UNetPolicy):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True)
-    if isinstance(policy, FluxPolicy | KreaPolicy | QwenPolicy):
+    if isinstance(policy, FluxPolicy | KreaPolicy | QwenPolicy | ChromaPolicy):
         start = pipeline._pack_latents(start, *start.shape)
     arguments = guided(policy, guidance_scale)
     theirs = pipeline(
@@ -101,7 +108,7 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
         else:
             sigma = policy.levels[int(t)].float()
             expected, x = step(output, t, x).pred_original_sample, x * (1 + sigma.square()).sqrt()
-        if isinstance(policy, FluxPolicy):
+        if isinstance(policy, FluxPolicy | ChromaPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8) for part in (x, expected))
         if isinstance(policy, QwenPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8).squeeze(2) for part in (x, expected))

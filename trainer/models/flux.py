@@ -54,6 +54,8 @@ class FluxPolicy(FlowPolicy):
         """See DiffusersPolicy."""
         if shapes.get("double_blocks.0.img_attn.qkv.weight") != (9216, 3072) or "double_stream_modulation_img.lin.weight" in shapes:
             return None  # FLUX.2 klein 4B has this width, too
+        if "distilled_guidance_layer.in_proj.weight" in shapes:
+            return None  # and so has Chroma
         return "flux-dev" if any(key.startswith("guidance_in.") for key in shapes) else "flux-schnell"
 
     def native_size(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .chroma import ChromaPolicy
 from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
@@ -29,7 +30,17 @@ from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
 from .zimage import ZImagePolicy
 
-FAMILIES: list[type[DiffusersPolicy]] = [UNetPolicy, SDXLPolicy, SD3Policy, FluxPolicy, ZImagePolicy, KleinPolicy, KreaPolicy, QwenPolicy]
+FAMILIES: list[type[DiffusersPolicy]] = [
+    UNetPolicy,
+    SDXLPolicy,
+    SD3Policy,
+    FluxPolicy,
+    ZImagePolicy,
+    KleinPolicy,
+    KreaPolicy,
+    QwenPolicy,
+    ChromaPolicy,
+]
 MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
     name: (family, config) for family in FAMILIES for name, config in family.published.items()
 }

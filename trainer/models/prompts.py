@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..data.cache import TensorCache, key_of
 from ..runtime.files import module_hash
@@ -53,6 +54,21 @@ def _padded(row: Conditioning, tokens: int | None) -> Conditioning:
     missing = tokens - len(mask)
     longer = {key: torch.cat([row[key], row[key].new_zeros(missing, *row[key].shape[1:])]) for key in _BY_TOKEN}
     return {**row, **longer}
+
+
+class Lengths:
+    """Tokens of each prompt of a mask (B,tokens). Reading them waits for the GPU, so once for each mask."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def __call__(self, mask: Tensor) -> list[int]:
+        """On the meta device every prompt has all tokens."""
+        if mask.is_meta:
+            return [mask.shape[1]] * len(mask)
+        if mask not in self._known:
+            self._known[mask] = mask.sum(1).tolist()
+        return self._known[mask]
 
 
 class TextModel(Protocol):

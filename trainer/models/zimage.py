@@ -11,11 +11,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .configs import AUTOENCODER, QWEN3, QWEN3_4B, VAE16, Config, ModelConfig
 from .flow import FlowPolicy
-from .prompts import Conditioning, prompt_first
+from .prompts import Conditioning, Lengths, prompt_first
 
 Z_IMAGE: Config = {
     **{"in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560},
@@ -43,7 +42,7 @@ class ZImagePolicy(FlowPolicy):
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)  # pyright: ignore[reportArgumentType]
-        self._lengths = WeakTensorKeyDictionary()
+        self._lengths = Lengths()
 
     @classmethod
     def detect(cls, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -70,15 +69,7 @@ class ZImagePolicy(FlowPolicy):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See FlowPolicy. The network's time runs from noise to image, and so does its prediction."""
-        tokens = [row[:length] for row, length in zip(conditioning["encoder_hidden_states"], self._tokens(conditioning["mask"]))]
+        tokens = [row[:length] for row, length in zip(conditioning["encoder_hidden_states"], self._lengths(conditioning["mask"]))]
         latents = list(x.unsqueeze(2).unbind())  # each (C,1,h,w): one frame
         output = self.network(latents, 1 - sigma, tokens, return_dict=False)[0]
         return -torch.stack(output).squeeze(2)
-
-    def _tokens(self, mask: Tensor) -> list[int]:
-        """Tokens of each prompt. Reading them waits for the GPU, so once for each batch of prompts."""
-        if mask.is_meta:
-            return [mask.shape[1]] * len(mask)
-        if mask not in self._lengths:
-            self._lengths[mask] = mask.sum(1).tolist()
-        return self._lengths[mask]

@@ -36,13 +36,14 @@ TARGETS = {
     "zimage": ("attention.to_out.0", "feed_forward.w1", "feed_forward.w2", "adaLN_modulation.0"),
     "klein": ("attn.to_out.0", "attn.to_add_out", "ff.linear_in", "attn.to_qkv_mlp_proj", "attn.to_out"),
     "krea": ("attn.to_out.0", "attn.to_q", "ff.down", "final_layer.linear"),
+    "chroma": ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "single_transformer_blocks.0.proj_out"),
     "qwen": ("attn.to_out.0", "attn.add_k_proj", "img_mlp.net.2", "proj_out"),
 }
 POLICIES = {
     **{"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"},
-    **{"krea": "KreaPolicy", "qwen": "QwenPolicy"},
+    **{"krea": "KreaPolicy", "qwen": "QwenPolicy", "chroma": "ChromaPolicy"},
 }
-KNOWN = {"zimage": "ZImage", "klein": "Flux2", "krea": "Krea2", "qwen": "QwenImage"}  # classes that old versions lack
+KNOWN = {"zimage": "ZImage", "klein": "Flux2", "krea": "Krea2", "qwen": "QwenImage", "chroma": "Chroma"}  # classes that old versions lack
 FRAMES = ("krea", "qwen")  # latents of a video autoencoder
 PROMPTS = ["a red star", "a blue ring"]
 results = {}

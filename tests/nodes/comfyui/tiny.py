@@ -91,6 +91,16 @@ def described(family, config):
             "tdim": config["timestep_embed_dim"], "txtlayers": config["num_text_layers"], "txtdim": config["text_hidden_dim"],
             "txtheads": config["text_num_attention_heads"], "txtkvheads": config["text_num_key_value_heads"],
         }  # fmt: skip
+    if family == "chroma":
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return comfy.supported_models.Chroma, {
+            "image_model": "chroma", "in_channels": config["in_channels"], "out_channels": config["in_channels"], "patch_size": 2,
+            "context_in_dim": config["joint_attention_dim"], "hidden_size": width, "mlp_ratio": 4.0, "qkv_bias": True,
+            "num_heads": config["num_attention_heads"], "depth": config["num_layers"], "depth_single_blocks": config["num_single_layers"],
+            "axes_dim": list(config["axes_dims_rope"]), "theta": 10000, "in_dim": config["approximator_num_channels"], "out_dim": width,
+            "hidden_dim": config["approximator_hidden_dim"], "n_layers": config["approximator_layers"], "txt_ids_dims": [],
+            "vec_in_dim": None,
+        }  # fmt: skip
     if family == "qwen":
         return comfy.supported_models.QwenImage, {
             "image_model": "qwen_image", "in_channels": config["in_channels"], "num_layers": config["num_layers"],
