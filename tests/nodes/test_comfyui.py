@@ -118,13 +118,13 @@ def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 
 
-GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea", "qwen")
+GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea", "qwen", "chroma")
 
 
 @pytest.fixture(scope="module")
 def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
     """Tiny models of every family, at sizes that ComfyUI's classes can have."""
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+    from diffusers import ChromaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
     folders = {"klein": family_folder("klein"), "krea": family_folder("krea2"), "qwen": family_folder("qwen-image")}
     for name, part, kind, changed in (
@@ -141,6 +141,7 @@ def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
             UNet2DConditionModel,
             {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 32, "attention_head_dim": (1, 1)},
         ),
+        ("chroma", "transformer", ChromaTransformer2DModel, {"num_layers": 28}),  # so many modulations as ComfyUI's class has
         ("z-image", "transformer", ZImageTransformer2DModel, {"dim": 1024, "n_layers": 1, "n_heads": 64, "n_kv_heads": 64}),
     ):
         folder = family_folder(name)

@@ -43,7 +43,13 @@ POLICIES = {
     **{"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"},
     **{"krea": "KreaPolicy", "qwen": "QwenPolicy", "chroma": "ChromaPolicy"},
 }
-KNOWN = {"zimage": "ZImage", "klein": "Flux2", "krea": "Krea2", "qwen": "QwenImage", "chroma": "Chroma"}  # classes that old versions lack
+KNOWN = {
+    "zimage": "ZImage",
+    "klein": "Flux2",
+    "krea": "Krea2",
+    "qwen": "QwenImage",
+    "chroma": "ZImage",
+}  # classes that old versions lack; their Chroma has other names
 FRAMES = ("krea", "qwen")  # latents of a video autoencoder
 PROMPTS = ["a red star", "a blue ring"]
 results = {}
