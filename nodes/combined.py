@@ -198,7 +198,8 @@ class CombinedKSampler(io.ComfyNode):
         second = tuned_part(first, tuned, tuned_steps, tuned_sampler_name, tuned_scheduler)
         when: When = rule(tuned, mode, switch_at)
         # an impossible switch is refused before any step
-        sigmas, k = joined(first.sigmas(denoise), second.sigmas(denoise), when)
+        levels = first.sigmas(denoise)
+        sigmas, k = joined(levels, levels if second is first else second.sigmas(denoise), when)
         last = len(sigmas) - 1
         sampler = comfy.samplers.sampler_object(sampler_name)
         if second is not first:

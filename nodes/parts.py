@@ -26,9 +26,8 @@ class SamplerSettings:
     def sigmas(self, denoise: float) -> torch.Tensor:
         """The noise levels (T+1,) of a stock sampler with these settings."""
         model = self.model
-        return comfy.samplers.KSampler(
-            model, self.steps, model.load_device, self.sampler, self.scheduler, denoise, model.model_options
-        ).sigmas
+        plan = comfy.samplers.KSampler(model, self.steps, model.load_device, self.sampler, self.scheduler, denoise, model.model_options)
+        return plan.sigmas.cpu()  # one wait for the GPU
 
 
 def tuned_part(base: SamplerSettings, tuned: Any, steps: int, sampler: str, scheduler: str) -> SamplerSettings:

@@ -108,7 +108,6 @@ FOREIGN = {
     "a whole checkpoint's names": ["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"],
     "XLabs' names": ["double_blocks.0.processor.qkv_lora1"],
     "ControlNet": ["controlnet.down_blocks.0.attentions.0.proj_in"],
-    "Qwen-Image": ["transformer.transformer_blocks.3.img_mlp.net.0.proj"],
     "HunyuanVideo": ["transformer.double_blocks.0.img_attn_qkv"],
     "another FLUX.2": ["transformer.single_transformer_blocks.47.attn.to_qkv_mlp_proj"],
     "HiDream": ["transformer.double_stream_blocks.0.block.attn1.to_q"],
@@ -128,15 +127,15 @@ def test_a_lora_of_another_family_is_refused_by_name_with_the_nearest(family, tm
 
 
 def test_names_that_no_known_model_has_are_refused_with_the_nearest(tmp_path, capsys):
-    """Qwen-Image's attention is called as FLUX's, and has more blocks."""
-    for block in (0, 59):
+    """Qwen-Image, whose attention is called as FLUX's, has the most blocks: 60."""
+    for block in (0, 60):
         tensors = pair(f"transformer.transformer_blocks.{block}.attn.add_q_proj", random(2, 8), random(8, 2))
         save_file(
             tensors | pair("transformer.transformer_blocks.1.attn.to_q", random(2, 8), random(8, 2)), tmp_path / f"{block}.safetensors"
         )
     assert convert(capsys, tmp_path / "0.safetensors", tmp_path / "out.safetensors")[0] == 0
-    status, said = convert(capsys, tmp_path / "59.safetensors", tmp_path / "no.safetensors")
-    assert status == 2 and "lacks 1 of its 2 modules, first transformer_blocks.59.attn.add_q_proj" in said and "nearest is " in said
+    status, said = convert(capsys, tmp_path / "60.safetensors", tmp_path / "no.safetensors")
+    assert status == 2 and "lacks 1 of its 2 modules, first transformer_blocks.60.attn.add_q_proj" in said and "nearest is " in said
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -19,7 +19,6 @@ _FAMILIES = {
         "Lumina or another Z-Image",
         "z-image",
     ),
-    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": ("Qwen-Image", "flux-dev"),
     r"(img|txt)_(mod[._]linear|mlp[._]fc\d)|\.(img|txt)_attn_(qkv|proj)|token_refiner": ("HunyuanVideo", "flux-dev"),
     r"distilled_guidance_layer": ("Chroma", "flux-schnell"),
     r"stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)": ("another FLUX.2", "flux2-klein-9b"),
