@@ -20,7 +20,6 @@ _FAMILIES = {
         "z-image",
     ),
     r"(img|txt)_(mod[._]linear|mlp[._]fc\d)|\.(img|txt)_attn_(qkv|proj)|token_refiner": ("HunyuanVideo", "flux-dev"),
-    r"distilled_guidance_layer": ("Chroma", "flux-schnell"),
     r"stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)": ("another FLUX.2", "flux2-klein-9b"),
     r"(double|single)_stream_blocks": ("HiDream", "flux-dev"),
     r"(double|single)_layers[._]\d|joint_transformer_blocks": ("AuraFlow", "sd3-medium"),

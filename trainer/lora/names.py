@@ -99,7 +99,7 @@ x_block context_block img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in t
 out_layer final_layer adaLN_modulation
 t_embedder y_embedder feed_forward noise_refiner context_refiner cap_embedder all_x_embedder all_final_layer linear_in linear_out
 to_qkv_mlp_proj time_guidance_embed double_stream_modulation_img double_stream_modulation_txt single_stream_modulation
-text_fusion to_gate layerwise_blocks refiner_blocks time_mod_proj
+text_fusion to_gate layerwise_blocks refiner_blocks time_mod_proj distilled_guidance_layer in_proj out_proj
 """
 _SPELLED = re.compile(r"(?:^|_)(" + "|".join(sorted(_WORDS.split(), key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
 
