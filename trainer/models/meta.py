@@ -6,6 +6,7 @@ Built from configurations alone: of a diffusers folder, of a single file's famil
 from __future__ import annotations
 
 import json
+import warnings
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -74,7 +75,8 @@ def _module(library: tuple[str, str], config: Config, dtype: torch.dtype) -> nn.
     import transformers
 
     cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library[0]], library[1])
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, of parts that a family's class uses
         module = cls.from_config(config) if library[0] == "diffusers" else cls(cls.config_class(**config))
     return nn.Module.to(module, dtype)
 
