@@ -6,8 +6,8 @@ Built from configurations alone: of a diffusers folder, of a single file's famil
 from __future__ import annotations
 
 import json
-import warnings
 import re
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
