@@ -52,10 +52,10 @@ def folders() -> dict[str, Path]:
 
 
 def _has_captioned_image(folder: str, files: Sequence[str]) -> bool:
-    """Most folders of images have no text at all: only where there is some is each image's looked for."""
-    if not any(name.lower().endswith(SIDECARS) for name in files):
-        return False
-    return any(name.lower().endswith(SUFFIXES) and caption_file(Path(folder, name)) is not None for name in files)
+    """Only images that may have a text beside them are looked at: most folders of images have none."""
+    texts = {name[: -len(end)] for name in files for end in SIDECARS if name.lower().endswith(end)}
+    chosen = (name for name in files if name.lower().endswith(SUFFIXES) and (name in texts or name.rpartition(".")[0] in texts))
+    return any(caption_file(Path(folder, name)) is not None for name in chosen)
 
 
 def resolve(name: str) -> Path:

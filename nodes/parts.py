@@ -94,10 +94,11 @@ class TwoSamplers(comfy.samplers.Sampler):
             return None if callback is None else lambda i, denoised, x, _: callback(i + offset, denoised, x, total)
 
         self.switch.tuned = False
-        between = self.first.sample(model_wrap, sigmas[: self.k + 1], extra_args, shown(0), noise, latent_image, None, disable_pbar)
+        # a copy: CFG++ samplers put an option of their own into it
+        between = self.first.sample(model_wrap, sigmas[: self.k + 1], {**extra_args}, shown(0), noise, latent_image, None, disable_pbar)
         self.switch.tuned = True
         # another seed: the noise of its steps would repeat that of the first part's
-        more = {**extra_args, "seed": (extra_args.get("seed") or 0) + 1}
+        more = {**extra_args, "seed": ((extra_args.get("seed") or 0) + 1) % (2**64 - 1)}
         return self.then.sample(model_wrap, sigmas[self.k :], more, shown(self.k), torch.zeros_like(between), between, None, disable_pbar)
 
 

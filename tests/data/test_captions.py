@@ -74,3 +74,10 @@ def test_bad_lists_and_captions_name_their_file(name, content, message, folder):
         read_captions(str(folder / name if name.startswith("a.") else folder))
     with pytest.raises(ValueError, match=r"no image folder .* and no manifest"):
         read_captions(str(folder / "nothing"))
+
+
+def test_a_folder_named_by_a_date_does_not_repeat_its_images(tmp_path):
+    """20240115 times each would take all memory."""
+    write_image(tmp_path / "20240115_holiday" / "a.png", 0, "a lake")
+    with pytest.raises(ValueError, match="20240115_holiday would repeat its images 20240115 times .1000 at most.: rename it, holiday_2024"):
+        read_captions(str(tmp_path))

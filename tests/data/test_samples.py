@@ -150,3 +150,20 @@ def test_processes_share_the_encoding(folder, tmp_path):
     assert sorted(f["seen"] for f in found) == [2, 3]
     expected = torch.stack(load_samples(Encoder(), "", str(folder), SQUARE).latents.mean)
     assert all(torch.equal(f["mean"], expected) for f in found)
+
+
+def test_an_image_that_changes_while_it_is_encoded_is_not_cached(tmp_path):
+    """A cache would keep the new image under the old one's hash for good."""
+    write_image(tmp_path / "set" / "a.png", 0, "a star")
+    write_image(tmp_path / "set" / "b.png", 1, "a ring")
+    encoder, cache = Encoder(), TensorCache(tmp_path / "cache")
+    encode = encoder.encode
+
+    def edited(pictures):
+        write_image(tmp_path / "set" / "b.png", 2, "a ring")
+        return encode(pictures)
+
+    encoder.encode = edited
+    with pytest.raises(ValueError, match="b.png changed while the images were encoded: start again"):
+        load_samples(encoder, "", str(tmp_path / "set"), SQUARE, cache)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -278,3 +280,41 @@ def test_diffusers_own_loader_predicts_the_same_from_a_converted_file(family, fa
     theirs.pipeline.load_lora_weights(tmp_path, weight_name="out.safetensors")
     assert float((x0(ours) - base).abs().max()) > 1e-3
     torch.testing.assert_close(x0(theirs), x0(ours), rtol=1e-4, atol=1e-5)
+
+
+PEFT = "base_model.model.mid_block.attentions.0.proj_in"
+
+
+def peft_folder(folder, **settings):
+    folder.mkdir()
+    save_file({f"{PEFT}.lora_A.weight": random(4, 8), f"{PEFT}.lora_B.weight": random(8, 4)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, **settings}))
+    return folder
+
+
+def test_an_alpha_of_zero_is_zero(tmp_path):
+    (update,) = read_adapter(peft_folder(tmp_path / "zero", lora_alpha=0)).updates.values()
+    assert float(update.scaled_up().abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora_alpha": float("nan")}, "alpha nan .* in adapter_config.json: expected a finite number"),
+        ({"lora_alpha": "x"}, "alpha 'x' .* in adapter_config.json"),
+        ({"alpha_pattern": [1]}, "alpha_pattern in adapter_config.json that is no table"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changes the base model"),
+    ],
+)
+def test_what_peft_says_of_an_adapter_is_taken_or_refused(settings, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        read_adapter(peft_folder(tmp_path / "bad", **settings))
+
+
+def test_halves_that_come_twice_or_have_no_rows_are_refused(tmp_path):
+    stem = "unet.mid_block.attentions.0.proj_in"
+    twice = {f"{stem}.lora_A.weight": random(2, 8), f"{stem}.lora_B.weight": random(8, 2), **pair(stem, random(2, 8), random(8, 2))}
+    with pytest.raises(ValueError, match="holds down of .* twice"):
+        parse(twice)
+    with pytest.raises(ValueError, match="has halves of shapes"):
+        parse(pair(stem, random(2, 8), torch.zeros(0, 2)))

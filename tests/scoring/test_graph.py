@@ -261,3 +261,52 @@ def test_a_graph_that_would_keep_a_reader_busy_for_ever_does_not():
     ladder = {str(i): node("x", conditioning_1=[str(i + 1), 0], conditioning_2=[str(i + 1), 0], cond=[str(i + 1), 0]) for i in range(4000)}
     made = {"s": node("KSampler", positive=["0", 0]), **ladder, "4000": node("CLIPTextEncode", text="a star")}
     assert graph_prompt(made) == "a star"
+
+
+def encoded(**nodes):
+    """A sampler whose positive is node 7."""
+    return graph(n3=sampler("7"), n12=node("CLIPTextEncode", text="a ring"), **nodes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("easy anythingIndexSwitch", {"index": 1, "value0": ["6", 0], "value1": ["12", 0]}),
+        ("CR Switch Any", {"select": 2, "input1": ["6", 0], "input2": ["12", 0]}),
+    ],
+)
+def test_a_switch_of_anything_heeds_its_selector(kind, inputs):
+    assert graph_prompt(encoded(n7=node(kind, **inputs))) == "a ring"
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("Text Find and Replace", {"text": "a star", "find": "star", "replace": "ring"}),
+        ("CR Text Replace", {"text": "a star", "find1": "star", "replace1": "ring"}),
+        ("Text String Truncate", {"text": "a star", "truncate_by": "words", "truncate_to": 1}),
+        ("StringFormat", {"string": "{a} star", "a": "one"}),
+    ],
+)
+def test_a_text_that_a_node_rewrites_is_no_prompt(kind, inputs):
+    with pytest.raises(UnclearPrompt):
+        graph_prompt(encoded(n20=node(kind, **inputs), n7=node("CLIPTextEncode", text=["20", 0])))
+
+
+def second_pass(kind, **inputs):
+    """A pass over the sampler's latent with another prompt."""
+    shared = {"positive": ["12", 0], "negative": ["7", 0], "latent_image": ["3", 0]}
+    return graph(
+        save="18", n13=node(kind, **shared, **inputs), n12=RING, n18=node("VAEDecode", samples=["13", 0], vae=["90", 2]), n23=SIGMAS
+    )
+
+
+SIGMAS = node("KarrasScheduler", steps=20, sigma_max=14.6, sigma_min=0.03, rho=7.0)
+
+
+def test_a_strong_second_pass_counts_however_it_is_written():
+    with pytest.raises(UnclearPrompt):  # three quarters of the steps, with another prompt
+        graph_prompt(second_pass("KSamplerAdvanced", add_noise="enable", start_at_step=5, end_at_step=20, steps=20))
+    weak = second_pass("KSamplerAdvanced", add_noise="enable", start_at_step=15, end_at_step=20, steps=20)
+    assert graph_prompt(weak) == "a star"
+    assert graph_prompt(second_pass("SamplerCustom", add_noise=True, sigmas=["23", 0], sampler=["22", 0])) == "a ring"

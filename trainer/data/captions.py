@@ -14,6 +14,8 @@ from .report import Report
 
 _NOT_PROMPTS = (".json", ".toml", ".yaml", ".yml", ".parquet", ".xlsx")
 
+REPEATS = 1000  # of the images of a folder N_name; a larger number is a date, or a name
+
 
 def read_prompts(path: Path, report: Report | None = None) -> list[str]:
     """The prompts of a text file, one per line without blank ones, or of a CSV or JSONL file's column."""
@@ -128,5 +130,10 @@ def _tables(folder: Path) -> str:
 
 def _repeats(image: Path, folder: Path) -> int:
     """N where the first subfolder on the way to an image is named N_name, else 1."""
-    number, _, name = image.relative_to(folder).parts[0].partition("_")
-    return int(number) if image.parent != folder and name and number.isdecimal() and int(number) > 0 else 1
+    first = image.relative_to(folder).parts[0]
+    number, _, name = first.partition("_")
+    if image.parent == folder or not name or not number.isdecimal() or int(number) == 0:
+        return 1
+    if int(number) > REPEATS:
+        raise ValueError(f"the folder {first} would repeat its images {number} times ({REPEATS} at most): rename it, {name}_{number} say")
+    return int(number)

@@ -129,7 +129,12 @@ def load_samples(
     ordered = sorted(distinct, key=lambda key: sizes.index(distinct[key][1]))  # images of one size are encoded together
 
     def encode(part: Sequence[int]) -> list[Tensors]:
-        return _encode(policy, [distinct[ordered[i]] for i in part])
+        chosen = [distinct[ordered[i]] for i in part]
+        encoded = _encode(policy, chosen)
+        for source, _ in chosen:  # a cache would keep the other image under this one's hash
+            if content_hash(source) != hashes[source]:
+                raise ValueError(f"{source} changed while the images were encoded: start again")
+        return encoded
 
     if cache is None:
         found = encode(range(len(ordered)))

@@ -23,6 +23,7 @@ from . import names
 from .layouts import Adapter, Update, parse, tensors_of
 from .write import write_tensors
 
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq")  # peft's initialisations whose adapters belong to other weights than the base's
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -190,11 +191,22 @@ def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Pat
     if settings.get("use_dora"):
         raise ValueError(f"{path} holds more than plain LoRA: DoRA")
 
+    patterns: Any = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path} has an alpha_pattern in {PEFT_CONFIG} that is no table of names and numbers")
+    if str(settings.get("init_lora_weights", "")).lower().startswith(_CHANGED_BASE):
+        raise ValueError(
+            f"{path} was initialised by {settings['init_lora_weights']}, which changes the base model: save it again with peft's "
+            "path_initial_model_for_weight_conversion"
+        )
+
     def alpha_of(name: str, rank: int) -> float:
         """peft's rule: the first pattern that the name ends with, else the common alpha."""
-        patterns: dict[str, float] = settings.get("alpha_pattern") or {}
         found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-        alpha = float(next(found, settings.get("lora_alpha") or rank))
+        alpha = next(found, settings.get("lora_alpha"))
+        alpha = rank if alpha is None else alpha
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise ValueError(f"has the alpha {alpha!r} for {name} in {PEFT_CONFIG}: expected a finite number")
         return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
     try:

@@ -118,7 +118,10 @@ def _halves(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
     for key, value in tensors.items():
         suffix = next((s for s in names.SUFFIXES if key.endswith(s)), None)
         if suffix:
-            halves.setdefault(key.removesuffix(suffix), {})[names.SUFFIXES[suffix]] = value
+            stem, half = key.removesuffix(suffix), names.SUFFIXES[suffix]
+            if half in halves.setdefault(stem, {}):
+                raise ValueError(f"holds {half} of {stem} twice, the second time as {key}")
+            halves[stem][half] = value
         elif key.endswith(".alpha"):
             scales[key.removesuffix(".alpha")] = _alpha(key, value)
         else:
@@ -155,7 +158,7 @@ def _matrices(stem: str, pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
             raise ValueError(f"is damaged: {stem} has values that are not finite")
     down, up = pair["down"].float(), pair["up"].float()
     shapes = " and ".join(str(tuple(value.shape)) for value in pair.values())
-    if min(down.ndim, up.ndim) < 2 or len(down) == 0 or up[0].numel() != (len(pair["mid"]) if "mid" in pair else len(down)):
+    if min(down.ndim, up.ndim) < 2 or len(down) == 0 or len(up) == 0 or up[0].numel() != (len(pair["mid"]) if "mid" in pair else len(down)):
         raise ValueError(f"is incomplete: {stem} has halves of shapes {shapes}")
     if "mid" in pair:  # (rank,rank,kh,kw), of rows of up and rows of down
         mid = pair["mid"].float()

@@ -145,9 +145,13 @@ class _Graph:
         if isinstance(denoise, int | float):
             return float(denoise)
         if isinstance(start, int):
-            return float(start == 0 and node.inputs.get("add_noise") == "enable")
+            steps = node.inputs.get("steps")
+            share = 1 - start / steps if isinstance(steps, int) and steps > 0 else float(start == 0)
+            return max(0.0, share) if node.inputs.get("add_noise") == "enable" else 0.0
         sigmas = self.nodes.get(node.links.get("sigmas", ("", 0))[0])
         denoise = sigmas.inputs.get("denoise") if sigmas else None
+        if sigmas is not None and denoise is None and sigmas.kind.lower().endswith("scheduler"):
+            denoise = 1.0  # from the highest level down
         noisy = "disable" not in self._kind(node.links.get("noise", ("", 0))) and node.inputs.get("add_noise") is not False
         return float(denoise) if noisy and isinstance(denoise, int | float) else 0.0
 

@@ -34,6 +34,10 @@ _RUNTIME = re.compile(
 _MODEL_INPUTS = re.compile(
     r"model(_name)?|llm\w*|system(_prompt)?|temperature|max_(new_)?(tokens|length)|top_[pk]|api_key|(base_)?url|images?|instructions?|keep_alive"
 )
+_REWRITES = re.compile(
+    r"replace|truncat|format|substring|slice|split|strip|substitut|(text|string).?(remove|crop|cut|parse)", re.IGNORECASE
+)
+_REWRITING = re.compile(r"(find|replace|replacement|truncate|search|pattern)(_?\d+|_\w+)?")
 _WILDCARDS = re.compile(r"\{[^{}]*\|[^{}]*\}|__[\w./*-]+__")
 _RESOLVES = re.compile(r"wildcard|dynamic|dprandom", re.IGNORECASE)
 
@@ -82,10 +86,10 @@ def chosen(node: Node) -> str | None:
     if not is_switch(node):
         return None
     numbers = {int(match[1]): name for name in node.inputs if (match := re.search(r"(\d+)$", name))}
-    if "any" in node.kind.lower() and numbers:
+    by_name = {name.lower(): name for name in node.inputs}
+    if "any" in node.kind.lower() and numbers and not any(selector in by_name for selector in _SELECTORS):
         connected = [name for _, name in sorted(numbers.items()) if name in node.links]
         return connected[0] if connected else None  # unconnected inputs are not in the graph
-    by_name = {name.lower(): name for name in node.inputs}
     for selector in _SELECTORS:
         value = node.inputs.get(by_name.get(selector, ""))
         if isinstance(value, bool):
@@ -145,7 +149,7 @@ def joined(node: Node, texts: Sequence[str], delimiter: str | None) -> str:
 
 
 def rewritten(node: Node, text: str) -> str | None:
-    """What ComfyUI's own text nodes make of a text; None for settings that are not in the graph."""
+    """What ComfyUI's own text nodes make of a text; None where a node rewrites it in a way that is not known here."""
     given = node.inputs.get
     if node.kind == "StringReplace":
         find, new = given("find"), given("replace")
@@ -156,4 +160,6 @@ def rewritten(node: Node, text: str) -> str | None:
     if node.kind == "CaseConverter":
         change = {"UPPERCASE": str.upper, "lowercase": str.lower, "Capitalize": str.capitalize, "Title Case": str.title}
         return change[given("mode", "")](text) if given("mode") in change else None
+    if node.kind != "StringTrim" and (_REWRITES.search(node.kind) or any(_REWRITING.fullmatch(name.lower()) for name in node.inputs)):
+        return None
     return text  # also StringTrim: blanks at the ends do not count
