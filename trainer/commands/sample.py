@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
             f"{len(prompts) - len(folder.missing(range(len(prompts))))} of {len(prompts)} images are in {args.out}; "
             "the same command with --resume goes on"
         ) from None
-    tuned = "" if k is None else f" (tuned from step {k} to {len(levels) - 1 if end is None else end} of {len(levels) - 1})"
+    own = " by its own schedule" if settings.tuned_steps else ""
+    tuned = "" if k is None else f" (tuned from step {k} to {len(levels) - 1 if end is None else end} of {len(levels) - 1}{own})"
     kept = "" if new == len(prompts) else f"; {len(prompts) - new} were there"
     print(f"wrote {new} images to {args.out}{tuned}{kept}; {folder.write_sheet(len(prompts), args.n)}")
     return 0
@@ -172,7 +173,9 @@ def _schedule(
     own = bool(settings.tuned_steps) or settings.tuned_method is not None
     if switch is None or until is not None:
         if own:
-            raise ConfigError("--tuned-steps and --tuned-method are of a tuned model that draws to the end: give one, and no --until")
+            raise ConfigError(
+                "--tuned-steps and --tuned-method need a tuned model (--lora, --tuned-unet), and cannot be combined with --until"
+            )
         levels = policy.sigmas(settings.steps)
         return levels, None if switch is None else switch.index(levels)
     base = policy.sigmas(settings.steps)
