@@ -302,7 +302,7 @@ def test_an_alpha_of_zero_is_zero(tmp_path):
     [
         ({"lora_alpha": float("nan")}, "alpha nan .* in adapter_config.json: expected a finite number"),
         ({"lora_alpha": "x"}, "alpha 'x' .* in adapter_config.json"),
-        ({"alpha_pattern": [1]}, "alpha_pattern in adapter_config.json that is no table"),
+        ({"alpha_pattern": [1]}, "alpha_pattern in adapter_config.json which is not a table"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changes the base model"),
     ],
 )

@@ -193,7 +193,7 @@ def _adapter(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Pat
 
     patterns: Any = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise ValueError(f"{path} has an alpha_pattern in {PEFT_CONFIG} that is no table of names and numbers")
+        raise ValueError(f"{path} has an alpha_pattern in {PEFT_CONFIG} which is not a table of names and numbers")
     if str(settings.get("init_lora_weights", "")).lower().startswith(_CHANGED_BASE):
         raise ValueError(
             f"{path} was initialised by {settings['init_lora_weights']}, which changes the base model: save it again with peft's "
