@@ -9,7 +9,8 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from .schedule import MARGIN, Rule, When
+from ..trainer.guidance import joined_at
+from .schedule import Rule, When
 
 SAME = "as above"
 
@@ -49,12 +50,7 @@ def joined(base: torch.Tensor, tuned: torch.Tensor, rule: Rule) -> tuple[torch.T
         return base, 0
     levels, limit = own.tolist(), rule.sigma(own)
     k = sum(level > limit for level in levels[:-1])
-    if k == 0:
-        return tuned, 0
-    if k == len(levels) - 1:
-        return base, len(base) - 1
-    before, after = base[base > levels[k] * MARGIN], tuned[tuned < levels[k] / MARGIN]
-    return torch.cat([before, own[k : k + 1], after]), len(before)
+    return joined_at(base, tuned, own, k)
 
 
 @dataclass

@@ -13,13 +13,13 @@ from typing import Any
 import comfy.patcher_extension
 import torch
 
+from ..trainer.guidance import MARGIN
 from . import host
 from .gate import Patches, gated, without_gate
 
 KEY = "imagerefl_switch"
 SCHEDULE = "imagerefl_schedule"  # a MODEL's LoRAs in ranges, under this key of its attachments
 LEVEL = "imagerefl_sigma"  # in the transformer options of an evaluation: its σ as a float, where that is known
-MARGIN = 1 + 1e-4
 
 When = Callable[[float, dict[str, Any]], bool]
 """Whether something is on, from the σ of an evaluation and the transformer options of its sampling run."""

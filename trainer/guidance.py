@@ -23,6 +23,10 @@ def classifier_free_guidance(cond: Tensor, uncond: Tensor, scale: float) -> Tens
     return uncond + scale * (cond - uncond)
 
 
+MARGIN = 1 + 1e-4
+"""Levels that differ by less are one: a σ read from a file still hits its own grid point."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """One denoiser of a mix: a model, one of its adapters, and the scale of classifier-free guidance inside it (1: none).
@@ -81,6 +85,18 @@ def combined(base: Slot, tuned: Slot, k: int, end: int | None = None) -> Mix:
     return Mix((base, tuned), lambda i, sigma: (0.0, 1.0) if k <= i and (end is None or i < end) else (1.0, 0.0), k)
 
 
+def joined_at(base: Tensor, tuned: Tensor, own: Tensor, k: int) -> tuple[Tensor, int]:
+    """The levels of base above level k of `own`, one of the two, that level, and those of tuned below it; and the latter part's first."""
+    if k == 0:
+        return tuned, 0
+    if k == len(own) - 1:
+        return base, len(base) - 1
+    if torch.equal(base, tuned):
+        return base, k
+    before, after = base[base > own[k] * MARGIN], tuned[tuned < own[k] / MARGIN]
+    return torch.cat([before, own[k : k + 1], after]), len(before)
+
+
 @dataclass(frozen=True)
 class Switch:
     """Where combined generation hands over from the base to the tuned model; give exactly one of the four.
@@ -118,8 +134,7 @@ class Switch:
                 raise ValueError(f"switch at the last {self.last} of {steps} steps: give 0 (base only) to {steps} (tuned only)")
             return steps - self.last
         assert self.sigma is not None
-        # a relative margin so that a σ read from a file still hits its own grid point
-        return int((sigmas[:-1] > self.sigma * (1 + 1e-4)).sum())
+        return int((sigmas[:-1] > self.sigma * MARGIN).sum())
 
     def joined(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, int]:
         """The grid of a run whose parts have grids of their own, base (T+1,) and tuned (T'+1,), and the tuned part's first step.
@@ -128,14 +143,7 @@ class Switch:
         below. Two equal grids give that grid; at the ends the grid is that part's whole.
         """
         own = tuned if self.last is not None else base
-        k = self.index(own)
-        if k == 0:
-            return tuned, 0
-        if k == len(own) - 1:
-            return base, len(base) - 1
-        level = own[k]
-        before, after = base[base > level * (1 + 1e-4)], tuned[tuned < level / (1 + 1e-4)]
-        return torch.cat([before, level[None], after]), len(before)
+        return joined_at(base, tuned, own, self.index(own))
 
     @staticmethod
     def parse(text: str) -> Switch:

@@ -45,7 +45,7 @@ def test_a_seed_of_the_results_has_every_baseline_and_its_tables(tmp_path, monke
     assert "| ReFL at 25 % | 0 | +" in text.replace("| -", "| +") and "| ReFL against the base: held-out |" in text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_seed_of_the_claim_is_trained_judged_and_continues_after_a_stop(tmp_path, monkeypatch):
     for name, value in (
         ("REAL", 4),

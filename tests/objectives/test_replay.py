@@ -127,7 +127,7 @@ BLACK_BOX = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sqdf", "sqdf-black-box"])
+@pytest.mark.parametrize("name", [pytest.param("sqdf", marks=pytest.mark.full), "sqdf-black-box"])
 def test_a_killed_run_resumes_to_the_same_tensors(name, pipeline_folder, reward_folder, image_folder, tmp_path):
     """Accumulation, reuse of old rollouts, and for the black box a second loop of queries after the kill."""
     more = {"images": "", "prompts": str(tmp_path / "prompts.txt"), "objective.name": name, "objective.collect_every": 3}

@@ -136,3 +136,13 @@ def test_a_reward_called_like_a_column_is_refused(folder, name, capsys, reward_f
     os.symlink(reward_folder, name)
     assert main(["score", "r1", "--prompt", "a", "--reward", name, "--raw", "--out", "s.csv"]) == 2
     assert f"--reward {name}: the table has a column of that name: write ./{name}" in capsys.readouterr().err
+
+
+def test_a_list_that_names_files_outside_the_folder_removes_none(folder):
+    """`score` writes FOLDER/FILE; a list from elsewhere may name anything."""
+    best, victim = folder / "best", folder / "victim.txt"
+    best.mkdir()
+    victim.write_text("mine")
+    (best / ".imagerefl-top.json").write_text(json.dumps(["../victim.txt", str(victim), "a/../../victim.txt", "victim.txt", 3]))
+    assert score("r1", "--top", 1, "--top-folder", best, "--out", "s.csv") == 0
+    assert victim.read_text() == "mine"

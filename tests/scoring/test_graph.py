@@ -310,3 +310,10 @@ def test_a_strong_second_pass_counts_however_it_is_written():
     weak = second_pass("KSamplerAdvanced", add_noise="enable", start_at_step=15, end_at_step=20, steps=20)
     assert graph_prompt(weak) == "a star"
     assert graph_prompt(second_pass("SamplerCustom", add_noise=True, sigmas=["23", 0], sampler=["22", 0])) == "a ring"
+
+
+def test_a_switch_with_two_inputs_of_a_number_gives_neither():
+    """Which of positive_1 and negative_1 goes on depends on the output that is linked."""
+    inputs = {"select": 1, "positive_1": ["12", 0], "negative_1": ["6", 0], "positive_2": ["6", 0], "negative_2": ["6", 0]}
+    with pytest.raises(UnclearPrompt):
+        graph_prompt(encoded(n7=node("Conditioning Pair Switch", **inputs)))

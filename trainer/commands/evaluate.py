@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..metrics.lpips import Lpips
 from ..metrics.study import BASE, Judges, Study
 from ..metrics.summary import Features
 from ..models.diffusers_policy import DiffusersPolicy
+from ..models.load import ModelOptions
 from ..models.two_unets import TUNED_UNET, with_unet
 from ..rewards.files import find, verify, weight_folders
 from ..rewards.registry import load_reward, weights_hashes
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     steps = list(schedules)
     weights = _weights(args)
     loras = {n: files_hash(weight_files(c.file)) if n in unets else file_hash(lora_weights(c.file)) for n, c in tuned.items()}
-    same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights, **({"raw": True} if args.raw else {})}
+    same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights, **_options(args)}
     study = Study(parts, prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
     _draw(study, policy, slots, models, schedules, settings)
@@ -179,6 +181,12 @@ def _plot_again(out: Path) -> int:
     return 0
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What else images and figures depend on, as far as it is not the default: earlier versions wrote none of it."""
+    chosen = {f.name: getattr(args, f.name) for f in fields(ModelOptions) if getattr(args, f.name) != f.default}
+    return {**chosen, **{name: getattr(args, name) for name in ("image_size", "raw") if getattr(args, name)}}
+
+
 def _weights(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of what the figures depend on beside the LoRAs: the base, the rewards and, with the embedded model, its readers."""
     found = {"model": base_hash(args.model), **weights_hashes(args.reward)}
@@ -188,7 +196,7 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
         found |= {path.stem: file_hash(path) for path in sorted(files.FOLDER.glob("*.safetensors")) if path != files.CONSISTENCY}
     dino = args.dino or find("dino", DINO, weight_folders())
     inception = args.inception or find("inception", INCEPTION, weight_folders())
-    networks = {"dino": dino, "inception": inception}
+    networks = {"dino": dino, "inception": inception, **dict(zip(("lpips alexnet", "lpips heads"), args.lpips or ()))}
     return {**found, **{name: file_hash(path) for name, path in networks.items() if path}}
 
 

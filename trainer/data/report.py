@@ -38,14 +38,15 @@ class Report:
 
     def show(self, file: IO[str] | None = None) -> None:
         """Print the line, on stdout unless another file is given."""
-        print(self, file=file or sys.stdout)
+        file = file or sys.stdout
+        encoding: str = getattr(file, "encoding", None) or "utf-8"
+        print(str(self).encode(encoding, "backslashreplace").decode(encoding), file=file)  # file names may be anything
 
     def __str__(self) -> str:
         taken = ", ".join(f"{number} {what if number != 1 else what.removesuffix('s')}" for what, number in self.taken.items())
         line = f"read {taken or 'nothing'} from {self.source}; left out: {_listed(self.left_out) or 'nothing'}"
         line += f"; {_listed(self.notes)}" if self.notes else ""
-        encoding = sys.stdout.encoding or "utf-8"
-        return CONTROL.sub(" ", line).encode(encoding, "backslashreplace").decode(encoding)  # file names may be anything
+        return CONTROL.sub(" ", line).encode("utf-8", "backslashreplace").decode("utf-8")  # halves of surrogate pairs in names of files
 
 
 def _listed(reasons: dict[str, list[str]]) -> str:

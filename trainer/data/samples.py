@@ -60,7 +60,7 @@ class Samples:
 
     def batch(self, seed: int, step: int, number: int, size: int, share: range | None = None) -> Prompts | Images:
         """The samples `share` (default: all) of micro-batch `number`, which has `size`; `buckets.micro_batch` chooses them."""
-        share = share or range(size)
+        share = range(size) if share is None else share
         rows = micro_batch(self.bucket, size, seed, number)[share.start : share.stop]
         rng = Rng(seed, step, tuple(number * size + i for i in share), number)
         prompts = tuple(self.prompts[r] for r in rows)

@@ -50,10 +50,6 @@ class ChromaPolicy(FlowPolicy):
         """Latents per side that the model was trained at: 1024 pixels, the pipeline's default."""
         return int(self.pipeline.default_sample_size)
 
-    def unshifted_sigmas(self, steps: int) -> list[float] | None:
-        """See FlowPolicy."""
-        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy."""
         options = {"device": self.device, "max_sequence_length": self.max_tokens, "do_classifier_free_guidance": False}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..denoiser import per_sample
@@ -46,8 +47,8 @@ class FlowPolicy(DiffusersPolicy):
         return x - per_sample(sigma, x) * velocity
 
     def unshifted_sigmas(self, steps: int) -> list[float] | None:
-        """Noise levels before the shift, for pipelines that do not take the scheduler's."""
-        return None
+        """Noise levels before the shift, from 1 to 1/T; None for pipelines that take the scheduler's own."""
+        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
     def sigmas(self, steps: int) -> Tensor:
         """The pipeline's grid for `latent_shape`: (steps+1,), the first at most 1, the last 0."""

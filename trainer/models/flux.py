@@ -66,7 +66,7 @@ class FluxPolicy(FlowPolicy):
         """See FlowPolicy."""
         if self.pipeline.scheduler.config.get("use_flow_sigmas", False):
             return None
-        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        return super().unshifted_sigmas(steps)
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy."""

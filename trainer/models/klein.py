@@ -61,10 +61,6 @@ class KleinPolicy(FlowPolicy):
         """Latents per side that the model was trained at: 1024 pixels."""
         return int(self.pipeline.default_sample_size) // 2
 
-    def unshifted_sigmas(self, steps: int) -> list[float] | None:
-        """See FlowPolicy."""
-        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-
     def shift(self, steps: int) -> float | None:
         """The logarithmic shift: the authors' fit over tokens and steps (the inference code of FLUX.2)."""
         if not self.pipeline.scheduler.config.get("use_dynamic_shifting", False):

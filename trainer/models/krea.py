@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .autoencoder import Autoencoder, FrameAutoencoder
@@ -49,10 +48,6 @@ class KreaPolicy(FlowPolicy):
     def native_size(self) -> int:
         """Latents per side that the model was trained at: 1024 pixels, the pipeline's default."""
         return 1024 // self.autoencoder.downscaling
-
-    def unshifted_sigmas(self, steps: int) -> list[float] | None:
-        """See FlowPolicy."""
-        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
     def shift(self, steps: int) -> float | None:
         """See FlowPolicy. Turbo's is the same for every size."""

@@ -47,7 +47,7 @@ def _read(path: Path, dtype: torch.dtype, prefix: str) -> dict[str, Tensor]:
         for key in keys:
             value: Tensor = file.get_tensor(key)
             if key.endswith(".comfy_quant"):
-                _check_format(path, key, json.loads(bytes(value.tolist())))
+                _check_format(path, key, _settings(path, key, value))
             elif is_scale(key):
                 known = key.endswith((*_SCALES, *_UNUSED)) or key.rpartition(".")[2] == "scaled_fp8"
                 if not known or (key in scales.values() and next(w for w, s in scales.items() if s == key) not in keys):
@@ -87,6 +87,17 @@ def _check_formats(path: Path, metadata: dict[str, str]) -> None:
             _check_format(path, name, settings)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, metadata `_quantization_metadata`: {type(error).__name__} {error}") from error
+
+
+def _settings(path: Path, key: str, value: Tensor) -> dict[str, Any]:
+    """The JSON object that a tensor of bytes holds."""
+    try:
+        found = json.loads(bytes(value.tolist()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {key} is not JSON") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: {key} is not a JSON object")
+    return found  # pyright: ignore[reportUnknownVariableType]
 
 
 def _check_format(path: Path, key: str, settings: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .autoencoder import Autoencoder, FrameAutoencoder
@@ -47,10 +46,6 @@ class QwenPolicy(FlowPolicy):
     def native_size(self) -> int:
         """Latents per side that the model was trained at: 1024 pixels, the pipeline's default."""
         return int(self.pipeline.default_sample_size)
-
-    def unshifted_sigmas(self, steps: int) -> list[float] | None:
-        """See FlowPolicy."""
-        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy. As the pipeline encodes, but padded: its rows have each prompt's own number of tokens."""

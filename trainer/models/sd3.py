@@ -52,6 +52,10 @@ class SD3Policy(FlowPolicy):
         dual = "joint_blocks.0.x_block.attn2.qkv.weight" in shapes
         return {(1536, False): "sd3-medium", (1536, True): "sd35-medium", (2432, False): "sd35-large"}.get((width, dual))
 
+    def unshifted_sigmas(self, steps: int) -> list[float] | None:
+        """See FlowPolicy."""
+        return None
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(

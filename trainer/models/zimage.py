@@ -54,10 +54,6 @@ class ZImagePolicy(FlowPolicy):
         """Latents per side that the model was trained at: 1024 pixels, which no configuration states."""
         return 1024 // self.autoencoder.downscaling
 
-    def unshifted_sigmas(self, steps: int) -> list[float] | None:
-        """See FlowPolicy."""
-        return torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy. As the pipeline encodes, but padded, with a mask: its rows have each prompt's own number of tokens."""
         tokenizer, options = self.pipeline.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}

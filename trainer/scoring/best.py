@@ -25,6 +25,9 @@ def collect(best: Mapping[str, Sequence[ScoredImage]], folder: Path, link: bool 
         places[p] / f"{rank:02d}-{Path(row.path).name}": Path(row.path) for p, rows in best.items() for rank, row in enumerate(rows, 1)
     }
     earlier = copies(folder) if (folder / LIST).is_file() else {path for place in places.values() for path in _ranked(place)}
+    taken = next((target for target in targets if target not in earlier and os.path.lexists(target)), None)
+    if taken is not None:
+        raise FileExistsError(f"{taken} was there before: move it, or give another --top-folder")
     for path in earlier:
         path.unlink(missing_ok=True)
     for place in {path.parent for path in earlier if path.parent.is_dir()}:
@@ -32,9 +35,6 @@ def collect(best: Mapping[str, Sequence[ScoredImage]], folder: Path, link: bool 
             place.rmdir()
     folder.mkdir(parents=True, exist_ok=True)
     names = [target.relative_to(folder).as_posix() for target in targets]
-    taken = next((target for target in targets if os.path.lexists(target)), None)
-    if taken is not None:
-        raise FileExistsError(f"{taken} was there before: move it, or give another --top-folder")
     write_text(json.dumps(names, indent=1) + "\n", folder / LIST)  # first: the copies of a run that is killed are known too
     for target, source in targets.items():
         target.parent.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 LIST = ".imagerefl-top.json"
@@ -17,7 +17,11 @@ def copies(folder: Path) -> set[Path]:
         names: Any = json.loads((folder / LIST).read_text("utf-8"))
     except (OSError, ValueError):
         return set()
-    return {folder / str(name) for name in names} if isinstance(names, list) else set()  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if not isinstance(names, list):
+        return set()
+    # `score` writes FOLDER/FILE; anything else in the list was not written by it, and may lead out of the folder
+    inside = (PurePosixPath(str(name)) for name in names)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return {folder / name for name in inside if len(name.parts) == 2 and not name.is_absolute() and ".." not in name.parts}
 
 
 def without_copies(paths: Sequence[Path], root: Path) -> list[Path]:

@@ -85,7 +85,10 @@ def chosen(node: Node) -> str | None:
     """The input that a switch passes on; None where it is not a switch, or what it passes on is decided while the graph runs."""
     if not is_switch(node):
         return None
-    numbers = {int(match[1]): name for name in node.inputs if (match := re.search(r"(\d+)$", name))}
+    numbered = [(int(match[1]), name) for name in node.inputs if (match := re.search(r"(\d+)$", name))]
+    numbers = dict(numbered)
+    if len(numbers) < len(numbered):  # positive_1 beside negative_1: which of them goes on depends on the output
+        return None
     by_name = {name.lower(): name for name in node.inputs}
     if "any" in node.kind.lower() and numbers and not any(selector in by_name for selector in _SELECTORS):
         connected = [name for _, name in sorted(numbers.items()) if name in node.links]

@@ -16,6 +16,10 @@ class AuraFlowPolicy(FlowPolicy):
     pipeline_name: ClassVar[str] = "AuraFlowPipeline"
     blocks: ClassVar[tuple[str, ...]] = ("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock")
 
+    def unshifted_sigmas(self, steps: int) -> list[float] | None:
+        """See FlowPolicy; this pipeline takes the scheduler's."""
+        return None
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy."""
         embeddings, *_ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
