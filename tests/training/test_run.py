@@ -146,7 +146,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(pipeline_
     finally:
         process.kill()
         process.communicate()
-    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", steps=2)
+    given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", steps=1)
     assert finish(["train", *given, "--overwrite"])[0] == 0  # a killed run blocks nothing
 
 

@@ -79,7 +79,7 @@ def test_snapshots_that_the_disk_cannot_take_are_refused_before_training(pipelin
     a_run(pipeline_folder, tmp_path / "budget", steps=100_000, budget=2)  # a step takes one call at least
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_run_resumes_to_the_same_snapshots(pipeline_folder, reward_folder, image_folder, tmp_path):
     paths = (pipeline_folder, reward_folder, image_folder)
     more = {"snapshot_every": 1, "save_every": 4, "steps": 12}
