@@ -98,7 +98,7 @@ def opened_in_graph(family, headless, dtype, shape):
     model = converted(family, *described(family, headless.network.config), state, dtype)
     with torch.inference_mode():
         vae = wan_vae() if family in FRAMES else embedded.ours("nodes.demo").load_vae(pipeline)
-    condition = lambda p: [[texts[p][0].detach(), {} if texts[p][1] is None else {"pooled_output": texts[p][1].detach()}]]  # noqa: E731
+    condition = lambda p: [[texts[p][0].detach(), {"pooled_output": None if texts[p][1] is None else texts[p][1].detach()}]]  # noqa: E731
     return graph.ComfyPolicy(model, vae, condition, shape), model
 
 
