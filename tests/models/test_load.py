@@ -283,3 +283,8 @@ def test_a_flux_file_without_t5s_tokenizer_says_what_to_do(tmp_path, family_fold
     shutil.rmtree(parts / "tokenizer_2")
     with pytest.raises(ValueError, match="needs T5's tokenizer"):
         load_policy(tmp_path / "flux.safetensors", parts=parts)
+
+
+def test_a_tensor_of_a_models_name_with_too_few_dimensions_is_refused():
+    with pytest.raises(ValueError, match="too few dimensions"):
+        detect({"model.diffusion_model.input_blocks.0.0.weight": ()})

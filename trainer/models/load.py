@@ -118,7 +118,10 @@ def detect(shapes: Mapping[str, Sequence[int]]) -> str:
     inside = {key.removeprefix("model.diffusion_model."): tuple(shape) for key, shape in shapes.items()}
     if any(".lora_" in key for key in inside):
         raise ValueError("it is a LoRA, not a model")
-    name = next((name for family in FAMILIES if (name := family.detect(inside))), None)
+    try:
+        name = next((name for family in FAMILIES if (name := family.detect(inside))), None)
+    except IndexError as error:  # a family looks at a dimension that the tensor of that name has not
+        raise ValueError("its tensors have a model's names, and too few dimensions") from error
     if name is None:
         raise ValueError(f"it is not a known model: known are {', '.join(MODELS)}")
     return name
