@@ -169,8 +169,8 @@ def train_in_graph(
     same = {
         "model": f"graph: {_fingerprint(model, data.written)}",
         "images": "" if images is None else f"graph: {_fingerprint(None, images)}",
+        **data.settings,
     }
-    same |= data.settings
     if resume != NEW:
         same["seed"] = _resumed_seed(folder, data)
     config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})

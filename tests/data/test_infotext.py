@@ -1,4 +1,4 @@
-"""Generation settings beside an image are not its caption; their positive prompt is."""
+"""Of generation settings beside an image the positive prompt is its caption, not the whole text."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_no_module_of_a_known_model_is_taken_for_another_familys(model):
     spelled += ["lora_transformer_" + name.replace(".", "_") for name in modules]
     assert len(modules) > 100 and not any(map(is_text, spelled))
     assert [names.plain(key) for key in spelled[-len(modules) :]] == list(modules)
-    assert other_family(spelled) == "" or model.startswith(("z-image", "flux2")), "these share names with others, and are told by shape"
+    assert other_family(spelled) == "" or model.startswith(("z-image", "flux2")), "these families share module names with others; shapes decide"
 
 
 def test_text_encoders_are_known_under_every_name():

@@ -1,4 +1,4 @@
-"""The folder of the best: what an earlier run left in it, and how it is told from images to score."""
+"""The folder of the best images: an earlier run's copies are removed, and copies are not scored again."""
 
 from __future__ import annotations
 
