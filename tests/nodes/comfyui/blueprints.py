@@ -30,7 +30,7 @@ def _of_node(node, known):
     for value, (name, spec) in zip(values, widgets.items()):
         low, high = (spec[1].get(bound, value) if len(spec) > 1 else value for bound in ("min", "max"))
         if (options := _options(spec)) is not None and value not in options:
-            found.append(f"{name} = {value} is no choice")
+            found.append(f"{name} = {value} is not one of its choices")
         if _kind(spec) in ("INT", "FLOAT") and not low <= value <= high:
             found.append(f"{name} = {value} lies outside {low} … {high}")
     outputs = list(known[node["type"]].RETURN_TYPES)

@@ -14,6 +14,7 @@ import execution
 import folder_paths
 import nodes as stock
 import torch
+from in_process import Server
 from PIL import Image
 
 folder_paths.set_output_directory(str(Path("output").resolve()))
@@ -189,18 +190,6 @@ class ThreeSizes:
 
     def make(self):
         return ([batch[:1], broken, batch[2:3], tall],)
-
-
-class Server:
-    """What PromptExecutor wants of a server."""
-
-    client_id = last_node_id = last_prompt_id = None
-
-    def __init__(self):
-        self.sockets_metadata, self.sent = {}, []
-
-    def send_sync(self, event, data, sid=None):
-        self.sent.append((event, data))
 
 
 async def executed():
