@@ -164,3 +164,15 @@ def test_generation_with_two_equal_schedules_is_generation_with_one(toy_policy):
     other = {4: Switch(step=4).joined(sigmas, toy_policy.sigmas(5))[0]}
     assert not torch.equal(generate(toy_policy, ["p"] * 3, settings, mixes, grids=other)[4], one[4])
     assert torch.equal(generate(toy_policy, ["p"] * 3, settings, mixes, grids=other)[0], one[0])
+
+
+def test_a_part_may_have_prompts_of_its_own(policy):
+    """The template of a slot is the prompt itself, and a negative prompt is one more branch of guidance."""
+    x, sigma, prompts = torch.randn(2, *policy.latent_shape), torch.tensor([0.8, 0.4]), ["a red star", "a blue ring"]
+    own = {"plain": Slot("base", 3.0), "suffix": Slot("base", 3.0, prompt="{prompt}, vivid", negative="blurred")}
+    images = generate(policy, prompts, Generation(steps=2), {name: cfg(slot) for name, slot in own.items()})
+    written = generate(policy, [f"{p}, vivid" for p in prompts], Generation(steps=2), {0: cfg(Slot("base", 3.0, negative="blurred"))})
+    assert torch.equal(images["suffix"], written[0]) and not torch.equal(images["suffix"], images["plain"])
+    cond, uncond = (policy.denoiser([*texts], adapter="base")(x, sigma) for texts in (prompts, ["blurred"] * 2))
+    found = policy.denoiser(prompts, adapter="base", guidance_scale=3.0, negative="blurred")(x, sigma)
+    torch.testing.assert_close(found, classifier_free_guidance(cond, uncond, 3.0), rtol=1e-4, atol=1e-5)

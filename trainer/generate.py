@@ -78,7 +78,12 @@ def generate(
 
         def denoiser_of(slot: Slot, part: Sequence[str] = part, made: dict[Slot, Denoise] = denoisers) -> Denoise:
             if slot not in made:
-                made[slot] = policies[slot.model].denoiser(part, adapter=slot.adapter, guidance_scale=slot.guidance_scale)
+                made[slot] = policies[slot.model].denoiser(
+                    [slot.prompt.replace("{prompt}", prompt) for prompt in part],
+                    adapter=slot.adapter,
+                    guidance_scale=slot.guidance_scale,
+                    negative=slot.negative,
+                )
             return made[slot]
 
         noise = rng.start_noise(policy.latent_shape).to(policy.device)

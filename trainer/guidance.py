@@ -31,12 +31,15 @@ MARGIN = 1 + 1e-4
 class Slot:
     """One denoiser of a mix: a model, one of its adapters, and the scale of classifier-free guidance inside it (1: none).
 
-    `model` names one of several models of a family, "" the model that generates.
+    `model` names one of several models of a family, "" the model that generates. `prompt` is what the denoiser is given, where {prompt}
+    stands for the image's own prompt; `negative` is the prompt of guidance's other branch.
     """
 
     adapter: str = "tuned"
     guidance_scale: float = 1.0
     model: str = ""
+    prompt: str = "{prompt}"
+    negative: str = ""
 
 
 Parts = tuple[tuple[Slot, float], ...]

@@ -190,12 +190,13 @@ class DiffusersPolicy:
         """What the optimizer moves."""
         return list(self.adapters.parameters().values())
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
+    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, negative: str = "") -> Denoiser:
         """See trainer.policy.Policy."""
         self.adapters.check(adapter)
         conditioning = self.prompts.conditioning(prompts)
         if guidance_scale != 1:
-            empty = self.unconditional(len(prompts))
+            n = len(prompts)
+            empty = self.prompts.conditioning([negative] * n) if negative else self.unconditional(n)
             conditioning = {key: torch.cat([value, empty[key]]) for key, value in conditioning.items()}
         # masks and token numbers are not the network's floating-point input: they keep their dtype
         uploaded = {k: v.to(self.device).to(self.dtype if v.is_floating_point() else v.dtype) for k, v in conditioning.items()}
