@@ -53,6 +53,7 @@ ORDER = (
     ("policy",),
     ("reward",),
     ("generate",),
+    ("search",),
     ("data",),
     ("lora",),
     ("models",),
