@@ -1,29 +1,93 @@
-"""Every preset for a published family trains a step on a small random model of that family, with nothing but paths and sizes changed."""
+"""Presets: every cell of the table is a valid run, those of the papers' models keep their settings, and a step of them trains."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from trainer.__main__ import main
+from trainer.commands.preset import text_of
 from trainer.config import build, override, read_toml
 from trainer.lora.file import save_lora
 from trainer.memory.planner import Planner
-from trainer.models.load import load_policy
+from trainer.models.load import MODELS, load_policy
+from trainer.models.meta import meta_policy
+from trainer.objectives import OBJECTIVES
 from trainer.policy import Lora
 from trainer.runtime.processes import ALONE
 from trainer.training.config import TrainConfig
+from trainer.training.presets import METHODS, ROWS, SHORT
 
 FOLDER = Path(__file__).parent.parent.parent / "presets"
-FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "sd35": "sd3", "flux": "flux-dev"}
-PRESETS = [path for path in sorted(FOLDER.glob("*.toml")) if not path.stem.endswith("-demo")]
+FILES = [path for path in sorted(FOLDER.glob("*.toml")) if not path.stem.endswith("-demo")]
+TINY = {"sd15": "sd15", "sdxl": "sdxl", "sd35-medium": "sd3", "flux-dev": "flux-dev", "z-image": "z-image", "flux2-klein-4b": "klein"}
+TINY |= {"krea2": "krea2", "qwen-image": "qwen-image", "chroma": "chroma"}
+EARLIER = [(method, model) for model in list(TINY)[:4] for method in ("draft-lv", "srpo", "sqdf")]
+CELLS = [(method, model) for method in METHODS for model in TINY]
 
 
-def test_every_family_has_the_same_presets():
-    methods = {family: {p.stem.removesuffix("-" + family) for p in PRESETS if p.stem.endswith("-" + family)} for family in FAMILIES}
-    assert all(found == methods["sd15"] for found in methods.values())
-    assert len(list(FOLDER.glob("*.toml"))) <= 20
+def settings(method, model, folder):
+    """The preset as `train` reads it."""
+    file = folder / f"{method}-{model}.toml"
+    file.write_text(text_of(method, model), "utf-8")
+    return read_toml(file)
+
+
+def test_the_table_has_every_objective_and_every_published_model(capsys):
+    assert list(METHODS) == list(OBJECTIVES) and list(ROWS) == list(MODELS)
+    assert main(["preset", "--list"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert listed == {*METHODS, *ROWS}
+
+
+def test_every_cell_is_a_valid_run(tmp_path):
+    for method in METHODS:
+        for model, row in ROWS.items():
+            config = build(TrainConfig, settings(method, model, tmp_path))
+            assert type(config.method) is OBJECTIVES[method]
+            assert config.batch_size * config.gradient_accumulation_steps == METHODS[method].samples
+            assert config.method.steps <= (row.steps if row.few else 50) and config.method.guidance_scale <= (1 if row.few else 7.5)
+            assert config.watch.heldout != config.reward and bool(config.images) != bool(config.prompts)
+
+
+def test_files_in_the_folder_are_the_tables(tmp_path):
+    models = {path.stem.removeprefix("imagerefl-"): path for path in FILES}
+    assert {MODELS[SHORT.get(name, name)][0] for name in models} == {family for family, _ in MODELS.values()}  # one for each family
+    for name, path in models.items():
+        assert path.read_text("utf-8") == text_of("imagerefl", name, path.stem), f"write it again: preset imagerefl --model {name}"
+
+
+def test_what_is_wrong_is_one_line(tmp_path, capsys):
+    file = tmp_path / "presets" / "srpo-flux.toml"
+    assert main(["train", str(file)]) == 2
+    line = capsys.readouterr().err
+    command = f"python -m trainer preset srpo --model flux --out {file}"
+    assert line == f"error: no config file {file}; this command writes it: {command}\n"
+    assert main(command.split()[3:]) == 0 and main(command.split()[3:]) == 2
+    assert capsys.readouterr().err == f"error: {file} exists: --overwrite replaces it\n"
+    assert read_toml(file)["out"] == "runs/srpo-flux"
+    for given, expected in (
+        (["preset", "srpo", "--model", "z-imag"], "no family 'z-imag': did you mean z-image?"),
+        (["preset", "srpo", "--model", "flux3"], "no family 'flux3': did you mean flux?"),
+        (["preset", "spro", "--model", "sdxl"], "no objective 'spro': use one of refl, "),
+        (["preset", "srpo"], "give METHOD and --model FAMILY, or --list"),
+        (["preset", "srpo", "--model", "demo"], "the embedded model has its presets in the folder presets"),
+    ):
+        assert main(given) == 2
+        assert capsys.readouterr().err.startswith(f"error: {expected}")
+
+
+@pytest.mark.full
+def test_imagerefl_starts_at_the_papers_noise_level():
+    expected = {"sdxl": 0.23}  # the authors' 87.5 %; elsewhere their SD1.5's 0.635, 0.388 in flow units
+    for name, row in ROWS.items():
+        if not row.few:
+            policy = meta_policy(name)
+            sigma = float(policy.sigmas(40)[row.start])
+            assert (sigma if policy.space == "flow" else sigma / (1 + sigma)) == pytest.approx(expected.get(name, 0.388), abs=0.02), name
+            assert (policy.image_size[0], math.prod(policy.latent_shape)) == (row.size, row.latent), name
 
 
 @pytest.mark.parametrize("preset", sorted(FOLDER.glob("*-demo.toml")), ids=lambda p: p.stem)
@@ -33,25 +97,37 @@ def test_a_preset_of_the_embedded_model_is_planned(preset):
     assert ("evaluation" in found.phases) == (config.watch.every > 0) and found.phases["training step"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
-def test_a_preset_trains(preset, family_folder, reward_folder, image_folder, tmp_path, capsys):
-    family = FAMILIES[preset.stem.rsplit("-", 1)[1]]
-    changes = {"model": family_folder(family), "reward": reward_folder, "watch.heldout": reward_folder, "out": tmp_path / "run"}
+def trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
+    """Train a step of a preset on a tiny model, with nothing but paths and sizes changed; returns the exit status."""
+    values, folder = settings(method, model, tmp_path), family_folder(TINY[model])
+    changes = {"model": folder, "reward": reward_folder, "watch.heldout": reward_folder, "out": tmp_path / "run"}
     changes |= {"device": "cpu", "steps": 1, "gradient_accumulation_steps": 1, "batch_size": 1, "image_size": 64, "watch.every": 0}
-    if "images =" in preset.read_text("utf-8"):
+    if "images" in values:
         changes["images"] = image_folder
     else:
         changes["prompts"] = tmp_path / "prompts.txt"
         changes["prompts"].write_text("a red star\n")
-    if "consistency =" in preset.read_text("utf-8"):
+    if method == "sqdf-black-box":
+        changes |= {"features": reward_folder, "objective.queries": [2], "objective.epochs": 1}
+    if "consistency" in values:
         changes["consistency"] = tmp_path / "lcm.safetensors"
-        policy = load_policy(family_folder(family))
+        policy = load_policy(folder)
         policy.add_lora(Lora())
         save_lora(policy, changes["consistency"], {})
     given = [f"--{key}={value}" for key, value in changes.items()]
-    if preset.stem.startswith("sqdf"):  # with its second adapter
-        assert Planner(ALONE)(build(TrainConfig, override(read_toml(preset), given))).phases["training step"] > 0
-    code = main(["train", str(preset), *given])
-    assert code == 0, capsys.readouterr().err
+    if method == "sqdf":  # with its second adapter
+        assert Planner(ALONE)(build(TrainConfig, override(values, given))).phases["training step"] > 0
+    assert main(["train", str(tmp_path / f"{method}-{model}.toml"), *given]) == 0
     assert (tmp_path / "run" / "lora.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "model"), [*EARLIER, *(("imagerefl", model) for model in list(TINY)[:5])])
+def test_a_preset_trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
+    trains(method, model, family_folder, reward_folder, image_folder, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("method", "model"), CELLS)
+def test_every_cell_trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
+    trains(method, model, family_folder, reward_folder, image_folder, tmp_path)

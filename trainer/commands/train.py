@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import build, override, plain, read_toml
+from ..config import ConfigError, build, override, plain, read_toml
 from ..memory.oom import remedy
 from ..memory.planner import Planner, data_report
 from ..memory.savings import fit_vram
@@ -23,6 +23,7 @@ from ..training.folder import BEST, check_folder, claim
 from ..training.run import Run
 from .options import quiet_libraries
 from .parts import load_parts, place_parts
+from .preset import command_for
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, processes: Processes) -> int:
+    if args.config and not args.config.exists() and (command := command_for(args.config)):
+        raise ConfigError(f"no config file {args.config}; this command writes it: {command}")
     values = override(read_toml(args.config) if args.config else {}, args.settings)
     if args.vram is not None:
         values["vram"] = args.vram

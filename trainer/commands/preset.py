@@ -1,0 +1,124 @@
+"""`python -m trainer preset`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+
+from ..config import ConfigError
+from ..runtime.files import write_text
+from ..training.presets import METHODS, RECOMPUTED, ROWS, SHORT, Line, Row, guidance, quote
+
+_COMMENTS_AT = 40
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `preset`."""
+    parser.add_argument("method", nargs="?", metavar="METHOD", help="an objective, as `--list` names it")
+    parser.add_argument("--model", metavar="FAMILY", help="a published model, as `--list` names it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: standard output)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--list", action="store_true", help="list objectives and models")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print or write a preset; returns the exit status."""
+    if args.list:
+        for title, rows in (("METHOD", METHODS), ("FAMILY", ROWS)):
+            print(title, *(f"  {name:<16} {row.title}" for name, row in rows.items()), sep="\n")
+        return 0
+    if not args.method or not args.model:
+        raise ConfigError("give METHOD and --model FAMILY, or --list")
+    if args.model == "demo":
+        raise ConfigError("the embedded model has its presets in the folder presets: imagerefl-demo.toml, refl-demo.toml, and others")
+    text = text_of(args.method, args.model, args.out.stem if args.out else "")
+    if args.out is None:
+        print(text, end="")
+        return 0
+    if args.out.exists() and not args.overwrite:
+        raise ConfigError(f"{args.out} exists: --overwrite replaces it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(text, args.out)
+    print(f"wrote {args.out}: set model, data and rewards in it, then python -m trainer train {args.out}")
+    return 0
+
+
+def model_name(name: str) -> str:
+    """The published model of a name on the command line; ConfigError with the nearest one otherwise."""
+    name = SHORT.get(name, name)
+    if name in ROWS:
+        return name
+    near = difflib.get_close_matches(name, [*ROWS, *SHORT], 1, 0.4)
+    raise ConfigError(f"no family {name!r}: {f'did you mean {near[0]}? ' if near else ''}known are {', '.join(ROWS)}")
+
+
+def text_of(method: str, model: str, stem: str = "") -> str:
+    """The TOML file for an objective and a published model; `stem` names its output folder (default METHOD-MODEL)."""
+    if method not in METHODS:
+        raise ConfigError(f"no objective {method!r}: use one of {', '.join(METHODS)}")
+    settings, row = METHODS[method], ROWS[model_name(model)]
+    stem = stem or f"{method}-{model}"
+    data: Line = ("images", quote("data/captioned"), "images with a .txt caption beside each")
+    if settings.data == "prompts":
+        data = ("prompts", quote("data/prompts.txt"), "one per line")
+    general: list[Line] = [
+        ("out", quote(f"runs/{stem}"), ""),
+        ("model", quote(f"models/{row.folder}"), row.file),
+        data,
+        *([("consistency", quote(f"models/loras/{row.consistency}.safetensors"), "")] if method == "sqdf" and row.consistency else []),
+        ("reward", quote(settings.reward), f"python -m trainer rewards download {settings.reward}"),
+        settings.standardise,
+        *([("features", '"clip-l14"', "read by the surrogate of the reward")] if method == "sqdf-black-box" else []),
+        ("device", '"cuda"', ""),
+        settings.steps,
+        ("batch_size", str(row.batch), ""),
+        ("gradient_accumulation_steps", str(settings.samples // row.batch), ""),
+        ("learning_rate", settings.rate, ""),
+        *settings.more,
+        *((f"gradient_checkpointing_{part}", "true", "") for part in RECOMPUTED),
+        ("save_every", str(settings.save_every), ""),
+    ]
+    watch: list[Line] = [
+        ("every", str(settings.every), ""),
+        ("heldout", quote(settings.heldout), f"python -m trainer rewards download {settings.heldout}"),
+    ]
+    if method == "imagerefl":
+        watch += [
+            ("switch", quote(f"{row.start / row.chain:.1%}".replace(".0%", "%")), "the base model draws until there"),
+            guidance(row),
+        ]
+    tables = {
+        "model_options": [("dtype", '"bfloat16"', "of the frozen weights; the adapter is float32")],
+        "objective": [("name", quote(method), ""), *settings.objective(row, method)],
+        "lora": [("rank", str(row.rank), ""), ("alpha", f"{row.rank:.1f}", "")],
+        "watch": [*watch, ("patience", "3", "")],
+    }
+    lines = [f"# {settings.title} on {row.title}: {settings.origin}.", *_warning(row), *map(_written, general)]
+    lines.insert(-len(general) + 3, f"# image_size = {row.size} pixels, the model's own, where none is given")
+    for name, table in tables.items():
+        note = "                                  # judged by a reward that is not trained on; without its weights, delete this table"
+        lines += ["", f"[{name}]{note if name == 'watch' else ''}", *map(_written, table)]
+    return "\n".join(lines) + "\n"
+
+
+def _warning(row: Row) -> list[str]:
+    if not row.few:
+        return []
+    return [
+        "# This model is distilled to few steps, which training undoes: train its base model where there is one, and draw with this one."
+    ]
+
+
+def _written(line: Line) -> str:
+    key, value, comment = line
+    return f"{key} = {value}".ljust(_COMMENTS_AT) + f" # {comment}" if comment else f"{key} = {value}"
+
+
+def command_for(path: Path) -> str:
+    """The command that writes a preset of that file's name, "" where it is none."""
+    for method in METHODS:
+        model = path.stem.removeprefix(f"{method}-")
+        if path.suffix == ".toml" and (model in ROWS or model in SHORT):
+            return f"python -m trainer preset {method} --model {model} --out {path}"
+    return ""

@@ -1,0 +1,260 @@
+"""The table of presets: settings of every objective, and of every published model.
+
+A model's row has its size, sampler, guidance and adapter; a method's has those of its paper or official code. Where a paper
+has no such model, noise levels are carried over at equal signal-to-noise ratio, and what counts sampler steps by the share of the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Line = tuple[str, str, str]
+"""Key, value as TOML, comment."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a preset takes from the model. `start` is ImageReFL's first of 40 steps (few-step models: of `steps`)."""
+
+    title: str
+    folder: str
+    guidance_scale: float
+    start: int
+    steps: int = 25
+    rank: int = 16
+    batch: int = 1
+    latent: int = 16 * 128 * 128
+    size: int = 1024
+    file: str = "a diffusers folder"
+    consistency: str = ""
+    few: bool = False
+    guidance_note: str = ""
+
+    @property
+    def chain(self) -> int:
+        """Sampler steps of ReFL and ImageReFL: 40 in the papers."""
+        return self.steps if self.few else 40
+
+
+_CHECKPOINT = "a diffusers folder, or a .safetensors checkpoint"
+_SHIFTED = "diffusers' pipeline calls it {:g}"
+
+
+def _split(file: str) -> str:
+    return f"a diffusers folder, or ComfyUI's diffusion_models/{file}.safetensors"
+
+
+ROWS: dict[str, Row] = {
+    "sd15": Row("Stable Diffusion 1.5", "stable-diffusion-v1-5", 7.5, 30, 50, 32, 4, 4 * 64 * 64, 512, _CHECKPOINT, "lcm-lora-sdv1-5"),
+    "sd21": Row("Stable Diffusion 2.1", "stable-diffusion-2-1-base", 7.5, 30, 50, 32, 4, 4 * 64 * 64, 512, _CHECKPOINT),
+    "sdxl": Row("SDXL", "stable-diffusion-xl-base-1.0", 5.0, 35, 50, 32, 1, 4 * 128 * 128, 1024, _CHECKPOINT, "lcm-lora-sdxl"),
+    "sd3-medium": Row("Stable Diffusion 3 medium", "stable-diffusion-3-medium", 4.5, 32, rank=32),
+    "sd35-medium": Row("Stable Diffusion 3.5 medium", "stable-diffusion-3.5-medium", 4.5, 32, rank=32),
+    "sd35-large": Row("Stable Diffusion 3.5 large", "stable-diffusion-3.5-large", 4.5, 32),
+    "flux-dev": Row("FLUX.1 dev", "FLUX.1-dev", 1.0, 33, guidance_note="FLUX dev's own guidance of 3.5 is inside its network"),
+    "flux-schnell": Row("FLUX.1 schnell", "FLUX.1-schnell", 1.0, 2, 4, few=True),
+    "z-image": Row("Z-Image", "Z-Image", 5.0, 36, file=_split("z_image_bf16"), guidance_note=_SHIFTED.format(4)),
+    "z-image-turbo": Row("Z-Image-Turbo", "Z-Image-Turbo", 1.0, 6, 8, file=_split("z_image_turbo_bf16"), few=True),
+    "flux2-klein-4b": Row(
+        "FLUX.2 klein 4B base", "FLUX.2-klein-base-4B", 4.0, 37, latent=128 * 64 * 64, file=_split("flux-2-klein-base-4b")
+    ),
+    "flux2-klein-9b": Row(
+        "FLUX.2 klein 9B base", "FLUX.2-klein-base-9B", 4.0, 37, latent=128 * 64 * 64, file=_split("flux-2-klein-base-9b")
+    ),
+    "krea2": Row("Krea 2 Raw", "Krea-2-Raw", 4.5, 32, guidance_note=_SHIFTED.format(3.5)),
+    "krea2-turbo": Row("Krea 2 Turbo", "Krea-2-Turbo", 1.0, 6, 8, few=True),
+    "qwen-image": Row("Qwen-Image", "Qwen-Image", 4.0, 30, file=_split("qwen_image_bf16")),
+    "chroma": Row("Chroma", "Chroma1-HD", 3.0, 24),
+}
+"""By the name of a published model (`models.load.MODELS`)."""
+
+RECOMPUTED = ("denoiser", "vae", "reward")
+"""Parts whose activations a preset recomputes in the backward pass."""
+
+SHORT = {"sd35": "sd35-medium", "flux": "flux-dev", "klein": "flux2-klein-4b"}
+"""Names in `presets/` that stand for a published model."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a preset takes from the method; `samples` are those of one optimizer step."""
+
+    title: str
+    origin: str
+    objective: Callable[[Row, str], list[Line]]
+    data: str = "prompts"
+    steps: Line = ("steps", "1000", "")
+    samples: int = 32
+    rate: str = "1e-4"
+    more: tuple[Line, ...] = ()
+    reward: str = "hpsv2.1"
+    standardise: Line = ("standardise", "false", "a single loss: its unit does not matter")
+    heldout: str = "imagereward"
+    every: int = 100
+    save_every: int = 50
+
+
+def quote(text: str) -> str:
+    """A text as TOML."""
+    return f'"{text}"'
+
+
+def guidance(row: Row, scale: float | None = None) -> Line:
+    """The guidance scale of a model, or `scale` where the method has its own; 1 where the model takes none."""
+    return (
+        "guidance_scale",
+        f"{row.guidance_scale if scale is None or row.guidance_scale == 1 else scale:.1f}",
+        row.guidance_note if scale is None else "",
+    )
+
+
+def _steps(row: Row, note: str = "") -> Line:
+    return ("steps", str(row.steps), "the model's own few steps" if row.few else note)
+
+
+def _range(row: Row) -> list[Line]:
+    last = str(row.chain - 1)
+    if row.few:
+        note = "the model's own few steps, of which the last two are trained"
+    elif row.steps == 50:
+        note = f"40 steps, start and gradient from {row.start}: the authors' {row.start / 40:.1%}".replace(".0%", "%")
+    else:
+        note = f"σ at step {row.start} is about 0.4; SD1.5's 0.635 at step 30 is 0.39 in these units"
+    return [("steps", str(row.chain), note), ("grad_from", str(row.start), ""), ("grad_to", last, "")]
+
+
+def _refl(row: Row, name: str) -> list[Line]:
+    return [*_range(row), ("threshold", "2.0", "loss max(0, 2 − reward) on the standardised reward")]
+
+
+def _imagerefl(row: Row, name: str) -> list[Line]:
+    return [
+        *_range(row),
+        ("start_from", str(row.start), ""),
+        ("start_to", str(row.start), ""),
+        ("refl_share", "0.25", "a quarter of the micro-batches start from noise"),
+        ("diffusion_weight", "0.01", "the authors' 0.01, beside the raw reward whether or not standardise is on"),
+        ("diffusion_weight_unit", '"raw"', 'in "sd" 0.3 to 0.5 with HPSv2.1 (s.d. 0.02 to 0.03), 0.1 with PickScore (about 1): estimates'),
+        ("refl_diffusion", "true", "on the micro-batches from noise too"),
+    ]
+
+
+def _draft_k(row: Row, name: str) -> list[Line]:
+    return [_steps(row), ("k", "1", "last steps with a gradient"), guidance(row)]
+
+
+def _draft_lv(row: Row, name: str) -> list[Line]:
+    return [_steps(row), ("samples", "2", "extra noise draws at the last level"), guidance(row)]
+
+
+def _alignprop(row: Row, name: str) -> list[Line]:
+    share = row.steps / 50
+    cut: list[Line] = [
+        ("cut_mean", f"{min(42 * share, row.steps - 1):.1f}", "first step with a gradient: 42 of 50 on average"),
+        ("cut_std", f"{5 * share:.1f}", ""),
+    ]
+    return [_steps(row), *cut, guidance(row, 5.0)]
+
+
+def _drtune(row: Row, name: str) -> list[Line]:
+    early = max(1, round(0.4 * row.steps))
+    trained: Line = ("k", str(min(5, row.steps)), "trained steps, evenly spaced")
+    return [_steps(row), trained, ("early_stop", str(early), "the chain ends at one of so many last steps"), guidance(row)]
+
+
+def _known_noise(row: Row, name: str) -> list[Line]:
+    levels: list[Line] = [("sigma_high", "0.95", "noise levels in flow units, on every family")]
+    levels.append(("sigma_low", "0.75" if row.title.startswith("FLUX.1") else "0.7", ""))
+    return [("steps", str(min(25, row.steps)), "the model's own few steps" if row.few else ""), *levels]
+
+
+def _srpo(row: Row, name: str) -> list[Line]:
+    return [*_known_noise(row, name), ("kappa_low", "-0.1", "high noise is rewarded, low noise penalised"), ("kappa_high", "0.12", "")]
+
+
+def _sqdf(row: Row, name: str) -> list[Line]:
+    gamma, black = round(0.9 ** (50 / row.steps), 2), name == "sqdf-black-box"
+    size, rollouts = row.latent * row.steps * 2 / 1e6, 1024 if row.steps == 50 else 512
+    consistency = bool(row.consistency) and not black
+    return [
+        _steps(row),
+        ("gamma", str(gamma), "" if row.steps == 50 else "0.9 per step of a 50-step grid"),
+        guidance(row, 7.5 if black else 5.0),
+        ("estimator", quote("consistency" if consistency else "base"), ""),
+        ("alpha", "2.0" if black else "0.01", f"KL per latent element; the official {'1' if black else '0.005'} leaves out the ½"),
+        ("buffer_gb", str(math.ceil(size * rollouts / 100) / 10), f"{rollouts} rollouts of {size:.1f} MB"),
+        *([("updates_per_loop", str(40 * 64 // row.batch), "micro-batches between queries: 40 optimizer steps")] if black else []),
+    ]
+
+
+_LARGE_SET = "the paper's settings for its large reward set, on SD1.5"
+_DRAFT: tuple[Line, ...] = (("weight_decay", "0.1", ""),)
+_FULL_FLUX = "the published settings are for FLUX and full fine-tuning; these are a LoRA's starting point"
+_CLIP: tuple[Line, ...] = (("max_grad_norm", "0.1", ""),)
+_SHORT_RUN: Line = ("steps", "60", "the authors stop after some twenty updates of 32")
+_COSINE: Line = ("standardise", "false", "a two-tower reward's cosine: κ is a share of it")
+METHODS: dict[str, Method] = {
+    "refl": Method(
+        "ReFL",
+        "the official SD1.4 settings (ImageReward, 64 samples a step, 100 steps); the learning rate is a LoRA's",
+        _refl,
+        steps=("steps", "100", ""),
+        samples=64,
+        reward="imagereward",
+        standardise=("standardise", "true", "the threshold is for the standardised score"),
+        heldout="hpsv2.1",
+        every=20,
+        save_every=10,
+    ),
+    "imagerefl": Method(
+        "ImageReFL",
+        "the authors' settings for SD1.5 and SDXL",
+        _imagerefl,
+        data="images",
+        more=(("lr_warmup_steps", "20", ""), ("ema", "0.99", "")),
+        standardise=("standardise", "false", "the raw score, as the authors'"),
+    ),
+    "draft-k": Method("DRaFT-K", _LARGE_SET, _draft_k, rate="2e-4", more=_DRAFT),
+    "draft-lv": Method("DRaFT-LV", _LARGE_SET, _draft_lv, rate="2e-4", more=_DRAFT),
+    "alignprop": Method(
+        "AlignProp",
+        "the official SD1.5 settings, but for the rank of 4",
+        _alignprop,
+        steps=("steps", "500", ""),
+        samples=128,
+        rate="1e-3",
+        more=(("weight_decay", "1e-4", ""),),
+        every=50,
+    ),
+    "drtune": Method("DRTune", "from memory of the paper, with DRaFT's optimizer", _drtune, rate="2e-4", more=_DRAFT),
+    "direct-align": Method("Direct-Align", _FULL_FLUX, _known_noise, steps=_SHORT_RUN, more=_CLIP, every=10, save_every=10),
+    "srpo": Method("SRPO", _FULL_FLUX, _srpo, steps=_SHORT_RUN, more=_CLIP, standardise=_COSINE, every=10, save_every=10),
+    "sqdf": Method(
+        "SQDF",
+        "the official SD1.5 settings for HPSv2.1",
+        _sqdf,
+        steps=("steps", "500", ""),
+        samples=64,
+        rate="2e-4",
+        more=(("weight_decay", "1e-4", ""),),
+        standardise=("standardise", "false", "alpha is for HPS's cosine"),
+        every=50,
+        save_every=10,
+    ),
+    "sqdf-black-box": Method(
+        "SQDF with a black-box reward",
+        "the official SD1.5 settings, but for the rank of 4",
+        _sqdf,
+        steps=("steps", "160", "four loops of 40"),
+        samples=64,
+        rate="1e-3",
+        more=(("weight_decay", "0.1", ""), ("max_grad_norm", "5.0", "")),
+        reward="aesthetic",
+        standardise=("standardise", "true", "alpha is for the standardised score"),
+        every=20,
+        save_every=10,
+    ),
+}
+"""By the name of an objective."""
