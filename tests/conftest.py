@@ -36,7 +36,7 @@ class ToyPolicy:
         self.calls += len(x)
         return (x * (1 + weight[0]) + weight[1]) / (1 + sigma.to(x).square()).reshape(-1, 1, 1, 1)
 
-    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative=""):
+    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative="", prompt_weight=1.0):
         weight = self.weight if adapter == "tuned" else torch.zeros_like(self.weight)
         return ToyDenoiser(prompts, lambda x, sigma: self._denoise(x, sigma, weight))
 

@@ -50,6 +50,7 @@ ORDER = (
     ("denoiser",),
     ("sampling",),
     ("guidance",),
+    ("guides",),
     ("policy",),
     ("reward",),
     ("generate",),

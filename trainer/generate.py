@@ -83,6 +83,7 @@ def generate(
                     adapter=slot.adapter,
                     guidance_scale=slot.guidance_scale,
                     negative=slot.negative,
+                    prompt_weight=slot.prompt_weight,
                 )
             return made[slot]
 

@@ -1,9 +1,8 @@
 """Guidance and combined generation: weighted sums of denoisers whose weights are a function of the sampler step.
 
 Coefficients sum to 1, so a sum of x0-predictions is the same sum of ε- or v-predictions, and models of different
-parametrisation mix. A new guider is a function that returns a Mix: autoguidance (arXiv:2406.02507) is the tuned model with
-coefficient w and a weaker one with 1 − w. CFG++ (arXiv:2406.08070) is not a mix: it adds noise by another prediction than it
-denoises with, and so changes the sampler's step.
+parametrisation mix. A new guider is a function that returns a Mix; those of the literature are in guides.py. CFG++
+(arXiv:2406.08070) is not a mix: it adds noise by another prediction than it denoises with, and so changes the sampler's step.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ class Slot:
     """One denoiser of a mix: a model, one of its adapters, and the scale of classifier-free guidance inside it (1: none).
 
     `model` names one of several models of a family, "" the model that generates. `prompt` is what the denoiser is given, where {prompt}
-    stands for the image's own prompt; `negative` is the prompt of guidance's other branch.
+    stands for the image's own prompt; `negative` is the prompt of guidance's other branch. `prompt_weight` is what the conditional
+    branch sees: 1 the prompt, 0 the negative, below 0 a proxy prompt on the negative's far side.
     """
 
     adapter: str = "tuned"
@@ -40,6 +40,7 @@ class Slot:
     model: str = ""
     prompt: str = "{prompt}"
     negative: str = ""
+    prompt_weight: float = 1.0
 
 
 Parts = tuple[tuple[Slot, float], ...]
@@ -61,6 +62,11 @@ class Mix:
         if len(found) != len(self.slots) or abs(sum(found) - 1) > 1e-6:
             raise ValueError(f"{len(self.slots)} denoisers have coefficients {found}: give one each, with sum 1")
         return tuple((slot, value) for slot, value in zip(self.slots, found) if value != 0)
+
+    def calls(self, sigmas: Sequence[float]) -> int:
+        """Network evaluations of one image over levels (T+1,), those of guidance's other branch included. Raises as `at` does."""
+        parts = (self.at(i, sigma) for i, sigma in enumerate(sigmas[:-1]))
+        return sum(1 if slot.guidance_scale == 1 else 2 for evaluated in parts for slot, _ in evaluated)
 
 
 def weighted_sum(denoisers: Sequence[tuple[Denoise, float]]) -> Denoise:

@@ -41,11 +41,20 @@ class Policy(Protocol):
         """Names that `denoiser` takes: `base`, `tuned`, and those of other adapters that are loaded."""
         ...
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, negative: str = "") -> Denoiser:
+    def denoiser(
+        self,
+        prompts: Sequence[str],
+        *,
+        adapter: str = "tuned",
+        guidance_scale: float = 1.0,
+        negative: str = "",
+        prompt_weight: float = 1.0,
+    ) -> Denoiser:
         """The model with one adapter: `tuned` is the trained one, `base` is none.
 
         Gradients reach x with any adapter, and parameters with `tuned` alone. A guidance scale of 1 evaluates no unconditional
-        branch, which is of the prompt `negative`. Raises ValueError for an adapter that is not loaded.
+        branch, which is of the prompt `negative`. The conditional branch sees the embedding n + prompt_weight·(c − n) of the prompt's c
+        and the negative's n: 1 is the prompt, 0 the negative. Raises ValueError for an adapter that is not loaded.
         """
         ...
 

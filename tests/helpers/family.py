@@ -52,7 +52,7 @@ class Family:
         epsilon = (x_ve - clean) / sigma
         return epsilon if self.prediction == "epsilon" else a * epsilon - a * sigma * clean
 
-    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative=""):
+    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative="", prompt_weight=1.0):
         weight = self.weight if adapter == "tuned" else STATES[adapter]
         return ToyDenoiser(prompts, lambda x, sigma: self.denoise(x, sigma, weight))
 

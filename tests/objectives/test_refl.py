@@ -151,7 +151,7 @@ class Guided(ToyPolicy):
         unconditional = self._denoise(x, sigma, self.weight * torch.tensor([2.0, -1.0], dtype=torch.float64))
         return unconditional + scale * (conditional - unconditional)
 
-    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative=""):
+    def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative="", prompt_weight=1.0):
         return ToyDenoiser(prompts, lambda x, sigma: self.guided(x, sigma, guidance_scale))
 
 

@@ -34,7 +34,15 @@ class TrackedPolicy(CountingPolicy):
         self._saved: dict[Any, int] = {}  # bytes that a call with gradient saves for its backward pass
         self._skips: Any = WeakIdKeyDictionary()  # by the state x: a recomputed forward must do as the first did
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, negative: str = "") -> Denoiser:
+    def denoiser(
+        self,
+        prompts: Sequence[str],
+        *,
+        adapter: str = "tuned",
+        guidance_scale: float = 1.0,
+        negative: str = "",
+        prompt_weight: float = 1.0,
+    ) -> Denoiser:
         """The policy's, tracked."""
         key = (adapter, guidance_scale)
 
@@ -44,7 +52,10 @@ class TrackedPolicy(CountingPolicy):
             self.calls, self.graphs = self.calls + rows, self.graphs + rows * graph
             return self._with_gradient(denoiser, x, sigma, key) if graph else self._without_gradient(denoiser, x, sigma, key)
 
-        return WrappedDenoiser(self.policy.denoiser(prompts, adapter=adapter, guidance_scale=guidance_scale, negative=negative), call)
+        inner = self.policy.denoiser(
+            prompts, adapter=adapter, guidance_scale=guidance_scale, negative=negative, prompt_weight=prompt_weight
+        )
+        return WrappedDenoiser(inner, call)
 
     def _with_gradient(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, key: Any) -> Tensor:
         key = (*key, len(x))

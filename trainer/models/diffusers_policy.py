@@ -190,17 +190,39 @@ class DiffusersPolicy:
         """What the optimizer moves."""
         return list(self.adapters.parameters().values())
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, negative: str = "") -> Denoiser:
+    def denoiser(
+        self,
+        prompts: Sequence[str],
+        *,
+        adapter: str = "tuned",
+        guidance_scale: float = 1.0,
+        negative: str = "",
+        prompt_weight: float = 1.0,
+    ) -> Denoiser:
         """See trainer.policy.Policy."""
         self.adapters.check(adapter)
-        conditioning = self.prompts.conditioning(prompts)
+        conditioning = self._conditioning(prompts, negative, prompt_weight)
         if guidance_scale != 1:
-            n = len(prompts)
-            empty = self.prompts.conditioning([negative] * n) if negative else self.unconditional(n)
+            empty = self._conditioning(prompts, negative, 0.0)
             conditioning = {key: torch.cat([value, empty[key]]) for key, value in conditioning.items()}
         # masks and token numbers are not the network's floating-point input: they keep their dtype
         uploaded = {k: v.to(self.device).to(self.dtype if v.is_floating_point() else v.dtype) for k, v in conditioning.items()}
         return PromptedDenoiser(self, adapter, guidance_scale, uploaded)
+
+    def _conditioning(self, prompts: Sequence[str], negative: str, weight: float) -> Conditioning:
+        """Text conditioning of n + weight·(c − n), on the CPU."""
+        if weight == 1:
+            return self.prompts.conditioning(prompts)
+        n = len(prompts)
+        empty = self.prompts.conditioning([negative] * n) if negative else self.unconditional(n)
+        if weight == 0:
+            return empty
+        given = self.prompts.conditioning(prompts)
+        if "mask" in given:
+            raise ValueError(
+                f"prompt weight {weight:g}: {self.pipeline_name} masks its padding, so that two prompts have no sum; give 1 or 0"
+            )
+        return {key: (1 - weight) * empty[key] + weight * value if value.is_floating_point() else value for key, value in given.items()}
 
     def merged(self) -> AbstractContextManager[None]:
         """See trainer.policy.Policy; `merge_rollouts` switches it on."""

@@ -25,9 +25,19 @@ class CountingPolicy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, negative: str = "") -> Denoiser:
+    def denoiser(
+        self,
+        prompts: Sequence[str],
+        *,
+        adapter: str = "tuned",
+        guidance_scale: float = 1.0,
+        negative: str = "",
+        prompt_weight: float = 1.0,
+    ) -> Denoiser:
         """The policy's, counted."""
-        inner = self.policy.denoiser(prompts, adapter=adapter, guidance_scale=guidance_scale, negative=negative)
+        inner = self.policy.denoiser(
+            prompts, adapter=adapter, guidance_scale=guidance_scale, negative=negative, prompt_weight=prompt_weight
+        )
         return self._counted(inner, adapter, guidance_scale)
 
     def _counted(self, denoiser: Denoiser, adapter: str, guidance_scale: float) -> Denoiser:
