@@ -19,7 +19,7 @@ from trainer.guidance import cfg, combined
 from trainer.lora.file import load_lora, save_delta, save_lora
 from trainer.metrics.study import BASE, Study
 from trainer.models.load import load_policy
-from trainer.models.two_unets import with_unet
+from trainer.models.second import with_network
 from trainer.policy import Lora
 from trainer.rewards.registry import weights_hashes
 from trainer.runtime.files import file_hash
@@ -97,7 +97,7 @@ def test_a_published_folder_of_two_unets_is_evaluated_without_a_lora(pipeline_fo
     assert main(command) == 0
     settings, prompts, base = Generation(steps=4), [p for p in PROMPTS for _ in range(2)], load_policy(folder)
     mixes = {BASE: cfg(settings.base), (folder.name, 2): combined(settings.base, settings.tuned(model="t"), 2)}
-    alone = generate(base, prompts, settings, mixes, {"t": with_unet(base, tuned)})
+    alone = generate(base, prompts, settings, mixes, {"t": with_network(base, tuned)})
     assert {point: float((images - drawn[point]).abs().max()) for point, images in alone.items()} == dict.fromkeys(drawn, 0.0)
     assert float((drawn[BASE] - drawn[folder.name, 2]).abs().max()) > 1e-3
     found = json.loads((tmp_path / "x.json").read_text())["checkpoints"]

@@ -15,8 +15,8 @@ from trainer.lora.names import canonical
 from trainer.models.configs import CLIP_L, VAE
 from trainer.models.load import MODELS, detect, load_policy, resolve
 from trainer.models.sdxl import SDXL_UNET
+from trainer.models.second import with_network
 from trainer.models.single_file import clip_tokenizer, single_file_pipeline
-from trainer.models.two_unets import with_unet
 from trainer.models.unet import SD15_UNET, UNetPolicy
 
 PROMPTS = ["a red star", "a blue ring, blurred"]
@@ -99,13 +99,13 @@ def test_the_authors_folder_is_base_and_tuned_model(family_folder, tmp_path):
     (folder / "model_index.json").write_text('{"_class_name": ["combined_stable_diffusion", "CombinedStableDiffusion"]}')
     base = load_policy(folder)
     assert torch.equal(outputs(base), outputs(load_policy(family_folder("sd15"))))
-    assert torch.equal(outputs(with_unet(base, folder / "fine_tuned_unet")), outputs(base))
+    assert torch.equal(outputs(with_network(base, folder / "fine_tuned_unet")), outputs(base))
     for p in base.network.parameters():
         p.data.mul_(1.1)
-    tuned = with_unet(base, folder / "fine_tuned_unet")
+    tuned = with_network(base, folder / "fine_tuned_unet")
     assert tuned.vae is base.vae and not torch.allclose(outputs(tuned), outputs(base))
-    with pytest.raises(ValueError, match="another family"):
-        with_unet(load_policy(family_folder("sdxl")), folder / "fine_tuned_unet")
+    with pytest.raises(ValueError, match="a model of another size or family"):
+        with_network(load_policy(family_folder("sdxl")), folder / "fine_tuned_unet")
 
 
 def test_clips_tokenizer_from_open_clip_gives_open_clips_tokens(tmp_path):

@@ -29,7 +29,8 @@ from ..metrics.study import BASE, Judges, Study
 from ..metrics.summary import Features
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
-from ..models.two_unets import TUNED_UNET, with_unet
+from ..models.second import states_schedule, with_network
+from ..models.two_unets import TUNED_UNET
 from ..rewards.files import find, verify, weight_folders
 from ..rewards.registry import load_reward, weights_hashes
 from ..rewards.two_tower import TwoTower
@@ -51,8 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     lora = "a tuned model and its name, or a run's folder: its snapshots; may be given several times, one name for one run's checkpoints"
     add("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
-    unet = "a tuned model that is a whole UNet; may be given several times (default without --lora: fine_tuned_unet in the model's folder)"
-    add("--tuned-unet", action="append", default=[], metavar="NAME=FOLDER", help=unet)
+    whole = "a tuned model with its own network; may be given several times (default without --lora: fine_tuned_unet in the model's folder)"
+    add("--tuned-model", "--tuned-unet", dest="tuned_unet", action="append", default=[], metavar="NAME=PATH", help=whole)
     add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63, last=6 (default 0,75%%)")
     add("--reward", action="append", default=[], metavar="NAME", help="reward by name or folder; may be given several times")
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and not args.lora and not unets:
         return _plot_again(args.out)
     if not (args.lora or unets) or not args.reward:
-        raise ConfigError("nothing to evaluate: give --lora NAME=FILE or --tuned-unet NAME=FOLDER, and --reward NAME")
+        raise ConfigError("nothing to evaluate: give --lora NAME=FILE or --tuned-model NAME=PATH, and --reward NAME")
     parts = _parts(args)
     settings, prompts = generation_of(args), prompts_of(args)
     taken = next((name for name in args.reward if name in FIGURES), None)
@@ -95,16 +96,19 @@ def run(args: argparse.Namespace) -> int:
     device, tuned = device_of(args), {**checkpoints(args.lora)}
     for name, folder in unets.items():
         if name in tuned:
-            raise ConfigError(f"two models are called {name}: give --tuned-unet NAME=FOLDER")
+            raise ConfigError(f"two models are called {name}: give --tuned-model NAME=PATH")
         tuned[name] = Checkpoint(name, None, folder)
     judges = _judges(args, device)
     policy = policy_of(args)
-    models = {name: with_unet(policy, folder) for name, folder in unets.items()}
+    models = {name: with_network(policy, path) for name, path in unets.items()}
+    stateless = next((path for path in unets.values() if settings.tuned_steps and not states_schedule(policy, path)), None)
+    if stateless:
+        raise ConfigError(f"{stateless} is a network without a schedule, which --tuned-steps needs: give its diffusers folder")
     # a user's name may mean something to peft, or to the policy
     slots = {name: settings.tuned(model=name) if name in unets else settings.tuned(f"evaluated{i}") for i, name in enumerate(tuned)}
     for name in tuned.keys() - unets.keys():
         load_lora(policy, tuned[name].file, adapter=slots[name].adapter)
-    schedules = _schedules(policy, settings, switches)
+    schedules = _schedules([models.get(slot.model, policy) for slot in slots.values()], policy, settings, switches)
     steps = list(schedules)
     weights = _weights(args)
     loras = {n: files_hash(weight_files(c.file)) if n in unets else file_hash(lora_weights(c.file)) for n, c in tuned.items()}
@@ -139,7 +143,7 @@ def _unets(args: argparse.Namespace) -> dict[str, Path]:
     for name, folder in map(split_name, args.tuned_unet):
         name = name or folder.resolve().name
         if name in found or name == BASE[0]:
-            raise ConfigError(f"two models are called {name}: give --tuned-unet NAME=FOLDER")
+            raise ConfigError(f"two models are called {name}: give --tuned-model NAME=PATH")
         found[name] = folder
     return found
 
@@ -200,10 +204,14 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
     return {**found, **{name: file_hash(path) for name, path in networks.items() if path}}
 
 
-def _schedules(policy: DiffusersPolicy, settings: Generation, switches: Sequence[Switch]) -> dict[int, Tensor]:
-    """The noise levels of each switch, by the first step of the tuned model there."""
+def _schedules(
+    models: Sequence[DiffusersPolicy], policy: DiffusersPolicy, settings: Generation, switches: Sequence[Switch]
+) -> dict[int, Tensor]:
+    """The noise levels of each switch, by the first step of the tuned models there; those must have one schedule."""
     base = policy.sigmas(settings.steps)
-    tuned = policy.sigmas(settings.tuned_steps) if settings.tuned_steps else base
+    tuned, *others = [model.sigmas(settings.tuned_steps) if settings.tuned_steps else base for model in models]
+    if any(not torch.equal(tuned, other) for other in others):
+        raise ConfigError("--tuned-steps: the tuned models have different schedules: evaluate one at a time")
     found: dict[int, Tensor] = {}
     for switch in switches:
         levels, k = switch.joined(base, tuned)

@@ -19,7 +19,7 @@ from ..runtime.files import replacing, write_text
 
 SHEET_IMAGES, SHEET_PIXELS = 256, 256  # images on a contact sheet at most, and pixels of each one's longer side at most
 SETTINGS, _MARK = "settings.json", "imagerefl"
-_PATHS = ("model", "lora", "tuned_unet", "parts")  # what is in the first three is compared by its hash
+_PATHS = ("model", "lora", "base_lora", "tuned_unet", "parts", "tuned_parts")  # what is in the first four is compared by its hash
 _OF_EVERY_VERSION = {"steps", "method", "seed", "model", "lora", "k"}
 _NAME = re.compile(r"(\d{5,})\.(png|txt)(\.partial)?")
 

@@ -14,28 +14,19 @@ from torch import Tensor
 from ..config import ConfigError
 from ..generate import Generation, batches, generate
 from ..guidance import Mix, Switch, cfg, combined
-from ..lora.extract import weight_files
-from ..lora.file import load_lora, lora_weights, read_lora
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
-from ..models.two_unets import TUNED_UNET, with_unet
-from ..runtime.files import files_hash
 from .image_folder import ImageFolder
-from .options import add_generation, finite, generation_of, policy_of, prompts_of
+from .options import add_generation, generation_of, policy_of, prompts_of
 from .parts import base_hash
+from .two_parts import TwoParts, add_parts, two_parts
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sample`."""
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    add("--lora", type=Path, metavar="FILE", help="LoRA of the tuned model; without one the base model takes every step")
-    add(
-        "--tuned-unet",
-        type=Path,
-        metavar="FOLDER",
-        help="the tuned model's UNet (default: fine_tuned_unet in the model's folder, if there)",
-    )
+    add_parts(parser)
     add(
         "--switch",
         default="auto",
@@ -47,7 +38,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="WHERE",
         help="step from which the base model is back, written as --switch: `--switch 0 --until 2` (default: never)",
     )
-    add("--strength", type=finite, default=1.0, metavar="X", help="strength of the LoRA (default 1)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
     add("--resume", action="store_true", help="go on with an interrupted run: draw the images that are not in the folder")
     add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
@@ -60,20 +50,19 @@ def run(args: argparse.Namespace) -> int:
     Everything is checked before the first image is drawn. Each batch of images is written as soon as it is drawn.
     """
     settings, prompts = generation_of(args), prompts_of(args)
-    unet = _tuned_unet(args)
-    switch, until = _switch(args, unet), _until(args, unet)
+    parts = two_parts(args, settings)
+    switch, until = parts.switch(args.switch), _until(args, parts)
     folder = ImageFolder(args.out)
     folder.check(resume=args.resume, overwrite=args.overwrite)
     policy = policy_of(args)
-    if args.lora is not None:
-        load_lora(policy, args.lora, args.strength)
-    models = {"tuned": with_unet(policy, unet)} if unet else {}
+    models = parts.load(policy, settings)
     levels, k = _schedule(policy, models.get("tuned", policy), settings, switch, until)
     end = until.index(levels) if until else None
     if k is not None and end is not None and end <= k:
         raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
-    mix = cfg(settings.base) if k is None else combined(settings.base, settings.tuned(model="tuned" if unet else ""), k, end)
-    facts = {"k": k, **({} if end is None else {"until": end}), **_facts(args, unet, prompts)}
+    base, tuned = parts.slots(settings)
+    mix = cfg(base) if k is None else combined(base, tuned, k, end)
+    facts = {"k": k, **({} if end is None else {"until": end}), **parts.facts, **_facts(args, prompts)}
     folder.begin({**settings.facts, **facts}, resume=args.resume, overwrite=args.overwrite)
     try:
         new = _draw(policy, prompts, settings, mix, models, folder, levels)
@@ -83,24 +72,19 @@ def run(args: argparse.Namespace) -> int:
             "the same command with --resume goes on"
         ) from None
     own = " by its own schedule" if settings.tuned_steps else ""
-    tuned = "" if k is None else f" (tuned from step {k} to {len(levels) - 1 if end is None else end} of {len(levels) - 1}{own})"
+    taken = "" if k is None else f" (tuned from step {k} to {len(levels) - 1 if end is None else end} of {len(levels) - 1}{own})"
     kept = "" if new == len(prompts) else f"; {len(prompts) - new} were there"
-    print(f"wrote {new} images to {args.out}{tuned}{kept}; {folder.write_sheet(len(prompts), args.n)}")
+    print(f"wrote {new} images to {args.out}{taken}{kept}; {folder.write_sheet(len(prompts), args.n)}")
     return 0
 
 
-def _facts(args: argparse.Namespace, unet: Path | None, prompts: Sequence[str]) -> dict[str, Any]:
-    """What the images depend on beside the sampler's settings."""
-    tuned = {"lora": [lora_weights(args.lora)]} if args.lora else {"tuned_unet": weight_files(unet)} if unet else {}
+def _facts(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str, Any]:
+    """What the images depend on beside the sampler's settings and the two parts."""
     return {
         "model": args.model,
-        "lora": str(args.lora or ""),
-        "tuned_unet": str(unet or ""),
-        "strength": args.strength,
         **{f.name: getattr(args, f.name) for f in fields(ModelOptions)},
         "image_size": args.image_size,
         "model_sha256": base_hash(args.model),
-        **{f"{name}_sha256": files_hash(paths) for name, paths in tuned.items()},
         "n": args.n,
         "prompts": list(prompts[:: args.n]),
         "images": len(prompts),
@@ -144,28 +128,6 @@ def _draw(
     return new
 
 
-def _tuned_unet(args: argparse.Namespace) -> Path | None:
-    """The tuned model's whole UNet: the argument's, or that of a folder in the layout of the published ImageReFL models."""
-    if args.tuned_unet is not None and args.lora is not None:
-        raise ConfigError("the tuned model is a LoRA or a UNet: give --lora or --tuned-unet, not both")
-    published = Path(args.model) / TUNED_UNET
-    return args.tuned_unet or (published if args.lora is None and published.is_dir() else None)
-
-
-def _switch(args: argparse.Namespace, unet: Path | None) -> Switch | None:
-    """Where the tuned model takes over; None without a tuned model."""
-    if args.lora is None and unet is None:
-        return None
-    metadata = read_lora(args.lora)[1] if args.lora is not None else {}
-    if args.switch != "auto":
-        return Switch.parse(args.switch)
-    if unet is not None:
-        raise ConfigError(f"{unet} recommends no switch: give --switch (its authors: 75% for SD1.5, 87.5% for SDXL)")
-    if not isinstance(metadata.get("switch_sigma"), int | float):
-        raise ConfigError(f"{args.lora} recommends no switch: give --switch")
-    return Switch(sigma=metadata["switch_sigma"])
-
-
 def _schedule(
     policy: DiffusersPolicy, tuned: DiffusersPolicy, settings: Generation, switch: Switch | None, until: Switch | None
 ) -> tuple[Tensor, int | None]:
@@ -174,7 +136,7 @@ def _schedule(
     if switch is None or until is not None:
         if own:
             raise ConfigError(
-                "--tuned-steps and --tuned-method need a tuned model (--lora, --tuned-unet), and cannot be combined with --until"
+                "--tuned-steps and --tuned-method need a tuned model (--lora, --tuned-model), and cannot be combined with --until"
             )
         levels = policy.sigmas(settings.steps)
         return levels, None if switch is None else switch.index(levels)
@@ -182,10 +144,10 @@ def _schedule(
     return switch.joined(base, tuned.sigmas(settings.tuned_steps) if settings.tuned_steps else base)
 
 
-def _until(args: argparse.Namespace, unet: Path | None) -> Switch | None:
+def _until(args: argparse.Namespace, parts: TwoParts) -> Switch | None:
     """Where the base model is back; None if it never is."""
     if args.until is None:
         return None
-    if args.lora is None and unet is None:
-        raise ConfigError("--until ends the tuned model's part: give --lora or --tuned-unet")
+    if not parts.tuned:
+        raise ConfigError("--until ends the tuned model's part: give --lora or --tuned-model")
     return Switch.parse(args.until)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..policy import Adaptable, Lora, Trainable
+from ..policy import Adaptable, Trainable
 from ..runtime.files import write_text
 from . import names
+from .attach import attach_adapter
 from .layouts import Adapter, Update, parse, tensors_of
 from .write import write_tensors
 
@@ -234,52 +235,13 @@ def load_lora(policy: Adaptable, path: Path, strength: float = 1.0, adapter: str
                 parameter.copy_(parameter.float() + strength * changes[name].to(policy.device, torch.float32))
         return metadata
 
-    def attach(lora: Lora) -> Mapping[str, nn.Parameter]:
-        if adapter != "tuned":
-            return policy.adapters.attach(adapter, lora)
-        policy.add_lora(lora)
-        return dict(policy.named_parameters())
-
-    _attach(policy, _adapter(tensors, header, lora_weights(path)), path, strength, attach)
+    attach_adapter(policy, _adapter(tensors, header, lora_weights(path)), path, strength, adapter)
     return metadata
 
 
 def load_consistency(policy: Adaptable, path: Path) -> None:
     """Attach a consistency LoRA (LCM-LoRA, arXiv:2311.05556) as the frozen adapter `consistency`; every key must match."""
-    _attach(policy, read_adapter(path), path, 1.0, lambda lora: policy.adapters.attach("consistency", lora))
-
-
-def _attach(policy: Adaptable, adapter: Adapter, path: Path, strength: float, attach: Callable[[Lora], Mapping[str, nn.Parameter]]) -> None:
-    try:
-        adapter = _fitted(policy, adapter)
-        scales = {(u.rank, u.alpha) for u in adapter.updates.values()}
-        rank = max(r for r, _ in scales)
-        alpha = next(iter(scales))[1] if len(scales) == 1 else float(rank)
-        parameters = attach(Lora(rank, alpha, tuple(sorted(adapter.updates))))
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            module, half = names.of_parameter(name)
-            update = adapter.updates[module]
-            down, up = (update.down, update.up) if len(scales) == 1 else update.padded(rank)
-            parameter.copy_(down if half == "down" else up * strength)
-
-
-def _fitted(policy: Adaptable, adapter: Adapter) -> Adapter:
-    """The adapter in the shapes of the policy's modules; raises ValueError for one of another model, before anything is changed."""
-    if adapter.left_out:
-        raise ValueError(
-            f"also adapts text encoders ({len(adapter.left_out)} modules, first {adapter.left_out[0]}), which are not tuned here: "
-            "`python -m trainer convert --without-text-encoders` leaves them out"
-        )
-    modules = policy.adapters.adaptable()
-    unknown = sorted(set(adapter.updates) - set(modules))
-    if unknown and adapter.family:
-        raise ValueError(adapter.family)
-    if unknown:
-        raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
-    return adapter.fitted({name: modules[name].weight.shape for name in adapter.updates})
+    attach_adapter(policy, read_adapter(path), path, 1.0, "consistency")
 
 
 def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def split_files_pipeline(path: Path, family: type[DiffusersPolicy], config: Mode
             found[tokenizer] = load_part(folder / tokenizer, ("transformers", "AutoTokenizer"), dtype)
     found["scheduler"] = load_part(folder / "scheduler", ("diffusers", config.scheduler[0]), dtype)
     settings = {**config.arguments, **pipeline_settings(folder, family)}
-    return family.pipeline_class()(**found, **settings, **{family.network_name: _network(path, family, config, dtype)})
+    return family.pipeline_class()(**found, **settings, **{family.network_name: load_network(path, family, config, dtype)})
 
 
 def pipeline_settings(folder: Path, family: type[DiffusersPolicy]) -> Config:
@@ -39,7 +39,7 @@ def pipeline_settings(folder: Path, family: type[DiffusersPolicy]) -> Config:
     return {name: value for name, value in index.items() if name in family.settings}
 
 
-def _network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype) -> Any:
+def load_network(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype) -> Any:
     import diffusers
     from accelerate import init_empty_weights
 

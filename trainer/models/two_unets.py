@@ -10,7 +10,6 @@ import torch
 from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
 from .single_file import load_part, one_line_errors
-from .unet import UNetPolicy
 
 BASE_UNET, TUNED_UNET = "original_unet", "fine_tuned_unet"
 
@@ -26,22 +25,6 @@ def two_unets_pipeline(path: Path, family: type[DiffusersPolicy], config: ModelC
             parts[tokenizer] = load_part(path / tokenizer, ("transformers", "CLIPTokenizer"), dtype)
     parts["scheduler"] = load_part(path / "scheduler", ("diffusers", "DDPMScheduler"), dtype)
     return family.pipeline_class()(**parts, **family.arguments)
-
-
-def with_unet(policy: DiffusersPolicy, folder: str | Path) -> DiffusersPolicy:
-    """A policy with the UNet of another diffusers folder (`fine_tuned_unet`, say); all else is shared."""
-    if not isinstance(policy, UNetPolicy):
-        raise ValueError(f"{folder} is a UNet, the model has none")
-    unet = _unet(Path(folder), policy.dtype)
-    theirs, ours = _architecture(unet.config), _architecture(policy.network.config)
-    if theirs != ours:
-        raise ValueError(f"{folder} holds a UNet of another family: {theirs}, the model's is {ours}")
-    pipeline = type(policy.pipeline)(**{**policy.arguments, **policy.pipeline.components, "unet": unet})
-    return type(policy)(pipeline, policy.device, policy.dtype, policy.image_size)
-
-
-def _architecture(config: Any) -> tuple[Any, ...]:
-    return config["in_channels"], tuple(config["block_out_channels"]), config["cross_attention_dim"]
 
 
 def _unet(folder: Path, dtype: torch.dtype) -> Any:
