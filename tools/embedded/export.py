@@ -123,6 +123,11 @@ def save_half_lora(source: Path, path: Path) -> None:
     with safe_open(source, framework="pt") as file:
         tensors, header = {k: file.get_tensor(k).half() for k in file.keys()}, file.metadata()  # noqa: SIM118
     save_file(tensors, path, metadata=header)
+    renew_hash(path)
+
+
+def renew_hash(path: Path) -> None:
+    """Write the hash of one shipped file into the manifest."""
     manifest = json.loads((files.FOLDER / "manifest.json").read_text("utf-8"))
     manifest["sha256"][str(path.relative_to(files.FOLDER))] = file_hash(path)
     manifest["sha256"] = dict(sorted(manifest["sha256"].items()))

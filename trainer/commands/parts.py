@@ -20,7 +20,7 @@ from ..data.samples import Samples, check_sources, content_hash, encode_images, 
 from ..lora.file import lora_weights
 from ..memory.offload import offloads, place_rewards
 from ..models.diffusers_policy import DiffusersPolicy
-from ..models.open import DTYPES, denoiser_hashes, open_consistency, open_policy
+from ..models.open import DTYPES, denoiser_hashes, gradient_vae_hash, open_consistency, open_gradient_vae, open_policy
 from ..rewards.base import RewardModel
 from ..rewards.registry import load_features, load_reward
 from ..rewards.two_tower import TwoTower
@@ -48,6 +48,8 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
         reward.gradient_checkpointing(True)
     policy = open_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
+    if config.gradient_vae:
+        open_gradient_vae(policy, config.gradient_vae)
     _set_speed(policy, config)
     if config.consistency:
         open_consistency(policy, config.consistency)
@@ -66,6 +68,8 @@ def _data(config: TrainConfig, samples: Samples, evaluation: Evaluation | None) 
     found = {"images" if config.images else "prompts": samples.fingerprint} if samples.fingerprint else {}
     if config.consistency not in ("", "demo"):
         found["consistency"] = fingerprint(1, weights=[file_hash(lora_weights(Path(config.consistency)))])
+    if config.gradient_vae:
+        found["gradient_vae"] = fingerprint(1, weights=[gradient_vae_hash(config.gradient_vae)])
     if config.watch.prompts and evaluation is not None:
         found["watch.prompts"] = fingerprint(len(evaluation.prompts), prompts=evaluation.prompts)
     if config.watch.every and config.watch.reference not in ("", "none"):

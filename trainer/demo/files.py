@@ -30,6 +30,7 @@ HASHED = (
 )
 """The files that every figure of the embedded world depends on."""
 CONSISTENCY = FOLDER / "consistency.safetensors"
+TINY_DECODER = FOLDER / "tiny_decoder"
 
 
 def loras() -> dict[str, Path]:

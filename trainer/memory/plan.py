@@ -144,6 +144,7 @@ class _DryRun:
             "original weights": list(getattr(policy.adapters, "original", {}).values()),  # a graph's policy has no such weights
             "VAE weights": _without(tensors(policy.vae), encoder),
             "VAE encoder weights": encoder,
+            "small decoder weights": tensors(getattr(policy.autoencoder, "tiny", None)),  # a graph counts its own with the VAE
             "text encoder weights": tensors(*policy.prompts.encoders),
             **{name: _without(tensors(*rewards), tensors(*self._text_towers(name))) for name, (rewards, _, _) in self.rewards.items()},
             "EMA": list(self.run.ema.values.values()) if self.run.ema else [],

@@ -10,7 +10,7 @@ from ..config import plain
 from ..data.captions import read_captions, read_prompts
 from ..data.hub import PREFIX
 from ..data.report import Report
-from ..models.open import DTYPES, open_consistency, open_policy
+from ..models.open import DTYPES, open_consistency, open_gradient_vae, open_policy
 from ..rewards.base import RewardModel
 from ..rewards.registry import load, load_features
 from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
@@ -41,7 +41,18 @@ class Planner:
         return self.last
 
     def _meta_models(self, config: TrainConfig) -> MetaModels:
-        relevant = ("model", "model_options", "image_size", "merge_rollouts", "tune", "lora", "consistency", "images", "prompts")
+        relevant = (
+            "model",
+            "model_options",
+            "image_size",
+            "merge_rollouts",
+            "tune",
+            "lora",
+            "consistency",
+            "gradient_vae",
+            "images",
+            "prompts",
+        )
         relevant += ("reward", "reward_dtype", "features", "watch")
         key = json.dumps({name: plain(getattr(config, name)) for name in relevant}, sort_keys=True)
         if key not in self._models:
@@ -75,6 +86,8 @@ def meta_models(config: TrainConfig) -> MetaModels:
     policy.merge_rollouts = config.merge_rollouts
     if config.consistency:
         open_consistency(policy, config.consistency)
+    if config.gradient_vae:
+        open_gradient_vae(policy, config.gradient_vae)
     features = load_features(config.features, "meta") if config.features else None
     heldout = _meta_reward(config.watch.heldout) if config.watch.every and config.watch.heldout else None
     return MetaModels(policy, _meta_reward(config.reward, config.reward_dtype), features, heldout, *_data_size(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ _PIXELS_AT_ONCE = 2**21  # decoded without gradient: eight images of 512² are e
 
 
 class Autoencoder:
-    """A frozen autoencoder. With `slicing` it decodes one image at a time, and keeps only its latent for the backward pass."""
+    """A frozen autoencoder. With `slicing` it decodes one image at a time, and keeps only its latent for the backward pass.
+
+    `tiny` is a small decoder that takes its place where a gradient is needed, see tiny_decoder.py.
+    """
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.slicing = False
+        self.tiny: Callable[[Tensor], Tensor] | None = None
 
     @property
     def channels(self) -> int:
@@ -55,9 +60,10 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,C,h,w) -> images (B,3,H,W), clamped to [0,1] as the rewards expect; differentiable."""
         if torch.is_grad_enabled():
+            decode = self.tiny or self._decode
             if not self.slicing:
-                return self._decode(latents)
-            return torch.cat([checkpoint(self._decode, one, use_reentrant=False) for one in latents.split(1)])
+                return decode(latents)
+            return torch.cat([checkpoint(decode, one, use_reentrant=False) for one in latents.split(1)])
         pixels = latents.shape[-2] * latents.shape[-1] * self.downscaling**2
         return torch.cat([self._decode(part) for part in latents.split(1 if self.slicing else max(1, _PIXELS_AT_ONCE // pixels))])
 

@@ -28,6 +28,7 @@ class ChromaPolicy(FlowPolicy):
     """A diffusers Chroma pipeline as a trainer.policy.Policy."""
 
     pipeline_name: ClassVar[str] = "ChromaPipeline"
+    tiny_decoder: ClassVar[str] = "taef1"
     blocks: ClassVar[tuple[str, ...]] = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
     split_files: ClassVar[bool] = True
     published: ClassVar[Mapping[str, ModelConfig]] = {"chroma": ModelConfig(_PARTS, ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}))}

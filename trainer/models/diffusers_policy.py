@@ -55,6 +55,7 @@ class DiffusersPolicy:
     settings: ClassVar[tuple[str, ...]] = ()  # the pipeline's own, which its folder states
     index: ClassVar[Mapping[str, Any]] = {}  # entries of `model_index.json` besides the components
     split_files: ClassVar[bool] = False  # whether single files hold the network alone
+    tiny_decoder: ClassVar[str] = ""  # the TAESD of its latents; none
     optional: ClassVar[tuple[str, ...]] = ()  # components that may be absent
     max_tokens: int | None = None  # of the text encoders; None is the tokenizer's limit
 
@@ -253,16 +254,20 @@ class DiffusersPolicy:
         """The modules that training does not need once prompts and images are encoded."""
         return [*self.prompts.encoders, *self.autoencoder.encoder]
 
+    def decoders(self) -> list[nn.Module]:
+        """The autoencoder, and the small decoder of reward gradients where there is one."""
+        return [self.vae, *([self.autoencoder.tiny] if isinstance(self.autoencoder.tiny, nn.Module) else [])]
+
     def to(self, device: str | torch.device) -> None:
         """Move all modules to a device, except offloaded encoders."""
         self.device = torch.device(device)
-        speed.move([self.network, self.vae, *([] if self.prompts.offload else self.prompts.encoders)], self.device)
+        speed.move([self.network, *self.decoders(), *([] if self.prompts.offload else self.prompts.encoders)], self.device)
         if self.prompts.offload:
             speed.move(self.autoencoder.encoder, "cpu")
 
     def use_channels_last(self) -> None:
         """Store convolutions with channels as the fastest dimension, as tensor cores want them."""
-        for module in (self.network, self.vae):
+        for module in (self.network, *self.decoders()):
             for weight in module.parameters():
                 if weight.ndim == 4:  # those of video autoencoders have 5
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -279,7 +284,8 @@ class DiffusersPolicy:
     def gradient_checkpointing(self, *, denoiser: bool, vae: bool) -> None:
         """Trade time for memory: recompute activations in the backward pass."""
         speed.recompute_network(self.network, self.adapters, denoiser)
-        speed.recompute_decoder(self.vae.decoder, vae)
+        for decoder in self.decoders():
+            speed.recompute_decoder(decoder, vae)
 
 
 @dataclass(frozen=True)

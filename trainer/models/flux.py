@@ -38,6 +38,7 @@ class FluxPolicy(FlowPolicy):
     """A diffusers FLUX pipeline as a trainer.policy.Policy; `embedded_guidance` is for `dev`, `schnell` has none."""
 
     pipeline_name: ClassVar[str] = "FluxPipeline"
+    tiny_decoder: ClassVar[str] = "taef1"
     blocks: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     published: ClassVar[Mapping[str, ModelConfig]] = {
         "flux-dev": _published(FLUX_DEV, _DEV_SCHEDULE),

@@ -35,6 +35,7 @@ class KleinPolicy(FlowPolicy):
     """A diffusers FLUX.2 klein pipeline as a trainer.policy.Policy."""
 
     pipeline_name: ClassVar[str] = "Flux2KleinPipeline"
+    tiny_decoder: ClassVar[str] = "taef2"
     blocks: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     split_files: ClassVar[bool] = True
     published: ClassVar[Mapping[str, ModelConfig]] = {

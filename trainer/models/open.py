@@ -14,6 +14,8 @@ from ..runtime.files import file_hash, files_hash
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
 from .meta import meta_policy
+from .tiny_decoder import WEIGHTS as TINY_WEIGHTS
+from .tiny_decoder import check_agreement, load_tiny_decoder
 from .two_unets import BASE_UNET
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,3 +62,28 @@ def open_consistency(policy: DiffusersPolicy, path: str) -> None:
         load_consistency(policy, file)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"consistency: {error}") from error
+
+
+def gradient_vae_path(name: str) -> Path:
+    """The path of a small decoder; `demo` is the embedded model's."""
+    return EMBEDDED.with_name("tiny_decoder") if name == "demo" else Path(name)
+
+
+def open_gradient_vae(policy: DiffusersPolicy, name: str) -> None:
+    """Let reward gradients go through the small decoder at this path, or `demo`; the policy's own decodes the rest."""
+    path = gradient_vae_path(name)
+    if name == "demo":
+        check_files(path, "config.json", TINY_WEIGHTS)
+    try:
+        decoder = load_tiny_decoder(policy, path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"gradient_vae: {error}") from error
+    if name != "demo" and policy.device.type != "meta":
+        check_agreement(policy, decoder, path)
+    policy.autoencoder.tiny = decoder
+
+
+def gradient_vae_hash(name: str) -> str:
+    """SHA-256 of the small decoder's files."""
+    path = gradient_vae_path(name)
+    return files_hash([file for file in (path / "config.json", path / TINY_WEIGHTS) if file.is_file()] if path.is_dir() else [path])

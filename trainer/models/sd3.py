@@ -35,6 +35,7 @@ class SD3Policy(FlowPolicy):
     """A diffusers SD3 pipeline as a trainer.policy.Policy."""
 
     pipeline_name: ClassVar[str] = "StableDiffusion3Pipeline"
+    tiny_decoder: ClassVar[str] = "taesd3"
     blocks: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     optional: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
     published: ClassVar[Mapping[str, ModelConfig]] = {

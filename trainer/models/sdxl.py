@@ -32,6 +32,7 @@ class SDXLPolicy(UNetPolicy):
     """
 
     pipeline_name: ClassVar[str] = "StableDiffusionXLPipeline"
+    tiny_decoder: ClassVar[str] = "taesdxl"
     arguments: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
     index: ClassVar[Mapping[str, Any]] = {"force_zeros_for_empty_prompt": True}
     published: ClassVar[Mapping[str, ModelConfig]] = {

@@ -15,6 +15,7 @@ from .adapters import Adapters
 
 _DECODER_PARTS = (
     *("ResnetBlock2D", "Attention", "Upsample2D"),
+    "AutoencoderTinyBlock",
     *("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
 )
 

@@ -38,6 +38,7 @@ class UNetPolicy(DiffusersPolicy):
     """A diffusers Stable Diffusion pipeline as a trainer.policy.Policy."""
 
     pipeline_name: ClassVar[str] = "StableDiffusionPipeline"
+    tiny_decoder: ClassVar[str] = "taesd"
     network_name: ClassVar[str] = "unet"
     blocks: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     arguments: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

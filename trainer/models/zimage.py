@@ -34,6 +34,7 @@ class ZImagePolicy(FlowPolicy):
     """A diffusers Z-Image pipeline as a trainer.policy.Policy."""
 
     pipeline_name: ClassVar[str] = "ZImagePipeline"
+    tiny_decoder: ClassVar[str] = "taef1"
     blocks: ClassVar[tuple[str, ...]] = ("ZImageTransformerBlock",)
     split_files: ClassVar[bool] = True
     published: ClassVar[Mapping[str, ModelConfig]] = {"z-image": _published(6.0), "z-image-turbo": _published(3.0)}

@@ -83,6 +83,10 @@ class TrainConfig:
         default="float32", metadata={"help": "of the differences that tune = full saves; bfloat16 halves the file, error up to 0.4 %"}
     )
     consistency: str = field(default="", metadata={"help": "consistency LoRA (LCM-LoRA) that an objective may estimate x0 with, or `demo`"})
+    gradient_vae: str = field(
+        default="",
+        metadata={"help": "AutoencoderTiny (TAESD) that reward gradients go through: a folder, a .safetensors file, or `demo`"},
+    )
     features: str = field(default="", metadata={"help": "two-tower reward whose features the surrogate of a black-box objective reads"})
     steps: int = field(default=100, metadata={"min": 1, "help": "optimizer steps"})
     budget: int = field(
