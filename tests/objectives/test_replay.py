@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.family import Family, Towers, batch
 from helpers.losses import batch_of
-from helpers.runs import command, finish, same_lora, settings, wait_for_steps
+from helpers.runs import command, same_lora, settings, wait_for_steps
 
+from trainer.__main__ import main
 from trainer.objectives import SQDF, RunContext
 from trainer.objectives.reward_gradient.replay import Replay, trajectory_bytes
 from trainer.rng import Rng
@@ -141,15 +142,13 @@ def test_a_killed_run_resumes_to_the_same_tensors(name, pipeline_folder, reward_
         listed = settings(pipeline_folder, reward_folder, image_folder, folder, **more)
         return ["train", *(a for a in listed if a[2:].split("=")[0] not in given)]
 
-    code, _, err = finish(arguments(tmp_path / "whole"))
-    assert code == 0, err
+    assert main(arguments(tmp_path / "whole")) == 0
     process = command(arguments(tmp_path / "cut"))
     wait_for_steps(tmp_path / "cut" / "log.jsonl", 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
-    code, _, err = finish([*arguments(tmp_path / "cut"), "--resume"])
-    assert code == 0, err
+    assert main([*arguments(tmp_path / "cut"), "--resume"]) == 0
     same_lora(tmp_path / "whole" / "lora.safetensors", tmp_path / "cut" / "lora.safetensors")
     buffers = [sorted((tmp_path / n / "replay").iterdir()) for n in ("whole", "cut")]
     assert [p.name for p in buffers[0]] == [p.name for p in buffers[1]] and len(buffers[0]) >= 2

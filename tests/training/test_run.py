@@ -12,14 +12,25 @@ import sys
 import pytest
 from helpers.runs import ROOT, command, finish, same_lora, settings, wait_for_steps
 
+from trainer.__main__ import main
 from trainer.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline_folder, reward_folder, image_folder, tmp_path_factory):
+    """The folder of a run in a process of its own that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, _, err = finish(["train", *settings(pipeline_folder, reward_folder, image_folder, folder)])
+    assert code == 0, err
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_resumes_to_the_same_tensors_and_metadata(how, pipeline_folder, reward_folder, image_folder, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_tensors_and_metadata(
+    how, whole, capsys, pipeline_folder, reward_folder, image_folder, tmp_path
+):
     paths = (pipeline_folder, reward_folder, image_folder)
-    assert finish(["train", *settings(*paths, tmp_path / "whole")])[0] == 0
     process = command(["train", *settings(*paths, tmp_path / "cut")])
     wait_for_steps(tmp_path / "cut" / "log.jsonl", 3, process)
     process.send_signal(how)
@@ -27,13 +38,12 @@ def test_an_interrupted_run_resumes_to_the_same_tensors_and_metadata(how, pipeli
     if how == signal.SIGINT:
         assert process.returncode == 130 and "go on with --resume" in out
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
-    code, out, err = finish(["train", *settings(*paths, tmp_path / "cut"), "--resume"])
-    assert code == 0 and "every key read back" in out, err
+    assert main(["train", *settings(*paths, tmp_path / "cut"), "--resume"]) == 0 and "every key read back" in capsys.readouterr().out
     assert stat.S_IMODE((tmp_path / "cut" / "lora.safetensors").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "cut" / "config.json").stat().st_mode
     )
-    same_lora(tmp_path / "whole" / "lora.safetensors", tmp_path / "cut" / "lora.safetensors")
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
+    same_lora(whole / "lora.safetensors", tmp_path / "cut" / "lora.safetensors")
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole, tmp_path / "cut")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
 
@@ -82,8 +92,6 @@ def broken(tmp_path_factory, image_folder):
 def test_bad_input_gets_one_line_and_nothing_is_written(
     change, message, broken, pipeline_folder, reward_folder, image_folder, tmp_path, capsys
 ):
-    from trainer.__main__ import main
-
     change = {k: v.replace("{broken}", str(broken)) if isinstance(v, str) else v for k, v in change.items()}
     code = main(["train", *settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", **change)])
     error = capsys.readouterr().err.strip()
@@ -94,8 +102,6 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
 
 @pytest.mark.slow
 def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
-    from trainer.__main__ import main
-
     paths = (pipeline_folder, reward_folder, image_folder)
     assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
     assert main(["train", *settings(*paths, tmp_path / "run", steps=3, learning_rate=0.5), "--resume"]) == 2
@@ -123,8 +129,6 @@ def test_resume_refuses_other_settings(pipeline_folder, reward_folder, image_fol
 
 @pytest.mark.slow
 def test_a_non_finite_step_keeps_the_last_checkpoint(pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
-    from trainer.__main__ import main
-
     paths = (pipeline_folder, reward_folder, image_folder)
     assert main(["train", *settings(*paths, tmp_path / "run", steps=2)]) == 0
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
@@ -135,19 +139,18 @@ def test_a_non_finite_step_keeps_the_last_checkpoint(pipeline_folder, reward_fol
 
 
 @pytest.mark.slow
-def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(pipeline_folder, reward_folder, image_folder, tmp_path):
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
     given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", steps=10_000)
     process = command(["train", *given])
     try:
         wait_for_steps(tmp_path / "out" / "log.jsonl", 3, process)
         for how in ("--overwrite", "--resume"):
-            code, _, err = finish(["train", *given, how])
-            assert code == 2 and "another run is writing to" in err, err
+            assert main(["train", *given, how]) == 2 and "another run is writing to" in capsys.readouterr().err
     finally:
         process.kill()
         process.communicate()
     given = settings(pipeline_folder, reward_folder, image_folder, tmp_path / "out", steps=1)
-    assert finish(["train", *given, "--overwrite"])[0] == 0  # a killed run blocks nothing
+    assert main(["train", *given, "--overwrite"]) == 0  # a killed run blocks nothing
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files of limited size are POSIX's")
