@@ -135,7 +135,9 @@ class CombinedKSampler(io.ComfyNode):
                 _CFG,
                 _TUNED_CFG,
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="Any sampler; multistep history crosses the switch."
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="Any sampler; a multistep sampler keeps its history across the switch, unless the tuned part has another.",
                 ),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="Spacing of the noise levels."),
                 *_PROMPTS,
@@ -156,7 +158,7 @@ class CombinedKSampler(io.ComfyNode):
                     options=[SAME, *comfy.samplers.KSampler.SAMPLERS],
                     default=SAME,
                     optional=True,
-                    tooltip="Sampler of the tuned part. Another one starts without the history of the first.",
+                    tooltip="Sampler of the tuned part. The same keeps its history across the switch; another starts without.",
                 ),
                 io.Combo.Input(
                     "tuned_scheduler",

@@ -16,15 +16,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.data.images import grid
-from ..trainer.generate import branches
-from ..trainer.guidance import Slot, combined
+from ..trainer.generate import branches, by_start
+from ..trainer.guidance import Slot, combined, joined_at
 from ..trainer.metrics.diversity import within_prompt_diversity
 from ..trainer.rng import Rng
 from ..trainer.sampling import METHODS
 from ..trainer.text import lines
 from .combined import guider
 from .judging import VISION, features
-from .parts import Manual
+from .parts import SAME, Manual, SamplerSettings, tuned_part
 from .scoring import score
 from .sockets import CATEGORY, Reward, image, pixels, schema, show_text
 from .switch import switched
@@ -34,12 +34,13 @@ from .tradeoff import Swept
 class Sweep(comfy.samplers.Sampler):
     """A sampler that returns the images of every k, one after the other; the base's steps are taken once."""
 
-    def __init__(self, switches: Sequence[int], switch: Manual, method: Any, rng: Rng) -> None:
-        self.switches, self.switch, self.method, self.rng = switches, switch, method, rng
+    def __init__(self, grids: Mapping[int, Tensor], switch: Manual, method: Any, tuned_method: Any, rng: Rng) -> None:
+        self.grids, self.switch, self.method, self.tuned_method, self.rng = grids, switch, method, tuned_method, rng
 
-    def evaluations(self, steps: int) -> int:
+    @property
+    def evaluations(self) -> int:
         """How many a run takes: the base's steps once, and those of the tuned model from each switch."""
-        return max(self.switches) + sum(steps - k for k in self.switches)
+        return max(self.grids) + sum(len(levels) - 1 - k for k, levels in self.grids.items())
 
     def sample(
         self,
@@ -55,8 +56,7 @@ class Sweep(comfy.samplers.Sampler):
         """Latents (K·B,C,h,w)."""
         sampling = model_wrap.inner_model.model_sampling
         space: Any = "flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve"
-        start = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, sigmas))
-        taken, total = 0, self.evaluations(len(sigmas) - 1)
+        taken, total = 0, self.evaluations
 
         def denoiser(slot: Slot) -> Any:
             def denoise(x: Tensor, sigma: Tensor) -> Tensor:
@@ -71,10 +71,14 @@ class Sweep(comfy.samplers.Sampler):
 
             return denoise
 
-        mixes = {k: combined(Slot("base"), Slot("tuned"), k) for k in self.switches}
+        mixes = {k: combined(Slot("base"), Slot("tuned"), k) for k in self.grids}
         noise_at = self.rng.step_noise(tuple(noise.shape[1:]))
-        ends = dict(branches(mixes, denoiser, start, sigmas.cpu(), noise_at, self.method, space))
-        return torch.cat([sampling.inverse_noise_scaling(sigmas[-1], ends[k]) for k in self.switches])
+        ends: dict[int, Tensor] = {}
+        for members in by_start(mixes, sigmas, self.grids).values():
+            levels = self.grids[next(iter(members))].to(sigmas)
+            start = sampling.noise_scaling(levels[0], noise, torch.zeros_like(noise), self.max_denoise(model_wrap, levels))
+            ends |= branches(members, denoiser, start, sigmas.cpu(), noise_at, self.method, space, self.tuned_method, self.grids)
+        return torch.cat([sampling.inverse_noise_scaling(sigmas[-1], ends[k]) for k in self.grids])
 
 
 class Progress:
@@ -117,6 +121,17 @@ def parse_switches(text: str, steps: int) -> list[int]:
     if not switches or any(not 0 <= k <= steps for k in switches):
         raise ValueError(f"switches {text!r}: give at least one step, each from 0 to {steps}")
     return list(dict.fromkeys(switches))
+
+
+def schedules(base: SamplerSettings, tuned: SamplerSettings, switches: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The base's noise levels (T+1,), and those of a run whose tuned part begins at each of its steps."""
+    levels = base.sigmas(1.0)
+    own = levels if tuned is base else tuned.sigmas(1.0)
+    joined = {k: joined_at(levels, own, levels, k) for k in switches}
+    close = next((k for k, (_, first) in joined.items() if first != k), None)
+    if close is not None:
+        raise ValueError(f"the scheduler puts two of its first {close} steps at one noise level: choose another scheduler, or fewer steps")
+    return levels, {k: grid for k, (grid, _) in joined.items()}
 
 
 class TradeOffSweep(io.ComfyNode):
@@ -172,6 +187,29 @@ class TradeOffSweep(io.ComfyNode):
                 Reward.Input("heldout", optional=True, tooltip="A second reward for the plot, one that training did not see."),
                 VISION,
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts, one per line. Several prompts give intervals."),
+                io.Int.Input(
+                    "tuned_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Steps of the tuned part's own schedule, for a turbo model or few-step LoRA after its base. 0: as steps. "
+                    "Switches count the base's steps.",
+                ),
+                io.Combo.Input(
+                    "tuned_method",
+                    options=[SAME, *METHODS],
+                    default=SAME,
+                    optional=True,
+                    tooltip="Sampler of the tuned part. The same keeps its history across the switch; another starts without.",
+                ),
+                io.Combo.Input(
+                    "tuned_scheduler",
+                    options=[SAME, *comfy.samplers.KSampler.SCHEDULERS],
+                    default=SAME,
+                    optional=True,
+                    tooltip="Spacing of the tuned part's noise levels, by the tuned model's own shift.",
+                ),
             ],
             outputs=[
                 io.Image.Output("grid", display_name="grid", tooltip="One row per switch, one column per seed; prompts side by side."),
@@ -204,6 +242,9 @@ class TradeOffSweep(io.ComfyNode):
         heldout: Any = None,
         clip_vision: Any = None,
         clip: Any = None,
+        tuned_steps: int = 0,
+        tuned_method: str = SAME,
+        tuned_scheduler: str = SAME,
     ) -> io.NodeOutput:
         """Sweep."""
         chosen = parse_switches(switches, steps)
@@ -214,15 +255,16 @@ class TradeOffSweep(io.ComfyNode):
         ratio = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
         latent = comfy.sample.fix_empty_latent_channels(model, torch.zeros(seeds, 4, height // ratio, width // ratio))
         noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed + i) for i in range(seeds)])
-        plan = comfy.samplers.KSampler(model, steps, model.load_device, "euler", scheduler, 1.0, model.model_options)
-        sampler = Sweep(swept, switch, method, Rng(seed, 0, tuple(range(seeds))))
-        callback = Progress(model, sampler.evaluations(steps), len(prompts))
+        first = SamplerSettings(model, steps, "euler", scheduler)
+        sigmas, grids = schedules(first, tuned_part(first, tuned, tuned_steps, SAME, tuned_scheduler), swept)
+        sampler = Sweep(grids, switch, method, None if tuned_method == SAME else tuned_method, Rng(seed, 0, tuple(range(seeds))))
+        callback = Progress(model, sampler.evaluations, len(prompts))
         drawn: list[Tensor] = []
         for _, conditioning in prompts:
             # the scale of guidance must turn with the switch
             drawer = guider(model, switch, cfg, tuned_cfg, conditioning, negative, None, None)
             quiet = not comfy.utils.PROGRESS_BAR_ENABLED
-            drawn.append(drawer.sample(noise, latent, sampler, plan.sigmas, callback=callback, disable_pbar=quiet, seed=seed))
+            drawn.append(drawer.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=quiet, seed=seed))
             callback.next_prompt()
         latents = torch.stack([part.unflatten(0, (len(swept), seeds)) for part in drawn], 1).flatten(0, 1)  # switch by switch
         images = pixels(torch.cat([vae.decode(part) for part in latents]))

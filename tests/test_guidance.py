@@ -161,7 +161,14 @@ def test_generation_with_two_equal_schedules_is_generation_with_one(toy_policy):
     grids = {k: Switch(step=k).joined(sigmas, sigmas)[0] for k in mixes}
     one, two = (generate(toy_policy, ["p"] * 3, settings, mixes, grids=given) for given in (None, grids))
     assert all(torch.equal(one[k], two[k]) for k in mixes)
-    other = {4: Switch(step=4).joined(sigmas, toy_policy.sigmas(5))[0]}
+    other = {k: Switch(step=k).joined(sigmas, toy_policy.sigmas(5))[0] for k in (2, 4, 6)}
+    three = {k: combined(settings.base, settings.tuned(), k) for k in (2, 4, 6)}
+    before = toy_policy.calls
+    joined = generate(toy_policy, ["p"] * 3, settings, three, grids=other)
+    # the base's six steps are taken once for all; the tuned model's own levels below each switch
+    assert toy_policy.calls - before == 3 * (6 + sum(len(other[k]) - 1 - k for k in three))
+    alone = {k: generate(toy_policy, ["p"] * 3, settings, {k: three[k]}, grids=other)[k] for k in three}
+    assert all(torch.equal(joined[k], alone[k]) for k in three)
     assert not torch.equal(generate(toy_policy, ["p"] * 3, settings, mixes, grids=other)[4], one[4])
     assert torch.equal(generate(toy_policy, ["p"] * 3, settings, mixes, grids=other)[0], one[0])
 

@@ -89,26 +89,22 @@ def generate(
 
         noise = rng.start_noise(policy.latent_shape).to(policy.device)
         noise_at = rng.step_noise(policy.latent_shape)
-        for levels, members in _by_grid(mixes, sigmas, grids or {}):
-            start = policy.start(noise, settings.steps) if levels is sigmas else start_at(noise, levels[0], policy.space)
+        for level, members in by_start(mixes, sigmas, grids or {}).items():
+            start = policy.start(noise, settings.steps) if level == float(sigmas[0]) else start_at(noise, torch.tensor(level), policy.space)
             for key, latents in branches(
-                members, denoiser_of, start, levels, noise_at, settings.method, policy.space, settings.tuned_method
+                members, denoiser_of, start, sigmas, noise_at, settings.method, policy.space, settings.tuned_method, grids
             ):
                 finished[key].append(policy.decode(latents).cpu())
                 progress(len(part))
     return {key: torch.cat(images) for key, images in finished.items()}
 
 
-def _by_grid(mixes: Mapping[K, Mix], sigmas: Tensor, grids: Mapping[K, Tensor]) -> list[tuple[Tensor, dict[K, Mix]]]:
-    """The mixes that share noise levels, with them; those of `sigmas` have that very tensor."""
-    found: list[tuple[Tensor, dict[K, Mix]]] = [(sigmas, {})]
+def by_start(mixes: Mapping[K, Mix], sigmas: Tensor, grids: Mapping[K, Tensor]) -> dict[float, dict[K, Mix]]:
+    """The mixes that begin at one noise level, by that level; `sigmas` are those of mixes without a grid of their own."""
+    found: dict[float, dict[K, Mix]] = {}
     for key, mix in mixes.items():
-        levels = grids.get(key, sigmas)
-        members = next((members for known, members in found if torch.equal(known, levels)), None)
-        if members is None:
-            found.append((levels, members := {}))
-        members[key] = mix
-    return [(levels, members) for levels, members in found if members]
+        found.setdefault(float(grids.get(key, sigmas)[0]), {})[key] = mix
+    return found
 
 
 def branches(
@@ -120,31 +116,41 @@ def branches(
     method: Method = "ddpm",
     space: Space = "ve",
     tuned_method: Method | None = None,
+    grids: Mapping[K, Tensor] | None = None,
 ) -> Iterator[tuple[K, Tensor]]:
     """The final latents of every mix from one start x (B,C,h,w); a trajectory forks where mixes begin to differ.
 
-    `tuned_method` is the sampler from a mix's handover on. A multistep sampler keeps its history where it stays the same.
+    `tuned_method` is the sampler from a mix's handover on. A multistep sampler keeps its history where it stays the same. `grids`
+    are noise levels of mixes that have their own, all with the first level of x.
     """
-    steps, levels = len(sigmas) - 1, list[float](sigmas.tolist())
+    own = {key: (grids or {}).get(key, sigmas) for key in mixes}
+    levels = {key: list[float](grid.tolist()) for key, grid in own.items()}
     waiting: list[tuple[dict[K, Mix], int, Tensor, tuple[Method, Tensor] | None]] = [(dict(mixes), 0, x, None)]
 
-    def at(mix: Mix, i: int) -> tuple[Parts, Method]:
+    def at(key: K, mix: Mix, i: int) -> tuple[Parts, Method, float] | None:
+        """What step i does to a state at its level; None after the last."""
+        if i == len(levels[key]) - 1:
+            return None
         after = tuned_method is not None and mix.handover is not None and i >= mix.handover
-        return mix.at(i, levels[i]), tuned_method if after and tuned_method else method
+        return mix.at(i, levels[key][i]), tuned_method if after and tuned_method else method, levels[key][i + 1]
 
     while waiting:
         group, i, x, previous = waiting.pop()
-        if i == steps:
-            yield from ((key, x) for key in group)
-            continue
-        alike: dict[tuple[Parts, Method], dict[K, Mix]] = {}
+        alike: dict[tuple[Parts, Method, float], dict[K, Mix]] = {}
         for key, mix in group.items():
-            alike.setdefault(at(mix, i), {})[key] = mix
-        for (parts, sampler), members in alike.items():
-            stop = next((j for j in range(i + 1, steps) if any(at(mix, j) != (parts, sampler) for mix in members.values())), steps)
+            step = at(key, mix, i)
+            if step is None:
+                yield key, x
+            else:
+                alike.setdefault(step, {})[key] = mix
+        for (parts, sampler, _), members in alike.items():
+            stop, steps = i + 1, {at(key, mix, i + 1) for key, mix in members.items()}
+            while len(steps) == 1 and (one := next(iter(steps))) is not None and one[:2] == (parts, sampler):
+                stop, steps = stop + 1, {at(key, mix, stop + 1) for key, mix in members.items()}
             denoise = weighted_sum([(denoiser_of(slot), value) for slot, value in parts])
             history = previous[1] if previous is not None and previous[0] == sampler else None
-            end = last_of(trajectory(denoise, x, sigmas, noise_at, sampler, i, stop, space=space, previous=history))
+            grid = own[next(iter(members))]
+            end = last_of(trajectory(denoise, x, grid, noise_at, sampler, i, stop, space=space, previous=history))
             waiting.append((members, stop, end.x_next, (sampler, end.denoised)))
 
 

@@ -32,6 +32,15 @@ def test_one_prompt_equals_the_stock_sampler_and_has_the_standard_error_of_its_r
 
 @comfyui
 @pytest.mark.slow
+def test_a_schedule_of_the_tuned_part_equals_stock_and_combined_sampling(sweep):
+    """At k = 0 the stock sampler of the tuned part, in the middle the Combined KSampler, at k = T the base as before."""
+    assert sweep["equal schedules"] and sweep["own schedule's effect"] > 1e-2
+    alone, middle, base = sweep["own schedule, at k = 0, in the middle and at k = T"]
+    assert max(alone, middle) < 1e-4 and base == 0.0
+
+
+@comfyui
+@pytest.mark.slow
 def test_every_prompt_is_drawn_as_alone_with_the_same_seeds(sweep):
     assert sweep["several prompts"] == [[1, 2 * 66 - 2, 9 * 66 - 2, 3], [18, 64, 64, 3]]  # 2 switches; 3 prompts × 3 seeds
     assert sweep["against runs of one prompt"] == 0.0

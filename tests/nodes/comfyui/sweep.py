@@ -73,6 +73,22 @@ with torch.inference_mode():
     results["one prompt's bounds, by the scorer"] = [[float(m - e), float(m + e)] for m, e in zip(scores.mean(1), error)]
     results["caption of one prompt"] = text.splitlines()[-1]
 
+    # the tuned part with a schedule of its own
+    own = {"tuned_steps": 4, "tuned_method": "ddim", "tuned_scheduler": "karras"}
+    equal = {"tuned_steps": 6, "tuned_method": "ddim", "tuned_scheduler": "normal"}
+    results["equal schedules"] = bool(torch.equal(swept(texts[0], positive=encoded[texts[0]], **equal)[3], images))
+    parted = swept(texts[0], positive=encoded[texts[0]], **own)[3]
+    ends, middle, sampler = [], [], ("ddim", "normal", encoded[texts[0]], negative, one, 1.0)
+    for seed in (5, 6, 7):
+        latent = stock.KSampler().sample(tuned, seed, 4, 1.0, "ddim", "karras", encoded[texts[0]], negative, one)[0]
+        ends.append(stock.VAEDecode().decode(vae, latent)[0])
+        more = {"tuned_steps": 4, "tuned_scheduler": "karras"}
+        latent = call("CombinedKSampler", model, tuned, "step", 3, 1.0, seed, 6, 3.0, 1.0, *sampler, **more)[0]
+        middle.append(stock.VAEDecode().decode(vae, latent)[0])
+    errors = [float((parted[3 * i : 3 * i + 3] - torch.cat(each)).abs().max()) for i, each in enumerate((ends, middle))]
+    results["own schedule, at k = 0, in the middle and at k = T"] = [*errors, float((parted[6:] - images[6:]).abs().max())]
+    results["own schedule's effect"] = float((parted[:6] - images[:6]).abs().max())
+
     # several prompts, the base not in the list
     hook = []
     comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: hook.append((value, total)))
