@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import plain
-from .denoiser import Denoise
+from .denoiser import Denoise, Denoiser
 from .guidance import Mix, Parts, Slot, weighted_sum
 from .policy import Policy
 from .rng import Rng
@@ -76,15 +76,9 @@ def generate(
         rng = Rng(settings.seed, 0, tuple(numbers))
         denoisers: dict[Slot, Denoise] = {}
 
-        def denoiser_of(slot: Slot, part: Sequence[str] = part, made: dict[Slot, Denoise] = denoisers) -> Denoise:
+        def made_once(slot: Slot, part: Sequence[str] = part, made: dict[Slot, Denoise] = denoisers) -> Denoise:
             if slot not in made:
-                made[slot] = policies[slot.model].denoiser(
-                    [slot.prompt.replace("{prompt}", prompt) for prompt in part],
-                    adapter=slot.adapter,
-                    guidance_scale=slot.guidance_scale,
-                    negative=slot.negative,
-                    prompt_weight=slot.prompt_weight,
-                )
+                made[slot] = slot_denoiser(policies, slot, part)
             return made[slot]
 
         noise = rng.start_noise(policy.latent_shape).to(policy.device)
@@ -92,11 +86,19 @@ def generate(
         for level, members in by_start(mixes, sigmas, grids or {}).items():
             start = policy.start(noise, settings.steps) if level == float(sigmas[0]) else start_at(noise, torch.tensor(level), policy.space)
             for key, latents in branches(
-                members, denoiser_of, start, sigmas, noise_at, settings.method, policy.space, settings.tuned_method, grids
+                members, made_once, start, sigmas, noise_at, settings.method, policy.space, settings.tuned_method, grids
             ):
                 finished[key].append(policy.decode(latents).cpu())
                 progress(len(part))
     return {key: torch.cat(images) for key, images in finished.items()}
+
+
+def slot_denoiser(policies: Mapping[str, Policy], slot: Slot, prompts: Sequence[str]) -> Denoiser:
+    """The denoiser of a slot for images of `prompts`; policies: the models, by the names in slots."""
+    given = [slot.prompt.replace("{prompt}", prompt) for prompt in prompts]
+    return policies[slot.model].denoiser(
+        given, adapter=slot.adapter, guidance_scale=slot.guidance_scale, negative=slot.negative, prompt_weight=slot.prompt_weight
+    )
 
 
 def by_start(mixes: Mapping[K, Mix], sigmas: Tensor, grids: Mapping[K, Tensor]) -> dict[float, dict[K, Mix]]:

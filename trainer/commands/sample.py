@@ -16,6 +16,7 @@ from ..generate import Generation, batches, generate
 from ..guidance import Mix, Switch, cfg, combined
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
+from . import searching
 from .image_folder import ImageFolder
 from .options import add_generation, generation_of, policy_of, prompts_of
 from .parts import base_hash
@@ -42,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with an interrupted run: draw the images that are not in the folder")
     add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
     add_generation(parser)
+    searching.configure(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     switch, until = parts.switch(args.switch), _until(args, parts)
     folder = ImageFolder(args.out)
     folder.check(resume=args.resume, overwrite=args.overwrite)
+    search = searching.Searching.open(args, prompts, folder)
     policy = policy_of(args)
     models = parts.load(policy, settings)
     levels, k = _schedule(policy, models.get("tuned", policy), settings, switch, until)
@@ -62,10 +65,20 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
     base, tuned = parts.slots(settings)
     mix = cfg(base) if k is None else combined(base, tuned, k, end)
-    facts = {"k": k, **({} if end is None else {"until": end}), **parts.facts, **_facts(args, prompts)}
+    facts = {
+        "k": k,
+        **({} if end is None else {"until": end}),
+        **parts.facts,
+        **_facts(args, prompts),
+        **(search.facts() if search else {}),
+    }
+    searcher = search.searcher(policy, settings, mix, models, levels) if search else None
     folder.begin({**settings.facts, **facts}, resume=args.resume, overwrite=args.overwrite)
     try:
-        new = _draw(policy, prompts, settings, mix, models, folder, levels)
+        if search is not None and searcher is not None:
+            new = search.draw(searcher, prompts, folder)
+        else:
+            new = _draw(policy, prompts, settings, mix, models, folder, levels)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{len(prompts) - len(folder.missing(range(len(prompts))))} of {len(prompts)} images are in {args.out}; "
