@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ..trainer.lora.cosmos import from_cosmos
+
 # Blocks whose activations are recomputed, by the names of ComfyUI's classes
 DENOISER_BLOCKS = {
     *("ResBlock", "BasicTransformerBlock"),  # UNets, and the UNets of Stable Cascade
@@ -24,6 +26,7 @@ DENOISER_BLOCKS = {
     *("HiDreamImageBlock", "MMDiTBlock", "DiTBlock", "PixArtMSBlock", "HunYuanDiTBlock"),  # HiDream, AuraFlow, PixArt, HunyuanDiT
     *("ErnieImageSharedAdaLNBlock", "Ideogram4TransformerBlock", "LensTransformerBlock", "BooguDoubleStreamBlock"),
     *("JoyImageTransformerBlock", "MMDiTBlockT2I", "PiTBlock", "TextFusionBlock"),  # JoyImage, PixelDiT, Krea 2
+    "Block",  # Cosmos Predict2 and Anima
 }
 DECODER_BLOCKS = {"ResnetBlock", "AttnBlock", "Upsample", *("ResidualBlock", "AttentionBlock", "Resample")}  # the last three: Wan's
 
@@ -39,7 +42,7 @@ def lora_targets(model: Any) -> dict[str, tuple[str, set[str]]]:
         names = comfy.utils.unet_to_diffusers(config)
         pairs = {there.removesuffix(".weight"): here.removesuffix(".weight") for here, there in names.items() if here.endswith(".weight")}
         return {inside: (name, {name}) for inside, name in pairs.items()}
-    found = {name: (name, {name}) for name, _ in model.diffusion_model.named_modules() if name}
+    found = {name: (name, {name, from_cosmos(name)} - {""}) for name, _ in model.diffusion_model.named_modules() if name}
     for key, weight in comfy.lora.model_lora_keys_unet(model, {}).items():
         weight = weight[0] if isinstance(weight, tuple) else weight
         inside = weight.removeprefix("diffusion_model.").removesuffix(".weight")

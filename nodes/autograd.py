@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .schedule import KEY
+
+_FUSED = "rms_rope_split_half"
 
 
 def refuse_switch(model: Any) -> None:
@@ -62,11 +67,35 @@ def differentiable_kernels() -> Generator[None]:
     if not hasattr(management, "in_training"):  # before 0.13 there are no others
         yield
         return
+    kernels = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
+    fused = getattr(kernels, _FUSED, None)  # Cosmos Predict2 and Anima call it in training, too, and it has no gradient
     before, management.in_training = management.in_training, True
+    if fused is not None:
+        setattr(kernels, _FUSED, normed_and_rotated)
     try:
         yield
     finally:
         management.in_training = before
+        if fused is not None:
+            setattr(kernels, _FUSED, fused)
+
+
+def normed_and_rotated(
+    q: Tensor, k: Tensor, freqs_cis: Tensor, q_scale: Tensor, k_scale: Tensor | None = None, epsilon: float = 1e-6, rot_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """comfy_kitchen's rms_rope_split_half with a gradient: RMS norm over the last dimension, then a rotation of its halves.
+
+    q and k are (…,width). freqs_cis (…,n,2,2) are rotation matrices of the pairs (i, i+n), with n half of the width or of `rot_dim`.
+    """
+
+    def one(x: Tensor, scale: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:], scale, epsilon)
+        width = rot_dim or x.shape[-1]
+        pairs = x[..., :width].unflatten(-1, (2, -1)).mT.to(freqs_cis.dtype)
+        rotated = (freqs_cis * pairs.unsqueeze(-2)).sum(-1).mT.flatten(-2).type_as(x)
+        return torch.cat([rotated, x[..., width:]], -1)
+
+    return one(q, q_scale), one(k, q_scale if k_scale is None else k_scale)
 
 
 def make_trainable_through(module: nn.Module) -> None:

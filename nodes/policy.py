@@ -27,7 +27,7 @@ from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, decod
 from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
 from .conditioning import Conditioning, Prompts
 
-_OF_FRAMES = ("QwenImage", "Krea2")  # ComfyUI's classes of image models that have a video model's latents
+_OF_FRAMES = ("QwenImage", "Krea2", "Anima")  # ComfyUI's classes of image models that have a video model's latents
 _PIXELS_AT_ONCE = 2**20  # decoded without gradient: four images of 512², or one of 1024²
 
 

@@ -270,6 +270,31 @@ def tiny_qwen():
     )
 
 
+def tiny_anima():
+    """A random Anima pipeline: Qwen3's tokens are words, and T5's letters."""
+    import diffusers
+    from transformers import Qwen3Model
+
+    text = {"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 2, "num_attention_heads": 2}
+    network = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "text_embed_dim": 32, "adaln_lora_dim": 8}
+    transformer = diffusers.CosmosTransformer3DModel(**network, rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None)
+    for name, weight in transformer.named_parameters():
+        if ".norm" in name and weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.2)
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+    pipeline = diffusers.AnimaModularPipeline()
+    pipeline.update_components(
+        transformer=transformer,
+        vae=tiny_qwen_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=tiny_qwen3(Qwen3Model),
+        tokenizer=template_tokenizer(),
+        t5_tokenizer=t5_tokenizer(),
+        text_conditioner=diffusers.AnimaTextConditioner(**text).eval(),
+    )
+    return pipeline
+
+
 def tiny_family(name, words):
     """A random pipeline of the family `name`, in its true layout and as small as its classes allow; `words` is a tokenizer."""
     import diffusers
@@ -292,8 +317,8 @@ def tiny_family(name, words):
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1}
         return diffusers.AutoencoderKL(block_out_channels=(32,) * 4, latent_channels=channels, **blocks, **kwargs)
 
-    if name in ("krea2", "qwen-image"):
-        return tiny_krea() if name == "krea2" else tiny_qwen()
+    if name in ("krea2", "qwen-image", "anima"):
+        return {"krea2": tiny_krea, "qwen-image": tiny_qwen, "anima": tiny_anima}[name]()
     if name in ("sd3", "flux-dev", "flux-schnell", "z-image", "chroma"):
         bare = {"use_quant_conv": False, "use_post_quant_conv": False}
         parts = {"vae": vae(16, scaling_factor=1.5305, shift_factor=0.0609, **bare)}
@@ -429,7 +454,8 @@ def family_folder(tmp_path_factory, pipeline_folder):
     def folder(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            tiny_family(name, pipeline_folder / "tokenizer").save_pretrained(folders[name])
+            more = {"overwrite_modular_index": True} if name == "anima" else {}  # else it warns
+            tiny_family(name, pipeline_folder / "tokenizer").save_pretrained(str(folders[name]), **more)
         return folders[name]
 
     return folder

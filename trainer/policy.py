@@ -14,7 +14,7 @@ from .denoiser import Denoiser
 from .rng import generator
 from .sampling import Space
 
-LoraLayout = Literal["kohya", "diffusers", "native"]
+LoraLayout = Literal["kohya", "diffusers", "original", "native"]
 """Layouts of LoRA files that a policy may be saved in, see lora/names.py."""
 
 

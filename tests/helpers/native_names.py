@@ -1,7 +1,7 @@
 """Networks in diffusers' names as ComfyUI's own loaders want them; run inside a ComfyUI."""
 
 import comfy.model_detection
-from original_names import original_krea
+from original_names import original_anima, original_krea
 
 
 def native(state):
@@ -17,6 +17,8 @@ def native(state):
         }
         apart = {there: state[here] for here, there in names.items()}
         return {**comfy.model_detection.convert_diffusers_mmdit({k: v for k, v in state.items() if k not in names}, ""), **apart}
+    if "time_embed.t_embedder.linear_1.weight" in state:
+        return original_anima(state, {})
     if "text_fusion.projector.weight" in state:
         return original_krea(state)
     if "single_stream_modulation.linear.weight" not in state:

@@ -69,23 +69,27 @@ def compare():
 
     joined = cond["encoder_hidden_states"].flatten(2)  # Krea 2's are several layers
     texts = [(slice(None), joined)]
-    if "mask" in cond:  # without padding, and so each prompt by itself
+    hidden = "mask" in cond and type(model).__name__ != "Anima"  # whose zeros behind a prompt are seen
+    if hidden:  # without padding, and so each prompt by itself
         lengths = [int(row.sum()) for row in cond["mask"]]
         texts = [(slice(i, i + 1), joined[i : i + 1, :n]) for i, n in enumerate(lengths)]
-    more = {"num_tokens": 1} if "mask" in cond else {}
+    more = {"num_tokens": 1} if hidden else {}
+
+    frames = getattr(model.latent_format, "latent_dimensions", 2) == 3
+    states = ours["x"].unsqueeze(2) if frames else ours["x"]
 
     def denoised(patcher):
         patcher.patch_model(lowvram_model_memory=1)  # LoRAs are added to float32 weights as each module runs, not rounded into bfloat16
         with torch.no_grad():
             parts = [
                 patcher.model.apply_model(
-                    ours["x"][rows], ours["sigma"][rows], c_crossattn=text, **{k: v[rows] for k, v in extra.items()}, **more
+                    states[rows], ours["sigma"][rows], c_crossattn=text, **{k: v[rows] for k, v in extra.items()}, **more
                 )
                 for rows, text in texts
             ]
             result = torch.cat(parts)
         patcher.unpatch_model()
-        return result.float()
+        return (result.squeeze(2) if frames else result).float()
 
     result = {"class": type(model).__name__, "base_off": rms(denoised(patcher) - ours["base"]) / rms(ours["base"])}
     for name in told["objectives"]:

@@ -33,7 +33,7 @@ from tests.helpers.hosts import chosen, environment
 from trainer.data.batches import Images
 from trainer.denoiser import per_sample
 from trainer.lora.file import save_lora
-from trainer.lora.names import HALVES, root_of, stem
+from trainer.lora.names import HALVES, SCALED, root_of, stem
 from trainer.models.adapters import Adapters
 from trainer.models.load import MODELS as PUBLISHED
 from trainer.models.single_file import clip_tokenizer
@@ -47,7 +47,7 @@ MODELS = {
     **{"sd15": {}, "sdxl": {}, "sd35-medium": {}, "flux-dev": {"num_layers": 1, "num_single_layers": 2}},
     **{"z-image": {"n_layers": 2}, "flux2-klein-4b": {"num_layers": 1, "num_single_layers": 2}},
     **{"flux2-klein-9b": {"num_layers": 1, "num_single_layers": 2}, "krea2": {"num_layers": 1}, "qwen-image": {"num_layers": 2}},
-    "chroma": {"num_layers": 1, "num_single_layers": 2},
+    **{"chroma": {"num_layers": 1, "num_single_layers": 2}, "anima": {"num_layers": 2}},
 }
 NAMES = ("sd15", "sd21", "sdxl", "sd3-medium", "sd35-medium", "sd35-large", "flux-dev", "flux-schnell", *[*MODELS][4:])
 SIZE = 128  # pixels
@@ -147,8 +147,9 @@ def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
     for i, part in enumerate(p for p in model.parts if p.startswith("text_encoder")):
         clip = model.parts[part][0][1].startswith("CLIP")
         parts[part.replace("text_encoder", "tokenizer")] = clip_tokenizer(folder / f"words{i}") if clip else letters()
+    parts |= {name: letters() for name in family.more_tokenizers}
     scheduler = getattr(diffusers, model.scheduler[0])(**model.scheduler[1])
-    pipeline = family.pipeline_class()(**{**family.arguments, **model.arguments, **parts, "scheduler": scheduler})
+    pipeline = family.assemble(**{**family.arguments, **model.arguments, **parts, "scheduler": scheduler})
     return family(pipeline, device, dtype, size)
 
 
@@ -267,6 +268,8 @@ def verify(name, folder, log):
     if comfyui is not None:
         save_file({k: v.contiguous() for k, v in outputs.items()}, folder / "outputs.safetensors")
         state = {k.replace(".base_layer.", "."): v for k, v in policy.network.state_dict().items() if ".lora_" not in k}
+        for part, start in policy.within.items():
+            state |= {start + k: v for k, v in getattr(policy.pipeline, part).state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "network.safetensors")
         told = {
             "name": name,
@@ -303,7 +306,7 @@ def in_diffusers(policy, file, adapted, factors, x, sigma, tuned, base):
         for n, p in loaded.items():
             half = "lora_A" if ".lora_A." in n else "lora_B"
             given = factors[f"{n.split('.lora_')[0]}.{half}.default.weight"]
-            if digits and half == "lora_B" and policy.lora_layout == "diffusers":
+            if digits and half == "lora_B" and policy.lora_layout in SCALED:
                 given = given * (policy.lora.alpha / policy.lora.rank)  # which the file has inside B
             p.data = p.data.float()
             if digits and rms(p.data - given) < 2**-8 * rms(given):
@@ -349,6 +352,10 @@ def verify_names(name, folder, log):
     comfyui = chosen()
     if comfyui is not None:
         shapes = {k: list(v.shape) for k, v in network.state_dict().items()}
+        for part, start in family.within.items():
+            (_, kind), config = model.parts[part]
+            with torch.device("meta"):
+                shapes |= {start + k: list(v.shape) for k, v in getattr(diffusers, kind)(**config).state_dict().items()}
         row["comfyui_unmatched"] = in_comfyui(comfyui, "names", folder, {"shapes": shapes, "keys": keys}, log).get("unmatched", "no result")
     row["passed"] = len(modules) >= 80 and row.get("comfyui_unmatched", 0) == 0
     log(json.dumps(row))

@@ -147,7 +147,30 @@ def test_no_module_of_a_known_model_is_taken_for_another_familys(model):
     spelled += ["lora_transformer_" + name.replace(".", "_") for name in modules]
     assert len(modules) > 100 and not any(map(is_text, spelled))
     assert [names.plain(key) for key in spelled[-len(modules) :]] == list(modules)
-    assert other_family(spelled) == "" or model.startswith(("z-image", "flux2")), "these families share module names with others; shapes decide"
+    assert other_family(spelled) == "" or model.startswith(("z-image", "flux2")), "they share module names with others; shapes decide"
+
+
+def test_animas_original_names_are_those_that_diffusers_reads_in_every_spelling():
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima_lora_to_diffusers
+
+    modules = denoiser_modules("anima")
+    stems = {names.stem(name, "original"): name for name in modules}
+    theirs = _convert_non_diffusers_anima_lora_to_diffusers({f"{stem}.lora_A.weight": stem for stem in stems})
+    assert {stem: key.removeprefix("transformer.").removesuffix(".lora_A.weight") for key, stem in theirs.items()} == stems
+    kohya = ["lora_unet_" + stem.removeprefix("diffusion_model.").replace(".", "_") for stem in stems]
+    for stem, name in zip([*stems, *kohya], [*modules, *modules]):
+        assert names.canonical(names.plain(stem), 8, 8) == {name: slice(None)}
+    assert len(stems) == 28 * 16 + 6 and not any(map(is_text, stems)) and other_family([*stems, *kohya]) == ""
+
+
+def test_a_lora_of_animas_text_conditioner_is_refused_with_the_way_out(family_folder, tmp_path):
+    inside, conditioner = "diffusion_model.blocks.0.self_attn.q_proj", "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj"
+    save_file({**pair(inside, random(2, 32), random(32, 2)), **pair(conditioner, random(2, 32), random(32, 2))}, tmp_path / "a.safetensors")
+    policy = load_policy(family_folder("anima"), image_size=64)
+    with pytest.raises(
+        ValueError, match=r"also adapts text encoders \(1 modules, first diffusion_model.llm_adapter.*--without-text-encoders"
+    ):
+        load_lora(policy, tmp_path / "a.safetensors")
 
 
 def test_text_encoders_are_known_under_every_name():

@@ -133,6 +133,15 @@ def true_shapes(name):
         return {"noise_refiner.0.attention.qkv.weight": (11520, 3840), "cap_embedder.1.weight": (3840, 2560)}
     if name == "chroma":
         return {"double_blocks.0.img_attn.qkv.weight": (9216, 3072), "distilled_guidance_layer.in_proj.weight": (5120, 64)}
+    if name == "anima":
+        return {
+            f"net.{key}": shape
+            for key, shape in (
+                ("blocks.0.mlp.layer1.weight", (8192, 2048)),
+                ("x_embedder.proj.1.weight", (2048, 68)),
+                ("llm_adapter.embed.weight", (32128, 1024)),
+            )
+        }
     if name == "qwen-image":
         return {"txt_norm.weight": (3584,), "img_in.weight": (3072, 64)}
     if name.startswith("krea2"):

@@ -10,6 +10,7 @@ from helpers.losses import batch_of, loss_of
 from trainer.generate import Generation, generate
 from trainer.guidance import cfg
 from trainer.lora.file import load_lora, save_lora
+from trainer.models.anima import AnimaPolicy
 from trainer.models.autoencoder import FrameAutoencoder
 from trainer.models.chroma import ChromaPolicy
 from trainer.models.flux import FluxPolicy
@@ -28,6 +29,7 @@ PROMPTS = ["a red star", "a blue ring, blurred"]
 POLICIES = {
     **{"sd15": UNetPolicy, "sdxl": SDXLPolicy, "sd3": SD3Policy, "flux-dev": FluxPolicy, "flux-schnell": FluxPolicy},
     **{"z-image": ZImagePolicy, "klein": KleinPolicy, "krea2": KreaPolicy, "qwen-image": QwenPolicy, "chroma": ChromaPolicy},
+    "anima": AnimaPolicy,
 }
 SIZE = 64  # pixels: 8×8 latents, smaller than any of the models' own size
 FAMILIES = pytest.mark.parametrize("family", POLICIES)
@@ -61,6 +63,18 @@ def guided(policy, scale):
     return {"guidance_scale": scale}
 
 
+def drawn(policy, guidance_scale, **arguments):
+    """The images that the pipeline draws of PROMPTS."""
+    pipeline = policy.pipeline
+    if not isinstance(policy, AnimaPolicy):
+        return pipeline(prompt=list(PROMPTS), height=SIZE, width=SIZE, **arguments, **guided(policy, guidance_scale)).images
+    from diffusers import ClassifierFreeGuidance
+
+    pipeline.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+    arguments["output_type"] = "pt"  # it has no latents
+    return pipeline(prompt=list(PROMPTS), height=SIZE, width=SIZE, output="images", **arguments)
+
+
 @FAMILIES
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
@@ -75,10 +89,9 @@ def test_a_rollout_ends_where_the_pipeline_ends(load, family, guidance_scale):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True)
     if isinstance(policy, FluxPolicy | KreaPolicy | QwenPolicy | ChromaPolicy):
         start = pipeline._pack_latents(start, *start.shape)
-    arguments = guided(policy, guidance_scale)
-    theirs = pipeline(
-        prompt=list(PROMPTS), num_inference_steps=4, latents=start, height=SIZE, width=SIZE, output_type="pt", **arguments
-    ).images
+    if isinstance(policy, AnimaPolicy):
+        start = start.unsqueeze(2)
+    theirs = drawn(policy, guidance_scale, num_inference_steps=4, latents=start, output_type="pt")
     assert ours.shape == theirs.shape == (2, 3, SIZE, SIZE)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert float(ours.std()) > 0.01  # not two blank pictures
@@ -97,8 +110,7 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
     seen = []
     step = pipeline.scheduler.step
     monkeypatch.setattr(pipeline.scheduler, "step", lambda out, t, x, **k: (seen.append((out, t, x)), step(out, t, x, **k))[1])
-    arguments = guided(policy, guidance_scale)
-    pipeline(prompt=list(PROMPTS), num_inference_steps=3, height=SIZE, width=SIZE, output_type="latent", **arguments)
+    drawn(policy, guidance_scale, num_inference_steps=3, output_type="latent")
     assert len(seen) == 3
     denoiser = policy.denoiser(PROMPTS, guidance_scale=guidance_scale)
     for output, t, x in seen:
@@ -114,6 +126,8 @@ def test_denoiser_equals_the_pipelines_prediction_at_every_step(load, family, gu
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE, 8).squeeze(2) for part in (x, expected))
         if isinstance(policy, KreaPolicy):
             x, expected = (pipeline._unpack_latents(part, SIZE, SIZE).squeeze(2) for part in (x, expected))
+        if isinstance(policy, AnimaPolicy):
+            x, expected = x.squeeze(2), expected.squeeze(2)
         if isinstance(policy, KleinPolicy):
             x, expected = (part.mT.reshape(2, *policy.latent_shape) for part in (x, expected))
         with torch.no_grad():

@@ -61,6 +61,10 @@ def test_prompts_are_encoded_again_where_anything_that_they_depend_on_changes(fa
     assert len(encoded(lambda p: setattr(p.pipeline.tokenizer_3, "model_max_length", 8))) == 2
     assert len(encoded(lambda p: setattr(p, "max_tokens", 128))) == 2
     assert len(encoded(lambda p: p.pipeline.register_modules(text_encoder_3=None, tokenizer_3=None))) == 2
+    folder = family_folder("anima")
+    assert len(encoded()) == 2 and encoded() == []
+    assert len(encoded(lambda p: p.pipeline.text_conditioner.out_proj.bias.data.add_(1e-3))) == 2
+    assert len(encoded(lambda p: setattr(p.pipeline.t5_tokenizer, "model_max_length", 8))) == 2
     damaged = sorted((tmp_path / "cache").iterdir())
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-1])

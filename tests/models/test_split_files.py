@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.original_names import original_krea
+from helpers.original_names import original_anima, original_krea
 from safetensors.torch import save_file
 
 from trainer.models import load
+from trainer.models.anima import AnimaPolicy
 from trainer.models.klein import KleinPolicy
 from trainer.models.krea import KreaPolicy
 from trainer.models.qwen import QwenPolicy
@@ -85,6 +86,7 @@ CASES = {
     "klein": (KleinPolicy, original_klein),
     "krea2": (KreaPolicy, original_krea),
     "qwen-image": (QwenPolicy, dict),
+    "anima": (AnimaPolicy, original_anima),
 }
 
 
@@ -95,21 +97,25 @@ def case(request, family_folder, tmp_path, monkeypatch):
     folder = family_folder(request.param)
     policy = family.load(folder, image_size=64)
     name, config = next(iter(family.published.items()))
-    network = dict(policy.network.config)
-    parts = {key: (kind, network if key == family.network_name else settings) for key, (kind, settings) in config.parts.items()}
+    in_file = [family.network_name, *family.within]
+    tiny = {key: dict(getattr(policy.pipeline, key).config) for key in in_file}
+    parts = {key: (kind, tiny.get(key, settings)) for key, (kind, settings) in config.parts.items()}
     monkeypatch.setattr(load, "detect", lambda shapes: name)
     monkeypatch.setitem(load.MODELS, name, (family, replace(config, parts=parts)))
-    return folder, policy, {key: value.contiguous() for key, value in original(policy.network.state_dict()).items()}
+    states = [getattr(policy.pipeline, key).state_dict() for key in in_file]
+    return folder, policy, {key: value.contiguous() for key, value in original(*states).items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "net."])
 def test_a_file_is_the_folder_it_was_made_of(case, prefix, tmp_path):
     folder, policy, tensors = case
     save_file({prefix + key: value for key, value in tensors.items()}, tmp_path / "network.safetensors")
     again = load.load_policy(tmp_path / "network.safetensors", parts=folder, image_size=64)
-    before, after = policy.network.state_dict(), again.network.state_dict()
-    assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(prediction(policy), prediction(again)) and torch.equal(policy.sigmas(7), again.sigmas(7))
+    for name in (policy.network_name, *policy.within):
+        before, after = (getattr(p.pipeline, name).state_dict() for p in (policy, again))
+        assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
+    torch.testing.assert_close(prediction(policy), prediction(again), rtol=1e-5, atol=1e-6)  # weights may be aligned otherwise
+    assert torch.equal(policy.sigmas(7), again.sigmas(7))
 
 
 def test_what_is_missing_is_named(case, tmp_path):
@@ -118,7 +124,7 @@ def test_what_is_missing_is_named(case, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"holds no vae, text_encoder and no tokenizer: name a diffusers folder"):
         load.load_policy(file)
-    gone = next(key for key in tensors if key.endswith(("qkv.weight", "wq.weight", "add_q_proj.weight")))
+    gone = next(key for key in tensors if key.endswith(("qkv.weight", "wq.weight", "add_q_proj.weight", "cross_attn.q_proj.weight")))
     save_file({key: value for key, value in tensors.items() if key != gone}, file)
     with pytest.raises(ValueError, match=rf"is not the published .*: {3 if 'qkv' in gone else 1} of its weights differ"):
         load.load_policy(file, parts=folder)

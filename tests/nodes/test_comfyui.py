@@ -118,7 +118,7 @@ def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 
 
-GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea", "qwen", "chroma")
+GRAPH_FAMILIES = ("flux", "sd3", "sdxl", "zimage", "klein", "krea", "qwen", "chroma", "anima")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,7 @@ def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
     from diffusers import ChromaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
 
     folders = {"klein": family_folder("klein"), "krea": family_folder("krea2"), "qwen": family_folder("qwen-image")}
+    folders["anima"] = family_folder("anima")
     for name, part, kind, changed in (
         ("flux-dev", None, None, {}),
         (

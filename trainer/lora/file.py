@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..policy import Adaptable, Trainable
 from ..runtime.files import write_text
-from . import names
+from . import cosmos, names
 from .attach import attach_adapter
 from .layouts import Adapter, Update, parse, tensors_of
 from .write import write_tensors
@@ -42,7 +42,7 @@ def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weight
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(policy.lora.rank),
-        "ss_network_alpha": str(float(policy.lora.rank) if layout == "diffusers" else policy.lora.alpha),
+        "ss_network_alpha": str(float(policy.lora.rank) if layout in names.SCALED else policy.lora.alpha),
         "imagerefl": json.dumps(metadata, sort_keys=True),
     }
 
@@ -86,6 +86,7 @@ def save_delta(
 
 def write_adapter(adapter: Adapter, path: Path, layout: str, header: Mapping[str, str]) -> None:
     """Write an adapter in one of layouts.LAYOUTS and check that the same modules read back. A peft layout is a folder."""
+    layout = "original" if layout == "diffusers" and cosmos.is_cosmos(adapter.updates) else layout  # which diffusers reads too
     if layout == "kohya" and adapter.root != "unet":
         raise ValueError("kohya's names for transformers are of fused projections: use --to diffusers, which ComfyUI loads too")
     header = {key: value for key, value in header.items() if key != "lora_adapter_metadata"}  # it described the old layout

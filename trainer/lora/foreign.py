@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterable
 
 _TEXT = re.compile(
-    r"^(lora_|lycoris_)?(prior_)?(te\d?_|text_encoder|text_model|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|conditioner\.)"
-    r"|text_model[._]encoder[._]layers"
+    r"^(lora_|lycoris_)?(prior_)?(te\d?_|text_encoder|text_conditioner|text_model|clip_[lgh]\.|t5xxl\.|cond_stage_model\.|conditioner\.)"
+    r"|text_model[._]encoder[._]layers|(^|[._])llm_adapter[._]"  # the latter: Anima's text conditioner
 )
 
 _FAMILIES = {
     r"processor\.(qkv|proj)_lora": ("FLUX.1 in XLabs' names", "the same LoRA in Black Forest Labs', kohya's or diffusers' names"),
     r"^(lora_)?control(net|_model|_lora)?[._]|controlnet|control_add_embedding|input_hint_block": ("ControlNet", "its base model's UNet"),
     r"^model\.diffusion_model\.": ("models in a whole checkpoint's names", "diffusion_model., as ComfyUI saves LoRAs"),
-    r"(^|_)(blocks[._]\d+[._](self_attn|cross_attn)[._][qkvo]([._]|$))": ("Wan", "flux-dev"),
+    r"(^|_)(blocks[._]\d+[._](self_attn|cross_attn)[._][qkvo](?!_proj)([._]|$))": ("Wan", "flux-dev"),
     r"(^|[._])(layers[._]\d+[._](attention|feed_forward)[._]|cap_embedder|noise_refiner|context_refiner)": (
         "Lumina or another Z-Image",
         "z-image",
@@ -27,7 +27,6 @@ _FAMILIES = {
     r"(^|_)prior_|prior_unet": ("Stable Cascade", "sdxl"),
     r"motion_modules|temporal_transformer_blocks|time_stack": ("AnimateDiff or Stable Video Diffusion", "sd15"),
     r"ip_adapter|to_[kv]_ip($|[._])|image_proj_model": ("IP-Adapter", "its base model's UNet"),
-    r"llm_adapter|adaln_modulation_": ("Cosmos or Anima", "sd3-medium"),
 }
 """Patterns of module names that none of our models has: the family, and what comes nearest among those that are read."""
 

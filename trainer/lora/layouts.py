@@ -177,14 +177,15 @@ def _alpha(key: str, value: Tensor) -> float:
 def tensors_of(adapter: Adapter, layout: str) -> dict[str, Tensor]:
     """An adapter's tensors in a layout of names.py.
 
-    In diffusers' the scale alpha/rank is inside B, because diffusers reads no alpha for SD3; peft's configuration holds it.
+    In diffusers' and the original one the scale alpha/rank is inside B, because diffusers reads no alpha for SD3 and Anima; peft's
+    configuration holds it.
     """
     down, up = names.HALVES[layout]
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.updates.items():
         stem = names.stem(name, layout, adapter.root)
         tensors[stem + down] = update.down
-        tensors[stem + up] = update.scaled_up() if layout == "diffusers" else update.up
+        tensors[stem + up] = update.scaled_up() if layout in names.SCALED else update.up
         if layout in ("kohya", "native"):
             tensors[stem + ".alpha"] = torch.tensor(float(update.alpha))
     return tensors

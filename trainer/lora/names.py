@@ -3,6 +3,7 @@
 kohya: `lora_unet_a_b.lora_down.weight` with an `.alpha` per module; ComfyUI and diffusers load it for UNets.
 diffusers: `unet.a.b.lora_A.weight` or `transformer.a.b.lora_A.weight` with the scale inside B; both load it for transformers.
 peft: `base_model.model.a.b.lora_A.weight`, in a folder with `adapter_config.json`.
+original: as diffusers', by the names that the network's authors gave: `diffusion_model.a.b.lora_A.weight`; both load it for Anima.
 native: `diffusion_model.a.b.lora_down.weight` with an `.alpha`, by the network's own names; ComfyUI loads it for every model.
 delta (full fine-tuning): tuned − base as `lora_unet_a_b.diff` for a weight and `.diff_b` for a bias; ComfyUI loads it as a LoRA.
 
@@ -15,14 +16,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from .cosmos import from_cosmos, to_cosmos
+
 Rows = slice | list[int]
 """Some rows of a matrix."""
 
 _KOHYA = "lora_unet_"
 _DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 _A_B = (".lora_A.weight", ".lora_B.weight")
-HALVES = {"kohya": _DOWN_UP, "native": _DOWN_UP, "diffusers": _A_B, "peft": _A_B}
+HALVES = {"kohya": _DOWN_UP, "native": _DOWN_UP, "diffusers": _A_B, "original": _A_B, "peft": _A_B}
 """Suffixes of (down, up) by layout."""
+SCALED = ("diffusers", "original")
+"""Layouts with the scale alpha/rank inside B."""
 
 SUFFIXES = {
     **dict(zip(_DOWN_UP, ("down", "up"))),
@@ -54,6 +59,8 @@ def stem(module: str, layout: str, root: str = "unet") -> str:
     """A module's key in a file, without suffix; `root` as of `root_of`."""
     if layout == "kohya":
         return _KOHYA + module.replace(".", "_")
+    if layout == "original":
+        return "diffusion_model." + to_cosmos(module)
     return {"diffusers": root, "peft": "base_model.model", "native": "diffusion_model"}[layout] + "." + module
 
 
@@ -100,6 +107,8 @@ out_layer final_layer adaLN_modulation
 t_embedder y_embedder feed_forward noise_refiner context_refiner cap_embedder all_x_embedder all_final_layer linear_in linear_out
 to_qkv_mlp_proj time_guidance_embed double_stream_modulation_img double_stream_modulation_txt single_stream_modulation
 text_fusion to_gate layerwise_blocks refiner_blocks time_mod_proj distilled_guidance_layer in_proj out_proj
+patch_embed self_attn cross_attn q_proj k_proj v_proj output_proj
+adaln_modulation adaln_modulation_self_attn adaln_modulation_cross_attn adaln_modulation_mlp
 """
 _SPELLED = re.compile(r"(?:^|_)(" + "|".join(sorted(_WORDS.split(), key=len, reverse=True)) + r"|[^_]+)(?=_|$)")
 
@@ -122,8 +131,11 @@ def canonical(name: str, rows: int, columns: int = 0) -> dict[str, Rows]:
 
     A name that is diffusers' already stays. Original names are those of the LDM UNet with two residual blocks per level
     (all Stable Diffusion UNets), and of the published FLUX, SD3 and Z-Image transformers, whose attention projections are fused; so
-    are those of diffusers after `fuse_qkv_projections`. Raises ValueError or IndexError for a name or shape of another network.
+    are those of diffusers after `fuse_qkv_projections`; and those of Anima. Raises ValueError or IndexError for a name or shape of another
+    network.
     """
+    if found := from_cosmos(name):
+        return {found: slice(None)}
     part = name.split(".")
     inner = ".".join(part[-2:]) if part[-2:-1] == ["attention"] else part[-1]
     if inner in _FUSED:

@@ -69,6 +69,10 @@ QWEN3_4B: Config = {
     **{"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6},
     **{"rope_theta": 1000000.0, "tie_word_embeddings": True},
 }
+QWEN3_06B: Config = {
+    **{**QWEN3_4B, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "max_position_embeddings": 32768,
+}
 QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 QWEN3_VL_4B: Config = {
     "text_config": {**QWEN3_4B, "max_position_embeddings": 262144},

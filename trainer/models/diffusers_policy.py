@@ -56,6 +56,8 @@ class DiffusersPolicy:
     index: ClassVar[Mapping[str, Any]] = {}  # entries of `model_index.json` besides the components
     split_files: ClassVar[bool] = False  # whether single files hold the network alone
     tiny_decoder: ClassVar[str] = ""  # the TAESD of its latents; none
+    within: ClassVar[Mapping[str, str]] = {}  # components that the network's single file holds too, by the beginning of their names there
+    more_tokenizers: ClassVar[tuple[str, ...]] = ()  # tokenizers without a text encoder of their own
     optional: ClassVar[tuple[str, ...]] = ()  # components that may be absent
     max_tokens: int | None = None  # of the text encoders; None is the tokenizer's limit
 
@@ -131,6 +133,11 @@ class DiffusersPolicy:
         if not hasattr(diffusers, cls.pipeline_name):
             raise ValueError(f"diffusers {diffusers.__version__} has no {cls.pipeline_name}: pip install --upgrade diffusers")
         return getattr(diffusers, cls.pipeline_name)
+
+    @classmethod
+    def assemble(cls, **parts: Any) -> Any:
+        """The diffusers pipeline of these components and settings."""
+        return cls.pipeline_class()(**parts)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **options: Any):

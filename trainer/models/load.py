@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .anima import AnimaPolicy
 from .chroma import ChromaPolicy
 from .configs import ModelConfig
 from .diffusers_policy import DiffusersPolicy
@@ -40,11 +41,14 @@ FAMILIES: list[type[DiffusersPolicy]] = [
     KreaPolicy,
     QwenPolicy,
     ChromaPolicy,
+    AnimaPolicy,
 ]
 MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
     name: (family, config) for family in FAMILIES for name, config in family.published.items()
 }
 """Published models by name."""
+INDICES = ("model_index.json", "modular_model_index.json")
+"""What a diffusers folder states its parts in."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:
             raise ValueError(f"{path}: {error}") from error
     if (path / BASE_UNET).is_dir():  # the authors' published folder, whose index asks for code from the hub
         return MODELS["sdxl" if (path / "text_encoder_2").is_dir() else "sd15"]
-    index = path / "model_index.json"
+    index = next((file for file in (path / name for name in INDICES) if file.is_file()), path / INDICES[0])
     if not index.is_file() and path.is_dir():
         raise FileNotFoundError(f"{path} is not a diffusers pipeline: it has no model_index.json")
     if not index.is_file():
@@ -115,7 +119,7 @@ def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:
 
 def detect(shapes: Mapping[str, Sequence[int]]) -> str:
     """The name in MODELS of a single-file checkpoint with tensors of these names and shapes."""
-    inside = {key.removeprefix("model.diffusion_model."): tuple(shape) for key, shape in shapes.items()}
+    inside = {key.removeprefix("model.diffusion_model.").removeprefix("net."): tuple(shape) for key, shape in shapes.items()}
     if any(".lora_" in key for key in inside):
         raise ValueError("it is a LoRA, not a model")
     try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .configs import Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy
-from .load import MODELS, resolve
+from .load import INDICES, MODELS, resolve
 from .split_files import pipeline_settings
 
 _TEMPLATE = re.compile(r"<\|\w+\|>|\w+|[^\w ]")  # of Qwen's chat templates: markers, words, line breaks
@@ -64,9 +64,10 @@ def meta_policy(path: str | Path, dtype: torch.dtype = torch.float32, image_size
         if name.startswith("text_encoder"):
             length = 512 if name == config.t5 else settings.get("max_position_embeddings", 77)
             parts[name.replace("text_encoder", "tokenizer")] = StubTokenizer(length)
+    parts |= {name: StubTokenizer(512) for name in family.more_tokenizers}
     parts["scheduler"] = getattr(diffusers, config.scheduler[0]).from_config(config.scheduler[1])
     absent = {kind: None for name in family.optional if name not in parts for kind in (name, name.replace("text_encoder", "tokenizer"))}
-    pipeline = family.pipeline_class()(**{**family.arguments, **config.arguments, **absent, **parts})
+    pipeline = family.assemble(**{**family.arguments, **config.arguments, **absent, **parts})
     return family(pipeline, "meta", dtype, image_size or None)
 
 
@@ -111,11 +112,11 @@ def _folder_config(path: Path, family: type[DiffusersPolicy]) -> ModelConfig:
     def read(name: str) -> Any:
         return json.loads((path / name).read_text("utf-8"))
 
-    index: dict[str, Any] = read("model_index.json")
+    index: dict[str, Any] = read(next(name for name in INDICES if (path / name).is_file()))
     parts = {
         part: ((value[0], value[1]), read(f"{part}/config.json"))
         for part, value in index.items()
-        if part in ("unet", "transformer", "vae") or (part.startswith("text_encoder") and value[0])
+        if part in ("unet", "transformer", "vae") or (part.startswith("text_") and isinstance(value, list) and isinstance(value[0], str))
     }
     arguments = pipeline_settings(path, family)
     return ModelConfig(parts, (index["scheduler"][1], read("scheduler/scheduler_config.json")), arguments=arguments)

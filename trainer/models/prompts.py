@@ -148,9 +148,12 @@ class Prompts:
     def _keys(self, prompts: Sequence[str]) -> list[str]:
         """Cache keys: text, tokens, the encoders' weights and configurations, the family and its token limit."""
         parts: dict[str, Any] = {name: part for name, part in sorted(self.model.pipeline.components.items()) if part is not None}
-        encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-        tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
-        configs = {name: {k: v for k, v in part.config.to_dict().items() if k not in _IRRELEVANT} for name, part in encoders.items()}
+        encoders = {name: part for name, part in parts.items() if name.startswith("text_") and part in self.encoders}
+        tokenizers = [part for name, part in parts.items() if "tokenizer" in name]
+        settings = {
+            name: part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config) for name, part in encoders.items()
+        }
+        configs = {name: {k: v for k, v in given.items() if k not in _IRRELEVANT} for name, given in settings.items()}
         model = [type(self.model).__name__, str(self.model.max_tokens), json.dumps(configs, sort_keys=True, default=str)]
         model += [f"{name} {module_hash(part)}" for name, part in encoders.items()]
 

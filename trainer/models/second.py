@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
-from .load import load_policy, resolve
+from .load import INDICES, load_policy, resolve
 from .single_file import load_part, one_line_errors
-from .split_files import load_network, pipeline_settings
+from .split_files import load_in_file, pipeline_settings
 
-INDEX, SCHEDULE = "model_index.json", "scheduler_config.json"
+SCHEDULE = "scheduler_config.json"
 
 
 def with_network(policy: DiffusersPolicy, path: str | Path, parts: str | Path = "") -> DiffusersPolicy:
@@ -27,20 +27,24 @@ def with_network(policy: DiffusersPolicy, path: str | Path, parts: str | Path = 
     if path.is_file():
         found = _of_file(policy, path, folder)
     else:
-        network = path / policy.network_name if (path / INDEX).is_file() else path
+        network = path / policy.network_name if any((path / index).is_file() for index in INDICES) else path
         if network is not path:
             _check_family(policy, resolve(path)[0], path)
         found[policy.network_name] = _of_folder(policy, network)
+        for name in policy.within:
+            if (network.parent / name).is_dir():
+                found[name] = load_part(network.parent / name, ("diffusers", type(getattr(policy.pipeline, name)).__name__), policy.dtype)
         folder = folder or network.parent
     if folder is not None and (folder / "scheduler" / SCHEDULE).is_file():
         kind = type(policy.pipeline.scheduler).__name__
         found["scheduler"] = load_part(folder / "scheduler", ("diffusers", kind), policy.dtype)
         settings |= pipeline_settings(folder, type(policy))
     _check_architecture(policy, found[policy.network_name], path)
-    pipeline = type(policy.pipeline)(**{**policy.arguments, **policy.pipeline.components, **settings, **found})
+    pipeline = policy.assemble(**{**policy.arguments, **policy.pipeline.components, **settings, **found})
     made = type(policy)(pipeline, policy.device, policy.dtype, policy.image_size)
     encoding = [name for name in settings if name.startswith("text_encoder")]
-    if made.max_tokens == policy.max_tokens and all(pipeline.config[name] == policy.pipeline.config[name] for name in encoding):
+    shared = made.max_tokens == policy.max_tokens and not found.keys() & policy.within.keys()
+    if shared and all(pipeline.config[name] == policy.pipeline.config[name] for name in encoding):
         made.prompts = policy.prompts  # each prompt is encoded once for both
     return made
 
@@ -56,7 +60,7 @@ def _of_file(policy: DiffusersPolicy, path: Path, parts: Path | None) -> dict[st
     _check_family(policy, family, path)
     assert config is not None
     if family.split_files:
-        return {policy.network_name: load_network(path, family, config, policy.dtype)}
+        return load_in_file(path, family, config, policy.dtype)
     whole = load_policy(path, policy.device, policy.dtype, policy.image_size, parts=parts or "")
     return {name: getattr(whole.pipeline, name) for name in (policy.network_name, "scheduler")}
 

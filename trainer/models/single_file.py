@@ -21,6 +21,7 @@ from .quantised import read_scaled, refuse_scales
 
 _PREFIX = "model.diffusion_model."
 _OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.", "v_pred", "ztsnr")
+_WITH_WEIGHTS = ("Autoencoder", "CLIPText", "T5Encoder", "Qwen", "Anima", "Cosmos")
 _T5_MARKS = ("text_encoders.t5xxl.",)
 _MARKS = {
     "vae": ("first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"),
@@ -63,7 +64,7 @@ def load_part(folder: Path, part: PartClass, dtype: torch.dtype) -> Any:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: the model is incomplete")
     library: Any = {"diffusers": diffusers, "transformers": transformers}[part[0]]
-    options: dict[str, Any] = {"torch_dtype": dtype} if part[1].startswith(("Autoencoder", "CLIPText", "T5Encoder", "Qwen")) else {}
+    options: dict[str, Any] = {"torch_dtype": dtype} if part[1].startswith(_WITH_WEIGHTS) else {}
     with without_dtype_warning(), one_line_errors(folder):
         return getattr(library, part[1]).from_pretrained(folder, **options)
 

@@ -38,19 +38,21 @@ TARGETS = {
     "krea": ("attn.to_out.0", "attn.to_q", "ff.down", "final_layer.linear"),
     "chroma": ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "single_transformer_blocks.0.proj_out"),
     "qwen": ("attn.to_out.0", "attn.add_k_proj", "img_mlp.net.2", "proj_out"),
+    "anima": ("attn1.to_q", "attn2.to_k", "attn2.to_out.0", "ff.net.2", "norm2.linear_2", "proj_out"),
 }
 POLICIES = {
     **{"flux": "FluxPolicy", "sd3": "SD3Policy", "sdxl": "SDXLPolicy", "zimage": "ZImagePolicy", "klein": "KleinPolicy"},
-    **{"krea": "KreaPolicy", "qwen": "QwenPolicy", "chroma": "ChromaPolicy"},
+    **{"krea": "KreaPolicy", "qwen": "QwenPolicy", "chroma": "ChromaPolicy", "anima": "AnimaPolicy"},
 }
 KNOWN = {
     "zimage": "ZImage",
     "klein": "Flux2",
     "krea": "Krea2",
     "qwen": "QwenImage",
+    "anima": "Anima",
     "chroma": "ZImage",
 }  # classes that old versions lack; their Chroma has other names
-FRAMES = ("krea", "qwen")  # latents of a video autoencoder
+FRAMES = ("krea", "qwen", "anima")  # latents of a video autoencoder
 PROMPTS = ["a red star", "a blue ring"]
 results = {}
 
@@ -78,6 +80,19 @@ def tokens(encoded):
     return text if mask is None else text[:, : int(mask.sum())]
 
 
+def conditioning(family, headless, prompt):
+    """A prompt as a text encoder node of ComfyUI gives it."""
+    if family == "anima":  # whose text conditioner is in the MODEL
+        pipeline = headless.pipeline
+        ids = pipeline.tokenizer(prompt, return_tensors="pt")
+        hidden = pipeline.text_encoder(**ids).last_hidden_state.detach()
+        t5 = torch.tensor(pipeline.t5_tokenizer(prompt).input_ids, dtype=torch.int)
+        return [[hidden, {"pooled_output": None, "t5xxl_ids": t5, "t5xxl_weights": torch.ones(len(t5))}]]
+    encoded = headless.encode_prompts([prompt])
+    pooled = encoded.get("pooled_projections", encoded.get("text_embeds"))
+    return [[tokens(encoded).detach(), {"pooled_output": None if pooled is None else pooled.detach()}]]
+
+
 def gradient(policy, noise, levels):
     """Of a number that depends on two evaluations, the second of which sees the first's result."""
     for parameter in policy.parameters():
@@ -93,13 +108,14 @@ def opened_in_graph(family, headless, dtype, shape):
     """The same weights and prompts as a MODEL in a graph, without an adapter; the MODEL."""
     network = headless.network.get_base_model() if hasattr(headless.network, "get_base_model") else headless.network
     state = {name.replace(".base_layer", ""): value for name, value in network.state_dict().items() if ".lora_" not in name}
-    encoded = {p: headless.encode_prompts([p]) for p in PROMPTS}
-    texts = {p: (tokens(e), e.get("pooled_projections", e.get("text_embeds"))) for p, e in encoded.items()}
+    if family == "anima":
+        conditioner = headless.pipeline.text_conditioner.state_dict()
+        state |= {f"llm_adapter.{name}": value for name, value in conditioner.items()}
+    texts = {p: conditioning(family, headless, p) for p in PROMPTS}
     model = converted(family, *described(family, headless.network.config), state, dtype)
     with torch.inference_mode():
         vae = wan_vae() if family in FRAMES else embedded.ours("nodes.demo").load_vae(pipeline)
-    condition = lambda p: [[texts[p][0].detach(), {"pooled_output": None if texts[p][1] is None else texts[p][1].detach()}]]  # noqa: E731
-    return graph.ComfyPolicy(model, vae, condition, shape), model
+    return graph.ComfyPolicy(model, vae, texts.get, shape), model
 
 
 def decoded(headless, noise):

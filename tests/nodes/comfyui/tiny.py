@@ -107,6 +107,18 @@ def described(family, config):
             "attention_head_dim": config["attention_head_dim"], "num_attention_heads": config["num_attention_heads"],
             "joint_attention_dim": config["joint_attention_dim"], "axes_dims_rope": tuple(config["axes_dims_rope"]),
         }  # fmt: skip
+    if family == "anima":
+        inner = comfy.ldm.anima.model.LLMAdapter  # whose size its class states
+        sizes = {"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 2, "num_heads": 2}
+        comfy.ldm.anima.model.LLMAdapter = lambda **given: inner(**{**given, **sizes})
+        return comfy.supported_models.Anima, {
+            "image_model": "anima", "in_channels": 16, "out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "max_img_h": 240,
+            "max_img_w": 240, "max_frames": 128, "model_channels": config["num_attention_heads"] * config["attention_head_dim"],
+            "num_blocks": config["num_layers"], "num_heads": config["num_attention_heads"], "use_adaln_lora": True,
+            "adaln_lora_dim": config["adaln_lora_dim"], "crossattn_emb_channels": config["text_embed_dim"], "pos_emb_cls": "rope3d",
+            "pos_emb_learnable": True, "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0,
+            "rope_enable_fps_modulation": False,
+        }  # fmt: skip
     more = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
     return comfy.supported_models.Flux, {
         "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 32, "context_in_dim": 64,
