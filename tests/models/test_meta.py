@@ -9,7 +9,7 @@ from trainer.models.load import load_policy
 from trainer.models.meta import meta_policy
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev", "anima"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux-dev", "krea2", "anima"])
 def test_it_is_the_model_but_for_values(family, family_folder, monkeypatch):
     real = load_policy(family_folder(family), image_size=64)
     monkeypatch.setattr(torch, "load", None)
