@@ -130,7 +130,8 @@ class CHATS:
     """CHATS (arXiv:2502.12579): W(c) + s·(W(c) − L(c̃)), winner W tuned and loser L base, with the proxy prompt c̃ = (1 + α)·n − α·c."""
 
     proxy: float = field(
-        default=0.5, metadata={"min": -1.0, "max": 10.0, "help": "α of the proxy prompt (1 + α)·negative − α·prompt; 0 is the negative"}
+        default=0.5,
+        metadata={"min": -1.0, "max": 10.0, "help": "strength α of the proxy prompt (1 + α)·negative − α·prompt; 0 is the negative"},
     )
 
     def mix(self, base: Slot, tuned: Slot, sigmas: Tensor) -> Mix:
@@ -161,10 +162,11 @@ class Custom:
         },
     )
     interpolation: Literal["step", "linear"] = field(
-        default="step", metadata={"help": "step: a row holds from its σ down to the next row's. linear in σ between rows"}
+        default="step", metadata={"help": "between rows: step keeps a row down to the next row's σ, linear interpolates in σ"}
     )
     proxy: float = field(
-        default=0.5, metadata={"min": -1.0, "max": 10.0, "help": "α of the proxy prompt (1 + α)·negative − α·prompt; 0 is the negative"}
+        default=0.5,
+        metadata={"min": -1.0, "max": 10.0, "help": "strength α of the proxy prompt (1 + α)·negative − α·prompt; 0 is the negative"},
     )
 
     def __post_init__(self) -> None:

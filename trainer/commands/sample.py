@@ -17,6 +17,7 @@ from ..guidance import Mix, Switch, cfg, combined
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from . import searching
+from .guiding import add_guide, guiding
 from .image_folder import ImageFolder
 from .options import add_generation, generation_of, policy_of, prompts_of
 from .parts import base_hash
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="WHERE",
         help="step from which the base model is back, written as --switch: `--switch 0 --until 2` (default: never)",
     )
+    add_guide(parser)
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
     add("--resume", action="store_true", help="go on with an interrupted run: draw the images that are not in the folder")
     add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
@@ -47,13 +49,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate images with the base model, the tuned model, or the tuned model from the switch on; returns the exit status.
+    """Generate images with the base model, the tuned model from the switch on, or both at once; returns the exit status.
 
     Everything is checked before the first image is drawn. Each batch of images is written as soon as it is drawn.
     """
     settings, prompts = generation_of(args), prompts_of(args)
     parts = two_parts(args, settings)
-    switch, until = parts.switch(args.switch), _until(args, parts)
+    guide = guiding(args, parts, settings)
+    switch, until = (None, None) if guide else (parts.switch(args.switch), _until(args, parts))
     folder = ImageFolder(args.out)
     folder.check(resume=args.resume, overwrite=args.overwrite)
     search = searching.Searching.open(args, prompts, folder)
@@ -64,10 +67,11 @@ def run(args: argparse.Namespace) -> int:
     if k is not None and end is not None and end <= k:
         raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
     base, tuned = parts.slots(settings)
-    mix = cfg(base) if k is None else combined(base, tuned, k, end)
+    mix = guide.mix(parts, settings, levels) if guide else cfg(base) if k is None else combined(base, tuned, k, end)
     facts = {
         "k": k,
         **({} if end is None else {"until": end}),
+        **(guide.facts if guide else {}),
         **parts.facts,
         **_facts(args, prompts),
         **(search.facts() if search else {}),
@@ -86,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     own = " by its own schedule" if settings.tuned_steps else ""
     taken = "" if k is None else f" (tuned from step {k} to {len(levels) - 1 if end is None else end} of {len(levels) - 1}{own})"
+    taken = f" ({guide.name}, {mix.calls(levels.tolist())} network calls an image)" if guide else taken
     kept = "" if new == len(prompts) else f"; {len(prompts) - new} were there"
     print(f"wrote {new} images to {args.out}{taken}{kept}; {folder.write_sheet(len(prompts), args.n)}")
     return 0

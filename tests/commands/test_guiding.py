@@ -1,0 +1,84 @@
+"""`sample --guide`: two models at once, against their formula, and flags that do not fit together."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.comfyui import random_lora
+from PIL import Image
+
+from trainer.__main__ import main
+from trainer.lora.several import load_loras
+from trainer.models.unet import UNetPolicy
+from trainer.rng import Rng
+
+STEPS, S = 3, 4.0
+
+
+@pytest.fixture(scope="module")
+def loras(pipeline_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    return [random_lora(pipeline_folder, folder / f"{seed}.safetensors", seed) for seed in (7, 8)]
+
+
+def run(out, folder, *more):
+    arguments = ["sample", "--model", folder, "--prompt", "a red star", "-n", 2, "--steps", STEPS, "--method", "ddim", "--out", out]
+    return main(list(map(str, [*arguments, "--guidance-scale", S, *more])))
+
+
+@torch.no_grad()
+def test_npo_is_guidance_whose_negative_has_one_lora_more(pipeline_folder, loras, tmp_path, capsys):
+    """Two policies that share nothing, DDIM by hand; the negative model has the positive LoRA and, at 0.7, that of flipped preferences."""
+    positive, flipped = loras
+    more = ["--lora", positive, "--base-lora", positive, "--base-lora", f"{flipped}:0.7", "--negative", "a grey square", "--guide", "npo"]
+    assert run(tmp_path / "x", pipeline_folder, *more) == 0
+    assert f"(npo, {2 * STEPS} network calls an image)" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "x" / "settings.json").read_text())
+    assert stored["guide"] == {"name": "npo"} and stored["k"] is None
+    p, n = (UNetPolicy.load(pipeline_folder) for _ in range(2))
+    load_loras(p, [(positive, 1.0)])
+    load_loras(n, [(positive, 1.0), (flipped, 0.7)])
+    x, levels = p.start(Rng(0, 0, (0, 1)).start_noise(p.latent_shape), STEPS), p.sigmas(STEPS)
+    cond, uncond = p.denoiser(["a red star"] * 2), n.denoiser(["a grey square"] * 2)
+    for now, after in zip(levels, levels[1:]):
+        sigma = now.expand(2)
+        clean = uncond(x, sigma) + S * (cond(x, sigma) - uncond(x, sigma))
+        x = clean + after * (x - clean) / now
+    for i, image in enumerate(p.decode(x)):
+        found = torch.from_numpy(np.array(Image.open(tmp_path / "x" / f"0000{i}.png"))).movedim(-1, 0) / 255
+        assert float((found - image).abs().max()) < 1.5 / 255
+
+
+def test_rl_guidance_of_weight_1_is_the_tuned_model_with_guidance(pipeline_folder, loras, tmp_path):
+    for name, more in (("rl", ["--guide", "rl", "--guide-weight", 1]), ("tuned", ["--switch", 0, "--tuned-guidance-scale", S])):
+        assert run(tmp_path / name, pipeline_folder, "--lora", loras[0], *more) == 0
+    files = [(tmp_path / name / "00001.png").read_bytes() for name in ("rl", "tuned")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--guide", "rl"], "--guide rl needs a tuned model: give --lora or --tuned-model"),
+        (["--guide", "npo"], "--guide npo needs a negative model"),
+        (["--guide", "chats", "--guide-weight", 2], "--guide-weight is of --guide rl and autoguidance, not of chats"),
+        (["--guide-power", 2], "--guide-power is of --guide aig, not of combined"),
+        (["--guide", "custom"], "--guide-table: no coefficients: write rows"),
+        (["--guide", "custom", "--guide-table", "1: 1, 1"], "--guide-table: coefficients '1: 1, 1' sum to 2: they must sum to 1"),
+        (["--guide", "chats", "--switch", 2], "--switch is of combined generation: leave out --guide chats"),
+        (["--guide", "chats", "--tuned-steps", 2], "--tuned-steps is of combined generation"),
+        (["--guide", "chats", "--guide-proxy", 11], "--guide-proxy = 11.0: give at most 10"),
+    ],
+)
+def test_a_guide_that_cannot_be_is_refused_before_a_model_is_loaded(more, message, tmp_path, capsys):
+    assert run(tmp_path / "x", tmp_path / "no such model", *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_range_without_a_step_is_refused_before_the_first_image(pipeline_folder, loras, tmp_path, capsys):
+    more = ["--lora", loras[0], "--guide", "rl", "--guide-start", 0.5, "--guide-end", 0.5]
+    assert run(tmp_path / "x", pipeline_folder, *more) == 2 and not (tmp_path / "x").exists()
+    assert "--guide rl: no step of the 3 lies from start 0.5 to end 0.5" in capsys.readouterr().err
