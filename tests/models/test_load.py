@@ -9,6 +9,7 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
+from helpers.original_names import original_vae
 from safetensors.torch import load_file, save_file
 
 from trainer.lora.names import canonical
@@ -207,21 +208,7 @@ def original_layout(policy):
     """A tiny SD1.5-class policy's weights under the names of the original checkpoints."""
     unet = policy.network.state_dict()
     tensors = {f"model.diffusion_model.{a}": unet[b] for a, b in original_unet_names(policy.network).items()}
-    vae_names = {"mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out", "mid_block.attentions.0.group_norm": "mid.attn_1.norm"}
-    vae_names |= {f"mid_block.attentions.0.to_{c}": f"mid.attn_1.{c}" for c in "qkv"}
-    vae_names |= {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "conv_norm_out": "norm_out"}
-    for i in range(4):
-        vae_names |= {f"down_blocks.{i}.resnets": f"down.{i}.block", f"down_blocks.{i}.downsamplers.0": f"down.{i}.downsample"}
-        vae_names |= {f"up_blocks.{i}.resnets": f"up.{3 - i}.block", f"up_blocks.{i}.upsamplers.0": f"up.{3 - i}.upsample"}
-    for key, value in policy.vae.state_dict().items():
-        side, _, rest = key.partition(".")
-        old = next((o for o in vae_names if rest.startswith(o + ".")), None)
-        renamed = rest.replace(old, vae_names[old], 1) if old else rest
-        if side.endswith("quant_conv"):
-            side, renamed = side, rest
-        if ".attn_1." in f".{renamed}" and value.ndim == 2:
-            value = value[:, :, None, None]  # the original's attention is 1×1 convolutions
-        tensors[f"first_stage_model.{side}.{renamed.replace('conv_shortcut', 'nin_shortcut')}"] = value
+    tensors |= {f"first_stage_model.{key}": value for key, value in original_vae(policy.vae.state_dict()).items()}
     text = policy.pipeline.text_encoder.state_dict()
     tensors |= {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
     return {k: v.contiguous().clone() for k, v in tensors.items()}

@@ -122,7 +122,9 @@ def test_what_is_missing_is_named(case, tmp_path):
     folder, _, tensors = case
     file = tmp_path / "network.safetensors"
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"holds no vae, text_encoder and no tokenizer: name a diffusers folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"needs its vae, in ComfyUI models/vae/\w.*: name it \(vae = FILE\), or a diffusers folder"
+    ):
         load.load_policy(file)
     gone = next(key for key in tensors if key.endswith(("qkv.weight", "wq.weight", "add_q_proj.weight", "cross_attn.q_proj.weight")))
     save_file({key: value for key, value in tensors.items() if key != gone}, file)

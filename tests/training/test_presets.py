@@ -23,7 +23,7 @@ from trainer.training.presets import METHODS, ROWS, SHORT
 FOLDER = Path(__file__).parent.parent.parent / "presets"
 FILES = [path for path in sorted(FOLDER.glob("*.toml")) if not path.stem.endswith("-demo")]
 TINY = {"sd15": "sd15", "sdxl": "sdxl", "sd35-medium": "sd3", "flux-dev": "flux-dev", "z-image": "z-image", "flux2-klein-4b": "klein"}
-TINY |= {"krea2": "krea2", "qwen-image": "qwen-image", "chroma": "chroma"}
+TINY |= {"krea2": "krea2", "qwen-image": "qwen-image", "chroma": "chroma", "anima": "anima"}
 EARLIER = [(method, model) for model in list(TINY)[:4] for method in ("draft-lv", "srpo", "sqdf")]
 CELLS = [(method, model) for method in METHODS for model in TINY]
 
@@ -81,7 +81,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
 
 @pytest.mark.full
 def test_imagerefl_starts_at_the_papers_noise_level():
-    expected = {"sdxl": 0.23}  # the authors' 87.5 %; elsewhere their SD1.5's 0.635, 0.388 in flow units
+    expected = {"sdxl": 0.257}  # the authors' 87.5 %; elsewhere their SD1.5's 0.635, 0.388 in flow units
     for name, row in ROWS.items():
         if not row.few:
             policy = meta_policy(name)

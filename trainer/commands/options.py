@@ -42,7 +42,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="demo", metavar="PATH", help="diffusers folder, .safetensors checkpoint, or demo (default)")
     for f in fields(ModelOptions):
-        add(f"--{f.name}", default=f.default, metavar="X", help=f"{f.metadata['help']} (default {f.default or 'none'})")
+        add(f"--{f.name.replace('_', '-')}", default=f.default, metavar="X", help=f"{f.metadata['help']} (default {f.default or 'none'})")
     add("--image-size", type=int, default=0, metavar="N", help="width and height of the images in pixels; 0: the model's own (default)")
     add("--prompts", type=Path, metavar="FILE", help="text file, one prompt per line")
     add("-n", type=int, default=4, metavar="N", help="images per prompt (default 4)")

@@ -43,7 +43,14 @@ class AnimaPolicy(FlowPolicy):
     split_files: ClassVar[bool] = True
     within: ClassVar[Mapping[str, str]] = {"text_conditioner": "llm_adapter."}
     more_tokenizers: ClassVar[tuple[str, ...]] = ("t5_tokenizer",)
-    published: ClassVar[Mapping[str, ModelConfig]] = {"anima": ModelConfig(_PARTS, ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}))}
+    published: ClassVar[Mapping[str, ModelConfig]] = {
+        "anima": ModelConfig(
+            _PARTS,
+            ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+            files={"text_encoder": "qwen_3_06b_base.safetensors", "vae": "qwen_image_vae.safetensors"},
+            repository="circlestone-labs/Anima",
+        )
+    }
     autoencoder_class: ClassVar[type[Autoencoder]] = FrameAutoencoder
     targets: ClassVar[tuple[str, ...]] = ATTENTION
     max_tokens: int | None = 512  # the pipeline's default

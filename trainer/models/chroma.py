@@ -31,7 +31,14 @@ class ChromaPolicy(FlowPolicy):
     tiny_decoder: ClassVar[str] = "taef1"
     blocks: ClassVar[tuple[str, ...]] = ("ChromaTransformerBlock", "ChromaSingleTransformerBlock")
     split_files: ClassVar[bool] = True
-    published: ClassVar[Mapping[str, ModelConfig]] = {"chroma": ModelConfig(_PARTS, ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}))}
+    published: ClassVar[Mapping[str, ModelConfig]] = {
+        "chroma": ModelConfig(
+            _PARTS,
+            ("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}),
+            files={"text_encoder": "t5xxl_fp16.safetensors", "vae": "ae.safetensors"},
+            repository="lodestones/Chroma1-HD",
+        )
+    }
     max_tokens: int | None = 512  # the pipeline's default
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

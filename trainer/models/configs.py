@@ -27,13 +27,16 @@ QWEN_AUTOENCODER: PartClass = ("diffusers", "AutoencoderKLQwenImage")
 class ModelConfig:
     """One published model: class and configuration of each part and of the scheduler; the padding token of each CLIP.
 
-    `arguments` are the pipeline's own settings.
+    `arguments` are the pipeline's own settings. `files` are ComfyUI's names of parts in files of their own, `repository` is
+    the model's on the hub.
     """
 
     parts: dict[str, tuple[PartClass, Config]]
     scheduler: tuple[str, Config]
     pads: tuple[str, ...] = ("<|endoftext|>",)
     arguments: Config = field(default_factory=dict[str, Any])
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    repository: str = ""
 
     @property
     def t5(self) -> str:

@@ -22,13 +22,15 @@ KLEIN_9B: Config = {**_KLEIN, "num_layers": 8, "num_single_layers": 24, "num_att
 _VAE32: Config = {**{key: value for key, value in VAE.items() if key != "scaling_factor"}, "latent_channels": 32, "sample_size": 1024}
 
 
-def _published(transformer: Config, encoder: Config) -> ModelConfig:
+def _published(transformer: Config, encoder: Config, size: int) -> ModelConfig:
     parts = {
         "transformer": (("diffusers", "Flux2Transformer2DModel"), transformer),
         "vae": (("diffusers", "AutoencoderKLFlux2"), _VAE32),
         "text_encoder": (QWEN3_CAUSAL, encoder),
     }
-    return ModelConfig(parts, ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}))
+    schedule = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True})
+    files = {"text_encoder": f"qwen_3_{4 if size == 4 else 8}b.safetensors", "vae": "flux2-vae.safetensors"}
+    return ModelConfig(parts, schedule, files=files, repository=f"black-forest-labs/FLUX.2-klein-base-{size}B")
 
 
 class KleinPolicy(FlowPolicy):
@@ -39,8 +41,8 @@ class KleinPolicy(FlowPolicy):
     blocks: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     split_files: ClassVar[bool] = True
     published: ClassVar[Mapping[str, ModelConfig]] = {
-        "flux2-klein-4b": _published(KLEIN_4B, QWEN3_4B),
-        "flux2-klein-9b": _published(KLEIN_9B, QWEN3_8B),
+        "flux2-klein-4b": _published(KLEIN_4B, QWEN3_4B, 4),
+        "flux2-klein-9b": _published(KLEIN_9B, QWEN3_8B, 9),
     }
     autoencoder_class: ClassVar[type[Autoencoder]] = PatchedAutoencoder
     patch: ClassVar[int] = 1  # a latent is one token

@@ -25,7 +25,10 @@ def _published(distilled: bool) -> ModelConfig:
         "text_encoder": (QWEN3_VL, QWEN3_VL_4B),
     }
     schedule = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 6400}
-    return ModelConfig(parts, ("FlowMatchEulerDiscreteScheduler", schedule), arguments={"is_distilled": distilled})
+    files = {"text_encoder": "qwen3vl_4b_bf16.safetensors", "vae": "qwen_image_vae.safetensors"}
+    repository = f"krea/Krea-2-{'Turbo' if distilled else 'Raw'}"
+    scheduler = ("FlowMatchEulerDiscreteScheduler", schedule)
+    return ModelConfig(parts, scheduler, arguments={"is_distilled": distilled}, files=files, repository=repository)
 
 
 class KreaPolicy(FlowPolicy):

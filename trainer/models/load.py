@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .qwen import QwenPolicy
 from .sd3 import SD3Policy
 from .sdxl import SDXLPolicy
 from .single_file import one_line_errors, single_file_pipeline, tensor_shapes
-from .split_files import split_files_pipeline
+from .split_files import NOTHING, Given, split_files_pipeline
 from .two_unets import BASE_UNET, two_unets_pipeline
 from .unet import UNetPolicy
 from .zimage import ZImagePolicy
@@ -58,6 +58,9 @@ class ModelOptions:
     dtype: str = field(default="float32", metadata={"help": "of the frozen weights: float32 or bfloat16 (half the memory)"})
     prediction: str = field(default="", metadata={"help": "epsilon or v_prediction, where a UNet's file does not say or is wrong"})
     parts: str = field(default="", metadata={"help": "diffusers folder for what a single file lacks: T5 and its tokenizer, say"})
+    text_encoder: str = field(default="", metadata={"help": "file of a split model's text encoder, where it is not in ComfyUI's folders"})
+    vae: str = field(default="", metadata={"help": "file of a split model's VAE, likewise"})
+    schedule: str = field(default="", metadata={"help": "whose noise levels, where a file may be base or turbo: z-image-turbo, say"})
 
 
 def load_policy(
@@ -68,21 +71,28 @@ def load_policy(
     prediction: str = "",
     parts: str | Path = "",
     offload: bool = False,
+    given: Given = NOTHING,
 ) -> DiffusersPolicy:
     """A policy over the model at `path`; `dtype`, `image_size` and `offload` as of DiffusersPolicy.
 
     `prediction`: `epsilon` or `v_prediction`, where a UNet's file does not state it or is wrong. `parts`: a diffusers folder
-    for what a single file lacks. Raises ValueError or FileNotFoundError with one line.
+    for what a single file lacks; `given`: what else is named of a model in split files. Raises ValueError or FileNotFoundError with
+    one line.
     """
     path = Path(path)
     for file in (*path.glob("*/*.safetensors"), *(Path(parts).glob("*/*.safetensors") if parts else ())):
         refuse_scales(file, tensor_shapes(file))  # before anything is loaded: libraries do not name the file that was cut short
     family, config = resolve(path)
     if config is None:
+        _refuse_given(path, given)
         with one_line_errors(path):
             pipeline = family.load_pipeline(path, dtype)
     elif path.is_file():
-        pipeline = (split_files_pipeline if family.split_files else single_file_pipeline)(path, family, config, dtype, parts)
+        if family.split_files:
+            pipeline = split_files_pipeline(path, family, config, dtype, parts, given)
+        else:
+            _refuse_given(path, given)
+            pipeline = single_file_pipeline(path, family, config, dtype, parts)
     else:
         pipeline = two_unets_pipeline(path, family, config, dtype)
     if prediction:
@@ -92,6 +102,12 @@ def load_policy(
     _check_complete(path, pipeline)
     _check_finite(path, pipeline)
     return family(pipeline, device, dtype, image_size, offload)
+
+
+def _refuse_given(path: Path, given: Given) -> None:
+    key = next((f.name for f in fields(given) if getattr(given, f.name)), "")
+    if key:
+        raise ValueError(f"{key} = {getattr(given, key)!r} is for a model in split files, as Z-Image's: {path} is none")
 
 
 def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:

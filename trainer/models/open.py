@@ -14,6 +14,7 @@ from ..runtime.files import file_hash, files_hash
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
 from .meta import meta_policy
+from .split_files import Given
 from .tiny_decoder import WEIGHTS as TINY_WEIGHTS
 from .tiny_decoder import check_agreement, load_tiny_decoder
 from .two_unets import BASE_UNET
@@ -50,7 +51,9 @@ def open_policy(
         check_files(EMBEDDED, *PIPELINE)
     if device == "meta":
         return meta_policy(model_path(model), DTYPES[options.dtype], image_size)
-    return load_policy(model_path(model), device, DTYPES[options.dtype], image_size or None, options.prediction, options.parts, offload)
+    given = Given(options.text_encoder, options.vae, options.schedule)
+    dtype, size = DTYPES[options.dtype], image_size or None
+    return load_policy(model_path(model), device, dtype, size, options.prediction, options.parts, offload, given)
 
 
 def open_consistency(policy: DiffusersPolicy, path: str) -> None:

@@ -30,7 +30,14 @@ class QwenPolicy(FlowPolicy):
     pipeline_name: ClassVar[str] = "QwenImagePipeline"
     blocks: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
     split_files: ClassVar[bool] = True
-    published: ClassVar[Mapping[str, ModelConfig]] = {"qwen-image": ModelConfig(_PARTS, ("FlowMatchEulerDiscreteScheduler", _SCHEDULE))}
+    published: ClassVar[Mapping[str, ModelConfig]] = {
+        "qwen-image": ModelConfig(
+            _PARTS,
+            ("FlowMatchEulerDiscreteScheduler", _SCHEDULE),
+            files={"text_encoder": "qwen_2.5_vl_7b.safetensors", "vae": "qwen_image_vae.safetensors"},
+            repository="Qwen/Qwen-Image",
+        )
+    }
     autoencoder_class: ClassVar[type[Autoencoder]] = FrameAutoencoder
     max_tokens: int | None = 512  # the pipeline's default
 

@@ -3,33 +3,78 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .comfy_files import find_part, find_tokenizer, load_file_part
 from .configs import Config, ModelConfig, PartClass
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
 from .quantised import read_scaled
 from .single_file import converter, load_part, one_line_errors, tensor_shapes
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
+_BASE = re.compile(r"base|raw|^z_image_(bf|fp|int)\d")
 
 
-def split_files_pipeline(path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype, parts: str | Path = "") -> Any:
-    """The diffusers pipeline of a network's file in its original names; what the file lacks is that of `parts`."""
-    others = [name for name in config.parts if name != family.network_name and name not in family.within]
-    if not parts:
-        raise ValueError(f"{path} holds no {', '.join(others)} and no tokenizer: name a diffusers folder that has them (parts = FOLDER)")
-    folder = Path(parts)
-    found = {name: load_part(folder / name, config.parts[name][0], dtype) for name in others}
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in others if name.startswith("text_encoder")]
-    for name in (*tokenizers, *family.more_tokenizers):
-        found[name] = load_part(folder / name, ("transformers", "AutoTokenizer"), dtype)
-    found["scheduler"] = load_part(folder / "scheduler", ("diffusers", config.scheduler[0]), dtype)
-    settings = {**config.arguments, **pipeline_settings(folder, family)}
-    return family.assemble(**found, **settings, **load_in_file(path, family, config, dtype))
+@dataclass(frozen=True)
+class Given:
+    """What the user names beside a network's file: files of its parts, and a published model whose noise levels are meant."""
+
+    text_encoder: str = ""
+    vae: str = ""
+    schedule: str = ""
+
+
+NOTHING = Given()
+
+
+def split_files_pipeline(
+    path: Path, family: type[DiffusersPolicy], config: ModelConfig, dtype: torch.dtype, parts: str | Path = "", given: Given = NOTHING
+) -> Any:
+    """The diffusers pipeline of a network's file in its original names.
+
+    Text encoder and autoencoder are the given files, those of the folder `parts`, or those in ComfyUI's folders; all are found
+    before any is read. The schedule is the one that is given, that of `parts`, or the published model's.
+    """
+    import diffusers
+
+    folder = Path(parts) if parts else None
+    names = [name for name in config.parts if name != family.network_name and name not in family.within]
+    files = {name: find_part(path, name, config, getattr(given, name), folder) for name in names}
+    if folder is not None and (folder / "scheduler").is_dir() and not given.schedule:
+        config = _with_schedule(folder, family, config)
+    else:
+        config = published_by_name(path, family, config, given.schedule)
+    tokenizers = ("tokenizer", *family.more_tokenizers)
+    found: dict[str, Any] = {name: find_tokenizer(path, name, config, folder) for name in tokenizers}
+    found["scheduler"] = getattr(diffusers, config.scheduler[0]).from_config(config.scheduler[1])
+    found |= {name: load_file_part(file, *config.parts[name], dtype) for name, file in files.items()}
+    return family.assemble(**found, **config.arguments, **load_in_file(path, family, config, dtype))
+
+
+def _with_schedule(folder: Path, family: type[DiffusersPolicy], config: ModelConfig) -> ModelConfig:
+    scheduler = load_part(folder / "scheduler", ("diffusers", config.scheduler[0]), torch.float32)
+    return replace(
+        config, scheduler=(config.scheduler[0], dict(scheduler.config)), arguments={**config.arguments, **pipeline_settings(folder, family)}
+    )
+
+
+def published_by_name(path: Path, family: type[DiffusersPolicy], config: ModelConfig, schedule: str) -> ModelConfig:
+    """The published model that is meant where several have these shapes: `schedule`, or the one that the file is called after."""
+    names = [name for name, other in family.published.items() if other.files == config.files]
+    if schedule and schedule not in names:
+        raise ValueError(f"schedule = {schedule!r}: {path} may be {' or '.join(names)}")
+    if len(names) > 1 and not schedule:
+        turbo, base = "turbo" in path.stem.lower(), _BASE.search(path.stem.lower())
+        if turbo == bool(base):
+            raise ValueError(f"{path} has the shapes of {' and '.join(names)}: say whose noise levels are meant (schedule = {names[-1]})")
+        schedule = next(name for name in names if name.endswith("turbo") == turbo)
+    return replace(family.published[schedule], parts=config.parts) if schedule else config
 
 
 def pipeline_settings(folder: Path, family: type[DiffusersPolicy]) -> Config:

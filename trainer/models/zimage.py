@@ -21,13 +21,14 @@ Z_IMAGE: Config = {
 }
 
 
-def _published(shift: float) -> ModelConfig:
+def _published(shift: float, repository: str) -> ModelConfig:
     parts = {
         "transformer": (("diffusers", "ZImageTransformer2DModel"), Z_IMAGE),
         "vae": (AUTOENCODER, {**VAE16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
         "text_encoder": (QWEN3, QWEN3_4B),
     }
-    return ModelConfig(parts, ("FlowMatchEulerDiscreteScheduler", {"shift": shift}))
+    files = {"text_encoder": "qwen_3_4b.safetensors", "vae": "ae.safetensors"}
+    return ModelConfig(parts, ("FlowMatchEulerDiscreteScheduler", {"shift": shift}), files=files, repository=repository)
 
 
 class ZImagePolicy(FlowPolicy):
@@ -37,7 +38,10 @@ class ZImagePolicy(FlowPolicy):
     tiny_decoder: ClassVar[str] = "taef1"
     blocks: ClassVar[tuple[str, ...]] = ("ZImageTransformerBlock",)
     split_files: ClassVar[bool] = True
-    published: ClassVar[Mapping[str, ModelConfig]] = {"z-image": _published(6.0), "z-image-turbo": _published(3.0)}
+    published: ClassVar[Mapping[str, ModelConfig]] = {
+        "z-image": _published(6.0, "Tongyi-MAI/Z-Image"),
+        "z-image-turbo": _published(3.0, "Tongyi-MAI/Z-Image-Turbo"),
+    }
     targets: ClassVar[tuple[str, ...]] = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
     max_tokens: int | None = 512  # the pipeline's default
 

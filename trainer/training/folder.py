@@ -25,7 +25,15 @@ log = logging.getLogger(__name__)
 CHECKPOINT, LOG, CONFIG, WATCH, BEST = "checkpoint.pt", "log.jsonl", "config.json", "watch.json", "best.safetensors"
 LOCK = ".lock"
 _STATE = {"step", "adapter", "optimizer", "ema", "objective", "points", "calls", "settings", "base"}
-_PATHS = ("model", "model_options.parts", "consistency", "images", "prompts", "watch.prompts", "watch.reference")
+_PATHS = (
+    "model",
+    *(f"model_options.{key}" for key in ("parts", "text_encoder", "vae")),
+    "consistency",
+    "images",
+    "prompts",
+    "watch.prompts",
+    "watch.reference",
+)
 _REWARDS = ("reward", "features", "watch.heldout")  # known by their weights where those are recorded
 _SNAPSHOT = re.compile(r"(lora|delta)-(\d{6,})\.safetensors")
 _OF_A_RUN = (LOG, CHECKPOINT, "lora.safetensors", "delta.safetensors", WATCH, BEST)

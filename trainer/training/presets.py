@@ -67,6 +67,7 @@ ROWS: dict[str, Row] = {
     "krea2-turbo": Row("Krea 2 Turbo", "Krea-2-Turbo", 1.0, 6, 8, few=True),
     "qwen-image": Row("Qwen-Image", "Qwen-Image", 4.0, 30, file=_split("qwen_image_bf16")),
     "chroma": Row("Chroma", "Chroma1-HD", 3.0, 24),
+    "anima": Row("Anima", "Anima", 4.0, 33, file=_split("anima-base-v1.0")),
 }
 """By the name of a published model (`models.load.MODELS`)."""
 
