@@ -64,7 +64,7 @@ _TUNED_PROMPTS = [
 ]
 
 
-_SHOWN = {"mode", "switch_at", "seed", "steps", "cfg", "tuned_cfg", "sampler_name", "scheduler"}
+_SHOWN = {"mode", "switch_at", "seed", "steps", "cfg", "tuned_cfg", "sampler_name", "scheduler", "tuned_steps"}
 
 
 def guider(

@@ -34,10 +34,15 @@ _MODULE = re.compile(r"(.+?)\.(lora_|hada_|lokr_|oft_|boft_|[ab][12]\.|dora_scal
 _RUN = "run: "  # before the name of a training run
 
 
+def embedded() -> dict[str, Path]:
+    """The embedded model's LoRAs by name: those of rewards, and `demo-consistency`, which draws in a few steps."""
+    return {**files.loras(), "demo-consistency": files.CONSISTENCY}
+
+
 def names() -> list[str]:
     """The embedded model's own LoRAs, models/loras, and those of finished training runs, newest first."""
     runs = sorted(runs_folder().glob("*/lora.safetensors"), key=lambda path: -path.stat().st_mtime)
-    return [*files.loras(), *folder_paths.get_filename_list("loras"), *(_RUN + path.parent.name for path in runs)]
+    return [*embedded(), *folder_paths.get_filename_list("loras"), *(_RUN + path.parent.name for path in runs)]
 
 
 def runs_folder() -> Path:
@@ -47,7 +52,7 @@ def runs_folder() -> Path:
 
 def path_of(name: str) -> Path:
     """The file of a name that `names` lists."""
-    ours = files.loras()
+    ours = embedded()
     if name.startswith(_RUN):
         path = runs_folder() / Path(name.removeprefix(_RUN)).name / "lora.safetensors"
         if not path.is_file():

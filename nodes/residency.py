@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.weight_adapter
+import torch
 
 from . import host
 from .gate import Patches
@@ -21,7 +22,8 @@ def split(base: Any, tuned: Any, strength: float = 1.0, *, may_be_equal: bool = 
 
     Both are clones of one model. strength: of the tuned model's own patches. ValueError where they are equal, if they must not be.
     """
-    if difference(base.object_patches, tuned.object_patches):
+    patches = [{key: patch for key, patch in m.object_patches.items() if key != "model_sampling"} for m in (base, tuned)]
+    if difference(*patches) is not None or not _same_sampling(base, tuned):
         raise ValueError("base and tuned model have different model patches (sampling settings, say): patch first, then load the LoRA")
     early: _Found = {}
     late: _Found = {}
@@ -45,6 +47,16 @@ def split(base: Any, tuned: Any, strength: float = 1.0, *, may_be_equal: bool = 
         # ComfyUI loads anew what has another uuid: the same two models give the same one
         shared.patches_uuid = uuid.uuid5(base.patches_uuid, str(tuned.patches_uuid))
     return shared, early, late
+
+
+def _same_sampling(base: Any, tuned: Any) -> bool:
+    """Whether both read a noise level alike. Flow models may space their levels by different shifts: the network is given σ itself."""
+    ours, theirs = (m.get_model_object("model_sampling") for m in (base, tuned))
+    if difference(ours, theirs) is None:
+        return True
+    sigma = torch.tensor([0.25, 0.5])
+    flow = all(isinstance(sampling, comfy.model_sampling.CONST) for sampling in (ours, theirs))
+    return flow and bool(torch.equal(ours.timestep(sigma), theirs.timestep(sigma)))
 
 
 def require_effect(*adapters: Patches) -> None:

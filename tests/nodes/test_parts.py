@@ -17,8 +17,9 @@ def told(request, pipeline_folder, tmp_path_factory):
 @comfyui
 @pytest.mark.slow
 def test_parts_with_schedules_of_their_own_equal_chains_of_stock_samplers(told):
-    """Three ways to say where they meet, one sampler or two, and both ends; five pairs of samplers."""
-    assert len(told["errors"]) == 18 and told["errors"].pop("effect") > 1e-3
+    """Three ways to say where they meet, one sampler or two, both ends; five pairs of samplers; flow models with a shift each."""
+    assert told["shifts"][0] > told["shifts"][1] + 0.01
+    assert len(told["errors"]) == 22 and told["errors"].pop("effect") > 1e-3
     assert max(told["errors"].values()) < 1e-5, told["errors"]
 
 

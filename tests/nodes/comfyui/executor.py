@@ -17,12 +17,22 @@ from in_process import Executor, own_folders
 from workflows import api_form, changed
 
 own_folders()
+FILES = (("checkpoints", "ckpt_name"), ("loras", "lora_name"), ("input", "image"), ("diffusion_models", "unet_name"))
+FILES += (("text_encoders", "clip_name"), ("vae", "vae_name"))
 
-for name in ("checkpoints", "loras"):
+for name in ("checkpoints", "loras", "diffusion_models", "text_encoders", "vae"):
     Path(name).mkdir()
     folder_paths.add_model_folder_path(name, str(Path(name).resolve()))
 
-results = {}
+results = {"too new": []}
+
+
+def known(workflow, described):
+    """Whether this ComfyUI has the nodes of a workflow, and the type of its text encoder."""
+    types = described["CLIPLoader"]["input"]["required"]["type"][0]
+    kinds = [node["type"] for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+    encoders = [node["widgets_values"][1] for node in workflow["nodes"] if node["type"] == "CLIPLoader"]
+    return set(kinds) <= set(described) and set(encoders) <= set(types)
 
 
 def plain_sample():
@@ -48,12 +58,16 @@ async def main():
 
     prompts = {}
     for path in sorted((Path(embedded.pack) / "workflows").glob("*.json")):
-        prompts[path.stem] = api_form(json.loads(path.read_text("utf-8")), described)
+        workflow = json.loads(path.read_text("utf-8"))
+        if known(workflow, described):
+            prompts[path.stem] = api_form(workflow, described)
+        else:
+            results["too new"].append(path.stem)
     stable = {name: prompt for name, prompt in prompts.items() if not name.startswith("demo-")}
     results["refused without their files"] = all(["value_not_in_list" in (await problems(*item))[1] for item in stable.items()])
     for prompt in stable.values():
         for node in prompt.values():
-            for folder, key in (("checkpoints", "ckpt_name"), ("loras", "lora_name"), ("input", "image")):
+            for folder, key in FILES:
                 if isinstance(node["inputs"].get(key), str):
                     Path(folder, node["inputs"][key]).write_bytes(b"")
     results["valid with their files"] = [name for name, prompt in stable.items() if await problems(name, prompt) == (True, set())]
@@ -65,6 +79,7 @@ async def main():
     results["everything cached"] = set(cached) >= {i for i, node in combined.items() if node["class_type"] != "SaveImage"} and first > 5
     results["demo-score-and-pick-best"] = await run("best", changed(prompts["demo-score-and-pick-best"], "KSampler", steps=2))
     cure = changed(prompts["demo-collapse-and-cure"], "KSampler", steps=2)
+    results["demo-base-to-few-steps"] = await run("few", changed(prompts["demo-base-to-few-steps"], "EmptyLatentImage", batch_size=1))
     results["demo-collapse-and-cure"] = await run("cure", changed(cure, "ImageReFLCombinedKSampler", steps=2))
     sweep = changed(prompts["demo-trade-off-sweep"], "ImageReFLSweep", steps=4, seeds=2, switches="0, 2, 4")
     results["demo-trade-off-sweep"] = await run("sweep", sweep)

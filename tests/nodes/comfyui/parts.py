@@ -9,7 +9,9 @@ import embedded  # first: it puts ComfyUI on the path
 import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import nodes as stock
+import tiny
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from compare import error
 from safetensors.torch import load_file
 
@@ -27,11 +29,10 @@ def latent():
     return {"samples": torch.zeros(shape)}
 
 
-def ours(base, tuned, mode, at, steps=8, sampler="euler", scheduler="normal", denoise=1.0, latent_image=None, **own):
+def ours(base, tuned, mode, at, steps=8, sampler="euler", scheduler="normal", denoise=1.0, latent_image=None, tuned_cfg=CFG, **own):
     """The node's latent; guidance is one for both parts, so that a chain of stock samplers can be compared."""
-    output = combined.CombinedKSampler.execute(
-        base, tuned, mode, at, 1.0, SEED, steps, CFG, CFG, sampler, scheduler, positive, negative, latent_image or latent(), denoise, **own
-    )
+    widgets = (base, tuned, mode, at, 1.0, SEED, steps, CFG, tuned_cfg, sampler, scheduler, positive, negative)
+    output = combined.CombinedKSampler.execute(*widgets, latent_image or latent(), denoise, **own)
     return output.args[0]["samples"]
 
 
@@ -82,6 +83,25 @@ with torch.inference_mode():
     two = ours(base, merged, "step", 2, **own)
     errors["two checkpoints"] = error(two, ours(base, tuned, "step", 2, **own))
     errors["effect"] = error(ours(base, tuned, "step", 2, **own), ours(base, tuned, "step", 2))
+    shape = (2, 16, 8, 8)
+    positive, negative = ([[torch.randn(1, 77, 4096, generator=rng), {"pooled_output": torch.randn(1, 2048, generator=rng)}]] for _ in "ab")
+    few = {"tuned_steps": 4, "tuned_scheduler": "simple"}
+    low, high = (lambda model, shift=shift: ModelSamplingSD3().patch(model, shift)[0] for shift in (3.0, 6.0))
+    base, lora = low(tiny.sd3(1)), tiny.random_lora(tiny.sd3(1), 5, ("to_q", "to_k"))
+    wide, short = levels(base, 8, "normal"), levels(high(tiny.sd3(1)), 4, "simple")
+    sigmas = torch.cat([wide[wide > short[1]], short[1:]])
+    results["shifts"] = [float(short[1]), float(levels(base, 4, "simple")[1])]
+    for name, tuned, alone in (
+        ("two models", high(tiny.sd3(2)), high(tiny.sd3(2))),
+        ("a LoRA", high(embedded.with_lora(base, lora)[0]), high(embedded.with_lora(tiny.sd3(1), lora)[0])),
+    ):
+        expected = chain(low(tiny.sd3(1)), alone, sigmas, len(sigmas) - 4, ("euler", "euler"))
+        errors[f"{name} with a shift of its own"] = error(expected, ours(base, tuned, "last steps", 3, **few))
+        expected = stock_whole(alone, 4, "euler", "simple")
+        errors[f"{name} with a shift of its own, alone"] = error(expected, ours(base, tuned, "step", 0, **few))
+    base, shape = embedded.build(pipeline_folder), (2, 4, 8, 8)
+    positive, negative = ([[torch.randn(1, 77, 128, generator=rng), {}]] for _ in "ab")
+    tuned, own = embedded.with_lora(base, tensors)[0], {"tuned_steps": 4, "tuned_scheduler": "karras"}
     masked = {**latent(), "noise_mask": torch.ones(1, 8, 8)}
     try:
         ours(base, tuned, "step", 2, latent_image=masked, **own, tuned_sampler_name="dpmpp_2m")
