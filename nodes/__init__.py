@@ -24,6 +24,7 @@ _MODULES = {
     "objectives": (),
     "judging": (),
     "sweep": ("switch models", "sample", "score images"),
+    "search": ("search by reward", "sample", "score images"),
     "demo": ("build the demo model",),
 }
 

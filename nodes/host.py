@@ -58,6 +58,13 @@ _NEEDED = {
         "comfy.sample:prepare_noise",
         "latent_preview:prepare_callback",
     ),
+    "search by reward": (
+        "comfy.samplers:KSAMPLER.sample",
+        "comfy.samplers:KSamplerX0Inpaint",
+        "comfy.model_base:BaseModel.process_latent_out",
+        "comfy.model_base:BaseModel.memory_required",
+        "comfy.model_management:load_models_gpu memory_required",
+    ),
     "load LoRAs": (
         "comfy.lora:model_lora_keys_unet",
         "comfy.lora:load_lora log_missing",

@@ -113,7 +113,7 @@ def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_
 @comfyui
 @pytest.mark.slow
 def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
-    assert len(exactness["registered"]) == 32, exactness["registered"]
+    assert len(exactness["registered"]) == 33, exactness["registered"]
     assert exactness["described"]
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 
@@ -333,15 +333,8 @@ def executor(place, tmp_path_factory):
 @comfyui
 @pytest.mark.slow
 def test_workflows_run_through_the_executor_and_a_failure_leaves_it_well(executor):
-    for name in (
-        "combined",
-        "again",
-        "everything cached",
-        "demo-base-to-few-steps",
-        "demo-collapse-and-cure",
-        "demo-score-and-pick-best",
-        "demo-trade-off-sweep",
-    ):
+    demos = ("base-to-few-steps", "collapse-and-cure", "reward-search", "score-and-pick-best", "trade-off-sweep")
+    for name in ("combined", "again", "everything cached", *(f"demo-{demo}" for demo in demos)):
         assert executor[name] is True, (name, executor)
     assert executor["a wrong k fails"] and "lies outside the 20 steps" in executor["says why"] and executor["and the next runs"]
 
@@ -385,7 +378,7 @@ def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hund
         "scores drawn on the node",
     ):
         assert told[claim] is True, (claim, told)
-    demos = ("two-checkpoints", "collapse-and-cure", "score-and-pick-best", "train-imagerefl", "trade-off-sweep")
+    demos = ("two-checkpoints", "collapse-and-cure", "reward-search", "score-and-pick-best", "train-imagerefl", "trade-off-sweep")
     for name in ("combined", *(f"demo-{demo}" for demo in demos)):
         assert told[name] == "execution_success", (name, told)
     assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told
