@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 from torch import Tensor
@@ -83,6 +85,7 @@ def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
     text = {m for m in modules if m.startswith(("lora_te", "text_encoder"))}
     if len(applied) < len(modules) - len(text) or not applied:
         raise ValueError(f"{path.name} was made for another model: only {len(applied)} of its {len(modules)} modules exist in this one")
+    _check_shapes(model, patches, path)
     if text:
         raise ValueError(f"{path.name} also changes the text encoder: use the stock Load LoRA for it")
     marks = ("lora_up", "lora_B", ".up.weight", ".diff")
@@ -91,6 +94,22 @@ def load(model: Any, path: Path, strength: float) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"{path.name} changes nothing: its weights are all zero")
     tuned.set_attachments(ATTACHMENT, metadata)
     return tuned, metadata
+
+
+def _check_shapes(model: Any, patches: Mapping[Any, Any], path: Path) -> None:
+    """ValueError for a LoRA of another size of this family, as klein 4B's for 9B: ComfyUI would log each module and leave it out."""
+    for key, patch in patches.items():
+        weights = getattr(patch, "weights", None)
+        name, cut = (key, None) if isinstance(key, str) else (key[0], key[1])
+        weight = comfy.utils.get_attr(model.model, name)
+        if getattr(patch, "name", "") != "lora" or weights is None or not weight.is_floating_point():
+            continue
+        shape = list(weight.shape)
+        if cut is not None:
+            shape[cut[0]] = cut[2]
+        given = [len(weights[0]), weights[1].flatten(1).shape[1]]
+        if weights[3] is None and given != [shape[0], math.prod(shape[1:])]:
+            raise ValueError(f"{path.name} is for another size of this model: {name} is {tuple(shape)} here, {tuple(given)} in the LoRA")
 
 
 class LoadRewardLora(io.ComfyNode):

@@ -288,6 +288,7 @@ def test_bad_input_in_a_graph_gets_a_sentence(graph):
         "zero images": "an empty image batch",
         "one image": "two",
         "LoRA without effect": "changes nothing",
+        "LoRA of another size": "wider.safetensors is for another size of this model: diffusion_model.",
         "broken reward": "the reward broke",
         "captions ≠ images": "2 prompts for 8 images",
         "no prompt": "write one per line",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,22 +39,18 @@ def attach_adapter(policy: Adaptable, adapter: Adapter, path: Path, strength: fl
 
 def fitted_to(policy: Adaptable, adapter: Adapter, path: Path) -> Adapter:
     """The adapter of a file in the shapes of the policy's modules; ValueError for one of another model, before anything is changed."""
-    try:
-        return _fitted(policy, adapter)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-
-
-def _fitted(policy: Adaptable, adapter: Adapter) -> Adapter:
     if adapter.left_out:
         raise ValueError(
-            f"also adapts text encoders ({len(adapter.left_out)} modules, first {adapter.left_out[0]}), which are not tuned here: "
+            f"{path} also adapts text encoders ({len(adapter.left_out)} modules, first {adapter.left_out[0]}), which are not tuned here: "
             "`python -m trainer convert --without-text-encoders` leaves them out"
         )
     modules = policy.adapters.adaptable()
     unknown = sorted(set(adapter.updates) - set(modules))
-    if unknown and adapter.family:
-        raise ValueError(adapter.family)
-    if unknown:
-        raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
-    return adapter.fitted({name: modules[name].weight.shape for name in adapter.updates})
+    try:
+        if unknown:
+            raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
+        return adapter.fitted({name: modules[name].weight.shape for name in adapter.updates})
+    except ValueError as error:
+        known = importlib.import_module("..models.lora_family", __package__).fitting(adapter)  # lora/ must not depend on models/
+        reason = f"{error}; it is for {' or '.join(known)}" if known else adapter.family if unknown and adapter.family else str(error)
+        raise ValueError(f"{path} {reason}") from error

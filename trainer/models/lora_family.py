@@ -52,5 +52,15 @@ def for_family(adapter: Adapter, source: str, model: str = "", also: Sequence[st
     return replace(adapter, updates=updates), f"with names of {', '.join(map(_called, having))} and other shapes"
 
 
+def fitting(adapter: Adapter) -> list[str]:
+    """Published models whose denoisers have all modules of an adapter, in its shapes."""
+    names: list[str] = []
+    for name in MODELS:
+        modules = denoiser_modules(name)
+        if adapter.updates.keys() <= modules.keys() and all(update.fitted(modules[key]) for key, update in adapter.updates.items()):
+            names.append(name)
+    return names
+
+
 def _called(model: str) -> str:
     return "the embedded model" if model == _EMBEDDED else model

@@ -82,7 +82,7 @@ def _module(library: tuple[str, str], config: Config, dtype: torch.dtype) -> nn.
     return nn.Module.to(module, dtype)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def denoiser_modules(model: str) -> dict[str, tuple[int, ...]]:
     """Weight shapes of the linear and convolutional modules, by name, of a model's denoiser; no weights are read.
 

@@ -179,6 +179,9 @@ with torch.inference_mode():
     zero = {k: torch.zeros_like(v) if "lora_up" in k else v for k, v in lora.items()}
     save_file(zero, runs.runs_folder() / "zero.safetensors")
     refused("LoRA without effect", lambda: embedded.ours("nodes.lora").load(model, runs.runs_folder() / "zero.safetensors", 1.0))
+    wider = {k: torch.cat([v, v]) if "lora_up" in k else v for k, v in lora.items()}
+    save_file(wider, runs.runs_folder() / "wider.safetensors")
+    refused("LoRA of another size", lambda: embedded.ours("nodes.lora").load(model, runs.runs_folder() / "wider.safetensors", 1.0))
 
     class Breaks:
         """A reward that fails at its second look."""
