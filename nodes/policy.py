@@ -171,8 +171,10 @@ class ComfyPolicy:
 
     # -- denoisers -----------------------------------------------------------------------------------------------
 
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0) -> Denoiser:
-        """The model with the adapter `tuned` or `base`; a guidance scale of 1 evaluates no unconditional branch."""
+    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, **others: Any) -> Denoiser:
+        """The model with the adapter `tuned` or `base`; a guidance scale of 1 evaluates no unconditional branch, else that of the graph."""
+        if others.get("negative") or others.get("prompt_weight", 1) != 1:
+            raise ValueError("a model in a graph has the negative prompt that is connected, and no prompt weight")
         if adapter not in self.adapters:
             raise ValueError(f"no adapter {adapter!r} in a graph: use one of {', '.join(sorted(self.adapters))}")
         return ComfyDenoiser(self, adapter == "tuned", tuple(prompts), guidance_scale)
