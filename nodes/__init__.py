@@ -14,6 +14,8 @@ _LOG = logging.getLogger(__name__)
 _MODULES = {
     "switch": ("switch models",),
     "combined": ("switch models", "sample"),
+    "guider": ("switch models", "sample"),
+    "proxy": (),
     "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),
     "rewards": ("score images",),

@@ -49,6 +49,8 @@ _NEEDED = {
     ),
     "sample": (
         "comfy.samplers:sampling_function model_options seed",
+        "comfy.samplers:calc_cond_batch",
+        "comfy.samplers:cfg_function model_options cond uncond",
         "comfy.samplers:CFGGuider.inner_set_conds",
         "comfy.samplers:CFGGuider.sample denoise_mask callback disable_pbar seed",
         "comfy.samplers:KSampler",

@@ -52,6 +52,7 @@ def test_the_ends_are_the_stock_sampler_bit_for_bit_and_the_base_is_left_alone(e
     assert exactness["ends euler"] and exactness["ends dpmpp_2m"] and exactness["base untouched"] and exactness["denoise"]
     assert exactness["mask"] and exactness["untouched by Cancel"] and exactness["untouched by a failure"]
     assert exactness["auto"] and exactness["own conditioning"] and exactness["guider"]
+    assert [exactness[f"guide {name}"] for name in ("combined", "rl", "npo")] == [True] * 3  # the Two-Model Guider
     assert exactness["stock sampler"] <= 1e-6 and exactness["strength"] <= 1e-5
 
 
@@ -113,7 +114,7 @@ def test_a_full_fine_tune_is_the_tuned_model_in_the_stock_loader_and_behind_the_
 @comfyui
 @pytest.mark.slow
 def test_comfyui_registers_every_node_with_tooltips_and_a_help_page(exactness):
-    assert len(exactness["registered"]) == 33, exactness["registered"]
+    assert len(exactness["registered"]) == 35, exactness["registered"]
     assert exactness["described"]
     assert all((ROOT / "web" / "docs" / f"{name}.md").is_file() for name in exactness["registered"])
 

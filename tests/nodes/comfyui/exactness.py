@@ -19,6 +19,7 @@ import torch
 from compare import SAMPLERS, Case, combined, error, switch
 from safetensors.torch import load_file
 
+two = embedded.ours("nodes.guider")
 pipeline_folder, lora, style_lora = embedded.arguments
 rng = torch.Generator().manual_seed(0)
 positive = [[torch.randn(1, 77, 128, generator=rng), {}]]
@@ -68,6 +69,12 @@ with torch.inference_mode():
     guided = guided(noise, made, chosen, levels, case.latent())
     guided = (guided.result if hasattr(guided, "result") else guided)[0]["samples"]
     results["guider"] = bool(torch.equal(guided, case.combined(base, tuned, "dpmpp_2m")))
+    for name, second, settings in (("combined", tuned, {"switch": str(K)}), ("rl", tuned, {"weight": 0.0}), ("npo", None, {})):
+        mixed = two.guider(base, second, two.guide_of(name, tuned, settings), CFG, TUNED_CFG, positive, negative, None)
+        start = case.latent()["samples"]
+        alike = mixed.sample(comfy.sample.prepare_noise(start, 3), start, chosen, levels, disable_pbar=True, seed=3)
+        expected = case.combined(base, tuned, "dpmpp_2m") if name == "combined" else case.stock(base, "dpmpp_2m")
+        results[f"guide {name}"] = bool(torch.equal(alike, expected))
     half = switch.BaseTunedSwitch.execute(base, tuned, "step", 0, 0.5).result[0]
     results["strength"] = error(case.stock(half, "euler"), case.stock(embedded.with_lora(base, reward, 0.5)[0], "euler"))
     results["denoise"] = bool(torch.isfinite(replace(case, steps=4).combined(base, tuned, "euler", at=2, denoise=0.5)).all())
