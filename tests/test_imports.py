@@ -49,6 +49,7 @@ ORDER = (
     ("rng",),
     ("denoiser",),
     ("sampling",),
+    ("density",),
     ("guidance",),
     ("guides",),
     ("policy",),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import plain
 from .denoiser import Denoise, Denoiser
+from .density import rescaled_noise, with_density
 from .guidance import Mix, Parts, Slot, weighted_sum
 from .policy import Policy
 from .rng import Rng
@@ -34,12 +35,32 @@ class Generation:
     seed: int = field(default=0, metadata={"min": 0, "help": "seed of start noise and step noise"})
     tuned_steps: int = field(default=0, metadata={"min": 0, "max": 1000, "help": "steps of the tuned model's own schedule; 0: as steps"})
     tuned_method: Method | None = field(default=None, metadata={"help": "sampler of the tuned part; none: as method"})
+    density: float = field(
+        default=0.5,
+        metadata={"min": 0.001, "max": 0.999, "help": "density guidance q: below 0.5 more detail, above it smoother; authors 0.3 to 0.7"},
+    )
+    noise_quantile: float = field(
+        default=0.0,
+        metadata={
+            "min": 0.0,
+            "max": 0.9999,
+            "help": "length of the start noise as a quantile of its distribution, 0.5 the median; 0: as drawn",
+        },
+    )
+    noise_scale: float = field(
+        default=1.0, metadata={"min": 0.5, "max": 2.0, "help": "factor of the start noise: 0.97 smoother, 1.03 more detail"}
+    )
     chunk: int = field(default=64, metadata={"min": 1, "help": "images at a time, fewer where they are large; changes no image"})
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The settings as plain values; a schedule of the tuned part only where there is one, as earlier versions wrote them."""
-        return {key: value for key, value in plain(self).items() if value or key not in ("tuned_steps", "tuned_method")}
+        """The settings as plain values; those that earlier versions had not only where they are set, as those wrote them."""
+        new = {"tuned_steps": 0, "tuned_method": None, "density": 0.5, "noise_quantile": 0.0, "noise_scale": 1.0}
+        return {key: value for key, value in plain(self).items() if key not in new or value != new[key]}
+
+    def start_noise(self, noise: Tensor) -> Tensor:
+        """Standard normal noise (B,C,h,w) with the length that is set."""
+        return rescaled_noise(noise, self.noise_quantile, self.noise_scale)
 
     @property
     def base(self) -> Slot:
@@ -81,12 +102,12 @@ def generate(
                 made[slot] = slot_denoiser(policies, slot, part)
             return made[slot]
 
-        noise = rng.start_noise(policy.latent_shape).to(policy.device)
+        noise = settings.start_noise(rng.start_noise(policy.latent_shape).to(policy.device))
         noise_at = rng.step_noise(policy.latent_shape)
         for level, members in by_start(mixes, sigmas, grids or {}).items():
             start = policy.start(noise, settings.steps) if level == float(sigmas[0]) else start_at(noise, torch.tensor(level), policy.space)
             for key, latents in branches(
-                members, made_once, start, sigmas, noise_at, settings.method, policy.space, settings.tuned_method, grids
+                members, made_once, start, sigmas, noise_at, settings.method, policy.space, settings.tuned_method, grids, settings.density
             ):
                 finished[key].append(policy.decode(latents).cpu())
                 progress(len(part))
@@ -119,11 +140,12 @@ def branches(
     space: Space = "ve",
     tuned_method: Method | None = None,
     grids: Mapping[K, Tensor] | None = None,
+    density: float = 0.5,
 ) -> Iterator[tuple[K, Tensor]]:
     """The final latents of every mix from one start x (B,C,h,w); a trajectory forks where mixes begin to differ.
 
     `tuned_method` is the sampler from a mix's handover on. A multistep sampler keeps its history where it stays the same. `grids`
-    are noise levels of mixes that have their own, all with the first level of x.
+    are noise levels of mixes that have their own, all with the first level of x. `density` is the q of density guidance, 0.5 for none.
     """
     own = {key: (grids or {}).get(key, sigmas) for key in mixes}
     levels = {key: list[float](grid.tolist()) for key, grid in own.items()}
@@ -149,7 +171,7 @@ def branches(
             stop, steps = i + 1, {at(key, mix, i + 1) for key, mix in members.items()}
             while len(steps) == 1 and (one := next(iter(steps))) is not None and one[:2] == (parts, sampler):
                 stop, steps = stop + 1, {at(key, mix, stop + 1) for key, mix in members.items()}
-            denoise = weighted_sum([(denoiser_of(slot), value) for slot, value in parts])
+            denoise = with_density(weighted_sum([(denoiser_of(slot), value) for slot, value in parts]), density, space)
             history = previous[1] if previous is not None and previous[0] == sampler else None
             grid = own[next(iter(members))]
             end = last_of(trajectory(denoise, x, grid, noise_at, sampler, i, stop, space=space, previous=history))

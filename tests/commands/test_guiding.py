@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_npo_is_guidance_whose_negative_has_one_lora_more(pipeline_folder, loras
     load_loras(n, [(positive, 1.0), (flipped, 0.7)])
     x, levels = p.start(Rng(0, 0, (0, 1)).start_noise(p.latent_shape), STEPS), p.sigmas(STEPS)
     cond, uncond = p.denoiser(["a red star"] * 2), n.denoiser(["a grey square"] * 2)
-    for now, after in zip(levels, levels[1:]):
+    for now, after in itertools.pairwise(levels):
         sigma = now.expand(2)
         clean = uncond(x, sigma) + S * (cond(x, sigma) - uncond(x, sigma))
         x = clean + after * (x - clean) / now

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoise
+from ..density import with_density
 from ..generate import Generation, batch_size_for, slot_denoiser
 from ..guidance import Mix, Slot, weighted_sum
 from ..policy import Policy
@@ -49,7 +50,7 @@ class Searcher:
         """The candidates of image `first` and those after it, best first."""
         shape, device = self.policy.latent_shape, self.policy.device
         noise = particle_noise(self.settings.seed, self.images, shape, first)
-        drawn = noise(-1, range(self.rounds[0].rows)).to(device)
+        drawn = self.settings.start_noise(noise(-1, range(self.rounds[0].rows)).to(device))
         if self.source is None:
             start = start_at(drawn, self.sigmas[0], self.policy.space)
         else:
@@ -95,4 +96,5 @@ class Searcher:
         for slot, _ in parts:
             if (slot, len(x)) not in made:
                 made[slot, len(x)] = slot_denoiser(policies, slot, [prompt] * len(x))
-        return weighted_sum([(made[slot, len(x)], value) for slot, value in parts])(x, self.sigmas[i].expand(len(x)))
+        denoise = weighted_sum([(made[slot, len(x)], value) for slot, value in parts])
+        return with_density(denoise, self.settings.density, self.policy.space)(x, self.sigmas[i].expand(len(x)))
