@@ -173,6 +173,15 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, pipeline_folder, tmp_p
         open_gradient_vae(policy, str(folder))
 
 
+def test_one_of_another_model_is_told_by_its_images(folder, tmp_path, caplog):
+    from trainer.models.open import open_policy
+
+    open_gradient_vae(open_policy("demo"), "demo")
+    assert not caplog.records
+    open_gradient_vae(open_policy("demo"), str(folder))
+    assert "correlate with the VAE's by" in caplog.text and "use taesd" in caplog.text
+
+
 def test_a_run_records_it_and_resumes_with_it_alone(folder, pipeline_folder, reward_folder, image_folder, tmp_path, capsys):
     mine, moved, run = tmp_path / "taesd", tmp_path / "elsewhere" / "taesd", tmp_path / "run"
     shutil.copytree(folder, mine)

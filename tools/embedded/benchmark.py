@@ -126,7 +126,8 @@ def measure(say: Callable[[str], object]) -> None:
     say("| saving | off, s/step | on, s/step | on/off, clock | on/off, processor | memory off, MB | memory on, MB |")
     say("|---|---|---|---|---|---|---|")
     separate = SeparateForwards(**{f.name: getattr(IMAGE, f.name) for f in dataclasses.fields(IMAGE)})
-    for name, off, on in savings(replace(base, batch=4), separate, NOISE):
+    four = replace(base, batch=4)
+    for name, off, on in (*savings(four, separate, NOISE), ("`gradient_vae`", four, replace(four, tiny=True))):
         p = pair(stepper, off, on)
         say(f"| {name} | {p.off:.2f} | {p.on:.2f} | {p.clock:.2f} | {p.work:.2f} | {peak_mb(off):.0f} | {peak_mb(on):.0f} |")
     parked = sum(q.numel() * q.element_size() for m in stepper.policy.encoders() for q in m.parameters()) / 2**20

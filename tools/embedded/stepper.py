@@ -17,6 +17,7 @@ from trainer.data.samples import encode_images
 from trainer.demo import files, world
 from trainer.demo.experiment import START, STEPS
 from trainer.models.diffusers_policy import DiffusersPolicy
+from trainer.models.tiny_decoder import load_tiny_decoder
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext
 from trainer.objectives.reward_gradient.shared import Sampler
@@ -55,6 +56,7 @@ class Case:
     plain_attention: bool = False
     channels_last: bool = False
     compiled: bool = False
+    tiny: bool = False
     reward_dtype: torch.dtype = torch.float32
     optimizer: OptimizerName = "adamw"
 
@@ -73,6 +75,7 @@ class Stepper:
         self.policy.add_lora(Lora())
         self.processors = {module: module.attn_processors for module in (self.policy.network, self.policy.vae)}
         self.compiled: dict[nn.Module, Any] = {}
+        self.tiny = lru_cache(1)(lambda: load_tiny_decoder(self.policy, files.TINY_DECODER))
         self.reward = lru_cache(1)(self.rewards)
         self.optimizer = lru_cache(1)(lambda name: build_optimizer(name, self.policy.parameters(), 1e-5, 0.0))
 
@@ -81,6 +84,7 @@ class Stepper:
         policy = self.policy
         policy.gradient_checkpointing(denoiser=case.denoiser, vae=case.decoder)
         policy.merge_rollouts, policy.autoencoder.slicing = case.merges, case.slices
+        policy.autoencoder.tiny = self.tiny() if case.tiny else None
         for module, own in self.processors.items():
             module.set_attn_processor(AttnProcessor() if case.plain_attention else dict(own))
             module.to(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)

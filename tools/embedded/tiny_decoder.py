@@ -73,7 +73,9 @@ def distil(work: Path, steps: int, batch: int, lr: float = 2e-3, seed: int = 0) 
     running = 0.0
     for number in range(first, steps):
         rows = torch.randint(NUMBER, (batch,), generator=generator(seed, "tiny decoder rows", number))
-        error = (tiny.decode(latents[rows]).sample / 2 + 0.5) - images[rows]
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = tiny.decode(latents[rows]).sample.float()
+        error = decoded / 2 + 0.5 - images[rows]
         loss = (error.square() + 0.1 * error.abs()).mean()
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (number + 1) / 20) * min(1.0, (steps - number) / (0.5 * steps))
@@ -95,7 +97,7 @@ def save(tiny: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {f"decoder.{name}": value.half().contiguous() for name, value in tiny.decoder.state_dict().items()}
     save_file(state, folder / WEIGHTS)
-    config = {key: value for key, value in tiny.config.items() if not key.startswith("_")}
+    config = {key: value for key, value in tiny.config.items() if not key.startswith("_") and key != "block_out_channels"}
     text = json.dumps({"_class_name": "AutoencoderTiny", **config}, indent=2)
     (folder / "config.json").write_text(text + "\n", "utf-8")
 
@@ -105,7 +107,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description="Distil the embedded model's tiny decoder")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--export", action="store_true", help="put it among the files that the package ships")
     a = parser.parse_args()

@@ -20,9 +20,11 @@ from ..scoring.best import collect
 from ..scoring.copies import copies
 from ..scoring.items import Item, find_items
 from ..scoring.journal import Journal
+from ..scoring.ray_engine import named_parts
 from ..scoring.scorer import ScoredImage, score
 from ..scoring.table import Table
 from .options import add_device
+from .score_shards import add_shards, run_on_ray
 
 TIMEOUT = timedelta(days=7)  # a process with large images may keep the others waiting longer than the default half hour
 
@@ -36,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--reward", action="append", metavar="NAME[=WEIGHT]", help="see `rewards list`; may be given several times (default demo-proxy)")
     add("--raw", action="store_true", help="weight raw scores instead of standardised ones")
     add("--size", type=int, default=0, metavar="N", help="crop to N pixels for rewards that accept any size; 0: as they are (default)")
-    add("--out", type=Path, action="append", metavar="FILE", help=".csv or .jsonl; may be given twice (default: CSV on the terminal)")
+    add("--out", action="append", metavar="FILE", help=".csv or .jsonl; may be given twice (default: CSV on the terminal)")
     add("--resume", action="store_true", help="continue an interrupted run")
     add("--overwrite", action="store_true", help="replace the output files")
     add("--write-back", action="store_true", help="write the scores into the text chunks of each PNG")
@@ -45,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--link", action="store_true", help="link the best images instead of copying them")
     add("--batch", type=int, default=32, metavar="N", help="images per batch (default 32)")
     add_device(parser)
+    add_shards(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +62,11 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, processes: Processes) -> int:
     if args.batch < 1 or args.top < 0 or args.size < 0:
         raise ConfigError("--batch needs at least 1; --top and --size at least 0")
-    outs: list[Path] = args.out or []
+    if args.engine == "ray":
+        parts = named_parts(parse_weights(args.reward or ["demo-proxy"]))
+        _check_names(parts)
+        return run_on_ray(args, parts, _settings(args, parts))
+    outs = [Path(out) for out in args.out or ()]
     resumed = args.resume and bool(outs) and bool(Journal(outs[0], 0, {}).all())
     for out in outs:
         _check_output(out, replaced=args.overwrite or resumed)

@@ -137,7 +137,7 @@ def _config(path: Path) -> dict[str, Any]:
     config = json.loads((path / "config.json").read_text("utf-8"))
     if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderTiny":
         raise ValueError("its config.json is not an AutoencoderTiny's")
-    return config
+    return {key: value for key, value in config.items() if key != "block_out_channels"}  # which diffusers writes, and does not read
 
 
 def _deduced(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
