@@ -41,6 +41,9 @@ def test_other_folders_and_files_are_refused_with_one_line(family_folder, tmp_pa
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match="no model_index.json"):
         load_policy(folder)
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    with pytest.raises(ValueError, match="is a Flux2Pipeline, which is not supported; nearest: FluxPipeline: known are "):
+        load_policy(folder)
     (folder / "model_index.json").write_text('{"_class_name": "WuerstchenPipeline"}')
     with pytest.raises(ValueError, match="is a WuerstchenPipeline: known are StableDiffusionPipeline, StableDiffusionXLPipeline, "):
         load_policy(folder)
@@ -158,6 +161,27 @@ def true_shapes(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_single_files_are_known_by_their_shapes(name):
     assert detect(true_shapes(name)) == name.removesuffix("-turbo")  # which has its base's shapes
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            ("blocks.0.self_attn.q.weight", "head.modulation"),
+            r"it is Wan, which is not supported \(blocks.0.self_attn.q.*\); nearest: flux-dev",
+        ),
+        (("layers.0.attention.qkv.weight", "cap_embedder.0.weight"), "it is Lumina or another Z-Image, .*; nearest: z-image"),
+        (("double_stream_blocks.0.block.ff_i.shared_experts.w1.weight",), "it is HiDream, .*; nearest: flux-dev"),
+        (("input_hint_block.0.weight",), "it is ControlNet, .*; nearest: its base model's UNet"),
+        (("encoder.conv_in.weight", "decoder.conv_in.weight"), "it is an autoencoder, not a model: give the file of the network"),
+        (("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"), "it is a text encoder, not a model"),
+        (("something.weight",), "it is not a known model: known are sd15"),
+    ],
+)
+def test_a_family_that_is_not_known_is_named_with_the_nearest(keys, expected):
+    for prefix in ("", "model.diffusion_model."):
+        with pytest.raises(ValueError, match=expected):
+            detect({prefix + key: (8, 8) for key in keys})
 
 
 def test_inpainting_and_the_refiner_are_refused():

@@ -5,7 +5,9 @@ Nothing is downloaded. A family of models is one file of this package and one en
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..lora.foreign import other_family
 from .anima import AnimaPolicy
 from .chroma import ChromaPolicy
 from .configs import ModelConfig
@@ -47,6 +50,11 @@ MODELS: dict[str, tuple[type[DiffusersPolicy], ModelConfig]] = {
     name: (family, config) for family in FAMILIES for name, config in family.published.items()
 }
 """Published models by name."""
+_PARTS = {
+    r"^decoder\.(conv_in|conv1|up\.\d|up_blocks)\b": "an autoencoder",
+    r"^(model\.)?(language_model\.)?embed_tokens\.|^shared\.weight|^text_model\.": "a text encoder",
+}
+"""Names of tensors that a file has which holds one part of a model, and the part."""
 INDICES = ("model_index.json", "modular_model_index.json")
 """What a diffusers folder states its parts in."""
 
@@ -129,7 +137,10 @@ def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:
         name = str(json.loads(index.read_text("utf-8")).get("_class_name"))
     family = next((family for family in FAMILIES if family.pipeline_name == name), None)
     if family is None:
-        raise ValueError(f"{path} is a {name}: known are {', '.join(family.pipeline_name for family in FAMILIES)}")
+        known = [family.pipeline_name for family in FAMILIES]
+        near = difflib.get_close_matches(name, known, 1, 0.75)
+        nearest = f", which is not supported; nearest: {near[0]}" if near else ""
+        raise ValueError(f"{path} is a {name}{nearest}: known are {', '.join(known)}")
     return family, None
 
 
@@ -142,9 +153,16 @@ def detect(shapes: Mapping[str, Sequence[int]]) -> str:
         name = next((name for family in FAMILIES if (name := family.detect(inside))), None)
     except IndexError as error:  # a family looks at a dimension that the tensor of that name has not
         raise ValueError("its tensors have a model's names, and too few dimensions") from error
-    if name is None:
-        raise ValueError(f"it is not a known model: known are {', '.join(MODELS)}")
-    return name
+    if name is not None:
+        return name
+    part = next((part for mark, part in _PARTS.items() if any(re.search(mark, key) for key in inside)), "")
+    if part:
+        raise ValueError(
+            f"it is {part}, not a model: give the file of the network, in ComfyUI models/diffusion_models or models/checkpoints"
+        )
+    if family := other_family(inside):
+        raise ValueError(f"it {family.replace('is for', 'is', 1)}")
+    raise ValueError(f"it is not a known model: known are {', '.join(MODELS)}")
 
 
 def _check_complete(path: Path, pipeline: Any) -> None:
