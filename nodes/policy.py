@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..trainer.denoiser import Denoiser
 from ..trainer.guidance import classifier_free_guidance
 from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
-from ..trainer.sampling import Space, add_noise, leading_timesteps
+from ..trainer.sampling import Space, add_noise, leading_timesteps, trailing_timesteps
 from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, decode_frame, lora_targets, recomputed, replaced_forward
 from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
 from .conditioning import Conditioning, Prompts
@@ -228,11 +228,12 @@ class ComfyPolicy:
     # -- noise levels and pixels ---------------------------------------------------------------------------------
 
     def sigmas(self, steps: int) -> Tensor:
-        """The official `leading` grid on models with a table of levels, ComfyUI's `simple` schedule on flow models."""
+        """The `leading` grid on models with a table of levels, `trailing` for zero terminal SNR; ComfyUI's `simple` one on flow models."""
         if steps not in self._levels:  # both are read from the GPU: once, not at every training step
             table = getattr(self._sampling, "sigmas", None)
             if self.space == "ve" and isinstance(table, Tensor):
-                levels = torch.nn.functional.pad(table.cpu()[torch.tensor(leading_timesteps(steps, len(table)))], (0, 1))
+                spaced = trailing_timesteps if getattr(self._sampling, "zsnr", False) else leading_timesteps
+                levels = torch.nn.functional.pad(table.cpu()[torch.tensor(spaced(steps, len(table)))], (0, 1))
             else:
                 levels = comfy.samplers.calculate_sigmas(self._sampling, "simple", steps)
             self._levels[steps] = levels.float().cpu()

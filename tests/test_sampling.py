@@ -8,9 +8,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from helpers.samplers import BETAS, grid, noises, table, toy_denoiser, toy_epsilon
 
-from trainer.sampling import add_noise, end_of, leading_timesteps, step, trajectory
+from trainer.sampling import add_noise, end_of, leading_timesteps, step, trailing_timesteps, trajectory
 
 OFFICIAL = {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading"}
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 30, 40, 1000])
+def test_trailing_timesteps_are_diffusers(steps):
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == trailing_timesteps(steps)
 
 
 @pytest.mark.parametrize("steps", [5, 20, 40])

@@ -194,3 +194,10 @@ def leading_timesteps(steps: int, train_steps: int = 1000) -> list[int]:
     if not 1 <= steps <= train_steps:
         raise ValueError(f"{steps} steps: give 1 to {train_steps}")
     return [i * (train_steps // steps) + 1 for i in reversed(range(steps))]
+
+
+def trailing_timesteps(steps: int, train_steps: int = 1000) -> list[int]:
+    """Timesteps spaced `trailing`, noisiest first, from the last one on, as zero terminal SNR needs (arXiv:2305.08891, section 3.3)."""
+    if not 1 <= steps <= train_steps:
+        raise ValueError(f"{steps} steps: give 1 to {train_steps}")
+    return [round(train_steps - i * train_steps / steps) - 1 for i in range(steps)]

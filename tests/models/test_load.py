@@ -184,6 +184,25 @@ def test_a_family_that_is_not_known_is_named_with_the_nearest(keys, expected):
             detect({prefix + key: (8, 8) for key in keys})
 
 
+@pytest.mark.parametrize("marker", ["edm_mean", "edm_vpred.sigma_max"])
+def test_edm_models_are_refused_by_their_marker(marker):
+    with pytest.raises(ValueError, match=f"EDM model \\({marker}\\)"):
+        detect({**true_shapes("sdxl"), marker: (4,)})
+
+
+def test_a_marker_of_zero_snr_alone_is_no_epsilon_prediction(tmp_path):
+    save_file({key: torch.empty(shape) for key, shape in {**true_shapes("sdxl"), "ztsnr": (0,)}.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="marker ztsnr without v_pred: say prediction = v_prediction"):
+        load_policy(tmp_path / "a.safetensors")
+
+
+def test_zero_snr_can_be_said(family_folder):
+    policy = load_policy(family_folder("sdxl"), prediction="v_prediction+ztsnr")
+    assert policy.prediction_type == "v_prediction" and float(policy.sigmas(3)[0]) == pytest.approx(4518.76, abs=0.01)
+    with pytest.raises(ValueError, match=r"use epsilon, v_prediction or v_prediction\+ztsnr"):
+        load_policy(family_folder("sdxl"), prediction="epsilon+ztsnr")
+
+
 def test_inpainting_and_the_refiner_are_refused():
     with pytest.raises(ValueError, match="9 channels"):
         detect({"model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)})
@@ -285,6 +304,10 @@ def test_a_single_file_is_the_folder_it_was_made_of(tmp_path):
     assert again.prediction_type == "epsilon"
     save_file({**tensors, "v_pred": torch.zeros(0)}, tmp_path / "v.safetensors")
     assert single_file(tmp_path / "v.safetensors", config).prediction_type == "v_prediction"
+    save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
+    zero = single_file(tmp_path / "z.safetensors", config)
+    assert zero.prediction_type == "v_prediction" and float(zero.sigmas(4)[0]) == pytest.approx(4518.76, abs=0.01)
+    assert again.levels[-1] == pytest.approx(14.6146, abs=1e-4)
     bare = {k: v for k, v in tensors.items() if k.startswith("model.")}
     save_file(bare, tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="holds no vae: name a diffusers folder"):

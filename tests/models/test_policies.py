@@ -319,3 +319,21 @@ def test_a_schedule_without_signal_at_its_end_stays_finite(family_folder):
             ours = policy.denoiser(PROMPTS)(x * (1 + sigma.square()).sqrt(), sigma.expand(2))
         expected = pipeline.scheduler.step(output, t, x).pred_original_sample
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_zero_terminal_snr_starts_at_the_last_timestep_and_ends_where_the_pipeline_ends(load):
+    """v-prediction with `trailing` timesteps (arXiv:2305.08891), as NoobAI's and Illustrious' v-prediction models."""
+    pipeline = load("sdxl").pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True, **zero)
+    policy = SDXLPolicy(pipeline, image_size=SIZE)
+    settings = Generation(steps=4, guidance_scale=3.0, method="ddim", seed=5)
+    ours = generate(policy, PROMPTS, settings, {"": cfg(settings.base)})[""]
+    start = Rng(5, 0, (0, 1)).normal("start", policy.latent_shape)
+    given = {"num_inference_steps": 4, "latents": start, "height": SIZE, "width": SIZE, "output_type": "pt", "guidance_scale": 3.0}
+    theirs = pipeline(prompt=list(PROMPTS), **given).images
+    assert [round(float(s), 2) for s in policy.sigmas(4)[:2]] == [4518.76, 5.4]  # as ComfyUI has them
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    pipeline.scheduler.register_to_config(timestep_spacing="leading")
+    assert float((pipeline(prompt=list(PROMPTS), **given).images - theirs).abs().max()) > 1e-2

@@ -143,7 +143,7 @@ def family_gradients(place, pipeline_folder, family_folder, tmp_path_factory):
             UNet2DConditionModel,
             {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 6 * 256 + 32, "attention_head_dim": (1, 1)},
         ),
-        ("chroma", "transformer", ChromaTransformer2DModel, {"num_layers": 28}),  # so many modulations as ComfyUI's class has
+        ("chroma", "transformer", ChromaTransformer2DModel, {"num_layers": 19, "num_single_layers": 38}),  # as ComfyUI's class has
         ("z-image", "transformer", ZImageTransformer2DModel, {"dim": 1024, "n_layers": 1, "n_heads": 64, "n_kv_heads": 64}),
     ):
         folder = family_folder(name)
@@ -179,6 +179,14 @@ def test_a_video_autoencoder_decodes_one_frame_as_headless(family_gradients):
     if "decoded" not in family_gradients:
         pytest.skip("this ComfyUI has no Qwen-Image")
     assert max(family_gradients["decoded"]) < 1e-4, family_gradients
+
+
+@comfyui
+@pytest.mark.slow
+def test_zero_terminal_snr_is_drawn_as_comfyui_draws_it(family_gradients):
+    """v-prediction SDXL: the table of levels, the grid, the x0-prediction at the last timestep, and where ComfyUI's Euler sampler ends."""
+    found = family_gradients["zero snr"]
+    assert found["levels"] < 3e-5 and found["grid"] < 3e-5 and found["first"] < 1e-4 and found["end"] < 1e-4, found
 
 
 @comfyui

@@ -96,3 +96,5 @@ QWEN2_VL_7B: Config = {
 _BETAS: Config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 DISCRETE: Config = {**_BETAS, "clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading", "variance_type": "fixed_small"}
 """Schedule of the discrete Stable Diffusion models."""
+ZERO_SNR: Config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""What zero terminal SNR (arXiv:2305.08891) changes of a schedule; the network predicts v."""

@@ -19,7 +19,7 @@ import torch
 from ..lora.foreign import other_family
 from .anima import AnimaPolicy
 from .chroma import ChromaPolicy
-from .configs import ModelConfig
+from .configs import ZERO_SNR, ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
 from .klein import KleinPolicy
@@ -64,7 +64,7 @@ class ModelOptions:
     """How a model's files are read, where they do not state it themselves."""
 
     dtype: str = field(default="float32", metadata={"help": "of the frozen weights: float32 or bfloat16 (half the memory)"})
-    prediction: str = field(default="", metadata={"help": "epsilon or v_prediction, where a UNet's file does not say or is wrong"})
+    prediction: str = field(default="", metadata={"help": "epsilon, v_prediction or v_prediction+ztsnr, where a UNet's file does not say"})
     parts: str = field(default="", metadata={"help": "diffusers folder for what a single file lacks: T5 and its tokenizer, say"})
     text_encoder: str = field(default="", metadata={"help": "file of a split model's text encoder, where it is not in ComfyUI's folders"})
     vae: str = field(default="", metadata={"help": "file of a split model's VAE, likewise"})
@@ -83,9 +83,9 @@ def load_policy(
 ) -> DiffusersPolicy:
     """A policy over the model at `path`; `dtype`, `image_size` and `offload` as of DiffusersPolicy.
 
-    `prediction`: `epsilon` or `v_prediction`, where a UNet's file does not state it or is wrong. `parts`: a diffusers folder
-    for what a single file lacks; `given`: what else is named of a model in split files. Raises ValueError or FileNotFoundError with
-    one line.
+    `prediction`: `epsilon`, `v_prediction` or `v_prediction+ztsnr` (zero terminal SNR), where a UNet's file does not state it or is wrong.
+    `parts`: a diffusers folder for what a single file lacks; `given`: what else is named of a model in split files. Raises ValueError or
+    FileNotFoundError with one line.
     """
     path = Path(path)
     for file in (*path.glob("*/*.safetensors"), *(Path(parts).glob("*/*.safetensors") if parts else ())):
@@ -96,6 +96,9 @@ def load_policy(
         with one_line_errors(path):
             pipeline = family.load_pipeline(path, dtype)
     elif path.is_file():
+        markers = tensor_shapes(path).keys() & {"v_pred", "ztsnr"}
+        if markers == {"ztsnr"} and not prediction:
+            raise ValueError(f"{path} has the marker ztsnr without v_pred: say prediction = v_prediction if it predicts v")
         if family.split_files:
             pipeline = split_files_pipeline(path, family, config, dtype, parts, given)
         else:
@@ -106,7 +109,7 @@ def load_policy(
     if prediction:
         if not issubclass(family, UNetPolicy):
             raise ValueError(f"prediction = {prediction!r} is for UNets: {path} predicts a flow")
-        pipeline.scheduler.register_to_config(prediction_type=prediction)
+        _set_prediction(path, pipeline, prediction)
     _check_complete(path, pipeline)
     _check_finite(path, pipeline)
     return family(pipeline, device, dtype, image_size, offload)
@@ -116,6 +119,19 @@ def _refuse_given(path: Path, given: Given) -> None:
     key = next((f.name for f in fields(given) if getattr(given, f.name)), "")
     if key:
         raise ValueError(f"{key} = {getattr(given, key)!r} is for a model in split files, as Z-Image's: {path} is none")
+
+
+def _set_prediction(path: Path, pipeline: Any, prediction: str) -> None:
+    """`epsilon` or `v_prediction`; `v_prediction+ztsnr` also rescales the schedule to zero terminal SNR."""
+    kind, plus, zero = prediction.partition("+")
+    if not plus:
+        pipeline.scheduler.register_to_config(prediction_type=prediction)
+        return
+    if (kind, zero) != ("v_prediction", "ztsnr"):
+        raise ValueError(f"prediction = {prediction!r}: use epsilon, v_prediction or v_prediction+ztsnr")
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=kind, **ZERO_SNR)
+    if not pipeline.scheduler.config.get("rescale_betas_zero_snr", False):
+        raise ValueError(f"{path}: its {type(pipeline.scheduler).__name__} has no zero terminal SNR: use DDPMScheduler or DDIMScheduler")
 
 
 def resolve(path: Path) -> tuple[type[DiffusersPolicy], ModelConfig | None]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..lora.scales import is_scale
 from .clip_words import write_tokenizer
-from .configs import Config, ModelConfig, PartClass
+from .configs import ZERO_SNR, Config, ModelConfig, PartClass
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
 from .quantised import read_scaled, refuse_scales
 
@@ -74,9 +74,9 @@ def single_file_pipeline(path: Path, family: type[DiffusersPolicy], config: Mode
     import diffusers
 
     shapes, scheduler = tensor_shapes(path), config.scheduler
-    if "v_pred" in shapes:  # the community's marker tensors
-        prediction = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in shapes}
-        scheduler = scheduler[0], {**scheduler[1], **prediction}
+    marked = {"prediction_type": "v_prediction"} if "v_pred" in shapes else {}  # the community's marker tensors
+    marked |= ZERO_SNR if "ztsnr" in shapes else {}
+    scheduler = scheduler[0], {**scheduler[1], **marked}
     prefix = _PREFIX if any(key.startswith(_PREFIX) for key in shapes) else ""
     inside = {key: shape for key, shape in shapes.items() if key.startswith(prefix) and not key.startswith(_OTHER_PARTS)}
     scales = list(filter(is_scale, shapes))

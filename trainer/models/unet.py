@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ..denoiser import per_sample
-from ..sampling import leading_timesteps
+from ..sampling import leading_timesteps, trailing_timesteps
 from .configs import AUTOENCODER, CLIP_L, CLIP_TEXT, DISCRETE, VAE, Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .prompts import Conditioning
 from .speed import upload
 
+LAST_SIGNAL = 4.8973451890853435e-08
+"""ᾱ of the last timestep for zero terminal SNR, ComfyUI's: σ = 4518.8."""
 UNET = ("diffusers", "UNet2DConditionModel")
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD15_UNET: Config = {
@@ -63,8 +65,11 @@ class UNetPolicy(DiffusersPolicy):
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(pipeline.scheduler).__name__} has no table of noise levels: EDM models are not supported")
         cumulative = torch.as_tensor(pipeline.scheduler.alphas_cumprod, dtype=torch.float64)
-        # a schedule of zero terminal SNR (arXiv:2305.08891) ends at ᾱ = 0: 2⁻²⁴ keeps σ finite, 4096
+        # a schedule of zero terminal SNR (arXiv:2305.08891) ends at ᾱ = 0: this keeps σ finite
         cumulative = cumulative.clamp(min=2**-24)
+        if pipeline.scheduler.config.get("rescale_betas_zero_snr", False):
+            cumulative[-1] = LAST_SIGNAL
+        self._spaced = trailing_timesteps if pipeline.scheduler.config.get("timestep_spacing") == "trailing" else leading_timesteps
         self.levels = ((1 - cumulative) / cumulative).sqrt()
         """σ of timesteps 0…999, increasing, float64."""
 
@@ -73,6 +78,9 @@ class UNetPolicy(DiffusersPolicy):
         """See DiffusersPolicy."""
         if "input_blocks.0.0.weight" not in shapes:
             return None
+        edm = next((key for key in shapes if key.startswith(("edm_mean", "edm_vpred."))), None)
+        if edm:
+            raise ValueError(f"it is an EDM model ({edm}): UNets of epsilon and v-prediction alone are supported")
         channels = shapes["input_blocks.0.0.weight"][1]
         if channels != 4:
             raise ValueError(f"its UNet takes {channels} channels: inpainting and editing models are not supported")
@@ -110,8 +118,8 @@ class UNetPolicy(DiffusersPolicy):
         return torch.where((exact - nearest).abs() < 1e-3, nearest, exact).float()
 
     def sigmas(self, steps: int) -> Tensor:
-        """The official `leading` grid with offset 1, and 0: (steps+1,)."""
-        levels = self.levels[torch.tensor(leading_timesteps(steps, len(self.levels)))]
+        """The official `leading` grid with offset 1, or `trailing` where the scheduler's configuration says so, and 0: (steps+1,)."""
+        levels = self.levels[torch.tensor(self._spaced(steps, len(self.levels)))]
         return torch.cat([levels, levels.new_zeros(1)]).float()
 
 

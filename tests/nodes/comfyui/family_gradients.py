@@ -16,7 +16,8 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
-from diffusers import AutoencoderKLQwenImage
+from comfy.k_diffusion.sampling import sample_euler
+from diffusers import AutoencoderKLQwenImage, DDPMScheduler
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from tiny import described, wan_vae
 
@@ -27,6 +28,7 @@ pipeline = Path(embedded.arguments[0])
 folders = dict(argument.split("=", 1) for argument in embedded.arguments[1:])
 FrameAutoencoder = embedded.ours("trainer.models.autoencoder").FrameAutoencoder
 core, graph, adapter = (embedded.ours(name) for name in ("trainer.policy", "nodes.policy", "nodes.adapter"))
+core_sampling = embedded.ours("trainer.sampling")
 MLP = ("ff.net.0.proj", "ff.net.2", "attn.to_out.0", "attn.to_add_out")
 SINGLE = ("single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out")
 TARGETS = {
@@ -57,13 +59,14 @@ PROMPTS = ["a red star", "a blue ring"]
 results = {}
 
 
-def converted(family, kind, unet_config, state, dtype):
-    """A MODEL with the weights `state` of a diffusers network."""
+def converted(family, kind, unet_config, state, dtype, markers):
+    """A MODEL with the weights `state` of a diffusers network; `markers` are tensors by which a checkpoint says its prediction."""
     state = {name: value.clone() for name, value in state.items()}
     config = kind(unet_config)
     config.set_inference_dtype(dtype, None)
     with torch.inference_mode():
-        model = config.get_model({}, "", device="cpu")
+        model = config.get_model(markers, "", device="cpu")
+        config.sampling_settings.pop("zsnr", None)  # which ComfyUI sets for all models to come
         if family == "sdxl":
             names = comfy.utils.unet_to_diffusers(unet_config)
             state = {there: state.pop(here) for here, there in names.items() if here in state}
@@ -104,7 +107,7 @@ def gradient(policy, noise, levels):
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
 
-def opened_in_graph(family, headless, dtype, shape):
+def opened_in_graph(family, headless, dtype, shape, *markers):
     """The same weights and prompts as a MODEL in a graph, without an adapter; the MODEL."""
     network = headless.network.get_base_model() if hasattr(headless.network, "get_base_model") else headless.network
     state = {name.replace(".base_layer", ""): value for name, value in network.state_dict().items() if ".lora_" not in name}
@@ -112,7 +115,8 @@ def opened_in_graph(family, headless, dtype, shape):
         conditioner = headless.pipeline.text_conditioner.state_dict()
         state |= {f"llm_adapter.{name}": value for name, value in conditioner.items()}
     texts = {p: conditioning(family, headless, p) for p in PROMPTS}
-    model = converted(family, *described(family, headless.network.config), state, dtype)
+    marked = {name: torch.zeros(0) for name in markers}
+    model = converted(family, *described(family, headless.network.config), state, dtype, marked)
     with torch.inference_mode():
         vae = wan_vae() if family in FRAMES else embedded.ours("nodes.demo").load_vae(pipeline)
     return graph.ComfyPolicy(model, vae, texts.get, shape), model
@@ -150,6 +154,29 @@ def in_graph(family, headless, dtype, checkpointing, noise, levels):
     with policy.loaded([], 2):
         found = gradient(policy, noise, levels)
     return {name: found[here] for name, here in names.items()}
+
+
+@torch.no_grad()
+def zero_snr(headless, folder, noise):
+    """v-prediction with zero terminal SNR, as ComfyUI reads it off a checkpoint's markers and its own sampler draws it: relative errors."""
+    zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline = headless.load_pipeline(Path(folder), torch.float32)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **zero)
+    ours = type(headless)(pipeline)
+    policy, model = opened_in_graph("sdxl", headless, torch.float32, noise.shape[1:], "v_pred", "ztsnr")
+    sampling, sigmas = model.get_model_object("model_sampling"), policy.sigmas(6)
+    start = sampling.noise_scaling(sigmas[0], noise.clone(), torch.zeros_like(noise), max_denoise=True)
+    mine = ours.denoiser(PROMPTS, adapter="base")
+    drawn = core_sampling.end_of(None, core_sampling.trajectory(mine, ours.start(noise, 6), ours.sigmas(6), None, "ddim"))
+    with policy.loaded([], 2):
+        theirs = policy.denoiser(PROMPTS, adapter="base")
+        first = theirs(start, sigmas[:1].expand(2))
+        ends = sample_euler(lambda x, sigma: theirs(x, sigma.expand(2)), start, sigmas, disable=True)
+    pairs = {"levels": (ours.levels, sampling.sigmas), "grid": (ours.sigmas(6)[:-1], sigmas[:-1]), "end": (drawn, ends)}
+    pairs["first"] = (mine(ours.start(noise, 6), ours.sigmas(6)[:1].expand(2)), first)
+    return {
+        name: float((a / b - 1).abs().max() if name in ("levels", "grid") else (a - b).norm() / b.norm()) for name, (a, b) in pairs.items()
+    }
 
 
 @torch.no_grad()
@@ -198,6 +225,8 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
         levels = torch.tensor([0.7, 0.4]) if family != "sdxl" else headless.sigmas(6)[2:4]
         wanted = gradient(headless, noise, levels)
         results[f"{family}, headless bfloat16"] = error(gradient(opened(family, folder, torch.bfloat16), noise, levels), wanted)
+        if family == "sdxl":
+            results["zero snr"] = zero_snr(headless, folder, noise)
         if family == "qwen":
             results["decoded"] = decoded(headless, noise)
         results[f"{family}, loaded"] = loaded(family, headless, noise, levels)
