@@ -59,7 +59,18 @@ class Timed:
     """A run whose steps are taken one by one, and the processor time that they took."""
 
     def __init__(self, folder: Path, seed: int, **more: Any) -> None:
-        config = build(TrainConfig, {**read_toml(PRESET), "out": str(folder), "seed": seed, "steps": 1000, "save_every": 1000, **more})
+        config = build(
+            TrainConfig,
+            {
+                **read_toml(PRESET),
+                "out": str(folder),
+                "seed": seed,
+                "steps": 1000,
+                "save_every": 1000,
+                "cache": str(folder.parent / "cache"),
+                **more,
+            },
+        )
         parts = load_parts(config, "cpu", ALONE)
         place_parts(config, parts, "cpu")
         self.run = Run.start(config, parts, overwrite=True)
@@ -76,7 +87,7 @@ class Timed:
         settings = Generation(self.run.config.method.steps, guidance_scale=1.0, tuned_guidance_scale=1.0, seed=99)
         mix = combined(settings.base, settings.tuned(), 0 if adapter == "tuned" else settings.steps)
         images = generate(self.run.policy, prompts, settings, {"": mix})[""]
-        return {name: float(load_reward(name)(images, prompts).mean()) for name in ("demo-proxy", *HELD_OUT)}
+        return {name: float(load_reward(name, True)(images, prompts).mean()) for name in ("demo-proxy", *HELD_OUT)}
 
 
 def equal_time(seed: int, steps: int, say: Callable[[str], object]) -> None:
@@ -95,26 +106,33 @@ def equal_time(seed: int, steps: int, say: Callable[[str], object]) -> None:
                 say(f"| {seed} | {name} | {run.number} | {run.seconds:.0f} | {gains} |")
 
 
+def gradients(batches: int, say: Callable[[str], object]) -> None:
+    """Cosine of the gradients, and time and memory of a step."""
+    stepper = embedded()
+    with torch.no_grad():  # an adapter that is somewhere: at first one half of it is zero
+        for parameter in stepper.policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    one, summed = cosines(stepper, batches)
+    say(f"cosine of the LoRA's gradient, {batches} micro-batches of 16: median {statistics.median(one):.3f}, "
+        f"{min(one):.3f} to {max(one):.3f}; of their sum {summed:.3f}")  # fmt: skip
+    for batch in (4, 16):
+        off, on = Case(batch=batch), Case(batch=batch, tiny=True)
+        times = pair(stepper, off, on, 7)
+        say(f"batch {batch}: tiny/whole {times.work:.2f} of the processor time, {peak_mb(off):.0f} MB and {peak_mb(on):.0f} MB")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="Measure reward gradients through the tiny decoder")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--gains", action="store_true", help="the gains alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     say = lambda line: print(line, flush=True)  # noqa: E731
-    stepper = embedded()
-    with torch.no_grad():  # an adapter that is somewhere: at first one half of it is zero
-        for parameter in stepper.policy.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    one, summed = cosines(stepper, args.batches)
-    say(f"cosine of the LoRA's gradient, {args.batches} micro-batches of 16: median {statistics.median(one):.3f}, "
-        f"{min(one):.3f} to {max(one):.3f}; of their sum {summed:.3f}")  # fmt: skip
-    for batch in (4, 16):
-        off, on = Case(batch=batch), Case(batch=batch, tiny=True)
-        times = pair(stepper, off, on, 7)
-        say(f"batch {batch}: tiny/whole {times.work:.2f} of the processor time, {peak_mb(off):.0f} MB and {peak_mb(on):.0f} MB")
+    if not args.gains:
+        gradients(args.batches, say)
     say("| seed | decoder | steps | processor s | training reward | held-out | gold |\n|---|---|---|---|---|---|---|")
     for seed in range(args.seeds):
         equal_time(seed, args.steps, say)

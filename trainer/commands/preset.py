@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import ConfigError
 from ..runtime.files import write_text
-from ..training.presets import METHODS, RECOMPUTED, ROWS, SHORT, Line, Row, guidance, quote
+from ..training.presets import METHODS, ROWS, SHORT, Line, Row, guidance, quote, recomputed
 
 _COMMENTS_AT = 40
 
@@ -76,7 +76,7 @@ def text_of(method: str, model: str, stem: str = "") -> str:
         ("gradient_accumulation_steps", str(settings.samples // row.batch), ""),
         ("learning_rate", settings.rate, ""),
         *settings.more,
-        *((f"gradient_checkpointing_{part}", "true", "") for part in RECOMPUTED),
+        *recomputed(method, row),
         ("save_every", str(settings.save_every), ""),
     ]
     watch: list[Line] = [

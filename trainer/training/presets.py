@@ -71,9 +71,6 @@ ROWS: dict[str, Row] = {
 }
 """By the name of a published model (`models.load.MODELS`)."""
 
-RECOMPUTED = ("denoiser", "vae", "reward")
-"""Parts whose activations a preset recomputes in the backward pass."""
-
 SHORT = {"sd35": "sd35-medium", "flux": "flux-dev", "klein": "flux2-klein-4b"}
 """Names in `presets/` that stand for a published model."""
 
@@ -95,6 +92,13 @@ class Method:
     heldout: str = "imagereward"
     every: int = 100
     save_every: int = 50
+
+
+def recomputed(name: str, row: Row) -> list[Line]:
+    """What a preset recomputes in the backward pass: the decoder alone where that fits 24 GB, which is faster; `--vram` adds the rest."""
+    if name in ("refl", "imagerefl") and row.size == 512:
+        return [("gradient_checkpointing_vae", "true", "takes 20 GB; on a smaller card add --vram=12, which recomputes more")]
+    return [(f"gradient_checkpointing_{part}", "true", "") for part in ("denoiser", "vae", "reward")]
 
 
 def quote(text: str) -> str:
