@@ -60,6 +60,7 @@ ORDER = (
     ("lora",),
     ("models",),
     ("rewards",),
+    ("noise",),
     ("metrics",),
     ("objectives",),
     ("scoring",),

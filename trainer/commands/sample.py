@@ -16,7 +16,7 @@ from ..generate import Generation, batches, generate
 from ..guidance import Mix, Switch, cfg, combined
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
-from . import searching
+from . import optimising, searching
 from .guiding import add_guide, guiding
 from .image_folder import ImageFolder
 from .options import add_generation, generation_of, policy_of, prompts_of
@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
     add_generation(parser)
     searching.configure(parser)
+    optimising.configure(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     switch, until = (None, None) if guide else (parts.switch(args.switch), _until(args, parts))
     folder = ImageFolder(args.out)
     folder.check(resume=args.resume, overwrite=args.overwrite)
-    search = searching.Searching.open(args, prompts, folder)
+    optimised = optimising.Optimising.open(args, prompts, folder)
+    search = None if optimised else searching.Searching.open(args, prompts, folder)
+    if optimised:
+        optimised.check_memory(settings, max(settings.guidance_scale, settings.tuned_guidance_scale if parts.tuned else 0))
     policy = policy_of(args)
     models = parts.load(policy, settings)
     levels, k = _schedule(policy, models.get("tuned", policy), settings, switch, until)
@@ -75,12 +79,15 @@ def run(args: argparse.Namespace) -> int:
         **parts.facts,
         **_facts(args, prompts),
         **(search.facts() if search else {}),
+        **(optimised.facts() if optimised else {}),
     }
     searcher = search.searcher(policy, settings, mix, models, levels) if search else None
     folder.begin({**settings.facts, **facts}, resume=args.resume, overwrite=args.overwrite)
     try:
         if search is not None and searcher is not None:
             new = search.draw(searcher, prompts, folder)
+        elif optimised is not None:
+            new = optimised.draw(optimised.optimiser(policy, settings, mix, models, levels), prompts, folder)
         else:
             new = _draw(policy, prompts, settings, mix, models, folder, levels)
     except KeyboardInterrupt:

@@ -89,11 +89,12 @@ def meta_models(config: TrainConfig) -> MetaModels:
     if config.gradient_vae:
         open_gradient_vae(policy, config.gradient_vae)
     features = load_features(config.features, "meta") if config.features else None
-    heldout = _meta_reward(config.watch.heldout) if config.watch.every and config.watch.heldout else None
-    return MetaModels(policy, _meta_reward(config.reward, config.reward_dtype), features, heldout, *_data_size(config))
+    heldout = meta_reward(config.watch.heldout) if config.watch.every and config.watch.heldout else None
+    return MetaModels(policy, meta_reward(config.reward, config.reward_dtype), features, heldout, *_data_size(config))
 
 
-def _meta_reward(spec: str, dtype: str = "float32") -> RewardModel:
+def meta_reward(spec: str, dtype: str = "float32") -> RewardModel:
+    """A reward, or a weighted sum, without weights."""
     names = [name for name, _ in parse_weights(spec)]
     specs = [RewardSpec(n, UntrackedReward()) if n.endswith(".py") else load(n, "meta", DTYPES[dtype]) for n in names]
     reward = specs[0].reward if len(specs) == 1 else WeightedSum(specs, raw=True)
