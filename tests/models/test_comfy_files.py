@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
 from trainer.models import load
-from trainer.models.comfy_files import find_part
+from trainer.models.comfy_files import _empty, find_part
 from trainer.models.configs import T5_XXL
 from trainer.models.load import MODELS
 from trainer.models.split_files import Given, published_by_name
@@ -158,6 +158,16 @@ def test_a_folder_takes_no_files_beside_it(family_folder, capsys):
         load.load_policy(family_folder("z-image"), given=Given(vae="x"))
     assert main(["sample", "--model", str(family_folder("z-image")), "--text-encoder", "y", "--prompt", "a", "--out", "x"]) == 2
     assert "text_encoder = 'y' is for a model in split files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "theta"), [("z-image", 1e6), ("flux2-klein-9b", 1e6), ("krea2", 5e6), ("qwen-image", 1e6), ("anima", 1e6)]
+)
+def test_a_text_encoder_turns_its_positions_as_comfyuis_does(name, theta):
+    """Rotary frequencies of the published configurations, which no file of weights states, by the constants of ComfyUI 0.33."""
+    part, settings = MODELS[name][1].parts["text_encoder"]
+    found = [value for key, value in _empty(part, settings).named_buffers() if key.endswith("rotary_emb.inv_freq") and "visual" not in key]
+    torch.testing.assert_close(found, [theta ** -(torch.arange(0, 128, 2) / 128)], rtol=1e-5, atol=0)
 
 
 def test_t5_has_one_embedding(tmp_path):

@@ -77,8 +77,12 @@ QWEN3_06B: Config = {
     "max_position_embeddings": 32768,
 }
 QWEN3_8B: Config = {**QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+_INTERLEAVED = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 QWEN3_VL_4B: Config = {
-    "text_config": {**QWEN3_4B, "max_position_embeddings": 262144},
+    "text_config": {
+        **{key: value for key, value in QWEN3_4B.items() if key != "rope_theta"},
+        **{"max_position_embeddings": 262144, "rope_parameters": _INTERLEAVED},
+    },
     "vision_config": {
         **{"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560},
         "deepstack_visual_indexes": [5, 11, 17],
