@@ -105,6 +105,15 @@ def test_parquet_tars_and_urls_are_read_and_a_damaged_one_is_listed(folder, capf
     assert {row["prompt"]: row["slow.py"] for row in rows(folder / "out")} == expected and len(rows(folder / "out")) == 40
 
 
+def test_what_the_cluster_or_a_worker_lacks_is_one_line(folder, capfd):
+    assert main(ray_score(folder / "out", "--device", "cuda", "--workers", "2")) == 2
+    assert "error: --workers 2 need 2 of Ray's GPUs, the cluster has 0: give fewer" in capfd.readouterr().err
+    (folder / "bad.py").write_text("import sys\nif 'default_worker' in sys.argv[0]:\n    raise ImportError('no such thing')\n" + SLOW)
+    assert main(ray_score(folder / "out", "--overwrite", reward="bad.py")) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line]
+    assert line == "error: --engine ray: ValueError: bad.py fails when it is imported: ImportError: no such thing"
+
+
 def test_a_killed_worker_is_replaced_and_the_table_is_the_same(folder, capfd):
     expected = [(row.path, row.raw["slow.py"]) for row in score(find_items(["in"]), [load("slow.py")], batch=4)]
     (folder / "seconds").write_text("0.4")

@@ -12,6 +12,7 @@ from ..data.report import Report
 from ..rewards.weighted import RewardSpec
 from ..scoring.ray_engine import Scoring, check_ray, on_ray, score_shards
 from ..scoring.shards import find_shards
+from ..text import valid
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def run_on_ray(args: argparse.Namespace, parts: Sequence[RewardSpec], settings: 
     report.show()
     rewards = tuple((part.name, part.weight) for part in parts)
     shared = {key: getattr(args, key) for key in ("form", "raw", "size", "prompt", "prompt_column", "batch", "device")}
+    shared["prompt"] = None if args.prompt is None else valid(args.prompt)
     scoring = Scoring(rewards, args.out[0], **shared)
     found = score_shards(shards, scoring, settings, on_ray(args.workers), resume=args.resume, overwrite=args.overwrite)
     earlier = f", {found.before} of them before" if found.before else ""

@@ -200,9 +200,14 @@ def on_ray(workers: int) -> Engine:
         here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(workers, os.cpu_count() or 1), "include_dashboard": False}
         library.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, logging_level=logging.ERROR, **here)
         try:
+            gpus = int(scoring.device.startswith("cuda"))
+            for kind, wanted in (("CPU", workers), ("GPU", gpus * workers)):  # Ray would wait for what is not there
+                if (there := library.cluster_resources().get(kind, 0)) < wanted:
+                    raise ConfigError(f"--workers {workers} need {wanted} of Ray's {kind}s, the cluster has {there:g}: give fewer")
             context: Any = data.DataContext.get_current()
             context.enable_progress_bars, context.max_errored_blocks = False, -1  # the driver lists what is lacking
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            for name in ("ray", "ray.data"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)  # whose tracebacks end as one line below
             rows: Any = data.from_items([{"shard": shard.text()} for shard in shards], override_num_blocks=len(shards))
             scored = rows.map_batches(
                 _Actor,
@@ -210,9 +215,11 @@ def on_ray(workers: int) -> Engine:
                 batch_size=1,
                 compute=data.ActorPoolStrategy(size=workers),
                 num_cpus=1,
-                num_gpus=1 if scoring.device.startswith("cuda") else 0,
+                num_gpus=gpus,
             )
             yield from ((row["name"], row["reason"]) for row in scored.iter_rows())
+        except library.exceptions.RayError as error:
+            raise ConfigError(f"--engine ray: {str(error).strip().splitlines()[-1]}") from error
         finally:
             library.shutdown()
 
