@@ -163,6 +163,21 @@ def test_animas_original_names_are_those_that_diffusers_reads_in_every_spelling(
     assert len(stems) == 28 * 16 + 6 and not any(map(is_text, stems)) and other_family([*stems, *kohya]) == ""
 
 
+def test_an_anima_lora_of_kohya_is_written_by_the_names_that_both_hosts_load(tmp_path, capsys):
+    """ComfyUI knows no diffusers' names for Anima, and diffusers' loader no kohya's."""
+    from diffusers import AnimaModularPipeline
+
+    down, up = random(2, 2048), random(2048, 2, seed=1)
+    save_file(pair("lora_unet_blocks_0_self_attn_q_proj", down, up, 1.0), tmp_path / "in.safetensors")
+    status, said = convert(capsys, tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "diffusers")
+    assert status == 0 and "of anima" in said, said
+    written = load_file(tmp_path / "out.safetensors")
+    stem = "diffusion_model.blocks.0.self_attn.q_proj"
+    assert set(written) == {f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"} and torch.equal(written[f"{stem}.lora_B.weight"], 0.5 * up)
+    theirs = AnimaModularPipeline.lora_state_dict(written)
+    assert set(theirs) == {f"transformer.transformer_blocks.0.attn1.to_q.lora_{half}.weight" for half in "AB"}
+
+
 def test_a_lora_of_animas_text_conditioner_is_refused_with_the_way_out(family_folder, tmp_path):
     inside, conditioner = "diffusion_model.blocks.0.self_attn.q_proj", "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj"
     save_file({**pair(inside, random(2, 32), random(32, 2)), **pair(conditioner, random(2, 32), random(32, 2))}, tmp_path / "a.safetensors")
