@@ -175,6 +175,7 @@ def test_single_files_are_known_by_their_shapes(name):
         (("input_hint_block.0.weight",), "it is ControlNet, .*; nearest: its base model's UNet"),
         (("encoder.conv_in.weight", "decoder.conv_in.weight"), "it is an autoencoder, not a model: give the file of the network"),
         (("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"), "it is a text encoder, not a model"),
+        (("blocks.0.mlp.layer1.weight", "x_embedder.proj.1.weight"), "it is a Cosmos Predict2 .*: of that architecture only Anima is"),
         (("something.weight",), "it is not a known model: known are sd15"),
     ],
 )
