@@ -174,6 +174,16 @@ def test_training_tiny_families_in_a_graph_has_the_headless_gradient(family_grad
 
 @comfyui
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["zimage", "klein", "krea"])
+def test_base_to_turbo_equals_two_stock_samplers_in_a_chain(family_gradients, family):
+    if f"{family}, base to turbo" not in family_gradients:
+        pytest.skip(f"this ComfyUI has no {family}")
+    error, effect = family_gradients[f"{family}, base to turbo"]
+    assert error < 1e-5 and effect > 1e-2
+
+
+@comfyui
+@pytest.mark.slow
 def test_a_video_autoencoder_decodes_one_frame_as_headless(family_gradients):
     """Image, gradient and encoded latents, for one set of weights in both hosts."""
     if "decoded" not in family_gradients:

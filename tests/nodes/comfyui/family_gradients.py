@@ -12,11 +12,14 @@ import embedded  # first: it puts ComfyUI on the path
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import comfy_extras.nodes_custom_sampler as custom
 import torch
 from comfy.k_diffusion.sampling import sample_euler
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from diffusers import AutoencoderKLQwenImage, DDPMScheduler
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from tiny import described, wan_vae
@@ -55,6 +58,7 @@ KNOWN = {
     "chroma": "ZImage",
 }  # classes that old versions lack; their Chroma has other names
 FRAMES = ("krea", "qwen", "anima")  # latents of a video autoencoder
+SHIFTED = {"zimage": True, "klein": False, "krea": False}  # families with turbo models, and whether the test gives it another shift
 PROMPTS = ["a red star", "a blue ring"]
 results = {}
 
@@ -196,6 +200,41 @@ def loaded(family, headless, noise, levels):
     return {"unknown": unknown, "changed": changed, "error": float((found - wanted).norm() / (wanted - base).norm())}
 
 
+@torch.inference_mode()
+def base_to_turbo(family, headless):
+    """Combined KSampler over a base and a turbo MODEL with other weights and shift, against two stock samplers in a chain: the relative
+    error, and the difference to the base alone.
+    """
+
+    def model(turbo=False):
+        made = opened_in_graph(family, headless, torch.float32, headless.latent_shape)[1]
+        for value in made.model.diffusion_model.state_dict().values() if turbo else ():
+            value.mul_(1.05)
+        return (
+            ModelSamplingSD3().patch(made, 5.0, made.get_model_object("model_sampling").multiplier)[0]
+            if turbo and SHIFTED[family]
+            else made
+        )
+
+    def stock(model, sigmas, noisy, latent, seed):
+        arguments = (model, noisy, seed, 2.0, positive, negative, comfy.samplers.sampler_object("euler"), sigmas, latent)
+        if hasattr(custom.SamplerCustom, "execute"):
+            return custom.SamplerCustom.execute(*arguments).args[0]
+        return custom.SamplerCustom().sample(*arguments)[0]
+
+    positive, negative = (conditioning(family, headless, prompt) for prompt in PROMPTS)
+    # zeros would get the channels of the published model
+    empty = {"samples": torch.full((1, headless.latent_shape[0], 8, 8), 1e-30 if family == "klein" else 0.0)}
+    wide, short = (comfy.samplers.KSampler(model(t), n, "cpu", "euler", "simple", 1.0, {}).sigmas for t, n in ((False, 12), (True, 4)))
+    sigmas = torch.cat([wide[wide > short[1] * 1.0001], short[1:]])
+    between = stock(model(), sigmas[:-3], True, empty, 1)
+    wanted, base = stock(model(True), sigmas[-4:], False, between, 2)["samples"], stock(model(), wide, True, empty, 1)["samples"]
+    widgets = ("last steps", 3.0, 1.0, 1, 12, 2.0, 2.0, "euler", "simple")
+    node = embedded.ours("nodes.combined").CombinedKSampler
+    found = node.execute(model(), model(True), *widgets, positive, negative, empty, 1.0, tuned_steps=4).args[0]["samples"]
+    return [float((one - wanted).norm() / wanted.norm()) for one in (found, base)]
+
+
 def error(found, wanted):
     """Relative, of all modules joined."""
     found, wanted = (torch.cat([g[name].flatten().float() for name in wanted]) for g in (found, wanted))
@@ -229,6 +268,8 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             results["zero snr"] = zero_snr(headless, folder, noise)
         if family == "qwen":
             results["decoded"] = decoded(headless, noise)
+        if family in SHIFTED:
+            results[f"{family}, base to turbo"] = base_to_turbo(family, headless)
         results[f"{family}, loaded"] = loaded(family, headless, noise, levels)
         for dtype in (torch.float32, torch.bfloat16):
             for kept in ("kept", "recomputed"):
