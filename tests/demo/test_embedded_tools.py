@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from tools.embedded import claim, distil, pretrain, results, tables
+from tools.embedded import claim, distil, pretrain, results, tables, turbo
 from trainer.metrics.frontier import Curves
 
 STAGES = ("vae", "latents", "decoder", "unet", "gallery", "samples", "reader", "proxy", "heldout", "extractor")
@@ -77,3 +77,18 @@ def test_a_seed_of_the_claim_is_trained_judged_and_continues_after_a_stop(tmp_pa
     assert all(len(row["gold"]) == 2 for row in record["points"].values())
     curves = Curves(record["points"])
     assert curves.lead(["refl 2"], ["refl 2"], "gold") == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.full
+def test_base_to_turbo_counts_calls_and_draws_a_line_for_each_way(monkeypatch):
+    monkeypatch.setattr(turbo, "ALONE", {turbo.BASE: (2, 4), turbo.LORA: (2,)})
+    monkeypatch.setattr(turbo, "COMBINED", ((4, 2, 1),))
+    found = turbo.measure(2, 2, 0)
+    assert {row["name"]: row["calls"] for row in found["rows"]} == {
+        **{"base alone, 2 steps": 4, "base alone, 4 steps": 8, "few-step LoRA alone, 2 steps": 2},
+        "base for 3 of 4, LoRA for the last 1 of 2": 7,  # timesteps 751, 501, 251, 1 and 501, 1
+    }
+    assert all(low <= mean <= high for row in found["rows"] for mean, low, high in (row[key] for key in turbo.FIGURES))
+    assert len(turbo.table(found).splitlines()) == 2 + 4
+    panels = turbo.figure(found).axes
+    assert [len(panel.containers) for panel in panels] == [3, 3]
