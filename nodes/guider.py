@@ -111,14 +111,16 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
         found: dict[Branch, Any] = {}
         for model in dict.fromkeys(model for model, _ in branches):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            names = [name for other, name in branches if other == model]
-            conds, options = [self.conds[name] for name in names], by(model)
+            used = [name for other, name in branches if other == model]
+            # the positive is the first and what stands for a negative the second: patches tell them by their place
+            names = [PROMPT, *([name for name in (NEGATIVE, PROXY) if name in used])]
+            conds, options = [self.conds[name] if name in used else None for name in names], by(model)
             if "sampler_calc_cond_batch_function" in options:
                 given = {"conds": conds, "input": x, "sigma": timestep, "model": self.inner_model, "model_options": options}
                 out = options["sampler_calc_cond_batch_function"](given)
             else:
                 out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-            found.update({(model, name): value for name, value in zip(names, out)})
+            found.update({(model, name): value for name, value in zip(names, out) if name in used})
         return found
 
     def _guided(

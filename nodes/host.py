@@ -67,6 +67,12 @@ _NEEDED = {
         "comfy.model_base:BaseModel.memory_required",
         "comfy.model_management:load_models_gpu memory_required",
     ),
+    "guide by density": (
+        "comfy.patcher_extension:WrappersMP.PREDICT_NOISE",
+        "comfy.model_patcher:ModelPatcher.add_wrapper_with_key",
+        "comfy.model_sampling:CONST",
+        "comfy.model_sampling:EPS",
+    ),
     "load LoRAs": (
         "comfy.lora:model_lora_keys_unet",
         "comfy.lora:load_lora log_missing",

@@ -91,3 +91,19 @@ def test_a_proxy_prompt_is_the_far_side_of_the_negative(told):
     """Longer embeddings meet shorter ones repeated; pooled embeddings too; the rest is the positive's."""
     shape, pooled, area, error = told["proxy"]
     assert shape == [1, 154, 128] and pooled == pytest.approx(-0.5) and area == 1 and error < 1e-6
+
+
+@comfyui
+@pytest.mark.full
+def test_density_guidance_acts_on_what_any_guider_predicts(told):
+    """By hand in double precision: the stock guider in three samplers, a flow model, and over RL guidance."""
+    assert len(told["density"]) == 5 and max(told["density"].values()) <= 1e-5, told["density"]
+    assert told["density matters"] > 1e-3 and told["density 0.5"]
+
+
+@comfyui
+@pytest.mark.full
+def test_noise_has_the_median_length_times_the_scale(told):
+    """√(N − 2/3) is the median of chi with N = 256 degrees of freedom to 1e-4; the direction is that of the noise given."""
+    lengths, turned = told["noise"]
+    assert lengths == pytest.approx([1.1 * (256 - 2 / 3) ** 0.5] * 3, rel=1e-4) and turned < 0.05 and told["noise as drawn"]

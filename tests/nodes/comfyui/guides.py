@@ -4,6 +4,7 @@ Usage: guides.py COMFYUI PACK PIPELINE LORA STYLE_LORA. Prints one JSON line.
 """
 
 import json
+import math
 
 import embedded  # first: it puts ComfyUI on the path
 import comfy.model_management
@@ -15,6 +16,7 @@ import comfy_extras.nodes_cfg
 import comfy_extras.nodes_custom_sampler
 import comfy_extras.nodes_model_advanced
 import latent_preview
+import tiny
 import torch
 from compare import SAMPLERS, combined, error, switch
 from safetensors.torch import load_file
@@ -222,4 +224,51 @@ with torch.inference_mode():
     far = proxies.proxy_prompt(twice, [[negative[0][0], {"pooled_output": torch.zeros(1, 8)}]], 0.5)
     results["proxy"] = [list(far[0][0].shape), far[0][1]["pooled_output"].mean().item(), far[0][1]["area"]]
     results["proxy"].append(error(far[0][0], 1.5 * torch.cat([negative[0][0]] * 2, 1) - 0.5 * twice[0][0]))
+
+    # density guidance over any guider, and the length of noise
+    class Denser(comfy.samplers.CFGGuider):
+        """The truth: η = 1 + √(2N)·Φ⁻¹(0.3) / ‖ε̂‖² by hand, on what another guider predicts."""
+
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            self.other.inner_model, self.other.conds = self.inner_model, self.conds
+            clean = self.other.predict_noise(x, timestep, model_options, seed)
+            signal = 1 - timestep if self.flow else torch.ones_like(timestep)
+            out = []
+            for one, d, a, s in zip(x.double(), clean.double(), signal.double(), timestep.double()):
+                epsilon = (one - a * d) / s
+                eta = 1 - math.sqrt(2 * one.numel()) * 0.5244005127080407 / float(epsilon.square().sum())
+                out.append(d if a < 1e-3 else d - (eta - 1) * s / a * epsilon)
+            return torch.stack(out).to(x)
+
+    def denser(made, flow=False):
+        over = Denser(made.model_patcher)
+        over.other, over.flow, over.original_conds = made, flow, made.original_conds
+        return over
+
+    detail = embedded.ours("nodes.detail")
+    results["density"] = {}
+    dial = lambda model, q=0.3: detail.DensityGuidance.execute(model, q).result[0]  # noqa: E731
+    dense = dial(base)
+    for sampler in ("euler", "dpmpp_2m", "euler_cfg_pp"):
+        expected = sampled(denser(ours("npo", base)), sampler)
+        results["density"][sampler] = error(plain(dense, S, sampler), expected)
+    results["density"]["over a guide"] = error(
+        sampled(ours("rl", dense, embedded.with_lora(dense, reward)[0]), "euler"), sampled(denser(ours("rl", base, tuned)), "euler")
+    )
+    results["density matters"] = error(plain(dense, S), plain(base, S))
+    results["density 0.5"] = dial(base, 0.5) is base
+    START, wide = (
+        torch.zeros(2, 16, 8, 8),
+        [[[torch.randn(1, 77, 4096, generator=rng), {"pooled_output": torch.randn(1, 2048)}]] for _ in "ab"],
+    )
+    positive, negative = wide
+    streaming = tiny.sd3(1)
+    results["density"]["flow"] = error(
+        plain(dial(streaming), S, "euler", (positive, negative)), sampled(denser(ours("npo", streaming), True), "euler")
+    )
+    noise = comfy_extras.nodes_custom_sampler.Noise_RandomNoise(3)
+    given = {"samples": torch.zeros(3, 4, 8, 8)}
+    drawn, longer = (one.generate_noise(given) for one in (noise, detail.NoiseLength.execute(noise, 0.5, 1.1).result[0]))
+    results["noise"] = [longer.flatten(1).norm(dim=1).tolist(), error(longer / longer.norm() * drawn.norm(), drawn)]
+    results["noise as drawn"] = torch.equal(detail.NoiseLength.execute(noise, 0.0, 1.0).result[0].generate_noise(given), drawn)
 print(json.dumps(results))
