@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.hosts import chosen, environment
+from tests.helpers.tokens import template_tokenizer
 from trainer.data.batches import Images
 from trainer.denoiser import per_sample
 from trainer.lora.file import save_lora
@@ -93,6 +94,8 @@ def tiny_text(kind, config):
         small = {"num_layers": 1, "d_ff": 64, "num_heads": 1}
     if kind.startswith("Qwen3"):  # whose layers 9, 18 and 27 are klein's conditioning, and 2, 5, … 35 Krea 2's
         small |= {"num_hidden_layers": 36, "num_key_value_heads": 1, "vocab_size": 64}
+    if kind.startswith("Qwen2"):  # whose rotary sections are of a head's true width
+        small = {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64}
     if "text_config" in config:
         eyes = {"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "deepstack_visual_indexes": [0]}
         small = {"text_config": {**config["text_config"], **small}, "vision_config": {**config["vision_config"], **eyes}}
@@ -147,10 +150,15 @@ def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
     for i, part in enumerate(p for p in model.parts if p.startswith("text_encoder")):
         clip = model.parts[part][0][1].startswith("CLIP")
         parts[part.replace("text_encoder", "tokenizer")] = clip_tokenizer(folder / f"words{i}") if clip else letters()
+        if "text_config" in model.parts[part][1]:  # a vision-language model, whose template is long
+            parts["tokenizer"] = template_tokenizer()
     parts |= {name: letters() for name in family.more_tokenizers}
     scheduler = getattr(diffusers, model.scheduler[0])(**model.scheduler[1])
     pipeline = family.assemble(**{**family.arguments, **model.arguments, **parts, "scheduler": scheduler})
-    return family(pipeline, device, dtype, size)
+    policy = family(pipeline, device, dtype, size)
+    if "text_config" in model.parts["text_encoder"][1]:
+        policy.max_tokens = 16  # its padding is masked, and takes most of the time
+    return policy
 
 
 def reduced(kind):
