@@ -66,7 +66,7 @@ def load_tiny_decoder(policy: DiffusersPolicy, path: Path) -> TinyDecoder:
             f"{policy.latent_shape[0]} at {policy.autoencoder.downscaling}: use {policy.tiny_decoder}"
         )
     if policy.device.type == "meta":
-        return TinyDecoder(vae.to(policy.dtype), patch)
+        return TinyDecoder(vae, patch).to(policy.dtype)
     state = {names[key]: value for key, value in load_file(weights).items() if key in names}
     vae.decoder.load_state_dict(state, strict=True, assign=True)
     if endless := next((key for key, value in state.items() if not bool(value.isfinite().all())), None):
