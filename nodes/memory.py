@@ -230,7 +230,8 @@ def smallest(config: TrainConfig, given: set[str], processes: int = 1) -> TrainC
 def _given(policy: ComfyPolicy) -> set[str]:
     """What no mode changes: ComfyUI chooses the weights' precision, and not every denoiser has blocks that can be recomputed."""
     known = any(type(module).__name__ in DENOISER_BLOCKS for module in policy.model.model.diffusion_model.modules())
-    return {"model_options.dtype", *([] if known else ["gradient_checkpointing_denoiser"])}
+    weights = {setting.key for setting in SETTINGS if setting.key.startswith("model_options.")}
+    return {*weights, *([] if known else ["gradient_checkpointing_denoiser"])}
 
 
 def _words(before: TrainConfig, after: TrainConfig) -> str:

@@ -49,8 +49,13 @@ def fitted_to(policy: Adaptable, adapter: Adapter, path: Path) -> Adapter:
     try:
         if unknown:
             raise ValueError(f"was made for another model: {len(unknown)} of {len(adapter.updates)} modules unknown, first {unknown[0]}")
-        return adapter.fitted({name: modules[name].weight.shape for name in adapter.updates})
+        return adapter.fitted({name: _shape(modules[name]) for name in adapter.updates})
     except ValueError as error:
         known = importlib.import_module("..models.lora_family", __package__).fitting(adapter)  # lora/ must not depend on models/
         reason = f"{error}; it is for {' or '.join(known)}" if known else adapter.family if unknown and adapter.family else str(error)
         raise ValueError(f"{path} {reason}") from error
+
+
+def _shape(module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Of a module's weight before it was quantised: 4-bit weights are stored as a column."""
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)

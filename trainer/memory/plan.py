@@ -62,6 +62,8 @@ class Plan:
     phases: dict[str, int]
     micro_batch: int
     allowance: int
+    waiting: int = 0
+    """Bytes in host memory while a GPU trains: what is offloaded to it, and encoded data."""
 
     @property
     def counted(self) -> int:
@@ -93,7 +95,8 @@ def plan(config: TrainConfig, models: MetaModels, tracker: MemoryTracker, proces
     phase, peak = max(tracker.phases.items(), key=lambda item: item[1].bytes)
     components = {name: size for name, size in peak.components.items() if size}
     phases = {name: peak.bytes for name, peak in tracker.phases.items()}
-    return Plan(components, f"{phase}: {peak.running}", phases, run.micro_batch, allowance(peak.bytes, config.device))
+    moment = f"{phase}: {peak.running}"
+    return Plan(components, moment, phases, run.micro_batch, allowance(peak.bytes, config.device), run.waiting())
 
 
 def without_side_effects(config: TrainConfig, folder: Path) -> TrainConfig:
@@ -129,7 +132,7 @@ class _DryRun:
             "reward weights": ([r for r in (models.reward, models.features) if r is not None], wordings, texts),
             _HELDOUT: ([models.heldout] if models.heldout else [], list(self.prompts), evaluated),
         }
-        self.held = self._held()
+        self.held, self.encoded = self._held(), 0
 
     def _text_towers(self, component: str) -> list[nn.Module]:
         """The text towers of these rewards that wait on the CPU."""
@@ -174,8 +177,15 @@ class _DryRun:
 
     def _keep(self, component: str, size: int, limit: int) -> None:
         """Encoded data stay in the CPU's memory; with a cache on disk up to `limit` bytes."""
+        self.encoded += min(size, limit) if self.config.cache else size
         if self.on_cpu:
             self.held[component] = [torch.empty(min(size, limit) if self.config.cache else size, dtype=torch.uint8, device=META)]
+
+    def waiting(self) -> int:
+        """See Plan."""
+        offloaded = [tensor for name in (*_ENCODERS, _HELDOUT) for tensor in self.held[name]]
+        towers = tensors(*(tower for name in self.rewards for tower in self._text_towers(name)))
+        return 0 if self.on_cpu else self.encoded + sum(tensor.nbytes for tensor in ([*offloaded, *towers] if self.offload else []))
 
     def encode_images(self) -> None:
         """The largest batch of images that is encoded at once."""

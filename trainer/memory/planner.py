@@ -11,12 +11,14 @@ from ..data.captions import read_captions, read_prompts
 from ..data.hub import PREFIX
 from ..data.report import Report
 from ..models.open import DTYPES, open_consistency, open_gradient_vae, open_policy
+from ..models.quantisation import read_bytes
 from ..rewards.base import RewardModel
 from ..rewards.registry import load, load_features
 from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
 from ..runtime.processes import ALONE, Processes
 from ..training.config import TrainConfig
 from .dry_run import MemoryTracker, dry_run
+from .offload import offloads, tensors
 from .plan import MetaModels, Plan, plan
 from .savings import GB, savings
 from .stand_ins import UntrackedReward
@@ -73,6 +75,9 @@ class Planner:
         rows += [(found.allowance, f"allowance: {beside}"), (found.total, "total")]
         lines += [f"  {name:<50}{size / GB:>9.3f}" for size, name in rows]
         lines.append("peak of each phase, GB: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.phases.items()))
+        if not config.device.startswith("cpu"):
+            loading = host_bytes(config, self._meta_models(config)) / GB
+            lines.append(f"host memory, GB, beside Python and libraries: loading {loading:.2f}, training {found.waiting / GB:.2f}")
         found_savings = savings(config, self, self.processes.count)
         lines.append("settings that reduce it, each by itself:" if found_savings else "no memory setting reduces it by 1 %")
         lines += [f"  {flag:<46}{size / GB:>9.3f} GB less ({cost})" for flag, cost, size in found_savings]
@@ -91,6 +96,24 @@ def meta_models(config: TrainConfig) -> MetaModels:
     features = load_features(config.features, "meta") if config.features else None
     heldout = meta_reward(config.watch.heldout) if config.watch.every and config.watch.heldout else None
     return MetaModels(policy, meta_reward(config.reward, config.reward_dtype), features, heldout, *_data_size(config))
+
+
+def host_bytes(config: TrainConfig, models: MetaModels) -> int:
+    """Bytes in host memory when the model is loaded whole, and not on its device yet.
+
+    A single file is read whole in its precision before it is quantised; a folder's nf4 is made on the GPU, weight by weight.
+    """
+    policy, options = models.policy, config.model_options
+    kinds = {id(policy.network): options.quantisation} | {id(part): options.text_encoder_quantisation for part in policy.prompts.encoders}
+    rewards = [models.reward, models.features, models.heldout] if offloads(config) else []
+    size = sum(tensor.nbytes for tensor in tensors(policy.vae, *rewards))
+    for part in (policy.network, *policy.prompts.encoders):
+        kind = kinds[id(part)]
+        if Path(config.model).is_file():
+            size += read_bytes(part, policy.dtype)
+        elif kind != "nf4":
+            size += sum(tensor.nbytes for tensor in tensors(part))
+    return size
 
 
 def meta_reward(spec: str, dtype: str = "float32") -> RewardModel:

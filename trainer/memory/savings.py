@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ConfigError, present_names
+from ..models.quantisation import LIBRARIES
 from ..training.config import TrainConfig
 from .plan import Plan
 
@@ -28,6 +30,8 @@ class Setting:
         """The config with this setting; None where it has it already, or cannot have it."""
         table, _, name = self.key.rpartition(".")
         options: Any = getattr(config, table) if table else config
+        if name.endswith("quantisation") and (getattr(options, name) or not find_spec(LIBRARIES[self.value])):
+            return None  # the run would ask for the library
         if getattr(options, name) == self.value or (table == "model_options" and config.tune == "full"):  # which is float32 only
             return None
         changed = replace(options, **{name: self.value})
@@ -56,6 +60,8 @@ SETTINGS = (
     Setting("offload_encoders", True, "encoders, text towers and the held-out reward wait on the CPU"),
     Setting("reward_dtype", "bfloat16", "rounds the reward"),
     Setting("model_options.dtype", "bfloat16", "rounds the model's weights"),
+    Setting("model_options.quantisation", "int8", "rounds the denoiser's weights to int8"),
+    Setting("model_options.text_encoder_quantisation", "int8", "rounds the text encoders' weights to int8"),
 )
 
 

@@ -83,6 +83,7 @@ class Adapters:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
+                warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # quantised weights are never merged
                 settings = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True)
                 self.network.add_adapter(settings, _peft_name(name))
         finally:

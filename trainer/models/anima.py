@@ -20,6 +20,7 @@ from .autoencoder import Autoencoder, FrameAutoencoder
 from .configs import QWEN3, QWEN3_06B, QWEN_AUTOENCODER, Config, ModelConfig
 from .flow import FlowPolicy
 from .prompts import Conditioning
+from .quantisation import NONE, Quantisation
 from .single_file import load_part
 
 ANIMA: Config = {
@@ -74,7 +75,7 @@ class AnimaPolicy(FlowPolicy):
         return pipeline
 
     @classmethod
-    def load_pipeline(cls, folder: Path, dtype: torch.dtype) -> Any:
+    def load_pipeline(cls, folder: Path, dtype: torch.dtype, quantisation: Quantisation = NONE) -> Any:
         """See DiffusersPolicy. The parts in the folder itself: its index may name a repository for them."""
         config = cls.published["anima"]
         parts = {name: load_part(folder / name, kind, dtype) for name, (kind, _) in config.parts.items()}

@@ -25,6 +25,7 @@ from .adapters import Adapters
 from .autoencoder import Autoencoder
 from .configs import ModelConfig
 from .prompts import Conditioning, Prompts
+from .quantisation import NONE, Quantisation, has_quantised
 
 
 @contextmanager
@@ -113,16 +114,17 @@ class DiffusersPolicy:
         for module in modules:
             module.to("cpu" if offload else self.device).requires_grad_(False).eval()
             exact = getattr(module, "_keep_in_fp32_modules", None) if module is self.network else None
-            if exact:
+            if exact and not has_quantised(module):  # the loader of quantised weights has kept them
                 speed.cast(module, dtype, exact)
-            elif any(p.dtype != dtype for p in module.parameters()):
+            elif not has_quantised(module) and any(p.dtype != dtype for p in module.parameters()):
                 module.to(dtype)
         self.vae = pipeline.vae
         self.autoencoder = self.autoencoder_class(self.vae)
         self.adapters = Adapters(self.network, self.targets)
         self.prompts = Prompts(self, [m for m in modules if m is not self.network and m is not self.vae], offload)
         self.lora: Lora | None = None
-        self.merge_rollouts = False  # in bfloat16 it has no effect: small updates would be lost
+        self.quantised = has_quantised(self.network)
+        self.merge_rollouts = False  # without effect in bfloat16, where small updates would be lost, and on quantised weights
         self.latent_shape = self._latent_shape(image_size)
 
     @classmethod
@@ -145,10 +147,11 @@ class DiffusersPolicy:
         return cls(cls.load_pipeline(Path(folder), dtype), device, dtype, **options)
 
     @classmethod
-    def load_pipeline(cls, folder: Path, dtype: torch.dtype) -> Any:
+    def load_pipeline(cls, folder: Path, dtype: torch.dtype, quantisation: Quantisation = NONE) -> Any:
         """The pipeline of a diffusers folder (weights from safetensors only)."""
+        options = {**cls.arguments, **quantisation.arguments(folder / "model_index.json", dtype)}
         with without_dtype_warning():
-            return cls.pipeline_class().from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **cls.arguments)
+            return cls.pipeline_class().from_pretrained(folder, use_safetensors=True, torch_dtype=dtype, **options)
 
     @property
     def unit(self) -> int:
@@ -182,6 +185,8 @@ class DiffusersPolicy:
         """Train every parameter of the network instead of a LoRA; the originals stay in memory as the base model."""
         if self.adapters.original:
             return
+        if self.quantised:
+            raise ValueError("tune = full needs weights that are not quantised: leave model_options.quantisation out, or train a LoRA")
         if self.dtype != torch.float32:
             # float32 masters beside bfloat16 weights would take the memory that float32 weights take
             raise ValueError("tune = full needs float32 weights: in bfloat16 an update below 1/256 of a weight is lost")
@@ -234,7 +239,7 @@ class DiffusersPolicy:
 
     def merged(self) -> AbstractContextManager[None]:
         """See trainer.policy.Policy; `merge_rollouts` switches it on."""
-        return self.adapters.merging() if self.merge_rollouts and self.dtype == torch.float32 else nullcontext()
+        return self.adapters.merging() if self.merge_rollouts and self.dtype == torch.float32 and not self.quantised else nullcontext()
 
     def start(self, noise: Tensor, steps: int) -> Tensor:
         """The first state of a rollout from N(0,1): noise·√(1+σ₀²) in variance-exploding coordinates, the noise in flow."""

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .diffusers_policy import DiffusersPolicy
 from .flux import FluxPolicy
 from .klein import KleinPolicy
 from .krea import KreaPolicy
+from .quantisation import NONE, Quantisation, has_quantised, is_quantised, original_shape, quantise, scales
 from .quantised import refuse_scales
 from .qwen import QwenPolicy
 from .sd3 import SD3Policy
@@ -69,6 +70,11 @@ class ModelOptions:
     text_encoder: str = field(default="", metadata={"help": "file of a split model's text encoder, where it is not in ComfyUI's folders"})
     vae: str = field(default="", metadata={"help": "file of a split model's VAE, likewise"})
     schedule: str = field(default="", metadata={"help": "whose noise levels, where a file may be base or turbo: z-image-turbo, say"})
+    quantisation: str = field(
+        default="",
+        metadata={"help": "of the frozen denoiser's linear layers: int8 or fp8 (pip install torchao), nf4 (bitsandbytes, on a GPU)"},
+    )
+    text_encoder_quantisation: str = field(default="", metadata={"help": "of the text encoders' linear layers: int8, fp8 or nf4"})
 
 
 def load_policy(
@@ -80,21 +86,23 @@ def load_policy(
     parts: str | Path = "",
     offload: bool = False,
     given: Given = NOTHING,
+    quantisation: Quantisation = NONE,
 ) -> DiffusersPolicy:
     """A policy over the model at `path`; `dtype`, `image_size` and `offload` as of DiffusersPolicy.
 
     `prediction`: `epsilon`, `v_prediction` or `v_prediction+ztsnr` (zero terminal SNR), where a UNet's file does not state it or is wrong.
-    `parts`: a diffusers folder for what a single file lacks; `given`: what else is named of a model in split files. Raises ValueError or
-    FileNotFoundError with one line.
+    `parts`: a diffusers folder for what a single file lacks; `given`: what else is named of a model in split files; `quantisation`:
+    formats of the linear layers. Raises ValueError or FileNotFoundError with one line.
     """
     path = Path(path)
+    quantisation.check(torch.device(device))
     for file in (*path.glob("*/*.safetensors"), *(Path(parts).glob("*/*.safetensors") if parts else ())):
         refuse_scales(file, tensor_shapes(file))  # before anything is loaded: libraries do not name the file that was cut short
     family, config = resolve(path)
     if config is None:
         _refuse_given(path, given)
         with one_line_errors(path):
-            pipeline = family.load_pipeline(path, dtype)
+            pipeline = family.load_pipeline(path, dtype, quantisation)
     elif path.is_file():
         markers = tensor_shapes(path).keys() & {"v_pred", "ztsnr"}
         if markers == {"ztsnr"} and not prediction:
@@ -112,6 +120,9 @@ def load_policy(
         _set_prediction(path, pipeline, prediction)
     _check_complete(path, pipeline)
     _check_finite(path, pipeline)
+    for name, part in pipeline.components.items():
+        if part is not None and (kind := quantisation.kind(name)) and not has_quantised(part):  # diffusers quantises folders alone
+            quantise(part, kind, dtype)
     return family(pipeline, device, dtype, image_size, offload)
 
 
@@ -192,8 +203,8 @@ def _check_complete(path: Path, pipeline: Any) -> None:
             continue
         missing = [key for key, p in part.named_parameters() if p.is_meta]
         in_files = Counter(shape for file in (path / name).glob("*.safetensors") for shape in tensor_shapes(file).values())
-        missing += [key for key, p in part.named_parameters() if in_files and in_files[tuple(p.shape)] == 0]
-        lacking = sum((Counter(tuple(p.shape) for p in part.parameters()) - in_files).values()) if in_files else 0
+        missing += [key for key, p in part.named_parameters() if in_files and in_files[original_shape(p)] == 0]
+        lacking = sum((Counter(original_shape(p) for p in part.parameters()) - in_files).values()) if in_files else 0
         if missing or lacking:
             first = f", {missing[0]} for example" if missing else ""
             raise ValueError(f"{path}: the files of its {name} lack {max(len(missing), lacking)} weights{first}, or are another model's")
@@ -203,6 +214,14 @@ def _check_finite(path: Path, pipeline: Any) -> None:
     """Refuse a model with a weight that is not finite: it would draw black images."""
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
-            endless = next((key for key, p in part.named_parameters() if not bool(p.sum(dtype=torch.float32).isfinite())), None)
+            endless = next((key for key, p in _numbers(part) if not bool(p.sum(dtype=torch.float32).isfinite())), None)
             if endless is not None:
                 raise ValueError(f"{path} is damaged: {endless} of its {name} has values that are not finite")
+
+
+def _numbers(part: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by name, and in place of quantised ones their scales."""
+    for path, module in part.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            for value in scales(parameter) if key == "weight" and is_quantised(module) else [parameter]:
+                yield f"{path}.{key}".removeprefix("."), value

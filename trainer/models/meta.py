@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .configs import Config, ModelConfig
 from .diffusers_policy import DiffusersPolicy
 from .load import INDICES, MODELS, resolve
+from .quantisation import NONE, Quantisation, quantise_meta
 from .split_files import pipeline_settings
 
 _TEMPLATE = re.compile(r"<\|\w+\|>|\w+|[^\w ]")  # of Qwen's chat templates: markers, words, line breaks
@@ -51,16 +52,21 @@ class StubTokenizer:
         return BatchEncoding({"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)})
 
 
-def meta_policy(path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None) -> DiffusersPolicy:
+def meta_policy(
+    path: str | Path, dtype: torch.dtype = torch.float32, image_size: int | None = None, quantisation: Quantisation = NONE
+) -> DiffusersPolicy:
     """The policy of the model at `path`, or of a name in MODELS, on the meta device; no weights are read.
 
     Noise levels are real numbers, as they are always on the CPU. Raises ValueError or FileNotFoundError with one line.
     """
     import diffusers
 
+    quantisation.check(torch.device("meta"))
     family, config = _described(Path(path))
     parts: dict[str, Any] = {name: _module(library, settings, dtype) for name, (library, settings) in config.parts.items()}
     for name, (_, settings) in config.parts.items():
+        if kind := quantisation.kind(name):
+            quantise_meta(parts[name], kind)
         if name.startswith("text_encoder"):
             length = 512 if name == config.t5 else settings.get("max_position_embeddings", 77)
             parts[name.replace("text_encoder", "tokenizer")] = StubTokenizer(length)

@@ -14,6 +14,7 @@ from ..runtime.files import file_hash, files_hash
 from .diffusers_policy import DiffusersPolicy
 from .load import ModelOptions, load_policy
 from .meta import meta_policy
+from .quantisation import Quantisation
 from .split_files import Given
 from .tiny_decoder import WEIGHTS as TINY_WEIGHTS
 from .tiny_decoder import check_agreement, load_tiny_decoder
@@ -47,13 +48,13 @@ def open_policy(
     options = options or ModelOptions()
     if options.dtype not in DTYPES:
         raise ConfigError(f"dtype = {options.dtype!r}: use one of {', '.join(DTYPES)}")
+    dtype, quantisation = DTYPES[options.dtype], Quantisation(options.quantisation, options.text_encoder_quantisation)
     if model == "demo":
         check_files(EMBEDDED, *PIPELINE)
     if device == "meta":
-        return meta_policy(model_path(model), DTYPES[options.dtype], image_size)
-    given = Given(options.text_encoder, options.vae, options.schedule)
-    dtype, size = DTYPES[options.dtype], image_size or None
-    return load_policy(model_path(model), device, dtype, size, options.prediction, options.parts, offload, given)
+        return meta_policy(model_path(model), dtype, image_size, quantisation)
+    given, size = Given(options.text_encoder, options.vae, options.schedule), image_size or None
+    return load_policy(model_path(model), device, dtype, size, options.prediction, options.parts, offload, given, quantisation)
 
 
 def open_consistency(policy: DiffusersPolicy, path: str) -> None:

@@ -71,6 +71,8 @@ def check_settings(config: TrainConfig, parts: Parts) -> None:
     for key, needed in (("tune", "lora"), ("compile", False), ("channels_last", False)):
         if parts.processes.sharded and getattr(config, key) != needed:
             raise ConfigError(f"{key} = {getattr(config, key)}: sharded weights (FSDP) are for {key} = {needed}; launch with --multi_gpu")
+    if parts.processes.sharded and config.model_options.quantisation:
+        raise ConfigError("model_options.quantisation: sharded weights (FSDP) are not quantised; launch with --multi_gpu")
     try:
         check_tracker(config.tracker)
     except ValueError as error:
