@@ -83,3 +83,14 @@ def test_a_range_without_a_step_is_refused_before_the_first_image(pipeline_folde
     more = ["--lora", loras[0], "--guide", "rl", "--guide-start", 0.5, "--guide-end", 0.5]
     assert run(tmp_path / "x", pipeline_folder, *more) == 2 and not (tmp_path / "x").exists()
     assert "--guide rl: no step of the 3 lies from start 0.5 to end 0.5" in capsys.readouterr().err
+
+
+def test_the_dials_of_detail_are_written_only_where_they_are_set(pipeline_folder, tmp_path, capsys):
+    dials = {"plain": [], "dense": ["--density", 0.3], "noise": ["--noise-quantile", 0.5, "--noise-scale", 1.02]}
+    assert [run(tmp_path / name, pipeline_folder, *more) for name, more in dials.items()] == [0, 0, 0]
+    settings = {name: json.loads((tmp_path / name / "settings.json").read_text()) for name in dials}
+    new = {name: {key: value for key, value in found.items() if key not in settings["plain"]} for name, found in settings.items()}
+    assert new == {"plain": {}, "dense": {"density": 0.3}, "noise": {"noise_quantile": 0.5, "noise_scale": 1.02}}
+    assert len({(tmp_path / name / "00000.png").read_bytes() for name in dials}) == 3
+    assert run(tmp_path / "x", pipeline_folder, "--density", 0) == 2
+    assert "density = 0.0: give at least 0.001" in capsys.readouterr().err
