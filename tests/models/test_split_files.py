@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,17 @@ def test_a_file_is_the_folder_it_was_made_of(case, prefix, tmp_path):
         assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
     torch.testing.assert_close(prediction(policy), prediction(again), rtol=1e-5, atol=1e-6)  # weights may be aligned otherwise
     assert torch.equal(policy.sigmas(7), again.sigmas(7))
+
+
+def test_scales_of_norms_may_be_called_weights(case, tmp_path):
+    """As ComfyUI 0.33 saves FLUX's, FLUX.2's and Chroma's."""
+    folder, policy, tensors = case
+    named = {re.sub(r"(query_norm|key_norm)\.scale$", r"\1.weight", key): value for key, value in tensors.items()}
+    if set(named) == set(tensors):
+        pytest.skip("no such norms")
+    save_file(named, tmp_path / "network.safetensors")
+    again = load.load_policy(tmp_path / "network.safetensors", parts=folder, image_size=64).network.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in policy.network.state_dict().items())
 
 
 def test_what_is_missing_is_named(case, tmp_path):

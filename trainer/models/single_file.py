@@ -50,6 +50,8 @@ def one_line_errors(path: Path) -> Generator[None]:
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0].split(" If you want")[0].rstrip(" .")
         raise ValueError(f"{path} cannot be loaded: {reason}") from error
+    except KeyError as error:  # of a converter
+        raise ValueError(f"{path} cannot be loaded: it lacks {error.args[0]}, or has it under another name") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise

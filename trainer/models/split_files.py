@@ -18,6 +18,7 @@ from .quantised import read_scaled
 from .single_file import converter, load_part, one_line_errors, tensor_shapes
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
+_NORMS = re.compile(r"(\.(?:query|key)_norm|^distilled_guidance_layer\.norms\.\d+)\.weight$")  # ComfyUI saves FLUX's scales so
 _BASE = re.compile(r"base|raw|^z_image_(bf|fp|int)\d")
 
 
@@ -88,7 +89,7 @@ def load_in_file(path: Path, family: type[DiffusersPolicy], config: ModelConfig,
     """The network, and the components that its file holds too."""
     keys = tensor_shapes(path)
     prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)), "")
-    tensors = {key.removeprefix(prefix): value for key, value in read_scaled(path, dtype, prefix).items()}
+    tensors = {_NORMS.sub(r"\1.scale", key.removeprefix(prefix)): value for key, value in read_scaled(path, dtype, prefix).items()}
     found: dict[str, Any] = {}
     for name, start in family.within.items():
         own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
