@@ -28,6 +28,7 @@ _MODULES = {
     "judging": (),
     "sweep": ("switch models", "sample", "score images"),
     "search": ("search by reward", "sample", "score images"),
+    "noise": ("train", "score images"),
     "demo": ("build the demo model",),
 }
 

@@ -208,7 +208,7 @@ class ComfyPolicy:
         # the default splits attention by the memory that is free, which recomputation would find changed
         options["optimized_attention_override"] = lambda _, *a, **k: comfy.ldm.modules.attention.attention_pytorch(*a, **k)
         found: list[Tensor | None] = [None] * len(x)
-        x = self._framed(x)
+        x = self.framed(x)
         with OutOfPlace():
             for rows, arguments in self.prompts.grouped(prompts, x):
                 whole = len(rows) == len(x)
@@ -221,7 +221,7 @@ class ComfyPolicy:
                     found[i] = row
         return torch.stack([row for row in found if row is not None])
 
-    def _framed(self, latents: Tensor) -> Tensor:
+    def framed(self, latents: Tensor) -> Tensor:
         """Latents (B,C,h,w) as ComfyUI has them."""
         return latents.unsqueeze(2) if self._frames else latents
 
@@ -268,7 +268,7 @@ class ComfyPolicy:
         return torch.cat([self._decode(self.vae, part) for part in latents.split(max(1, _PIXELS_AT_ONCE // pixels))])
 
     def _decode(self, vae: Any, latents: Tensor) -> Tensor:
-        unscaled = self.model.model.process_latent_out(self._framed(latents)).to(vae.vae_dtype).to(vae.device)
+        unscaled = self.model.model.process_latent_out(self.framed(latents)).to(vae.vae_dtype).to(vae.device)
         pixels = decode_frame(vae.first_stage_model, unscaled) if self._frames else vae.first_stage_model.decode(unscaled)
         return (pixels.float().to(self.device) / 2 + 0.5).clamp(0, 1)
 

@@ -71,9 +71,9 @@ def test_the_gradient_is_autograds_and_its_memory_as_predicted():
     seen = []
 
     class Seeing(NoiseOptimiser):
-        def _drawn(self, noise, prompt, rng):
+        def _parts(self, noise, prompt, rng):
             seen.append(noise.detach().clone())
-            return super()._drawn(noise, prompt, rng)
+            return super()._parts(noise, prompt, rng)
 
     tracker = MemoryTracker(torch.device("cpu"))
     tracker.attribute([p for m in (policy.network, policy.vae, *policy.prompts.encoders, reward) for p in m.parameters()], "weights")

@@ -79,3 +79,28 @@ def test_bad_input_gets_a_sentence(search):
     assert search["refused"].keys() == expected.keys()
     for name, message in expected.items():
         assert message in search["refused"][name] and "\n" not in search["refused"][name], (name, search["refused"][name])
+
+
+@comfyui
+@pytest.mark.slow
+def test_noise_optimisation_starts_at_the_stock_samplers_image_and_finds_more_reward(search):
+    noise = search["noise"]
+    assert noise["first"] < 1e-4 and noise["after"] < 1e-4 and noise["cancelled"] == 5
+    for method in ("reno", "carinox", "rotate"):
+        reward, lines, plot = noise[method]
+        said = float(lines[0].split(" at first, ")[1].split()[0])
+        assert reward > noise["plain"] + 0.1 and reward == pytest.approx(said, abs=0.02) and plot == [1, 500, 800, 3], (
+            method,
+            noise[method],
+        )
+        assert "(held out)" in lines[1] and "decodes and reward calls" in lines[-1]
+    assert noise["progress"] == [[6, 6], True]
+    expected = {
+        "negative": "cfg 2 needs a negative",
+        "gradient": "reno needs rewards with a gradient",
+        "levels": "sigmas of at least one step down to 0",
+        "range": "iterations = 0: give at least 1",
+    }
+    assert noise["refused"].keys() == expected.keys()
+    for name, message in expected.items():
+        assert message in noise["refused"][name] and "\n" not in noise["refused"][name], (name, noise["refused"][name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,12 +58,19 @@ class NoiseOptimiser:
         def scores(images: Tensor) -> Tensor:
             return torch.stack([reward(images, [prompt] * len(images)) for reward in rewards])
 
-        return optimise(self.optimisation, noise, lambda z: self._drawn(z, prompt, rng), scores, weights, rng, report)
+        def draw(z: Tensor) -> Tensor:
+            return torch.cat([self.policy.decode(latents) for latents in self._parts(z, prompt, rng)])
 
-    def _drawn(self, noise: Tensor, prompt: str, rng: Rng) -> Tensor:
-        """The images of noise (B,C,h,w); the noise of later steps is the same for all."""
+        return optimise(self.optimisation, noise, draw, scores, weights, rng, report)
+
+    @torch.no_grad()
+    def latents(self, noise: Tensor, prompt: str, number: int = 0) -> Tensor:
+        """What image `number` is from the noise (1,C,h,w) that was found: latents (1,C,h,w)."""
+        return torch.cat(list(self._parts(noise.to(self.policy.device), prompt, Rng(self.settings.seed, 0, (number,)))))
+
+    def _parts(self, noise: Tensor, prompt: str, rng: Rng) -> Iterator[Tensor]:
+        """The latents of noise (B,C,h,w), some at a time; the noise of later steps is the same for all."""
         policies, own = {"": self.policy, **self.models}, rng.step_noise(self.policy.latent_shape)
-        images: list[Tensor] = []
         for part in noise.split(batch_size_for(self.policy, self.settings)):
             made: dict[Slot, Denoise] = {}
 
@@ -78,8 +85,7 @@ class NoiseOptimiser:
             start, one = start_at(part, self.sigmas[0], self.policy.space), self.settings
             how = (one.method, self.policy.space, one.tuned_method, None, one.density)
             ends = branches({"": self.mix}, denoiser_of, start, self.sigmas, noise_at, *how)
-            images += [self.policy.decode(latents) for _, latents in ends]
-        return torch.cat(images)
+            yield from (latents for _, latents in ends)
 
 
 def terms(reward: RewardModel) -> list[tuple[float, Reward]]:

@@ -99,12 +99,10 @@ def _by_gradient(
     z = noise.detach().clone().requires_grad_(True)
     optimizer = torch.optim.SGD([z], lr=settings.learning_rate, momentum=0.9, nesterov=True)
     for iteration in range(settings.iterations):
-        last = iteration == settings.iterations - 1
-        with torch.set_grad_enabled(not last):
-            image = draw(z)
-            found = scores(image)[:, 0]
+        image = draw(z)
+        found = scores(image)[:, 0]
         best.add(_row(start, iteration, found, weights, z), z, image)
-        if last:
+        if iteration == settings.iterations - 1:
             return
         z.grad = _gradient(settings, z, found, weights)
         if not bool(z.grad.isfinite().all()):

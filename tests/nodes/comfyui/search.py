@@ -148,4 +148,50 @@ with torch.inference_mode():
     refused("one noise", method="best-of-n", particles=3, noise=stock_call(custom.DisableNoise)[0])
     refused("ess", method="fk", particles=4, ess=2.0)
     refused("block", block=9)
+
+    # Optimise Noise: its first image is a stock sampler's from the same noise, and it finds more reward
+    few = stock_call(custom.BasicScheduler, model, "normal", 3, 1.0)[0]
+    start = embedded.ours("trainer.rng").Rng(5, 0, (0,)).start_noise((4, 8, 8))
+    settings = {
+        "iterations": 50, "starts": 1, "learning_rate": 5.0, "clip": 0.1, "norm_weight": 0.01, "neighbours": 4, "rotation": 0.3,
+        "rotation_end": 0.1,
+    }  # fmt: skip
+
+    def optimise(**more):
+        given = {"latent_image": empty, "sigmas": few, "vae": vae, "reward": proxy, "prompt": TEXT, "seed": 5, "cfg": 2.0, "method": "reno"}
+        return call("OptimiseNoise", model, positive, **{**given, "sampler": "ddim", "negative": negative, **settings, **more})
+
+    class Given:
+        seed = 5
+
+        def generate_noise(self, latent):
+            return start
+
+    drawn = stock_call(custom.SamplerCustomAdvanced, Given(), guider, sampler("euler"), few, empty)[0]["samples"]
+    only = optimise(iterations=1)[0]["samples"]
+    hook.clear()
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: hook.append((value, total, preview is not None)))
+    results["noise"] = {"first": float((only - drawn).abs().max()), "plain": rewards(drawn)[0]}
+    for method in ("reno", "carinox", "rotate"):
+        latent, table, plot = optimise(method=method, iterations=6, starts=1 + (method == "carinox"), heldout=heldout)
+        results["noise"][method] = [rewards(latent["samples"])[0], table.splitlines(), list(plot.shape)]
+    results["noise"]["progress"] = [hook[5][:2], sum(preview for _, _, preview in hook) > 3]
+    calls.clear()
+    comfy.model_management.throw_exception_if_processing_interrupted = cancel
+    try:
+        optimise()
+        results["noise"]["cancelled"] = False
+    except comfy.model_management.InterruptProcessingException:
+        results["noise"]["cancelled"] = len(calls)
+    comfy.model_management.throw_exception_if_processing_interrupted = real
+    comfy.utils.set_progress_bar_global_hook(None)
+    results["noise"]["after"] = float((optimise(iterations=1)[0]["samples"] - drawn).abs().max())
+    size = call("LoadReward", "incompressibility")[0]
+    cases = {
+        "negative": {"negative": None},
+        "gradient": {"reward": size},
+        "levels": {"sigmas": few[:2]},
+        "range": {"iterations": 0},
+    }
+    results["noise"]["refused"] = {name: embedded.refused(lambda more=more: optimise(**more)) for name, more in cases.items()}
 print(json.dumps(results))
