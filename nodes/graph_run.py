@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.config import build, plain
-from ..trainer.data.batches import Prompts
+from ..trainer.data.batches import Labels, Pairs, Prompts
 from ..trainer.data.samples import Samples
 from ..trainer.lora.file import lora_tensors
 from ..trainer.memory.offload import offloads
@@ -69,7 +69,7 @@ def _condition(clip: Any, conditioning: Any) -> Any:
     raise ValueError("connect a clip, which encodes each prompt, or a conditioning, which stands for all of them")
 
 
-def _check(data: TrainingData, objective: Any, reward: Any, features: Any) -> None:
+def _check(data: TrainingData, objective: Any, reward: Any, features: Any, clip: Any) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     if not any(data.texts):
         raise ValueError("no prompt: write one per line, the caption of each image where images are connected")
@@ -79,6 +79,14 @@ def _check(data: TrainingData, objective: Any, reward: Any, features: Any) -> No
         raise ValueError(
             f"reward {reward.name} has no gradient: training needs one that has (a two-tower one, say), or the black-box objective"
         )
+    if issubclass(objective.data, (Pairs, Labels)):
+        kind = "pairs of a better and a worse image" if objective.data is Pairs else "liked and disliked images"
+        raise ValueError(
+            f"{type(objective).__name__} trains on {kind}, for which graphs have no input yet: train with `python -m trainer train`, "
+            f"{objective.data.__name__.lower()} = a table or a folder with liked and disliked"
+        )
+    if clip is None and objective.captions(data.texts) != list(data.texts):
+        raise ValueError(f"{type(objective).__name__} compares captions: connect a clip, which encodes each, instead of a conditioning")
     if not data.count and objective.data is not Prompts:
         raise ValueError(
             f"{type(objective).__name__} trains on real images as it is set: connect some to images or dataset, or choose settings that "
@@ -163,7 +171,7 @@ def train_in_graph(
 ) -> io.NodeOutput:
     """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
     data = training_data(prompts, images, dataset, (height, width), image_size)
-    _check(data, objective[1], reward, features)
+    _check(data, objective[1], reward, features, clip)
     folder = run_folder(name, resume)
     # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
     same = {
@@ -180,7 +188,7 @@ def train_in_graph(
         data.check(policy)
         if clip is not None:
             comfy.model_management.load_models_gpu([clip.patcher])
-            for prompt in dict.fromkeys([*data.texts, ""]):
+            for prompt in dict.fromkeys([*config.method.captions(data.texts), ""]):
                 policy.prompts.prepare(prompt)
         preview, rewards = (preview_every, preview_cfg), (reward, features, heldout)
         config, fitted = _fitted_config(memory, config, policy, rewards, data, preview, resume != NEW)

@@ -87,7 +87,10 @@ WRONG = [
     (TRAIN, "nothing to train on: give `images`"),
     ([*TRAIN, "--prompts=none.txt"], "none.txt"),
     ([*TRAIN, "--prompts=" + __file__, "--model=none", "--watch.every=2"], "watch.every is set: name the held-out reward"),
-    ([*TRAIN, "--prompts=" + __file__, "--model=none", "--buckets=true"], "buckets = true: they are for `images` of your own"),
+    (
+        [*TRAIN, "--prompts=" + __file__, "--model=none", "--buckets=true"],
+        "buckets = true: they are for `images`, `pairs` or `labels`",
+    ),
 ]
 
 

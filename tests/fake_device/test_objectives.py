@@ -19,6 +19,11 @@ OBJECTIVES = {
     "drtune": "--objective.steps=6 --objective.early_stop=3 --objective.k=3",
     "direct-align": "--objective.steps=4",
     "srpo": "--objective.steps=4 --objective.branch=both",
+    "diffusion-dpo": "--pairs=demo --objective.sft_weight=0.1 --objective.prompt_dropout=0.5",
+    "diffusion-kto": "--labels=demo",
+    "mapo": "--pairs=demo --objective.levels=min-snr",
+    "diffusion-npo": "--pairs=demo",
+    "tpo": "--objective.form=kto",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
     "sqdf-black-box": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.queries=[8] --objective.epochs=2 "
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
@@ -26,7 +31,8 @@ OBJECTIVES = {
 
 
 def arguments(name, out):
-    return ["train", f"--out={out}", "--images=demo", "--batch_size=2", "--steps=1", f"--objective.name={name}", *OBJECTIVES[name].split()]
+    data = [] if "=demo " in f"{OBJECTIVES[name]} ".partition("--objective")[0] else ["--images=demo"]
+    return ["train", f"--out={out}", *data, "--batch_size=2", "--steps=1", f"--objective.name={name}", *OBJECTIVES[name].split()]
 
 
 @cache

@@ -24,6 +24,7 @@ from trainer.__main__ import main
 from trainer.commands import train as commands
 from trainer.commands.options import quiet_libraries
 from trainer.config import build, plain
+from trainer.data.batches import Images, Labels, Pairs
 from trainer.data.latents import LatentsInMemory
 from trainer.data.samples import Samples
 from trainer.models.unet import UNetPolicy
@@ -46,6 +47,9 @@ CASES = {
     "direct-align offline": {"name": "direct-align", **SMALL["direct-align"], "source": "offline"},
     "sqdf with a buffer": {"name": "sqdf", **BUFFERED},
     "sqdf by priority": {"name": "sqdf", **BUFFERED, "replay": "prioritised"},
+    "diffusion-dpo": {"name": "diffusion-dpo", "beta": 4.0, "sft_weight": 0.1, "prompt_dropout": 0.2},
+    "diffusion-kto": {"name": "diffusion-kto", "beta": 4.0},
+    "mapo": {"name": "mapo", "margin_scale": 4.0, "levels": "early"},
     "sqdf-black-box": {"name": "sqdf-black-box", **BUFFERED, "queries": [5, 6], "updates_per_loop": 8, "epochs": 5, "heads": 2},
 }
 
@@ -85,10 +89,17 @@ class Asked(Towers):
         return scores if bad is None else scores + bad
 
 
-def samples(n=5):
+def samples(n=5, kind=Images):
     rng = torch.Generator().manual_seed(1)
     mean = 0.5 * torch.randn(n, 3, 1, 1, generator=rng, dtype=torch.float64)
-    return Samples(tuple(["a", "bb", "ccc", "dddd", "eeeee"][:n]), LatentsInMemory(mean, 0.1 * torch.ones_like(mean)))
+    more = (
+        {"rejected": torch.arange(n).roll(1)}
+        if kind is Pairs
+        else {"labels": torch.tensor([1.0, -1, 1, -1, 1])[:n]}
+        if kind is Labels
+        else {}
+    )
+    return Samples(tuple(["a", "bb", "ccc", "dddd", "eeeee"][:n]), LatentsInMemory(mean, 0.1 * torch.ones_like(mean)), **more)
 
 
 def toy_run(case, out, processes=ALONE, reward=None, **settings):
@@ -102,7 +113,7 @@ def toy_run(case, out, processes=ALONE, reward=None, **settings):
         **settings,
     }
     config = build(TrainConfig, {"out": str(out), **values})
-    parts = Parts(Trained(), samples(), reward or Asked(), Features(), processes=processes)
+    parts = Parts(Trained(), samples(kind=config.method.data), reward or Asked(), Features(), processes=processes)
     check_settings(config, parts)
     run = Run(config, parts)
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)

@@ -49,7 +49,9 @@ def test_every_cell_is_a_valid_run(tmp_path):
             assert type(config.method) is OBJECTIVES[method]
             assert config.batch_size * config.gradient_accumulation_steps == METHODS[method].samples
             assert config.method.steps <= (row.steps if row.few else 50) and config.method.guidance_scale <= (1 if row.few else 7.5)
-            assert config.watch.heldout != config.reward and bool(config.images) != bool(config.prompts)
+            assert (
+                config.watch.heldout != config.reward and sum(map(bool, (config.images, config.pairs, config.labels, config.prompts))) == 1
+            )
 
 
 def test_files_in_the_folder_are_the_tables(tmp_path):
@@ -104,9 +106,18 @@ def trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
     changes |= {"device": "cpu", "steps": 1, "gradient_accumulation_steps": 1, "batch_size": 1, "image_size": 64, "watch.every": 0}
     if "images" in values:
         changes["images"] = image_folder
+    elif "pairs" in values or "labels" in values:
+        one, two = sorted(image_folder.glob("*.png"))[:2]
+        key, rows = ("pairs", f"chosen,rejected,prompt\n{one},{two},a red star\n")
+        if "labels" in values:
+            key, rows = ("labels", f"image,prompt,label\n{one},a red star,1\n{two},a red star,0\n")
+        changes[key] = tmp_path / "table.csv"
+        changes[key].write_text(rows)
     else:
         changes["prompts"] = tmp_path / "prompts.txt"
         changes["prompts"].write_text("a red star\n")
+    if method == "diffusion-kto":  # an image is compared with others
+        changes["batch_size"] = 2
     if method == "sqdf-black-box":
         changes |= {"features": reward_folder, "objective.queries": [2], "objective.epochs": 1}
     if "consistency" in values:

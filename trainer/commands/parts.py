@@ -29,21 +29,23 @@ from ..runtime.files import file_hash
 from ..runtime.processes import Processes
 from ..training.config import TrainConfig
 from ..training.evaluation import CHUNK, Evaluation, Reference
-from ..training.parts import Parts, check_settings, weights_of
+from ..training.parts import Parts, asks_reward, check_settings, weights_of
 
 REFERENCES = 500  # images at most that a watch's FID and LogCov compare with
 
 
 def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     """Load what a run is made of; `place_parts` finishes it. Raises ConfigError where settings and parts do not fit together."""
-    check_sources(config.prompts, config.images)
-    if config.buckets and config.images in ("", "demo"):
-        raise ConfigError("buckets = true: they are for `images` of your own")
+    source = config.images or config.pairs or config.labels
+    check_sources(config.prompts, config.images, config.pairs, config.labels)
+    if config.buckets and source in ("", "demo"):
+        raise ConfigError("buckets = true: they are for `images`, `pairs` or `labels` of your own")
     if config.watch.every and not config.watch.heldout:
         raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
     aside = "cpu" if offloads(config) else device  # encoding prompts and images needs the device's memory
-    reward = load_reward(config.reward, config.standardise, aside, DTYPES[config.reward_dtype])
-    if config.gradient_checkpointing_reward:
+    asked = asks_reward(config)
+    reward = load_reward(config.reward, config.standardise, aside, DTYPES[config.reward_dtype]) if asked else None
+    if reward is not None and config.gradient_checkpointing_reward:
         if not reward.supports_gradient_checkpointing:
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
         reward.gradient_checkpointing(True)
@@ -65,7 +67,8 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
 
 def _data(config: TrainConfig, samples: Samples, evaluation: Evaluation | None) -> dict[str, Fingerprint]:
     """By setting that names data: what tells them from others, see Parts."""
-    found = {"images" if config.images else "prompts": samples.fingerprint} if samples.fingerprint else {}
+    key = next((key for key in ("images", "pairs", "labels") if getattr(config, key)), "prompts")
+    found = {key: samples.fingerprint} if samples.fingerprint else {}
     if config.consistency not in ("", "demo"):
         found["consistency"] = fingerprint(1, weights=[file_hash(lora_weights(Path(config.consistency)))])
     if config.gradient_vae:
@@ -82,7 +85,7 @@ def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
     """Encode the prompts, and move what the training steps need to the device."""
     assert isinstance(parts.policy, DiffusersPolicy)
     evaluated = parts.evaluation.prompts if parts.evaluation else []
-    parts.policy.prompts.prepare([*parts.samples.prompts, "", *evaluated], _cache(config), parts.processes)
+    parts.policy.prompts.prepare([*config.method.captions(parts.samples.prompts), "", *evaluated], _cache(config), parts.processes)
     parts.policy.to(device)  # after encoding: encoders and denoiser need not fit in together
     place_rewards(config, parts, device)
 
@@ -102,16 +105,22 @@ def _samples(config: TrainConfig, policy: DiffusersPolicy, processes: Processes)
         from ..demo.world import real_images
 
         return encode_images(policy, *real_images(FULL.real, config.seed))
+    if "demo" in (config.pairs, config.labels):
+        from ..demo.pairs import rated_samples
+        from ..demo.show import FULL
+
+        return rated_samples(policy, FULL.real // 2, config.seed, labelled=not config.pairs)
     size = config.image_size or policy.image_size[-1]
     sizes = bucket_sizes(size, policy.unit) if config.buckets else ((size, size),)
-    return load_samples(policy, config.prompts, config.images, sizes, _cache(config), processes)
+    source = (config.prompts, config.images, sizes, _cache(config), processes)
+    return load_samples(policy, *source, pairs=config.pairs, labels=config.labels)
 
 
 def _evaluation(
-    config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel, samples: Samples, device: str, processes: Processes
+    config: TrainConfig, policy: DiffusersPolicy, reward: RewardModel | None, samples: Samples, device: str, processes: Processes
 ) -> Evaluation | None:
     """The evaluations of a run; diversity is measured in features of the held-out reward or, where it has none, of the training reward."""
-    if not config.watch.every:
+    if not config.watch.every or reward is None:
         return None
     heldout = load_reward(config.watch.heldout, config.standardise, device)
     towers = [r.raw for r in (heldout, reward) if isinstance(r.raw, TwoTower)]

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from ..config import ConfigError
 from ..runtime.files import write_text
-from ..training.presets import METHODS, ROWS, SHORT, Line, Row, guidance, quote, recomputed
+from ..training.preset_types import Line, Row, guidance, quote
+from ..training.presets import METHODS, ROWS, SHORT, recomputed
 
 _COMMENTS_AT = 40
+_DATA: dict[str, Line] = {
+    "prompts": ("prompts", quote("data/prompts.txt"), "one per line"),
+    "images": ("images", quote("data/captioned"), "images with a .txt caption beside each"),
+    "pairs": ("pairs", quote("data/pairs.csv"), "columns chosen, rejected, prompt; or a folder with liked/ and disliked/"),
+    "labels": ("labels", quote("data/rated"), "a folder with liked/ and disliked/; or a table with a column label"),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +66,7 @@ def text_of(method: str, model: str, stem: str = "") -> str:
         raise ConfigError(f"no objective {method!r}: use one of {', '.join(METHODS)}")
     settings, row = METHODS[method], ROWS[model_name(model)]
     stem = stem or f"{method}-{model}"
-    data: Line = ("images", quote("data/captioned"), "images with a .txt caption beside each")
-    if settings.data == "prompts":
-        data = ("prompts", quote("data/prompts.txt"), "one per line")
+    data, batch = _DATA[settings.data], max(row.batch, settings.least)
     general: list[Line] = [
         ("out", quote(f"runs/{stem}"), ""),
         ("model", quote(f"models/{row.folder}"), row.file),
@@ -72,8 +77,8 @@ def text_of(method: str, model: str, stem: str = "") -> str:
         *([("features", '"clip-l14"', "read by the surrogate of the reward")] if method == "sqdf-black-box" else []),
         ("device", '"cuda"', ""),
         settings.steps,
-        ("batch_size", str(row.batch), ""),
-        ("gradient_accumulation_steps", str(settings.samples // row.batch), ""),
+        ("batch_size", str(batch), ""),
+        ("gradient_accumulation_steps", str(settings.samples // batch), ""),
         ("learning_rate", settings.rate, ""),
         *settings.more,
         *recomputed(method, row),

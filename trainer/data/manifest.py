@@ -32,7 +32,7 @@ def read_manifest(path: Path, prompt_column: str = "", report: Report | None = N
         if not isinstance(image, str) or "\0" in image:
             raise ValueError(f"{row.where}: expected the path of an image, got {_short(image)}")
         report.take("rows")
-        yield _resolved(path.parent, image, report), _prompt(row, prompt_column, report)
+        yield resolve_image(path.parent, image, report), prompt_in(row, prompt_column, report)
 
 
 def read_prompt_column(path: Path, report: Report | None = None) -> list[str]:
@@ -40,7 +40,7 @@ def read_prompt_column(path: Path, report: Report | None = None) -> list[str]:
     report = Report() if report is None else report
     found: list[str] = []
     for row in read_rows(path, PROMPT_COLUMNS, PROMPT_COLUMNS, report):
-        prompt = _prompt(row, "", report)
+        prompt = prompt_in(row, "", report)
         if prompt is None:
             report.leave_out("without a prompt", _line(row.where))
         else:
@@ -75,7 +75,8 @@ def _columns(prompt_column: str) -> Sequence[str]:
     return (column_name(prompt_column),) if prompt_column else PROMPT_COLUMNS
 
 
-def _prompt(row: Row, prompt_column: str, report: Report) -> str | None:
+def prompt_in(row: Row, prompt_column: str, report: Report) -> str | None:
+    """The prompt of a row: that of `prompt_column`, or of the first of PROMPT_COLUMNS that has one."""
     columns = _columns(prompt_column)
     if prompt_column and columns[0] not in row.values:
         raise ValueError(f"{row.where}: no column {prompt_column!r}; there are {', '.join(row.values)}")
@@ -83,7 +84,7 @@ def _prompt(row: Row, prompt_column: str, report: Report) -> str | None:
     return next((prompt for prompt in found if prompt), None)
 
 
-def _resolved(folder: Path, name: str, report: Report) -> Path:
+def resolve_image(folder: Path, name: str, report: Report) -> Path:
     """The file that a row names, also with Windows' separators, or with bytes that are not UTF-8 escaped as `\\udc..`."""
     unescaped = re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
     spellings = dict.fromkeys((name, name.strip(), unescaped, name.strip().replace("\\", "/")))

@@ -1,14 +1,14 @@
-"""The samples of a run, prompts or captioned images, and their order."""
+"""The samples of a run: prompts, captioned or labelled images, or pairs of images; and their order."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +17,17 @@ from ..policy import Policy
 from ..rng import Rng
 from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import progress_bar
-from .batches import Images, Prompts
+from .batches import Batch, Images, Labels, Pairs, Prompts
 from .buckets import Size, micro_batch, nearest
 from .cache import TensorCache, Tensors, key_of
 from .captions import read_captions, read_prompts
 from .fingerprint import Fingerprint, fingerprint
 from .images import ImageSource, load, size_of
 from .latents import CachedLatents, Latents, LatentsInMemory
+from .preferences import read_labels, read_pairs
 from .report import Report
 
+Sized = tuple[ImageSource, Size]
 PIXELS_PER_BATCH = 2**21  # decoded and encoded together: 8 images of 512², 2 of 1024²
 
 
@@ -34,19 +36,24 @@ class Samples:
     """N prompts, and where they are captions of images, the images' latents.
 
     `image` (N,) is the index into `latents` of each sample; without it they are in the same order. Shapes may differ:
-    samples of one shape are a bucket.
+    samples of one shape are a bucket. `rejected` (N,) is the same index of the worse image of pairs, which has the shape of the better
+    one; `labels` (N,) are those of labelled images.
     """
 
     prompts: tuple[str, ...]
     latents: Latents | None = None
     image: Tensor | None = None
+    rejected: Tensor | None = None
+    labels: Tensor | None = None
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
     """Of what was read, {} where nothing was."""
 
     @property
     def data(self) -> type[Prompts]:
         """The class of the batches."""
-        return Prompts if self.latents is None else Images
+        if self.latents is None:
+            return Prompts
+        return Pairs if self.rejected is not None else Labels if self.labels is not None else Images
 
     @cached_property
     def bucket(self) -> Tensor:
@@ -58,7 +65,7 @@ class Samples:
         bucket = torch.tensor([numbers[shape] for shape in shapes])
         return bucket if self.image is None else bucket[self.image]
 
-    def batch(self, seed: int, step: int, number: int, size: int, share: range | None = None) -> Prompts | Images:
+    def batch(self, seed: int, step: int, number: int, size: int, share: range | None = None) -> Batch:
         """The samples `share` (default: all) of micro-batch `number`, which has `size`; `buckets.micro_batch` chooses them."""
         share = range(size) if share is None else share
         rows = micro_batch(self.bucket, size, seed, number)[share.start : share.stop]
@@ -66,9 +73,18 @@ class Samples:
         prompts = tuple(self.prompts[r] for r in rows)
         if self.latents is None:
             return Prompts(prompts, rng, number)
-        pairs = [self.latents[row] for row in (rows if self.image is None else self.image[rows].tolist())]
-        mean, std = (torch.stack(values) for values in zip(*pairs))
-        return Images(prompts, rng, number, mean + std * rng.normal("posterior", mean.shape[1:]).to(mean))
+        latents = self._drawn(rows if self.image is None else self.image[rows].tolist(), rng)
+        if self.rejected is not None:
+            return Pairs(prompts, rng, number, latents, self._drawn(self.rejected[rows].tolist(), rng))
+        if self.labels is not None:
+            return Labels(prompts, rng, number, latents, self.labels[rows])
+        return Images(prompts, rng, number, latents)
+
+    def _drawn(self, images: Sequence[int], rng: Rng) -> Tensor:
+        """Latents (B,C,h,w) of images, one posterior sample each; both images of a pair get one draw."""
+        assert self.latents is not None
+        mean, std = (torch.stack(values) for values in zip(*(self.latents[i] for i in images)))
+        return mean + std * rng.normal("posterior", mean.shape[1:]).to(mean)
 
 
 def encode_images(policy: Policy, images: Tensor, captions: Sequence[str], chunk: int = 32) -> Samples:
@@ -91,12 +107,32 @@ class Encoder(Protocol):
         ...
 
 
-def check_sources(prompts: str, images: str) -> None:
-    """Raise ValueError where neither images nor a readable prompt file are given, before a model is loaded."""
-    if not images and not prompts:
+class Listed(NamedTuple):
+    """One sample before it is encoded: its images, of a pair the better one first, its caption, and a label where there is one."""
+
+    images: tuple[ImageSource, ...]
+    caption: str
+    label: float | None = None
+
+
+def check_sources(prompts: str, images: str, pairs: str = "", labels: str = "") -> None:
+    """Raise ValueError unless there is one source of samples and, where it is a prompt file, it is readable: before a model is loaded."""
+    given = [name for name, value in (("images", images), ("pairs", pairs), ("labels", labels)) if value]
+    if not given and not prompts:
         raise ValueError("nothing to train on: give `images` (a folder of images with .txt captions) or `prompts` (a text file)")
-    if not images:
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given: a run trains on one of them")
+    if not given:
         read_prompts(Path(prompts))
+
+
+def list_samples(images: str, pairs: str, labels: str, report: Report | None = None) -> list[Listed]:
+    """The samples of a source that has images."""
+    if pairs:
+        return [Listed((better, worse), caption) for better, worse, caption in read_pairs(pairs, report)]
+    if labels:
+        return [Listed((image,), caption, label) for image, caption, label in read_labels(labels, report)]
+    return [Listed((image,), caption) for image, caption in read_captions(images, report)]
 
 
 def load_samples(
@@ -106,26 +142,61 @@ def load_samples(
     sizes: Sequence[Size],
     cache: TensorCache | None = None,
     processes: Processes = ALONE,
+    *,
+    pairs: str = "",
+    labels: str = "",
 ) -> Samples:
-    """Samples from captioned images (see `read_captions`), or from a prompt file where `images` is empty.
+    """Samples from captioned images (see `read_captions`), pairs or labelled images (`data.preferences`), or from a prompt file where there
+    are none.
 
-    Each image is cropped to that of `sizes` whose aspect ratio is nearest. With a cache it is encoded once for all runs.
+    Each image is cropped to that of `sizes` whose aspect ratio is nearest, both images of a pair to that of the better one. With a cache
+    an image is encoded once for all runs.
     """
-    check_sources(prompts, images)
+    check_sources(prompts, images, pairs, labels)
     report = Report()
-    pairs = read_captions(images, report) if images else []
-    alone = [] if images else read_prompts(Path(prompts), report)
+    listed = list_samples(images, pairs, labels, report) if images or pairs or labels else []
+    alone = [] if listed else read_prompts(Path(prompts), report)
     if processes.main:
         report.show()
-    if not images:
+    if not listed:
         return Samples(tuple(alone), fingerprint=fingerprint(len(alone), prompts=alone))
-    sized = {source: sizes[0] if len(sizes) == 1 else nearest(size_of(source), sizes) for source, _ in pairs}
-    hashes = {source: content_hash(source) for source in sized}
-    keys: dict[ImageSource, ImageSource | str] = {source: source for source in sized}
+    of_source = {one.images[0]: sizes[0] if len(sizes) == 1 else nearest(size_of(one.images[0]), sizes) for one in listed}
+    wanted = [[(image, of_source[one.images[0]]) for image in one.images] for one in listed]
+    hashes = {source: content_hash(source) for one in listed for source in one.images}
+    for one in listed:
+        if len({hashes[source] for source in one.images}) < len(one.images):
+            raise ValueError(f"{one.images[0]} and {one.images[1]} are a pair of equal images: a pair needs a better and a worse one")
+    latents, index = _encoded(policy, [image for one in wanted for image in one], hashes, sizes, cache, processes)
+    rows = torch.tensor([[index[image] for image in one] for one in wanted])
+    captions = tuple(one.caption for one in listed)
+    kinds: dict[str, list[str]] = {"pairs" if pairs else "images": [" ".join(hashes[source] for source in one.images) for one in listed]}
+    labelled = [one.label for one in listed if one.label is not None]
+    if labelled:
+        kinds["labels"] = [str(label) for label in labelled]
+    return Samples(
+        captions,
+        latents,
+        rows[:, 0],
+        rows[:, 1] if pairs else None,
+        torch.tensor(labelled) if labelled else None,
+        fingerprint(len(listed), **kinds, captions=captions),
+    )
+
+
+def _encoded(
+    policy: Encoder,
+    images: Sequence[Sized],
+    hashes: Mapping[ImageSource, str],
+    sizes: Sequence[Size],
+    cache: TensorCache | None,
+    processes: Processes,
+) -> tuple[Latents, dict[Sized, int]]:
+    """The latents of images with their sizes, and where those of each are."""
+    keys: dict[Sized, Sized | str] = {image: image for image in images}
     if cache is not None:
         model = policy.latents_depend_on()
-        keys = {source: key_of("picture", hashes[source], str(size), model) for source, size in sized.items()}
-    distinct = {key: (source, sized[source]) for source, key in keys.items()}  # with a cache equal files are one image
+        keys = {image: key_of("picture", hashes[image[0]], str(image[1]), model) for image in keys}
+    distinct = {key: image for image, key in keys.items()}  # with a cache equal files are one image
     ordered = sorted(distinct, key=lambda key: sizes.index(distinct[key][1]))  # images of one size are encoded together
 
     def encode(part: Sequence[int]) -> list[Tensors]:
@@ -143,9 +214,7 @@ def load_samples(
         names = [str(key) for key in ordered]
         latents = CachedLatents(cache, names, cache.fill(names, encode, processes))
     index = {key: i for i, key in enumerate(ordered)}
-    captions = tuple(caption for _, caption in pairs)
-    print_of = fingerprint(len(pairs), images=[hashes[source] for source, _ in pairs], captions=captions)
-    return Samples(captions, latents, torch.tensor([index[keys[source]] for source, _ in pairs]), print_of)
+    return latents, {image: index[key] for image, key in keys.items()}
 
 
 def content_hash(source: ImageSource) -> str:

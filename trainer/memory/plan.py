@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Labels, Pairs
 from ..data.latents import LATENTS_KEPT, LatentsInMemory
 from ..data.samples import Samples, batch_size_for
 from ..generate import Generation
@@ -121,7 +122,13 @@ class _DryRun:
         models.reward.gradient_checkpointing(config.gradient_checkpointing_reward)
         self.prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
         self.latent = torch.empty(1, *self.policy.latent_shape, device=META)
-        samples = Samples(self.prompts, LatentsInMemory(*[self.latent.expand(len(self.prompts), -1, -1, -1)] * 2))
+        images, kind = torch.arange(len(self.prompts)), config.method.data
+        samples = Samples(
+            self.prompts,
+            LatentsInMemory(*[self.latent.expand(len(self.prompts), -1, -1, -1)] * 2),
+            rejected=images if kind is Pairs else None,
+            labels=images.float() if kind is Labels else None,
+        )
         parts = Parts(self.policy, samples, models.reward, models.features, processes=processes)
         self.run, self.tracked = Run(self.config, parts), TrackedPolicy(self.policy, tracker)
         self.context = parts.context(self.config, cast(Policy, self.tracked))
@@ -189,7 +196,7 @@ class _DryRun:
 
     def encode_images(self) -> None:
         """The largest batch of images that is encoded at once."""
-        if not (self.models.images and self.config.images):
+        if not (self.models.images and (self.config.images or self.config.pairs or self.config.labels)):
             return
         height, width = self.policy.image_size
         with self._phase("encoding images", _ENCODERS[:1]), self.tracker.component("VAE encoder"):

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 from ..config import plain
-from ..data.captions import read_captions, read_prompts
+from ..data.captions import read_prompts
 from ..data.hub import PREFIX
 from ..data.report import Report
+from ..data.samples import list_samples
 from ..models.open import DTYPES, open_consistency, open_gradient_vae, open_policy
 from ..models.quantisation import read_bytes
 from ..rewards.base import RewardModel
@@ -17,6 +18,7 @@ from ..rewards.registry import load, load_features
 from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
 from ..runtime.processes import ALONE, Processes
 from ..training.config import TrainConfig
+from ..training.parts import asks_reward
 from .dry_run import MemoryTracker, dry_run
 from .offload import offloads, tensors
 from .plan import MetaModels, Plan, plan
@@ -53,10 +55,12 @@ class Planner:
             "consistency",
             "gradient_vae",
             "images",
+            "pairs",
+            "labels",
             "prompts",
         )
         relevant += ("reward", "reward_dtype", "features", "watch")
-        key = json.dumps({name: plain(getattr(config, name)) for name in relevant}, sort_keys=True)
+        key = json.dumps([asks_reward(config), {name: plain(getattr(config, name)) for name in relevant}], sort_keys=True)
         if key not in self._models:
             with dry_run(self.tracker):
                 self._models[key] = self.make_models(config)
@@ -95,7 +99,8 @@ def meta_models(config: TrainConfig) -> MetaModels:
         open_gradient_vae(policy, config.gradient_vae)
     features = load_features(config.features, "meta") if config.features else None
     heldout = meta_reward(config.watch.heldout) if config.watch.every and config.watch.heldout else None
-    return MetaModels(policy, meta_reward(config.reward, config.reward_dtype), features, heldout, *_data_size(config))
+    reward = meta_reward(config.reward, config.reward_dtype) if asks_reward(config) else UntrackedReward()
+    return MetaModels(policy, reward, features, heldout, *_data_size(config))
 
 
 def host_bytes(config: TrainConfig, models: MetaModels) -> int:
@@ -134,12 +139,13 @@ def data_report(config: TrainConfig) -> Report:
 
 def _data_size(config: TrainConfig, report: Report | None = None) -> tuple[int, int]:
     """Numbers of images and of distinct prompts; (1, 1) where the data are not there yet."""
-    if config.images == "demo":
+    source = config.images or config.pairs or config.labels
+    if source == "demo":
         number = importlib.import_module("..demo.show", __package__).FULL.real  # memory/ must not depend on demo/
         return number, number
-    if config.images.startswith(PREFIX) or (config.images and Path(config.images).exists()):
-        pairs = read_captions(config.images, report)
-        return len({image for image, _ in pairs}), len({caption for _, caption in pairs})
+    if config.images.startswith(PREFIX) or (source and Path(source).exists()):
+        listed = list_samples(config.images, config.pairs, config.labels, report)
+        return len({image for one in listed for image in one.images}), len({one.caption for one in listed})
     if config.prompts and Path(config.prompts).exists():
         return 0, len(set(read_prompts(Path(config.prompts), report)))
-    return int(bool(config.images)), 1
+    return int(bool(source)), 1

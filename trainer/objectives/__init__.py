@@ -1,6 +1,10 @@
-"""Reward-gradient objectives; an objective's fields are the config keys, the CLI flags and the node widgets."""
+"""Objectives on rewards and on preferences; an objective's fields are the config keys, the CLI flags and the node widgets."""
 
 from .base import Loss, Objective, RunContext
+from .preference.dpo import DiffusionDPO, DiffusionNPO
+from .preference.kto import DiffusionKTO
+from .preference.mapo import MaPO
+from .preference.tpo import TPO
 from .reward_gradient.black_box import BlackBoxSQDF
 from .reward_gradient.direct_align import SRPO, DirectAlign
 from .reward_gradient.draft import AlignProp, DRaFTK, DRaFTLV
@@ -19,6 +23,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "srpo": SRPO,
     "sqdf": SQDF,
     "sqdf-black-box": BlackBoxSQDF,
+    "diffusion-dpo": DiffusionDPO,
+    "diffusion-kto": DiffusionKTO,
+    "mapo": MaPO,
+    "diffusion-npo": DiffusionNPO,
+    "tpo": TPO,
 }
 """Every objective by the name that configs use."""
 
@@ -26,14 +35,19 @@ __all__ = [
     "OBJECTIVES",
     "SQDF",
     "SRPO",
+    "TPO",
     "AlignProp",
     "BlackBoxSQDF",
     "DRTune",
     "DRaFTK",
     "DRaFTLV",
+    "DiffusionDPO",
+    "DiffusionKTO",
+    "DiffusionNPO",
     "DirectAlign",
     "ImageReFL",
     "Loss",
+    "MaPO",
     "Objective",
     "ReFL",
     "RunContext",

@@ -40,6 +40,8 @@ class RunContext:
     processes: Processes = ALONE
     folder: Path = Path()
     prompts: tuple[str, ...] = ()
+    batch_size: int = 0
+    """Samples of a micro-batch, summed over all processes; 0 where it is not known."""
 
     @property
     def required_reward(self) -> Reward:
@@ -88,6 +90,15 @@ class Objective(ABC):
     def needs_gradient(self) -> bool:
         """Whether the reward must be differentiable."""
         return True
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether a reward is trained on."""
+        return True
+
+    def captions(self, prompts: Sequence[str]) -> list[str]:
+        """The texts that the model reads in training on these prompts, beside the empty one."""
+        return list(prompts)
 
     def wordings(self, prompts: Sequence[str]) -> list[str]:
         """The texts that a reward reads in training on these prompts."""

@@ -69,6 +69,13 @@ class TrainConfig:
         metadata={"help": "images with .txt captions (subfolders N_name count N times), CSV, JSONL, `hf:DATASET[:split]`, or `demo`"},
     )
     prompts: str = field(default="", metadata={"help": "text file, one prompt per line, where no images are used"})
+    pairs: str = field(
+        default="",
+        metadata={"help": "pairs of images: CSV or JSONL with columns chosen, rejected, prompt, or a folder with liked/ and disliked/"},
+    )
+    labels: str = field(
+        default="", metadata={"help": "liked and disliked images: CSV or JSONL with a column label, or a folder with liked/ and disliked/"}
+    )
     image_size: int = field(default=0, metadata={"min": 0, "help": "pixels of the square training images; 0: the model's own size"})
     buckets: bool = field(
         default=False, metadata={"help": "aspect ratio buckets: images of about image_size² pixels, one shape per micro-batch"}

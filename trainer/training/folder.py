@@ -30,6 +30,8 @@ _PATHS = (
     *(f"model_options.{key}" for key in ("parts", "text_encoder", "vae")),
     "consistency",
     "images",
+    "pairs",
+    "labels",
     "prompts",
     "watch.prompts",
     "watch.reference",

@@ -46,24 +46,33 @@ class Parts:
     def context(self, config: TrainConfig, policy: Policy) -> RunContext:
         """The resources that an objective may use; policy: `self.policy`, or a wrapper of it."""
         prompts = tuple(dict.fromkeys(self.samples.prompts))
-        return RunContext(policy, self.reward, self.features, self.processes, Path(config.out), prompts)
+        return RunContext(policy, self.reward, self.features, self.processes, Path(config.out), prompts, config.batch_size)
+
+
+def asks_reward(config: TrainConfig) -> bool:
+    """Whether anything asks the reward: objectives on preferences do not, but a watch shows it."""
+    return config.method.needs_reward or config.watch.every > 0
 
 
 def weights_of(config: TrainConfig) -> dict[str, dict[str, str]]:
     """By setting that names rewards: SHA-256 of the weights of each (`weights_hashes`)."""
-    specs = {"reward": config.reward, "watch.heldout": config.watch.heldout if config.watch.every else "", "features": config.features}
+    specs = {
+        "reward": config.reward if asks_reward(config) else "",
+        "watch.heldout": config.watch.heldout if config.watch.every else "",
+        "features": config.features,
+    }
     return {key: weights_hashes(spec) for key, spec in specs.items() if spec}
 
 
 def check_settings(config: TrainConfig, parts: Parts) -> None:
     """ConfigError where settings and parts do not fit together; to be called before anything takes time or is overwritten."""
     name, processes = config.objective["name"], parts.processes.count
-    if config.method.needs_gradient and parts.reward is not None and not parts.reward.differentiable:
-        takers = ", ".join(name for name, cls in OBJECTIVES.items() if not cls().needs_gradient)
+    if config.method.needs_reward and config.method.needs_gradient and parts.reward is not None and not parts.reward.differentiable:
+        takers = ", ".join(name for name, cls in OBJECTIVES.items() if cls().needs_reward and not cls().needs_gradient)
         raise ConfigError(f"reward {config.reward} has no gradient: use an objective that needs none ({takers})")
     if not issubclass(parts.samples.data, config.method.data):
         wanted, given = config.method.data.__name__.lower(), parts.samples.data.__name__.lower()
-        raise ConfigError(f"{name} trains on {wanted} with these settings, and the data are {given}: give `images`, or other settings")
+        raise ConfigError(f"{name} trains on {wanted} with these settings, and the data are {given}: give `{wanted}`, or other settings")
     if config.watch.every and parts.evaluation is None:
         raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
     if config.batch_size % processes:

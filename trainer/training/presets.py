@@ -7,36 +7,9 @@ has no such model, noise levels are carried over at equal signal-to-noise ratio,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
-Line = tuple[str, str, str]
-"""Key, value as TOML, comment."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a preset takes from the model. `start` is ImageReFL's first of 40 steps (few-step models: of `steps`)."""
-
-    title: str
-    folder: str
-    guidance_scale: float
-    start: int
-    steps: int = 25
-    rank: int = 16
-    batch: int = 1
-    latent: int = 16 * 128 * 128
-    size: int = 1024
-    file: str = "a diffusers folder"
-    consistency: str = ""
-    few: bool = False
-    guidance_note: str = ""
-
-    @property
-    def chain(self) -> int:
-        """Sampler steps of ReFL and ImageReFL: 40 in the papers."""
-        return self.steps if self.few else 40
-
+from .preference_presets import PREFERENCES
+from .preset_types import Line, Method, Row, guidance, quote, steps_of
 
 _CHECKPOINT = "a diffusers folder, or a .safetensors checkpoint"
 _SHIFTED = "diffusers' pipeline calls it {:g}"
@@ -75,48 +48,11 @@ SHORT = {"sd35": "sd35-medium", "flux": "flux-dev", "klein": "flux2-klein-4b"}
 """Names in `presets/` that stand for a published model."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """What a preset takes from the method; `samples` are those of one optimizer step."""
-
-    title: str
-    origin: str
-    objective: Callable[[Row, str], list[Line]]
-    data: str = "prompts"
-    steps: Line = ("steps", "1000", "")
-    samples: int = 32
-    rate: str = "1e-4"
-    more: tuple[Line, ...] = ()
-    reward: str = "hpsv2.1"
-    standardise: Line = ("standardise", "false", "a single loss: its unit does not matter")
-    heldout: str = "imagereward"
-    every: int = 100
-    save_every: int = 50
-
-
 def recomputed(name: str, row: Row) -> list[Line]:
     """What a preset recomputes in the backward pass: the decoder alone where that fits 24 GB, which is faster; `--vram` adds the rest."""
     if name in ("refl", "imagerefl") and row.size == 512:
         return [("gradient_checkpointing_vae", "true", "takes 20 GB; on a smaller card add --vram=12, which recomputes more")]
     return [(f"gradient_checkpointing_{part}", "true", "") for part in ("denoiser", "vae", "reward")]
-
-
-def quote(text: str) -> str:
-    """A text as TOML."""
-    return f'"{text}"'
-
-
-def guidance(row: Row, scale: float | None = None) -> Line:
-    """The guidance scale of a model, or `scale` where the method has its own; 1 where the model takes none."""
-    return (
-        "guidance_scale",
-        f"{row.guidance_scale if scale is None or row.guidance_scale == 1 else scale:.1f}",
-        row.guidance_note if scale is None else "",
-    )
-
-
-def _steps(row: Row, note: str = "") -> Line:
-    return ("steps", str(row.steps), "the model's own few steps" if row.few else note)
 
 
 def _range(row: Row) -> list[Line]:
@@ -147,11 +83,11 @@ def _imagerefl(row: Row, name: str) -> list[Line]:
 
 
 def _draft_k(row: Row, name: str) -> list[Line]:
-    return [_steps(row), ("k", "1", "last steps with a gradient"), guidance(row)]
+    return [steps_of(row), ("k", "1", "last steps with a gradient"), guidance(row)]
 
 
 def _draft_lv(row: Row, name: str) -> list[Line]:
-    return [_steps(row), ("samples", "2", "extra noise draws at the last level"), guidance(row)]
+    return [steps_of(row), ("samples", "2", "extra noise draws at the last level"), guidance(row)]
 
 
 def _alignprop(row: Row, name: str) -> list[Line]:
@@ -160,13 +96,13 @@ def _alignprop(row: Row, name: str) -> list[Line]:
         ("cut_mean", f"{min(42 * share, row.steps - 1):.1f}", "first step with a gradient: 42 of 50 on average"),
         ("cut_std", f"{5 * share:.1f}", ""),
     ]
-    return [_steps(row), *cut, guidance(row, 5.0)]
+    return [steps_of(row), *cut, guidance(row, 5.0)]
 
 
 def _drtune(row: Row, name: str) -> list[Line]:
     early = max(1, round(0.4 * row.steps))
     trained: Line = ("k", str(min(5, row.steps)), "trained steps, evenly spaced")
-    return [_steps(row), trained, ("early_stop", str(early), "the chain ends at one of so many last steps"), guidance(row)]
+    return [steps_of(row), trained, ("early_stop", str(early), "the chain ends at one of so many last steps"), guidance(row)]
 
 
 def _known_noise(row: Row, name: str) -> list[Line]:
@@ -184,7 +120,7 @@ def _sqdf(row: Row, name: str) -> list[Line]:
     size, rollouts = row.latent * row.steps * 2 / 1e6, 1024 if row.steps == 50 else 512
     consistency = bool(row.consistency) and not black
     return [
-        _steps(row),
+        steps_of(row),
         ("gamma", str(gamma), "" if row.steps == 50 else "0.9 per step of a 50-step grid"),
         guidance(row, 7.5 if black else 5.0),
         ("estimator", quote("consistency" if consistency else "base"), ""),
@@ -261,5 +197,6 @@ METHODS: dict[str, Method] = {
         every=20,
         save_every=10,
     ),
+    **PREFERENCES,
 }
 """By the name of an objective."""

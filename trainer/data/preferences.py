@@ -1,0 +1,187 @@
+"""Pairs of a better and a worse image, and images with likes and dislikes, from tables and from folders `liked` and `disliked`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..text import CONTROL, is_file
+from .captions import caption_beside, is_listing, read_captions
+from .images import find
+from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS, SUFFIXES, prompt_in, resolve_image
+from .report import Report
+from .rows import Row, read_rows
+
+CHOSEN_COLUMNS = ("chosen", "winner", "preferred", "image_chosen", "chosen_image")
+REJECTED_COLUMNS = ("rejected", "loser", "dispreferred", "image_rejected", "rejected_image")
+TWO_COLUMNS = ("image_0", "image_1", "label_0")  # of Pick-a-Pic: label_0 is 1 where image_0 is better, 0 where image_1 is, 0.5 for ties
+LABEL_COLUMNS = ("label", "liked", "vote")
+_LIKED = ("liked", "like", "1", "+1", "true", "yes", "good", "up")
+_DISLIKED = ("disliked", "dislike", "0", "-1", "false", "no", "bad", "down")
+_FOLDERS = ("liked", "disliked")
+
+
+def read_pairs(source: str, report: Report | None = None) -> list[tuple[Path, Path, str]]:
+    """Better image, worse image and prompt of each pair of a CSV or JSONL file, or of a folder.
+
+    In a folder `liked/a.png` and `disliked/a.png` are a pair. Raises ValueError with file and line for a pair that is not complete.
+    """
+    report = Report() if report is None else report
+    path = _source(source, "pairs", report)
+    found = _paired(path, report) if path.is_dir() else [pair for row in _rows(path, report) if (pair := _pair(path, row, report))]
+    if not found:
+        raise ValueError(f"{path} names no pair")
+    _check_files(path, [image for better, worse, _ in found for image in (better, worse)])
+    report.take("pairs", len(found))
+    return found
+
+
+def read_labels(source: str, report: Report | None = None) -> list[tuple[Path, str, float]]:
+    """Image, prompt and label, 1 liked or −1 disliked, of each row of a CSV or JSONL file, or of each image of a folder.
+
+    An image that has both labels under one prompt is liked. Raises ValueError where all labels are equal.
+    """
+    report = Report() if report is None else report
+    path = _source(source, "labels", report)
+    found = _labelled_folder(path, report) if path.is_dir() else _labelled_rows(path, report)
+    _check_files(path, [image for image, _, _ in found])
+    best: dict[tuple[Path, str], float] = {}
+    for image, prompt, label in found:
+        if best.get((image, prompt), label) != label:
+            report.note("labelled both ways, taken as liked", image.name)
+        best[image, prompt] = max(label, best.get((image, prompt), label))
+    numbers = {label: sum(value == label for value in best.values()) for label in (1.0, -1.0)}
+    if not all(numbers.values()):
+        raise ValueError(f"{path}: {numbers[1.0]} images are liked and {numbers[-1.0]} disliked: give some of both")
+    report.take("liked", numbers[1.0])
+    report.take("disliked", numbers[-1.0])
+    return [(image, prompt, label) for (image, prompt), label in best.items()]
+
+
+def _source(source: str, key: str, report: Report) -> Path:
+    report.source = source
+    if not is_listing(Path(source)):
+        raise ValueError(f"{key} = {source}: give a folder with {' and '.join(_FOLDERS)}, or a table ({', '.join(SUFFIXES)})")
+    return Path(source)
+
+
+def _check_files(path: Path, images: Sequence[Path]) -> None:
+    gone = next((image for image in images if not is_file(image)), None)
+    if gone is not None:
+        raise ValueError(f"{path} names {CONTROL.sub(' ', str(gone))}, which does not exist")
+
+
+# -- tables -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(path: Path, report: Report) -> list[Row]:
+    return list(read_rows(path, (*CHOSEN_COLUMNS, *REJECTED_COLUMNS, *TWO_COLUMNS[:2]), PROMPT_COLUMNS, report))
+
+
+def _pair(path: Path, row: Row, report: Report) -> tuple[Path, Path, str] | None:
+    names = _by_label(row) if row.values.get(TWO_COLUMNS[0]) else [_first(row, CHOSEN_COLUMNS), _first(row, REJECTED_COLUMNS)]
+    if names is None:
+        report.leave_out("ties", row.where.rpartition(", ")[2])
+        return None
+    for name, what, columns in zip(names, ("better", "worse"), (CHOSEN_COLUMNS, REJECTED_COLUMNS)):
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError(f"{row.where}: no {what} image; name it in a column {', '.join(columns[:3])}")
+    better, worse = (resolve_image(path.parent, str(name), report) for name in names)
+    if better == worse:
+        raise ValueError(f"{row.where}: both images of the pair are {better.name}: name two")
+    prompt = prompt_in(row, "", report) or (caption_beside(better, report) if is_file(better) else None)
+    if not prompt and is_file(better):
+        raise ValueError(f"{row.where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}, or beside {better.name}")
+    return better, worse, prompt or ""
+
+
+def _by_label(row: Row) -> list[Any] | None:
+    """Better and worse image of a row of Pick-a-Pic's columns; None for a tie."""
+    first, second, label = (row.values.get(name) for name in TWO_COLUMNS)
+    try:
+        share = float(str(label))
+    except ValueError:
+        share = -1.0
+    if share not in (0.0, 0.5, 1.0):
+        raise ValueError(f"{row.where}: label_0 is {_short(label)}: give 1 where image_0 is better, 0 where image_1 is, 0.5 for a tie")
+    return None if share == 0.5 else [first, second] if share == 1 else [second, first]
+
+
+def _labelled_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
+    found: list[tuple[Path, str, float]] = []
+    words: set[str] = set()
+    for row in read_rows(path, IMAGE_COLUMNS, PROMPT_COLUMNS, report):
+        name = _first(row, IMAGE_COLUMNS)
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError(f"{row.where}: no image; name one in a column {', '.join(IMAGE_COLUMNS[:3])}")
+        value = next((row.values[column] for column in LABEL_COLUMNS if row.values.get(column) not in (None, "")), None)
+        word = str(value).strip().lower().removesuffix(".0")
+        if word not in (*_LIKED, *_DISLIKED):
+            raise ValueError(f"{row.where}: label {_short(value)} is neither liked nor disliked: give these words, or 1 and 0, or 1 and -1")
+        words.add(word)
+        image = resolve_image(path.parent, name, report)
+        prompt = prompt_in(row, "", report) or (caption_beside(image, report) if is_file(image) else None)
+        if not prompt and is_file(image):
+            raise ValueError(f"{row.where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}, or beside {image.name}")
+        found.append((image, prompt or "", 1.0 if word in _LIKED else -1.0))
+    if {"0", "-1"} <= words:
+        raise ValueError(f"{path}: labels are 0 and -1 as well: leave out what is neither liked nor disliked, and give 1 and one of them")
+    return found
+
+
+def _first(row: Row, columns: Sequence[str]) -> Any:
+    return next((row.values[column] for column in columns if row.values.get(column)), None)
+
+
+def _short(value: Any) -> str:
+    return "missing" if value in (None, "") else repr(value)[:40]
+
+
+# -- folders ------------------------------------------------------------------------------------------------------------
+
+
+def _halves(folder: Path) -> tuple[Path, Path]:
+    liked, disliked = (folder / name for name in _FOLDERS)
+    for half in (liked, disliked):
+        if not half.is_dir():
+            raise ValueError(f"{folder} has no folder {half.name}: put the better images in {liked.name}, the worse in {disliked.name}")
+    return liked, disliked
+
+
+def _labelled_folder(folder: Path, report: Report) -> list[tuple[Path, str, float]]:
+    found: list[tuple[Path, str, float]] = []
+    for half, label in zip(_halves(folder), (1.0, -1.0)):
+        one = Report()
+        found += [(Path(str(image)), caption, label) for image, caption in read_captions(str(half), one)]
+        report.left_out |= one.left_out
+        report.notes |= one.notes
+    return found
+
+
+def _paired(folder: Path, report: Report) -> list[tuple[Path, Path, str]]:
+    halves = _halves(folder)
+    names: list[dict[Path, Path]] = []
+    for half in halves:
+        images = find(half, report)
+        stems = {image.relative_to(half).with_suffix(""): image for image in images}
+        if len(stems) != len(images):
+            twice = next(image for image in images if stems[image.relative_to(half).with_suffix("")] != image)
+            raise ValueError(f"{twice} has the name of another image beside it: a pair is two files of one name, one in each folder")
+        names.append(stems)
+    report.taken.pop("images", None)
+    for mine, theirs, there in ((names[0], names[1], halves[1]), (names[1], names[0], halves[0])):
+        alone = [image for stem, image in mine.items() if stem not in theirs]
+        if alone:
+            more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
+            raise ValueError(f"{alone[0]}{more} has no image of its name in {there}: a pair needs both, or give the folder as labels")
+    return [(image, names[1][stem], _caption_of_both(image, names[1][stem], report)) for stem, image in names[0].items()]
+
+
+def _caption_of_both(better: Path, worse: Path, report: Report) -> str:
+    mine, theirs = caption_beside(better, report), caption_beside(worse, report)
+    if mine and theirs and mine != theirs:
+        raise ValueError(f"{better} and {worse} have different captions: a pair has one prompt, give equal ones or one of them")
+    if not (mine or theirs):
+        raise ValueError(f"{better} has no caption: write one into {better.stem}.txt beside it")
+    return mine or theirs or ""

@@ -1,0 +1,99 @@
+"""TPO: captioned images alone, each under its caption and under one that is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...data.batches import Batch, Images, Prompts
+from ..base import Logs, Loss, RunContext
+from .dpo import pair_losses, safeguard
+from .errors import DenoisingObjective, mean_square
+from .kto import label_losses
+from .perturb import perturb, read_perturbed
+
+
+@dataclass(frozen=True)
+class TPO(DenoisingObjective):
+    """Text preference optimisation (TPO, Xian et al. 2025, arXiv:2509.25771): an image under its caption and under a wrong one.
+
+    `dpo` is TDPO, with the safeguard in place of the authors' clipped gradient of the wrong caption; `kto` is TKTO. Wrong captions have
+    one word changed by rule; the authors have a language model write them. Written from the paper: its code is not public, and β is
+    Diffusion-DPO's and Diffusion-KTO's.
+    """
+
+    form: Literal["dpo", "kto"] = field(default="dpo", metadata={"help": "loss on the two captions: as a pair, or as liked and disliked"})
+    beta: float = field(default=5000.0, metadata={"min": 0.0, "help": "as in Diffusion-DPO, 5000, or with kto as in Diffusion-KTO, 1000"})
+    mu: float = field(default=0.9, metadata={"min": 0.0, "max": 1.0, "help": "of the safeguard (dpo): share of progress kept"})
+    captions_file: str = field(
+        default="", metadata={"help": "CSV or JSONL with columns prompt and perturbed; other captions are changed by rule"}
+    )
+
+    @property
+    def data(self) -> type[Prompts]:
+        """Images."""
+        return Images
+
+    def perturbed(self, prompts: Sequence[str]) -> dict[str, str | None]:
+        """The wrong caption of each prompt; None where no rule changes it."""
+        given = read_perturbed(Path(self.captions_file)) if self.captions_file else {}
+        return {prompt: given.get(prompt) or perturb(prompt) for prompt in prompts}
+
+    def captions(self, prompts: Sequence[str]) -> list[str]:
+        """Right and wrong ones."""
+        return [*prompts, *(wrong for wrong in self.perturbed(prompts).values() if wrong)]
+
+    def check(self, context: RunContext) -> None:
+        """Refuse captions that cannot be perturbed."""
+        same = [prompt for prompt, wrong in self.perturbed(context.prompts).items() if wrong is None]
+        if same:
+            more = f" (and {len(same) - 1} more)" if len(same) > 1 else ""
+            raise ValueError(f"no rule changes the caption {same[0]!r}{more}: give wrong captions in objective.captions_file")
+
+    def begin(self, context: RunContext) -> Loss:
+        """The loss of one run."""
+        return _TextPreference(self, context)
+
+
+class _TextPreference(Loss):
+    """The loss with the wrong captions of the run, which a resumed one must share."""
+
+    def __init__(self, settings: TPO, run: RunContext) -> None:
+        self.settings, self.run, self.wrong = settings, run, settings.perturbed(run.prompts)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
+        s, run = self.settings, self.run
+        if not isinstance(batch, Images):
+            raise ValueError("captions are compared on images: give `images`")
+        noised, right = s.noised(run, batch), s.kept(batch, batch.prompts)
+        wrong = [(self.wrong.get(prompt) or prompt) if kept else "" for prompt, kept in zip(batch.prompts, right)]
+        latents = batch.latents, batch.latents
+        tuned, reference = noised.two(latents, (right, wrong)), noised.two(latents, (right, wrong), "base")
+        error = mean_square(tuned[0])
+        if s.form == "dpo":
+            losses, logs = pair_losses(tuned, reference, s.beta, rejected_scale=safeguard(tuned, s.mu, run.processes))
+            return (losses + s.sft_weight * error).mean(), logs
+        gain = torch.cat([mean_square(theirs) - mean_square(ours) for ours, theirs in zip(tuned, reference)])
+        liked = torch.arange(len(gain), device=gain.device) < len(error)
+        losses, logs = label_losses(gain, liked, s.beta, (1.0, 1.0), run.processes)
+        good, bad = logs["gain"].chunk(2)
+        return losses.mean() + s.sft_weight * error.mean(), {
+            "margin": good - bad,
+            "accuracy": (good > bad).float(),
+            "error": error.detach(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """A hash of the wrong captions."""
+        return {"captions": hashlib.sha256(repr(sorted(self.wrong.items())).encode()).hexdigest()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Refuse a run that began with other wrong captions."""
+        if state != self.state():
+            raise ValueError("objective.captions_file holds other captions than when the run began: go on with those")

@@ -1,0 +1,97 @@
+"""The rows of objectives on preferences in the table of presets."""
+
+from __future__ import annotations
+
+from .preset_types import Line, Method, Row, guidance, steps_of
+
+
+def _levels(row: Row) -> list[Line]:
+    return [steps_of(row, "of evaluations; training draws from all noise levels"), guidance(row)]
+
+
+def _dpo(row: Row, name: str) -> list[Line]:
+    large = row.size > 512
+    return [
+        *_levels(row),
+        ("beta", "5000.0", "" if row.latent <= 4 * 128 * 128 else "SD1.5's and SDXL's; not published for flow models"),
+        ("mu", "0.6" if large else "0.9", f"the safeguard's, {'SDXL' if large else 'SD1.5'}'s"),
+        ("prompt_dropout", "0.2", ""),
+    ]
+
+
+def _kto(row: Row, name: str) -> list[Line]:
+    return [*_levels(row), ("beta", "1000.0", ""), ("prompt_dropout", "0.2", "")]
+
+
+def _mapo(row: Row, name: str) -> list[Line]:
+    return [*_levels(row), ("beta", "0.1", ""), ("scale", "0.5", ""), ("margin_scale", "1000.0", "")]
+
+
+def _npo(row: Row, name: str) -> list[Line]:
+    return [*_levels(row), ("beta", "2000.0" if row.size > 512 else "1000.0", "")]
+
+
+def _tpo(row: Row, name: str) -> list[Line]:
+    return [*_levels(row), ("form", '"dpo"', 'or "kto" with beta = 1000'), ("beta", "5000.0", "Diffusion-DPO's")]
+
+
+_SHOWN: Line = ("standardise", "false", "the reward is shown by the watch, and not trained on")
+PREFERENCES: dict[str, Method] = {
+    "diffusion-dpo": Method(
+        "Diffusion-DPO",
+        "β of the official code and μ of SDPO's, for all weights and 2048 pairs a step; rate and number of pairs are a LoRA's",
+        _dpo,
+        data="pairs",
+        steps=("steps", "2000", ""),
+        samples=64,
+        rate="1e-5",
+        standardise=_SHOWN,
+        every=200,
+    ),
+    "diffusion-kto": Method(
+        "Diffusion-KTO",
+        "β of the official code, for all weights of SD1.5; rate and number of images are a LoRA's",
+        _kto,
+        data="labels",
+        least=4,
+        steps=("steps", "2000", ""),
+        samples=64,
+        rate="1e-5",
+        standardise=_SHOWN,
+        every=200,
+    ),
+    "mapo": Method(
+        "MaPO",
+        "the official SDXL settings, but for the rank of 8",
+        _mapo,
+        data="pairs",
+        steps=("steps", "2000", ""),
+        samples=16,
+        rate="1e-5",
+        standardise=_SHOWN,
+        every=200,
+    ),
+    "diffusion-npo": Method(
+        "Diffusion-NPO",
+        "the official settings for SD1.5 and SDXL, but for the rank of 8; the result is the negative model of the guide npo",
+        _npo,
+        data="pairs",
+        steps=("steps", "2000", ""),
+        samples=64,
+        rate="5e-6",
+        standardise=_SHOWN,
+        every=200,
+    ),
+    "tpo": Method(
+        "TPO",
+        "from the paper, with Diffusion-DPO's β; rate and number of images are a LoRA's",
+        _tpo,
+        data="images",
+        steps=("steps", "2000", ""),
+        samples=64,
+        rate="1e-5",
+        standardise=_SHOWN,
+        every=200,
+    ),
+}
+"""By the name of an objective."""
