@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from types import ModuleType
 from typing import NoReturn
 
 from .commands import COMMANDS
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: prompts and names that a terminal lacks letters for stop nothing
     try:
         args = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        return import_module(f".commands.{args.command}", __package__).run(args)
+        return _module(args.command).run(args)
     except ModuleNotFoundError as error:
         message = f"the package {error.name} is missing: pip install -e '.[train]'"
     except (ValueError, OSError, ArithmeticError) as error:
@@ -66,7 +67,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
             allow_abbrev=False,  # `--learning_rate=…` must never become another flag
         )
         if given[:1] == [name]:
-            import_module(f".commands.{name}", __package__).configure(command)
+            _module(name).configure(command)
             flags = re.findall(r"(?<= )--([\w.-]+)", command.format_help())
     # settings never reach argparse, which takes one that holds a space for a file
     settings = [a for a in given if given[0] == "train" and a.startswith("--") and "=" in a]
@@ -81,6 +82,10 @@ def _parse(given: list[str]) -> argparse.Namespace:
         raise ConfigError("give --resume to continue, or --overwrite to start again, not both")
     args.settings = settings
     return args
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f".commands.{command.replace('-', '_')}", __package__)
 
 
 def _with_equals_sign(given: Sequence[str], argument: str) -> str:

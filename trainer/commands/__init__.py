@@ -12,7 +12,8 @@ COMMANDS: dict[str, str] = {
     "rewards": "List rewards with licence and source, download their weights, measure their statistics.",
     "evaluate": "Compare tuned models with their base: rewards, diversity, distances, frontier.",
     "compare": "Train several methods on the embedded model under one budget of denoiser calls and compare them.",
+    "compare-sampling": "Compare searches by reward on the embedded model at equal numbers of model calls.",
     "convert": "Convert a LoRA to another layout, or extract one from a full fine-tune.",
     "doctor": "Say what is installed here and what would not work: the text that a report of a problem should hold.",
 }
-"""The name of each command's module, and one line of help."""
+"""The name of each command, whose module has _ for -, and one line of help."""

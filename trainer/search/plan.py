@@ -134,7 +134,7 @@ def fitted(search: Search, steps: int, budget: int, returned: int = 1, seed: int
         wide = widened(search, width)
         return cost(wide, rounds_of(wide, steps, seed), own_lookahead).model
 
-    least = max(returned, 2) if METHODS[search.name].grows == "particles" else 2
+    least = max(returned, 2) if METHODS[search.name].grows == "particles" else 1 if search.name == "dsearch" else 2
     if budget < calls(least):
         few = widened(search, least)
         raise ConfigError(
