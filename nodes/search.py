@@ -166,7 +166,8 @@ class RewardSearch(io.ComfyNode):
         assert kind.found is not None
         others = None if heldout is None else rewards(heldout, vae, best, prompt, chunk).tolist()
         text = _summary(kind.found, kind.chosen, others)
-        draw_text(cls, text)
+        held = f" (held-out {others[0]:.3f})" if others else ""
+        draw_text(cls, f"best {kind.found.scores[kind.chosen[0]]:.3f}{held}; {_spent(kind.found)}")
         kept = {name: value for name, value in latent_image.items() if name != "batch_index"}
         tree = figure(kind.found.tree.figure(reward.name))
         return io.NodeOutput(host.finished(kept, best), text, tree, kind.found.tree.csv())
@@ -204,8 +205,11 @@ def _summary(found: Found, chosen: list[int], heldout: list[float] | None) -> st
     """Markdown: a row for each image, then what was spent."""
     header = ("image", "reward", *(("held-out",) if heldout else ()))
     rows = [(n, f"{found.scores[i]:.4f}", *((f"{heldout[n]:.4f}",) if heldout else ())) for n, i in enumerate(chosen)]
-    counts = found.counts
-    return table(header, rows) + f"\n\n{counts.model} model calls, {counts.decodes} decodes, {counts.rewards} reward calls"
+    return f"{table(header, rows)}\n\n{_spent(found)}"
+
+
+def _spent(found: Found) -> str:
+    return f"{found.counts.model} model calls, {found.counts.decodes} decodes, {found.counts.rewards} reward calls"
 
 
 NODES = [RewardSearch]

@@ -53,8 +53,10 @@ def searches(names: Sequence[str], budgets: Sequence[int]) -> dict[Point, Search
     found: dict[Point, Search] = {}
     for name in names:
         for b in budgets:
-            early = {"oversample": min(5, b // 2)} if name == "dsearch" else {}  # five particles at the start do not fit a small budget
-            found[name, b] = fitted(search_of(name, {"particles": 1, **early}), STEPS, b * STEPS)
+            fields: dict[str, Any] = {"particles": 2 if name == "dlbs" and b >= 4 else 1}  # with one, dlbs is svdd
+            if name == "dsearch":
+                fields["oversample"] = min(5, b // 2)  # five at the start do not fit a small budget
+            found[name, b] = fitted(search_of(name, fields), STEPS, b * STEPS)
     return found
 
 
