@@ -61,7 +61,7 @@ _NEEDED = {
         "latent_preview:prepare_callback",
     ),
     "search by reward": (
-        "comfy.samplers:KSAMPLER.sample",
+        "comfy.samplers:KSAMPLER",
         "comfy.samplers:KSamplerX0Inpaint",
         "comfy.model_base:BaseModel.process_latent_out",
         "comfy.model_base:BaseModel.memory_required",
