@@ -37,7 +37,11 @@ class Generation:
     tuned_method: Method | None = field(default=None, metadata={"help": "sampler of the tuned part; none: as method"})
     density: float = field(
         default=0.5,
-        metadata={"min": 0.001, "max": 0.999, "help": "density guidance q: below 0.5 more detail, above it smoother; authors 0.3 to 0.7"},
+        metadata={
+            "min": 0.001,
+            "max": 0.999,
+            "help": "density guidance q: below 0.5 more detail, above it smoother; authors 0.3 to 0.7; approximate with ddpm",
+        },
     )
     noise_quantile: float = field(
         default=0.0,

@@ -96,6 +96,8 @@ def test_the_gradient_is_autograds_and_its_memory_as_predicted():
         (("--optimise-noise", "reno", "--reward", "compressibility", "--raw"), "needs a reward with a gradient"),
         (("--optimise-noise", "rotate", "--reward", "demo-proxy", "--search", "code"), "give one of the two"),
         (("--optimise-noise", "rotate", "--reward", "demo-proxy", "--noise-clip", 1), "rotate has no clip"),
+        (("--optimise-noise", "rotate", "--reward", "demo-proxy", "--budget", 9), "--budget belongs to a search"),
+        (("--optimise-noise", "rotate", "--reward", "demo-proxy", "--particles", 9), "--particles belongs to a search"),
     ],
 )
 def test_what_cannot_be_optimised_is_one_line_before_a_model_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):

@@ -267,3 +267,11 @@ def test_the_table_says_who_survived_and_from_whom():
         alive = {node.particle for node in before if node.survives}
         assert {node.parent for node in now} == alive and len(alive) == 2
     assert found.tree.figure().axes
+
+
+def test_copies_come_last_however_many_there_are():
+    """torch.cdist of more than 25 rows goes through a matrix product, which finds equal rows apart."""
+    latents = torch.randn(32, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = torch.cat([latents, latents])
+    found = Found(latents, [float(-i) for i in range(64)], None, None, None)
+    assert found.chosen(64)[:32] == list(range(32))

@@ -31,6 +31,7 @@ from ..rewards.registry import load_reward, weights_hashes
 from ..rewards.weighted import parse_weights
 from ..runtime.device import check_device
 from ..runtime.files import write_text
+from . import searching
 from .image_folder import ImageFolder
 
 
@@ -55,6 +56,10 @@ def given(args: argparse.Namespace) -> NoiseOptimisation | None:
         return None
     if args.search is not None:
         raise ConfigError("--search and --optimise-noise both choose images by a reward: give one of the two")
+    of_search = [f"--{name.replace('_', '-')}" for name in ("budget", "diversity", "image", "lookahead_lora") if getattr(args, name)]
+    of_search += [searching.flag(name) for name in searching.FIELDS if getattr(args, f"search_{name}") is not None]
+    if of_search:
+        raise ConfigError(f"{of_search[0]} belongs to a search: leave it out, or give --search instead of --optimise-noise")
     if not args.reward:
         raise ConfigError("noise optimisation needs a reward: give --reward NAME, see `python -m trainer rewards list`")
     return optimisation_of(args.optimise_noise, values)

@@ -52,10 +52,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         if f.name in FIELDS:
             having = ", ".join(f"{name} {method.defaults[f.name]}" for name, method in METHODS.items() if f.name in method.defaults)
             kind = {"int": int, "float": float}.get(str(f.type), str)
-            add(_flag(f.name), dest=f"search_{f.name}", type=kind, metavar="X", help=f"{f.metadata['help']} (default: {having})")
+            add(flag(f.name), dest=f"search_{f.name}", type=kind, metavar="X", help=f"{f.metadata['help']} (default: {having})")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The flag of a setting of a search."""
     return f"--{name}" if name in ("particles", "children") else f"--search-{name}"
 
 
@@ -64,7 +65,7 @@ def given(args: argparse.Namespace) -> Search | None:
     values = {name: value for name in FIELDS if (value := getattr(args, f"search_{name}")) is not None}
     if args.search is None:
         others = ("reward", "heldout", "raw", "budget", "diversity", "image", "lookahead_lora")
-        flags = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)] + [_flag(name) for name in values]
+        flags = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)] + [flag(name) for name in values]
         if flags:
             raise ConfigError(f"{flags[0]} belongs to a search: give --search {'|'.join(METHODS)}")
         return None
@@ -72,14 +73,14 @@ def given(args: argparse.Namespace) -> Search | None:
         raise ConfigError("a search needs a reward: give --reward NAME, see `python -m trainer rewards list`")
     for name in values:
         if name not in METHODS[args.search].defaults:
-            own = ", ".join(map(_flag, METHODS[args.search].defaults))
-            raise ConfigError(f"--search {args.search} takes no {_flag(name)}: it takes {own}")
+            own = ", ".join(map(flag, METHODS[args.search].defaults))
+            raise ConfigError(f"--search {args.search} takes no {flag(name)}: it takes {own}")
     if args.budget < 0 or args.diversity < 0:
         raise ConfigError("--budget and --diversity: give 0 or more")
     if args.image is not None and not 0 < args.image_strength <= 1:
         raise ConfigError(f"--image-strength {args.image_strength:g}: give a share of the steps above 0, up to 1")
     if args.budget and METHODS[args.search].grows in values:
-        raise ConfigError(f"--budget sets {_flag(METHODS[args.search].grows)}: give one of the two")
+        raise ConfigError(f"--budget sets {flag(METHODS[args.search].grows)}: give one of the two")
     values.setdefault("particles", max(args.n, METHODS[args.search].defaults["particles"]))
     return search_of(args.search, values)
 

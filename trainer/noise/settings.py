@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
         False,
     ),
 }
-"""Every method by the name that `--optimise-noise` takes; the defaults are the authors'."""
+"""Every method by the name that `--optimise-noise` takes; the defaults of those with a source are the authors'."""
 FIELDS = tuple(f.name for f in fields(NoiseOptimisation) if f.name != "name")
 """The settings, in the order of their flags."""
 

@@ -109,7 +109,7 @@ def _sources(path: str, files: dict[str, str], report: Report, prompt_column: st
         others = not local.is_dir() or any(p.suffix.lower() in SUFFIXES for p in local.rglob("*"))
         if others and not _is_shard(path):
             items = find_items([path], None, prompt_column, report)
-            yield from (Source(str(item.path), item.prompt, state=state_of(item.path)) for item in items)
+            yield from (Source(str(item.path), item.prompt, state=_with_sidecar(item.path)) for item in items)
         return
     fs, root = _filesystem(path)
     scheme = path.split("://")[0]
@@ -121,8 +121,9 @@ def _sources(path: str, files: dict[str, str], report: Report, prompt_column: st
                 files[url] = _state(listing[name])
             elif name.lower().endswith(SUFFIXES):
                 beside = (str(PurePosixPath(name).with_suffix(suffix)) for suffix in SIDECARS)
-                caption = next((f"{scheme}://{c.lstrip('/') if scheme != 'file' else c}" for c in beside if c in listing), "")
-                yield Source(url, caption=caption, state=_state(listing[name]))
+                text = next((c for c in beside if c in listing), "")
+                caption = text and f"{scheme}://{text.lstrip('/') if scheme != 'file' else text}"
+                yield Source(url, caption=caption, state="/".join(_state(listing[one]) for one in (name, text) if one))
             elif not name.lower().endswith(SIDECARS):
                 report.leave_out("not an image", PurePosixPath(name).name)
     elif _is_shard(path):
@@ -158,6 +159,11 @@ def _is_local(path: str) -> bool:
 
 def _filesystem(path: str) -> tuple[Any, str]:
     return import_module("fsspec.core").url_to_fs(path)
+
+
+def _with_sidecar(path: Path) -> str:
+    """The state of an image and of the texts beside it, which may be its caption."""
+    return "/".join(state_of(one) for one in (path, *map(path.with_suffix, SIDECARS)) if one == path or one.is_file())
 
 
 def _state(info: Mapping[str, Any]) -> str:

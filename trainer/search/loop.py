@@ -90,16 +90,16 @@ class Found:
     counts: Counts
 
     def chosen(self, number: int, diversity: float = 0.0, features: Tensor | None = None) -> list[int]:
-        """The places of `number` of them: the best distinct ones, or with `diversity` greedily by score + diversity·distance.
+        """The places of `number` of them: the best, copies last, or with `diversity` greedily by score + diversity·distance.
 
         features (n,D): what the distance (1 − cosine) is of; default: the latents.
         """
         flat = (self.latents if features is None else features).flatten(1).cpu()
         if diversity > 0 and number > 1:
             return diverse(self.scores, flat, number, diversity)
-        same = torch.cdist(self.latents.flatten(1).double().cpu(), self.latents.flatten(1).double().cpu()) == 0
-        copies = [i for i in range(len(same)) if bool(same[i, :i].any())]
-        return [*(i for i in range(len(same)) if i not in copies), *copies][:number]
+        own = self.latents.flatten(1).cpu()
+        first = {i: next(j for j in range(i + 1) if torch.equal(own[i], own[j])) for i in range(len(own))}  # not cdist, which rounds
+        return sorted(first, key=lambda i: first[i] != i)[:number]
 
 
 def survivors_of(search: Search) -> Survivors:
