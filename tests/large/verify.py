@@ -134,6 +134,7 @@ def random_network(kind, config):
         whole = dict(getattr(diffusers, kind)(**small).named_buffers())
         for name in buffers:
             network.get_buffer(name).copy_(whole[name])
+        network.computed = {name: whole[name].float() for name in buffers - set(network.state_dict())}  # which no file holds
     return network
 
 
@@ -206,6 +207,9 @@ def exact(policy):
     buffers = [(m, n, b) for m in policy.network.modules() for n, b in m.named_buffers(recurse=False)]
     for module, name, buffer in buffers:
         setattr(module, name, buffer.float())
+    for path, buffer in getattr(policy.network, "computed", {}).items():
+        inside, _, name = path.rpartition(".")
+        setattr(policy.network.get_submodule(inside), name, buffer)
     policy.dtype = torch.float32
     try:
         yield
