@@ -117,10 +117,11 @@ def letters():
 def random_network(kind, config):
     """A network of that class in bfloat16: matrices of spread 1/√fan-in, norms at one, biases at zero."""
     import diffusers
+    from accelerate import init_empty_weights
 
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # what is computed, as tables of positions, keeps its values
         network = getattr(diffusers, kind)(**config)
-    buffers = {name for name, _ in network.named_buffers()}
+    computed = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network = network.to(torch.bfloat16).to_empty(device="cpu")
     rng = torch.Generator().manual_seed(0)
     for name, p in network.named_parameters():
@@ -129,12 +130,9 @@ def random_network(kind, config):
                 p.normal_(0, 1 / math.sqrt(p[0].numel()), generator=rng)
             else:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
-    if buffers:  # a table of positions: computed, not learnt
-        small = {**config, **({"num_layers": 1, "dual_attention_layers": []} if "pos_embed_max_size" in config else {})}
-        whole = dict(getattr(diffusers, kind)(**small).named_buffers())
-        for name in buffers:
-            network.get_buffer(name).copy_(whole[name])
-        network.computed = {name: whole[name].float() for name in buffers - set(network.state_dict())}  # which no file holds
+    for name, buffer in computed.items():
+        network.get_buffer(name).copy_(buffer)
+    network.computed = {name: computed[name] for name in computed.keys() - network.state_dict().keys()}  # which no file holds
     return network
 
 
