@@ -1,4 +1,4 @@
-"""Of generation settings beside an image the positive prompt is its caption, not the whole text."""
+"""A sidecar file of generation settings gives its positive prompt as the caption, not the whole text."""
 
 from __future__ import annotations
 

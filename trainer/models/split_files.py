@@ -24,7 +24,7 @@ _BASE = re.compile(r"base|raw|^z_image_(bf|fp|int)\d")
 
 @dataclass(frozen=True)
 class Given:
-    """What the user names beside a network's file: files of its parts, and a published model whose noise levels are meant."""
+    """Options for a file of the network alone: files of its other parts, and the published model whose noise schedule it has."""
 
     text_encoder: str = ""
     vae: str = ""

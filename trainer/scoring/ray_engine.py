@@ -27,7 +27,7 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a worker needs beside a shard. `rewards`: names and weights; `form`: parquet or csv."""
+    """The settings that all workers share. `rewards`: names and weights; `form`: parquet or csv."""
 
     rewards: tuple[tuple[str, float], ...]
     out: str

@@ -22,7 +22,7 @@ def saturated(error: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class MaPO(DenoisingObjective, Stateless):
-    """MaPO (Hong et al. 2024, arXiv:2406.06424): supervised training on the better image beside a margin of both, without a reference.
+    """MaPO (Hong et al. 2024, arXiv:2406.06424): supervised loss on the better image plus a margin between the two, reference-free.
 
     It needs half the evaluations of Diffusion-DPO, and fits data whose style is far from the base model's. β = 0.1, s = 0.5 and
     T = 1000 are the official SDXL code's, with LoRA rank 8, learning rate 1e-5 and 16 pairs a step.
