@@ -142,17 +142,9 @@ class TwoModelGuider(comfy.samplers.CFGGuider):
         )
 
 
-def sees_proxy(guide: Guide) -> bool:
-    """Whether a guide has a coefficient on the proxy prompt."""
-    if not hasattr(guide, PROXY):
-        return False
-    mix = guide.mix(Slot("base", 2.0), Slot("tuned", 2.0), torch.linspace(10.0, 0.0, 11))
-    return any(slot.prompt_weight not in (0.0, 1.0) for slot in mix.slots)
-
-
 def guider(base: Any, tuned: Any, guide: Guide, cfg: float, tuned_cfg: float, positive: Any, negative: Any, proxy: Any) -> TwoModelGuider:
     """A guider over two models; without `tuned` the base is both. A proxy prompt that is not given is made of the other two."""
-    if proxy is None and sees_proxy(guide):
+    if proxy is None and "proxy" in guide.reads(cfg, tuned_cfg):
         proxy = proxies.proxy_prompt(positive, negative, guide.proxy)  # pyright: ignore[reportAttributeAccessIssue]
     made = TwoModelGuider(base if tuned is None else switched(base, tuned, tuned_now))
     made.set_guide(guide, cfg, tuned_cfg, one=tuned is None)
@@ -269,6 +261,11 @@ class TwoModelGuiderNode(io.ComfyNode):
     ) -> io.NodeOutput:
         """The guider."""
         chosen = guide_of(guide, tuned, settings)
+        read = chosen.reads(cfg, tuned_cfg)
+        if tuned_cfg != 1 and "tuned_guidance_scale" not in read:
+            raise ValueError(f"{guide} does not read tuned_cfg: set it to 1")
+        if proxy_prompt is not None and "proxy" not in read:
+            raise ValueError(f"{guide} has no coefficient on proxy_prompt with these settings: leave it unconnected")
         return io.NodeOutput(guider(base, tuned, chosen, cfg, tuned_cfg, positive, negative, proxy_prompt))
 
 

@@ -12,7 +12,8 @@ from helpers.samplers import grid
 from trainer.config import ConfigError, build
 from trainer.generate import Generation, branches, generate
 from trainer.guidance import Slot, cfg, classifier_free_guidance
-from trainer.guides import GUIDES, parse_table, step_at
+from trainer.guide_table import parse_table
+from trainer.guides import GUIDES, step_at
 from trainer.policy import Lora
 
 BASE, TUNED = Slot("base", 3.0), Slot("tuned", 1.5)
@@ -41,6 +42,51 @@ def drawn(mix, steps=20):
     sigmas = grid(steps)
     start = torch.randn(2000, 1, 1, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * sigmas[0]
     return dict(branches({0: mix}, gaussians, start, sigmas, lambda i: torch.zeros(1), "ddim"))[0]
+
+
+def outputs(name, slots, settings):
+    """What a guide predicts at every step; a negative moves the mean of its branch, a slot without one does not see it."""
+    sigmas, x = grid(12), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    mix = guide(name, **settings).mix(*slots, sigmas)
+
+    def predicted(slot, sigma):
+        n, c = MEANS[slot.adapter, "n"] + len(slot.negative), MEANS[slot.adapter, "c"]
+        seen, empty = gaussian(n + slot.prompt_weight * (c - n)), gaussian(n)
+        return classifier_free_guidance(seen(x, sigma), empty(x, sigma), slot.guidance_scale)
+
+    return torch.cat([sum(v * predicted(slot, s[None]) for slot, v in mix.at(i, float(s))) for i, s in enumerate(sigmas[:-1])])
+
+
+READ_OF = [
+    *((name, scales, {}) for name in GUIDES for scales in ((3.0, 1.5), (1.0, 1.0), (0.0, 1.5))),
+    ("chats", (2.0, 1.5), {"proxy": -1.0}),
+    *(
+        ("custom", (2.0, 1.5), {"table": text})
+        for text in ("1: 0.4,0.6", "5: 2,-1,0,0; 1: 0.4,0,0.6,0", "1: 0,0,-5,6,0,0", "1: 0,0,0,2,0,-1")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "scales", "settings"), READ_OF)
+def test_a_guide_reads_the_scales_and_negatives_that_change_its_prediction(name, scales, settings):
+    base, tuned = (Slot(each, scale) for each, scale in zip(("base", "tuned"), scales))
+    moved = {
+        "guidance_scale": (replace(base, guidance_scale=base.guidance_scale + 0.7), tuned),
+        "tuned_guidance_scale": (base, replace(tuned, guidance_scale=tuned.guidance_scale + 0.7)),
+        "negative": (replace(base, negative="x"), tuned),
+        "tuned_negative": (base, replace(tuned, negative="x")),
+    }
+    plain = outputs(name, (base, tuned), settings)
+    changed = {key for key, slots in moved.items() if float((outputs(name, slots, settings) - plain).abs().max()) > 1e-9}
+    assert guide(name, **settings).reads(*scales) - {"proxy"} == changed
+
+
+def test_a_proxy_prompt_is_read_where_a_coefficient_is_on_it():
+    proxy = {name: "proxy" in guide(name).reads(2.0, 2.0) for name in GUIDES}
+    assert [name for name, read in proxy.items() if read] == ["chats"]
+    six = {text: "proxy" in guide("custom", table=text).reads(2.0, 2.0) for text in ("1: 0,0,-5,6,0,0", "1: 0,0,0,6,-5,0")}
+    assert list(six.values()) == [True, False]
+    assert "proxy" not in guide("chats").reads(0.0, 1.0) and "proxy" not in guide("chats", proxy=0.0).reads(2.0, 1.0)
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -51,6 +51,7 @@ ORDER = (
     ("sampling",),
     ("density",),
     ("guidance",),
+    ("guide_table",),
     ("guides",),
     ("policy",),
     ("reward",),

@@ -6,7 +6,6 @@ Coefficients sum to 1, so that a mix is the same on ε, v and x0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -14,6 +13,10 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from .guidance import MARGIN, Mix, Slot, Switch, combined
+from .guide_table import parse_table, row_at
+
+Read = Literal["guidance_scale", "tuned_guidance_scale", "negative", "tuned_negative", "proxy"]
+"""What a mix may depend on beside prompts: the guidance scales s and s' of base and tuned model, their negatives, and a proxy prompt."""
 
 
 class Guide(Protocol):
@@ -24,6 +27,10 @@ class Guide(Protocol):
 
         Raises ValueError for settings that fit no run, or not this one.
         """
+        ...
+
+    def reads(self, s: float, t: float) -> set[Read]:
+        """What the mix depends on where the guidance scales of base and tuned model are s and t; the rest changes no image."""
         ...
 
 
@@ -45,6 +52,12 @@ def _end() -> float:
     )
 
 
+def _read(*scales: Read, base: bool = False, tuned: bool = False, proxy: bool = False) -> set[Read]:
+    """The scales, the negatives of base and tuned model, and the proxy prompt."""
+    rest: dict[Read, bool] = {"negative": base, "tuned_negative": tuned, "proxy": proxy}
+    return {*scales, *(name for name, is_read in rest.items() if is_read)}
+
+
 def _within(base: Slot, tuned: Slot, weight: float, start: float, end: float, steps: int) -> Mix:
     """base + weight·(tuned − base) from `start` to `end`, tuned elsewhere."""
     first, last = round(start * steps), round(end * steps)
@@ -63,6 +76,10 @@ class Combined:
         """1 for the base, then 1 for the tuned model; each with its own guidance scale."""
         return combined(base, tuned, Switch.parse(self.switch).index(sigmas))
 
+    def reads(self, s: float, t: float) -> set[Read]:
+        """Each model's guidance by itself."""
+        return _read("guidance_scale", "tuned_guidance_scale", base=s != 1, tuned=t != 1)
+
 
 @dataclass(frozen=True)
 class RLGuidance:
@@ -78,6 +95,10 @@ class RLGuidance:
     def mix(self, base: Slot, tuned: Slot, sigmas: Tensor) -> Mix:
         """1 − w and w, each model with guidance scale s."""
         return _within(base, replace(tuned, guidance_scale=base.guidance_scale), self.weight, self.start, self.end, len(sigmas) - 1)
+
+    def reads(self, s: float, t: float) -> set[Read]:
+        """s is the scale of both."""
+        return _read("guidance_scale", base=s != 1, tuned=s != 1)
 
 
 @dataclass(frozen=True)
@@ -96,6 +117,10 @@ class AIG:
 
         return Mix((base, tuned), coefficients)
 
+    def reads(self, s: float, t: float) -> set[Read]:
+        """Each model's guidance by itself."""
+        return _read("guidance_scale", "tuned_guidance_scale", base=s != 1, tuned=t != 1)
+
 
 @dataclass(frozen=True)
 class Autoguidance:
@@ -110,6 +135,10 @@ class Autoguidance:
         weak, strong = _seeing(base, 1.0), _seeing(tuned, 1.0)
         return _within(weak, strong, self.weight, self.start, self.end, len(sigmas) - 1)
 
+    def reads(self, s: float, t: float) -> set[Read]:
+        """Both models see the prompt alone."""
+        return _read()
+
 
 @dataclass(frozen=True)
 class NPO:
@@ -123,6 +152,10 @@ class NPO:
         """s on the tuned model's prompt, 1 − s on the base's negative."""
         s = base.guidance_scale
         return Mix((_seeing(tuned, 1.0), _seeing(base, 0.0)), lambda i, sigma: (s, 1 - s))
+
+    def reads(self, s: float, t: float) -> set[Read]:
+        """The base alone sees a negative."""
+        return _read("guidance_scale", base=s != 1)
 
 
 @dataclass(frozen=True)
@@ -139,6 +172,10 @@ class CHATS:
         s = base.guidance_scale
         return Mix((_seeing(tuned, 1.0), _seeing(base, -self.proxy)), lambda i, sigma: (1 + s, -s))
 
+    def reads(self, s: float, t: float) -> set[Read]:
+        """The base alone sees a proxy prompt, which is the negative where proxy is 0 and the prompt where it is -1."""
+        return _read("guidance_scale", base=s != 0 and self.proxy != -1, proxy=s != 0 and self.proxy not in (0, -1))
+
 
 @dataclass(frozen=True)
 class DoubleCFG:
@@ -148,6 +185,10 @@ class DoubleCFG:
         """s_b and s_t are the guidance scales of base and tuned model."""
         s, t = base.guidance_scale, tuned.guidance_scale
         return Mix(_branches(base, tuned, (1.0, 0.0)), lambda i, sigma: (s, -s, t, 1 - t))
+
+    def reads(self, s: float, t: float) -> set[Read]:
+        """Both scales and both negatives."""
+        return _read("guidance_scale", "tuned_guidance_scale", base=s != 0, tuned=t != 1)
 
 
 @dataclass(frozen=True)
@@ -176,46 +217,15 @@ class Custom:
         """Above the first row's σ the first row holds, below the last row's the last. No guidance inside."""
         rows = parse_table(self.table)
         seen = {2: (1.0,), 4: (1.0, 0.0), 6: (1.0, 0.0, -self.proxy)}[len(rows[0][1])]
-        return Mix(_branches(base, tuned, seen), lambda i, sigma: _row_at(rows, sigma, self.interpolation == "linear"))
+        return Mix(_branches(base, tuned, seen), lambda i, sigma: row_at(rows, sigma, self.interpolation == "linear"))
 
-
-Row = tuple[float, tuple[float, ...]]
-"""A noise level and the coefficients there."""
-
-
-def parse_table(text: str) -> list[Row]:
-    """`14.6: 1,0; 0.6: 0.5,0.5` as rows of falling σ; raises ValueError with the row that is wrong."""
-    rows: list[Row] = []
-    for part in text.replace("\n", ";").split(";"):
-        if not part.strip():
-            continue
-        level, _, values = part.partition(":")
-        try:
-            row = (float(level), tuple(float(value) for value in values.split(",")))
-        except ValueError:
-            raise ValueError(f"coefficients {part.strip()!r}: write `σ: c1, c2`, as in 14.6: 1, 0; 0.6: 0.5, 0.5") from None
-        if not all(map(math.isfinite, (row[0], *row[1]))) or row[0] < 0:
-            raise ValueError(f"coefficients {part.strip()!r}: give finite numbers, and a σ of 0 or more")
-        if len(row[1]) not in (2, 4, 6):
-            raise ValueError(f"coefficients {part.strip()!r}: give 2 (base, tuned), 4 (each on prompt, negative) or 6 (and proxy) of them")
-        if abs(sum(row[1]) - 1) > 1e-6:
-            raise ValueError(f"coefficients {part.strip()!r} sum to {sum(row[1]):g}: they must sum to 1")
-        if rows and (row[0] >= rows[-1][0] or len(row[1]) != len(rows[0][1])):
-            raise ValueError(f"coefficients {part.strip()!r}: give rows of one length, with σ below the row before")
-        rows.append(row)
-    if not rows:
-        raise ValueError("no coefficients: write rows `σ: c1, c2`, as in 14.6: 1, 0; 0.6: 0.5, 0.5")
-    return rows
-
-
-def _row_at(rows: Sequence[Row], sigma: float, linear: bool) -> tuple[float, ...]:
-    """The coefficients at σ; those that are equal in both neighbours stay exact, so that a 0 costs no call."""
-    above = max(0, sum(sigma <= level * MARGIN for level, _ in rows) - 1)
-    (high, before), (low, after) = rows[above], rows[min(above + 1, len(rows) - 1)]
-    if not linear or sigma >= high or high == low:
-        return before
-    share = (high - sigma) / (high - low)
-    return tuple(a if a == b else a + share * (b - a) for a, b in zip(before, after))
+    def reads(self, s: float, t: float) -> set[Read]:
+        """What a coefficient is on."""
+        used = [any(column) for column in zip(*(values for _, values in parse_table(self.table)))]
+        models = used[: len(used) // 2], used[len(used) // 2 :]
+        proxy = [len(model) == 3 and model[2] and self.proxy != -1 for model in models]
+        base, tuned = (len(model) > 1 and (model[1] or seen) for model, seen in zip(models, proxy))
+        return _read(base=base, tuned=tuned, proxy=any(proxy) and self.proxy != 0)
 
 
 def _seeing(slot: Slot, prompt_weight: float) -> Slot:

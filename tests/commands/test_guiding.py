@@ -11,7 +11,11 @@ import torch
 from helpers.comfyui import random_lora
 from PIL import Image
 
-from trainer.__main__ import main
+from trainer.__main__ import _parse, main
+from trainer.commands.guiding import guiding
+from trainer.commands.options import generation_of
+from trainer.commands.two_parts import two_parts
+from trainer.demo.files import CONSISTENCY as LORA
 from trainer.lora.several import load_loras
 from trainer.models.unet import UNetPolicy
 from trainer.rng import Rng
@@ -72,11 +76,40 @@ def test_rl_guidance_of_weight_1_is_the_tuned_model_with_guidance(pipeline_folde
         (["--guide", "chats", "--switch", 2], "--switch is of combined generation: leave out --guide chats"),
         (["--guide", "chats", "--tuned-steps", 2], "--tuned-steps is of combined generation"),
         (["--guide", "chats", "--guide-proxy", 11], "--guide-proxy = 11.0: give at most 10"),
+        (["--guide", "rl", "--lora", LORA, "--tuned-guidance-scale", 2], "--guide rl does not read --tuned-guidance-scale: leave it out"),
+        (["--guide", "autoguidance", "--lora", LORA], "--guide autoguidance does not read --guidance-scale: leave it out"),
+        (["--guide", "custom", "--guide-table", "1: 1,0"], "--guide custom does not read --guidance-scale: leave it out"),
+        (["--guide", "npo", "--lora", LORA, "--tuned-negative", "x"], "--guide npo does not read --tuned-negative: leave it out"),
+        (
+            ["--guide", "aig", "--lora", LORA, "--tuned-negative", "x"],
+            "--tuned-negative is read with guidance alone: give --tuned-guidance-s",
+        ),
+        (
+            ["--guide", "rl", "--lora", LORA, "--negative", "x", "--guidance-scale", 1],
+            "--negative is read with guidance alone: give --guidan",
+        ),
+        (["--tuned-guidance-scale", 2], "--tuned-guidance-scale is of the tuned part: give --lora or --tuned-model"),
     ],
 )
 def test_a_guide_that_cannot_be_is_refused_before_a_model_is_loaded(more, message, tmp_path, capsys):
     assert run(tmp_path / "x", tmp_path / "no such model", *more) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--guide", "chats", "--guidance-scale", 1, "--negative", "x", "--tuned-prompt", "{prompt}, y"],
+        ["--guide", "custom", "--guide-table", "1: 2,-1,0,0", "--negative", "x"],
+        ["--guide", "custom", "--guide-table", "1: 1,0,1,-1", "--tuned-negative", "x"],
+        ["--guide", "rl", "--lora", LORA, "--guidance-scale", 3, "--tuned-negative", "x"],
+        ["--guide", "double-cfg", "--lora", LORA, "--tuned-guidance-scale", 3, "--tuned-negative", "x", "--guidance-scale", 0],
+    ],
+)
+def test_a_scale_or_negative_that_a_guide_reads_is_accepted(more):
+    args = _parse(list(map(str, ["sample", "--prompt", "x", "--out", "x", *more])))
+    settings = generation_of(args)
+    assert guiding(args, two_parts(args), settings) is not None
 
 
 def test_a_range_without_a_step_is_refused_before_the_first_image(pipeline_folder, loras, tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import ConfigError, build, plain
 from ..generate import Generation
 from ..guidance import Mix
-from ..guides import GUIDES, Guide
+from ..guides import GUIDES, Combined, Guide, Read
 from .two_parts import TwoParts
 
 COMBINED = "combined"
@@ -69,6 +69,7 @@ def guiding(args: argparse.Namespace, parts: TwoParts, settings: Generation) -> 
         if args.guide not in users:
             raise ConfigError(f"--guide-{name} is of --guide {' and '.join(users)}, not of {args.guide}")
     if args.guide == COMBINED:
+        _check_read(args, parts, settings, Combined())
         return None
     ours = {
         "--switch": args.switch != "auto",
@@ -84,6 +85,33 @@ def guiding(args: argparse.Namespace, parts: TwoParts, settings: Generation) -> 
     if args.guide == "npo" and not (parts.tuned or parts.base_loras):
         raise ConfigError("--guide npo needs a negative model: give its LoRA as --base-lora, after those of the tuned model")
     try:
-        return Guiding(args.guide, build(GUIDES[args.guide], given, "--guide-"))
+        guide = build(GUIDES[args.guide], given, "--guide-")
     except ConfigError as error:  # of no single key: the table's
         raise ConfigError(str(error).replace("--guide-:", "--guide-table:")) from error
+    _check_read(args, parts, settings, guide)
+    return Guiding(args.guide, guide)
+
+
+def _check_read(args: argparse.Namespace, parts: TwoParts, settings: Generation, guide: Guide) -> None:
+    """ConfigError for a scale, prompt or negative that is given and changes no image."""
+    read, guided = guide.reads(settings.guidance_scale, settings.tuned_guidance_scale), guide.reads(2.0, 2.0)
+    given: dict[Read, bool] = {
+        "guidance_scale": args.guidance_scale is not None,
+        "tuned_guidance_scale": args.tuned_guidance_scale is not None,
+        "tuned_negative": bool(args.tuned_negative),
+        "negative": bool(args.negative),
+    }
+    alone = args.guide == COMBINED and not parts.tuned  # the base alone
+    if alone and args.tuned_prompt != "{prompt}":
+        raise ConfigError("--tuned-prompt is of the tuned part: give --lora or --tuned-model")
+    for name in [name for name, is_given in given.items() if is_given]:
+        flag = f"--{name.replace('_', '-')}"
+        if alone and name.startswith("tuned"):
+            raise ConfigError(f"{flag} is of the tuned part: give --lora or --tuned-model")
+        # the tuned part's negative is the base's, unless it has its own
+        places = {name, "tuned_negative"} if name == "negative" and args.tuned_negative is None and not alone else {name}
+        if not places & guided:
+            raise ConfigError(f"--guide {args.guide} does not read {flag}: leave it out")
+        if not places & read:
+            scale = "--tuned-guidance-scale" if name == "tuned_negative" and "tuned_guidance_scale" in read else "--guidance-scale"
+            raise ConfigError(f"{flag} is read with guidance alone: give {scale} above 1")

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     Everything is checked before the first image is drawn. Each batch of images is written as soon as it is drawn.
     """
     settings, prompts = generation_of(args), prompts_of(args)
-    parts = two_parts(args, settings)
+    parts = two_parts(args)
     guide = guiding(args, parts, settings)
     switch, until = (None, None) if guide else (parts.switch(args.switch), _until(args, parts))
     folder = ImageFolder(args.out)

@@ -133,8 +133,8 @@ def _facts(files: Strengths, prefix: str) -> dict[str, Any]:
     }
 
 
-def two_parts(args: argparse.Namespace, settings: Generation) -> TwoParts:
-    """The parts that the arguments describe. Raises ConfigError for settings that no part would read."""
+def two_parts(args: argparse.Namespace) -> TwoParts:
+    """The parts that the arguments describe; `guiding` refuses the settings of theirs that no guide would read."""
     published = Path(args.model) / TUNED_UNET
     loras = [parse_strength(text, args.strength) for text in args.lora]
     whole = args.tuned_model or (published if not loras and published.is_dir() else None)
@@ -148,20 +148,8 @@ def two_parts(args: argparse.Namespace, settings: Generation) -> TwoParts:
         args.negative,
         args.negative if own is None else own,
     )
-    unread = {
-        "--tuned-prompt": args.tuned_prompt != "{prompt}" and not parts.tuned,
-        "--tuned-negative": own is not None and not parts.tuned,
-        "--tuned-parts": args.tuned_parts is not None and whole is None,
-    }
     for path, _ in (*parts.base_loras, *parts.loras):
         read_metadata(path)  # before a model is loaded: raises for what is not there
-    name = next((name for name, wrong in unread.items() if wrong), None)
-    if name == "--tuned-parts":
+    if args.tuned_parts is not None and whole is None:
         raise ConfigError("--tuned-parts is of a tuned model: give --tuned-model PATH")
-    if name is not None:
-        raise ConfigError(f"{name} is of the tuned part: give --lora or --tuned-model")
-    if own and settings.tuned_guidance_scale == 1:
-        raise ConfigError("--tuned-negative is read with guidance alone: give --tuned-guidance-scale above 1")
-    if args.negative and settings.guidance_scale == 1 and (settings.tuned_guidance_scale == 1 or not parts.tuned):
-        raise ConfigError("--negative is read with guidance alone: give --guidance-scale above 1")
     return parts

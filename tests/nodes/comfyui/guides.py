@@ -199,6 +199,11 @@ with torch.inference_mode():
     short = [[negative[0][0][:, :50], {}]]
     masked = [[negative[0][0], {"attention_mask": torch.ones(1, 77)}]]
     say, flow = embedded.refused, base.clone()
+    widgets = dict(guide="rl", cfg=S, tuned_cfg=1.0, positive=positive, negative=negative, tuned=tuned)
+
+    def by_node(**given):
+        return guider.TwoModelGuiderNode.execute(base, **{**widgets, **given})
+
     flow.add_object_patch(
         "model_sampling",
         type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST), {})(),
@@ -214,6 +219,9 @@ with torch.inference_mode():
         "beyond": say(lambda: sampled(ours("combined", base, tuned, switch="9"), "euler")),
         "no step": say(lambda: sampled(ours("rl", base, tuned, start=0.5, end=0.5), "euler")),
         "rising": say(flipped),
+        "tuned_cfg": say(lambda: by_node(guide="rl", tuned_cfg=2.0)),
+        "proxy of rl": say(lambda: by_node(guide="rl", proxy_prompt=negative)),
+        "proxy of 0": say(lambda: by_node(guide="chats", proxy=0.0, proxy_prompt=negative)),
         "two negatives": say(lambda: proxies.proxy_prompt(positive, negative * 2, 0.5)),
         "lengths": say(lambda: proxies.proxy_prompt(positive, short, 0.5)),
         "masked": say(lambda: proxies.proxy_prompt(positive, masked, 0.5)),
