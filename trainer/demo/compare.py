@@ -49,6 +49,11 @@ METHODS: dict[str, Method] = {
     "draft-lv": Method(28, 2e-3, _CHAIN),
     "alignprop": Method(27, 8e-3, {**_CHAIN, "cut_mean": 17.0, "cut_std": 2.0}),
     "drtune": Method(22, 4e-3, {**_CHAIN, "k": 4, "early_stop": 8}),
+    # FlowBP trains every method of its tables, ReFL among them, at one rate (its configs), so here at ReFL's; the settings are FLUX.1's
+    "flowbp-sparse": Method(26, 4e-3, _CHAIN),
+    "flowbp-bridge": Method(30, 4e-3, _CHAIN),
+    "flowbp-lagrange": Method(28, 4e-3, _CHAIN),
+    "leapalign": Method(24, 4e-3, _CHAIN),
     "direct-align": Method(23, 4e-3, _KNOWN),
     "srpo": Method(23, 2e-3, {**_KNOWN, "positive": WORDS[0], "negative": WORDS[1]}),
     "srpo-bias": Method(23, 4e-3, {**_KNOWN, "name": "srpo", "positive": BIAS[0], "negative": BIAS[1]}),

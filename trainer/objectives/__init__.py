@@ -9,6 +9,8 @@ from .reward_gradient.black_box import BlackBoxSQDF
 from .reward_gradient.direct_align import SRPO, DirectAlign
 from .reward_gradient.draft import AlignProp, DRaFTK, DRaFTLV
 from .reward_gradient.drtune import DRTune
+from .reward_gradient.flowbp import FlowBPBridge, FlowBPSparse
+from .reward_gradient.leapalign import FlowBPLagrange, LeapAlign
 from .reward_gradient.refl import ImageReFL, ReFL
 from .reward_gradient.sqdf import SQDF
 
@@ -19,6 +21,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "draft-lv": DRaFTLV,
     "alignprop": AlignProp,
     "drtune": DRTune,
+    "flowbp-sparse": FlowBPSparse,
+    "flowbp-bridge": FlowBPBridge,
+    "flowbp-lagrange": FlowBPLagrange,
+    "leapalign": LeapAlign,
     "direct-align": DirectAlign,
     "srpo": SRPO,
     "sqdf": SQDF,
@@ -45,7 +51,11 @@ __all__ = [
     "DiffusionKTO",
     "DiffusionNPO",
     "DirectAlign",
+    "FlowBPBridge",
+    "FlowBPLagrange",
+    "FlowBPSparse",
     "ImageReFL",
+    "LeapAlign",
     "Loss",
     "MaPO",
     "Objective",

@@ -18,6 +18,7 @@ from ...reward import Reward, ScaledReward
 from ...sampling import Space, alpha, end_of
 from ..base import Logs, RunContext, Stateless
 from .shared import (
+    Known,
     Sampler,
     distance_to_base,
     reward_threshold,
@@ -274,7 +275,7 @@ class ImageReFL(ReFL):
         if len(onward) == 0:
             return start, at_start
         with torch.no_grad():
-            x = end_of(start, sampler.trajectory(_Known(at_start.detach()), start, first, last.minimum(first + 1)))
+            x = end_of(start, sampler.trajectory(Known(at_start.detach()), start, first, last.minimum(first + 1)))
         x = sampler.rollout(x, last, first + 1)
         later = sampler.denoiser.rows(onward)(x[onward], sampler.sigmas[last[onward]])
         return x, at_start.index_copy(0, onward.to(at_start.device), later)
@@ -283,16 +284,3 @@ class ImageReFL(ReFL):
 def denoising_error(denoised: Tensor, latents: Tensor, sigma: Tensor, space: Space) -> Tensor:
     """Mean squared error (B,) of the noise prediction that x0-predictions of noised latents imply: ε̂ − ε = −(x̂0 − x0)·α/σ."""
     return ((denoised - latents) * per_sample(alpha(sigma, space) / sigma, latents)).square().flatten(1).mean(1)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A denoiser whose predictions (B,C,h,w) have been made already."""
-
-    denoised: Tensor
-
-    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
-        return self.denoised
-
-    def rows(self, index: Tensor) -> _Known:
-        return _Known(self.denoised[index])

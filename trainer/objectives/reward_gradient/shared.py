@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +70,21 @@ class Sampler:
         """The state after steps first…last−1 without gradient, one range for all samples or one each (B,)."""
         with self.policy.merged():
             return end_of(x, self.trajectory(self.denoiser, x, first, last))
+
+
+@dataclass(frozen=True)
+class Known:
+    """A denoiser whose predictions (B,C,h,w) have been made already."""
+
+    denoised: Tensor
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
+        """The predictions."""
+        return self.denoised
+
+    def rows(self, index: Tensor) -> Known:
+        """See Denoiser."""
+        return Known(self.denoised[index])
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
