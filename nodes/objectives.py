@@ -13,6 +13,7 @@ from .sockets import CATEGORY, Objective, collected, schema, widgets
 # Methods whose papers write them otherwise than the classes here, and other words for which people search
 _TITLES = {"DRaFTK": "DRaFT-K", "DRaFTLV": "DRaFT-LV", "DirectAlign": "Direct-Align", "BlackBoxSQDF": "SQDF (black box)"}
 _TITLES |= {"DiffusionDPO": "Diffusion-DPO", "DiffusionKTO": "Diffusion-KTO", "DiffusionNPO": "Diffusion-NPO"}
+_TITLES |= {"FlowBPSparse": "FlowBP-Sparse", "FlowBPBridge": "FlowBP-Bridge", "FlowBPLagrange": "FlowBP-Lagrange"}
 _ALIASES = ["reward gradient", "reward fine-tuning", "rlhf", "preference optimization"]
 
 

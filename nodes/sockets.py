@@ -131,6 +131,6 @@ def collected(cls: type[Any], values: Mapping[str, Any]) -> Any:
     given = {k: v for k, v in values.items() if k in hints and v is not None}
     for name, value in given.items():
         if typing.get_origin(hints[name]) is tuple and isinstance(value, str):
-            parts = [part.strip() for part in value.split(",") if part.strip()]
-            given[name] = [int(part) for part in parts] if typing.get_args(hints[name])[0] is int else parts
+            kind = typing.get_args(hints[name])[0]
+            given[name] = [kind(part) for part in map(str.strip, value.split(",")) if part]
     return build(cls, given)

@@ -146,6 +146,8 @@ METHODS = {
     "draft-lv": SMALL,
     "alignprop": {**SMALL, "cut_mean": 2.0},
     "drtune": {**SMALL, "k": 2, "early_stop": 2},
+    "flowbp-bridge": {**SMALL, "k": 3},
+    "leapalign": SMALL,
     "direct-align": {**SMALL, "source": "offline"},
     "sqdf": {**SMALL, "buffer_gb": 0.001},
 }

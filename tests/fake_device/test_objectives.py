@@ -17,6 +17,10 @@ OBJECTIVES = {
     "draft-lv": "--objective.steps=5",
     "alignprop": "--objective.steps=6 --objective.cut_mean=4.0",
     "drtune": "--objective.steps=6 --objective.early_stop=3 --objective.k=3",
+    "flowbp-sparse": "--objective.steps=5 --objective.k=2",
+    "flowbp-bridge": "--objective.steps=5 --objective.k=3",
+    "flowbp-lagrange": "--objective.steps=5",
+    "leapalign": "--objective.steps=5",
     "direct-align": "--objective.steps=4",
     "srpo": "--objective.steps=4 --objective.branch=both",
     "diffusion-dpo": "--pairs=demo --objective.sft_weight=0.1 --objective.prompt_dropout=0.5",
@@ -28,6 +32,8 @@ OBJECTIVES = {
     "sqdf-black-box": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.queries=[8] --objective.epochs=2 "
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
 }
+
+FULL = ("diffusion-npo", "mapo", "flowbp-sparse", "leapalign")  # what they share with another that runs by default
 
 
 def arguments(name, out):
@@ -51,9 +57,7 @@ def test_all_objectives_are_here():
 
 # `mps` refuses all that `cuda` refuses
 @pytest.mark.parametrize("mode", ["mps", pytest.param("cuda", marks=pytest.mark.full)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] if name in ("diffusion-npo", "mapo") else []) for name in OBJECTIVES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.full] if name in FULL else []) for name in OBJECTIVES])
 def test_a_step_is_that_of_the_cpu(name, mode, tmp_path):
     on_fake(mode, *arguments(name, tmp_path / "run"))
     same_run(tmp_path / "run", expected(name))

@@ -16,6 +16,7 @@ SETTINGS = {  # and how many denoisers a loss makes: SQDF's are the rollout's, t
     "refl": (1, [f"--objective.grad_from={STEPS - 4}", f"--objective.grad_to={STEPS - 1}"]),
     "draft-k": (1, ["--objective.k=2"]),
     "drtune": (1, ["--objective.k=3", "--objective.early_stop=2"]),
+    "flowbp-bridge": (1, []),
     "sqdf": (4, ["--objective.buffer_gb=0"]),
 }
 
@@ -44,7 +45,9 @@ def losses(name, device):
         yield regions
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("refl", 1.0), ("refl", 3.0), ("draft-k", 3.0), ("drtune", 3.0), ("sqdf", 3.0)])
+@pytest.mark.parametrize(
+    ("name", "guidance"), [("refl", 1.0), ("refl", 3.0), ("draft-k", 3.0), ("drtune", 3.0), ("flowbp-bridge", 1.0), ("sqdf", 3.0)]
+)
 def test_a_rollout_reads_twice_at_most_and_a_denoiser_takes_its_prompts_once(name, guidance, tmp_path):
     denoisers, settings = SETTINGS[name]
     arguments = ["train", f"--out={tmp_path / 'run'}", "--images=demo", "--batch_size=3", "--steps=1", f"--objective.name={name}"]

@@ -11,7 +11,8 @@ from ..config import ConfigError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
-    methods = "refl imagerefl draft-k draft-lv alignprop drtune flowbp-sparse flowbp-bridge flowbp-lagrange leapalign direct-align srpo srpo-bias sqdf, or all"
+    methods = "refl imagerefl draft-k draft-lv alignprop drtune flowbp-sparse flowbp-bridge flowbp-lagrange leapalign "
+    methods += "direct-align srpo srpo-bias sqdf, or all"
     parser.add_argument("methods", nargs="+", metavar="METHOD", help=methods)
     parser.add_argument("--budget", type=int, metavar="N", help="denoiser calls that each method may spend on training (default 12000)")
     folder = "output folder; finished methods in it are kept, an interrupted one continues"

@@ -105,6 +105,22 @@ def _drtune(row: Row, name: str) -> list[Line]:
     return [steps_of(row), trained, ("early_stop", str(early), "the chain ends at one of so many last steps"), guidance(row)]
 
 
+def _surrogate(row: Row, name: str) -> list[Line]:
+    """Settings published for FLUX.1, for FLUX.2 klein, and for SD3.5, which the other models take."""
+    column = 0 if row.title.startswith("FLUX.1") else 1 if "klein" in row.title else 2
+    scale = guidance(row, 3.5) if row.title.startswith("Stable Diffusion 3.5") else guidance(row)
+    steps = min(25, row.steps)
+    lines: list[Line] = [("steps", str(steps), "the model's own few steps" if row.few else ""), scale]
+    for key, values in _SURROGATES[name].items():
+        value = values[column]
+        lines.append((key, str(min(int(value), steps) if key == "k" else value), ""))
+    if name == "flowbp-lagrange" and column == 1:
+        lines.append(("trained_from", "7", "the last 70 % of the steps"))
+    if name == "flowbp-lagrange" and column == 2 and not row.few:
+        lines.append(("longest", "10", "most steps of the second leap"))
+    return lines
+
+
 def _known_noise(row: Row, name: str) -> list[Line]:
     levels: list[Line] = [("sigma_high", "0.95", "noise levels in flow units, on every family")]
     levels.append(("sigma_low", "0.75" if row.title.startswith("FLUX.1") else "0.7", ""))
@@ -128,6 +144,32 @@ def _sqdf(row: Row, name: str) -> list[Line]:
         ("buffer_gb", str(math.ceil(size * rollouts / 100) / 10), f"{rollouts} rollouts of {size:.1f} MB"),
         *([("updates_per_loop", str(40 * 64 // row.batch), "micro-batches between queries: 40 optimizer steps")] if black else []),
     ]
+
+
+_SURROGATES: dict[str, dict[str, tuple[str, str, str]]] = {
+    "flowbp-sparse": {"k": ("3", "4", "4"), "late_bias": ("2.0", "2.0", "1.0"), "rescale": ("1.0", "0.0", "0.5")},
+    "flowbp-bridge": {
+        "k": ("5", "3", "5"),
+        "late_bias": ("2.0", "4.0", "4.0"),
+        "rescale": ("1.0", "0.5", "0.0"),
+        "alpha": ("0.1", "1.0", "0.5"),
+    },
+    "flowbp-lagrange": {"alpha": ("0.1",) * 3, "tau": ("0.2", "0.1", "0.2"), "rescale": ("0.5", "0.0", "0.0")},
+    "leapalign": {"alpha": ("0.3",) * 3, "tau": ("0.1",) * 3},
+}
+"""Settings of FlowBP's configurations for FLUX.1, FLUX.2 klein and SD3.5."""
+
+
+def _rewards_backward(title: str) -> Method:
+    return Method(
+        title,
+        "FlowBP's settings (HPSv2.1, 64 samples a step, 300 steps) for all weights of FLUX.1, klein or SD3.5; the rate is a LoRA's",
+        _surrogate,
+        steps=("steps", "300", ""),
+        samples=64,
+        more=(("weight_decay", "1e-4", ""), ("ema", "0.995", "")),
+        every=50,
+    )
 
 
 _LARGE_SET = "the paper's settings for its large reward set, on SD1.5"
@@ -170,6 +212,10 @@ METHODS: dict[str, Method] = {
         every=50,
     ),
     "drtune": Method("DRTune", "from memory of the paper, with DRaFT's optimizer", _drtune, rate="2e-4", more=_DRAFT),
+    "flowbp-sparse": _rewards_backward("FlowBP-Sparse"),
+    "flowbp-bridge": _rewards_backward("FlowBP-Bridge"),
+    "flowbp-lagrange": _rewards_backward("FlowBP-Lagrange"),
+    "leapalign": _rewards_backward("LeapAlign"),
     "direct-align": Method("Direct-Align", _FULL_FLUX, _known_noise, steps=_SHORT_RUN, more=_CLIP, every=10, save_every=10),
     "srpo": Method("SRPO", _FULL_FLUX, _srpo, steps=_SHORT_RUN, more=_CLIP, standardise=_COSINE, every=10, save_every=10),
     "sqdf": Method(

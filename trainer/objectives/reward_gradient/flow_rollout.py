@@ -31,7 +31,7 @@ def rescaling(default: float, official: str) -> Any:
         metadata={
             "min": 0.0,
             "max": 10.0,
-            "help": f"g: 1 scales the active steps' gradients up to the whole rollout's (official {official})",
+            "help": f"1 scales the active steps' gradients up to the whole rollout's (g; official {official})",
         },
     )
 
@@ -43,7 +43,7 @@ def coupling(default: float, official: str) -> Any:
         metadata={
             "min": 0.0,
             "max": 1.0,
-            "help": f"α: share of the gradient that passes through the network's input at j (official {official})",
+            "help": f"share α of the gradient that passes through the network's input at j (official {official})",
         },
     )
 
@@ -62,8 +62,10 @@ class Surrogate(Stateless):
     recompute: bool = recomputation()
 
     def __post_init__(self) -> None:
+        if self.steps < 3:
+            raise ValueError(f"steps = {self.steps}: this method needs 3 at least")
         if self.trained_from > self.steps - 3:
-            raise ValueError(f"trained_from = {self.trained_from} of {self.steps} steps: give at most {self.steps - 3}, three are needed")
+            raise ValueError(f"trained_from = {self.trained_from} of {self.steps} steps: give at most {self.steps - 3}")
 
     @property
     def window(self) -> range:

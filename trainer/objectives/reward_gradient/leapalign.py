@@ -25,7 +25,7 @@ class LeapAlign(Surrogate):
 
     alpha: float = coupling(0.3, "0.3")
     tau: float = field(
-        default=0.1, metadata={"min": 1e-6, "max": 10.0, "help": "τ: least distance of a leap in its sample's weight (official 0.1)"}
+        default=0.1, metadata={"min": 1e-6, "max": 10.0, "help": "least distance τ of a leap in its sample's weight (official 0.1)"}
     )
 
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
@@ -69,7 +69,7 @@ class FlowBPLagrange(LeapAlign):
     alpha: float = coupling(0.1, "0.1")
     tau: float = field(
         default=0.2,
-        metadata={"min": 1e-6, "max": 10.0, "help": "τ: least distance of a leap in its sample's weight (official 0.2, 0.1 on klein)"},
+        metadata={"min": 1e-6, "max": 10.0, "help": "least distance τ of a leap in its sample's weight (official 0.2, 0.1 on klein)"},
     )
     order: int = field(default=3, metadata={"min": 1, "max": 8, "help": "velocities that a leap interpolates (official 3)"})
     support_scale: float = field(
