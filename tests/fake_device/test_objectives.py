@@ -26,6 +26,8 @@ OBJECTIVES = {
     "diffusion-dpo": "--pairs=demo --objective.sft_weight=0.1 --objective.prompt_dropout=0.5",
     "diffusion-kto": "--labels=demo",
     "mapo": "--pairs=demo --objective.levels=min-snr",
+    "dspo": "--pairs=demo --objective.beta=0.5",
+    "dmpo": "--pairs=demo",
     "diffusion-npo": "--pairs=demo",
     "tpo": "--objective.form=kto",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
@@ -33,7 +35,7 @@ OBJECTIVES = {
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
 }
 
-FULL = ("diffusion-npo", "mapo", "flowbp-sparse", "leapalign")  # what they share with another that runs by default
+FULL = ("diffusion-npo", "mapo", "dspo", "dmpo", "flowbp-sparse", "leapalign")  # what they share with another that runs by default
 
 
 def arguments(name, out):

@@ -1,7 +1,9 @@
 """Objectives on rewards and on preferences; an objective's fields are the config keys, the CLI flags and the node widgets."""
 
 from .base import Loss, Objective, RunContext
+from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
+from .preference.dspo import DSPO
 from .preference.kto import DiffusionKTO
 from .preference.mapo import MaPO
 from .preference.tpo import TPO
@@ -32,12 +34,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "diffusion-dpo": DiffusionDPO,
     "diffusion-kto": DiffusionKTO,
     "mapo": MaPO,
+    "dspo": DSPO,
+    "dmpo": DMPO,
     "diffusion-npo": DiffusionNPO,
     "tpo": TPO,
 }
 """Every objective by the name that configs use."""
 
 __all__ = [
+    "DMPO",
+    "DSPO",
     "OBJECTIVES",
     "SQDF",
     "SRPO",

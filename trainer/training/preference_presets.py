@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from .preset_types import Line, Method, Row, guidance, steps_of
 
 
@@ -31,67 +35,59 @@ def _npo(row: Row, name: str) -> list[Line]:
     return [*_levels(row), ("beta", "2000.0" if row.size > 512 else "1000.0", "")]
 
 
+def _dmpo(row: Row, name: str) -> list[Line]:
+    large = row.size > 512
+    beta: Line = ("beta", "6000.0" if large else "2000.0", "SDXL's" if large else "SD1.5's")
+    return [*_levels(row), beta, ("alpha", "0.01", ""), ("mu", "0.6" if large else "0.9", ""), ("prompt_dropout", "0.2", "")]
+
+
+def _dspo(row: Row, name: str) -> list[Line]:
+    return [*_levels(row), ("beta", "0.001", "SD1.5's, whose loss this is"), ("mu", "0.2", ""), ("prompt_dropout", "0.2", "")]
+
+
 def _tpo(row: Row, name: str) -> list[Line]:
     return [*_levels(row), ("form", '"dpo"', 'or "kto" with beta = 1000'), ("beta", "5000.0", "Diffusion-DPO's")]
 
 
 _SHOWN: Line = ("standardise", "false", "the reward is shown by the watch, and not trained on")
+
+
+def _on(data: str, title: str, origin: str, objective: Callable[[Row, str], list[Line]], **more: Any) -> Method:
+    """A method on pairs, labels or images; 2000 steps of 64 at a LoRA's rate where nothing else is said."""
+    usual = Method(title, origin, objective, data, ("steps", "2000", ""), 64, rate="1e-5", standardise=_SHOWN, every=200)
+    return replace(usual, **more)
+
+
 PREFERENCES: dict[str, Method] = {
-    "diffusion-dpo": Method(
+    "diffusion-dpo": _on(
+        "pairs",
         "Diffusion-DPO",
         "β of the official code and μ of SDPO's, for all weights and 2048 pairs a step; rate and number of pairs are a LoRA's",
         _dpo,
-        data="pairs",
-        steps=("steps", "2000", ""),
-        samples=64,
-        rate="1e-5",
-        standardise=_SHOWN,
-        every=200,
     ),
-    "diffusion-kto": Method(
-        "Diffusion-KTO",
-        "β of the official code, for all weights of SD1.5; rate and number of images are a LoRA's",
-        _kto,
-        data="labels",
-        least=4,
-        steps=("steps", "2000", ""),
-        samples=64,
-        rate="1e-5",
-        standardise=_SHOWN,
-        every=200,
+    "diffusion-kto": _on(
+        "labels", "Diffusion-KTO", "β of the official code, for all weights of SD1.5; rate and number of images are a LoRA's", _kto, least=4
     ),
-    "mapo": Method(
-        "MaPO",
-        "the official SDXL settings, but for the rank of 8",
-        _mapo,
-        data="pairs",
-        steps=("steps", "2000", ""),
-        samples=16,
-        rate="1e-5",
-        standardise=_SHOWN,
-        every=200,
+    "mapo": _on("pairs", "MaPO", "the official SDXL settings, but for the rank of 8", _mapo, samples=16),
+    "dspo": _on(
+        "pairs",
+        "DSPO",
+        "β of the official SD1.5 script and μ of SDPO's code, for all weights and 2048 pairs a step; rate and number are a LoRA's",
+        _dspo,
     ),
-    "diffusion-npo": Method(
+    "dmpo": _on(
+        "pairs",
+        "DMPO",
+        "the settings of SDPO's code, for all weights of SD1.5 and SDXL and 2048 pairs a step; rate and number are a LoRA's",
+        _dmpo,
+    ),
+    "diffusion-npo": _on(
+        "pairs",
         "Diffusion-NPO",
         "the official settings for SD1.5 and SDXL, but for the rank of 8; the result is the negative model of the guide npo",
         _npo,
-        data="pairs",
-        steps=("steps", "2000", ""),
-        samples=64,
         rate="5e-6",
-        standardise=_SHOWN,
-        every=200,
     ),
-    "tpo": Method(
-        "TPO",
-        "from the paper, with Diffusion-DPO's β; rate and number of images are a LoRA's",
-        _tpo,
-        data="images",
-        steps=("steps", "2000", ""),
-        samples=64,
-        rate="1e-5",
-        standardise=_SHOWN,
-        every=200,
-    ),
+    "tpo": _on("images", "TPO", "from the paper, with Diffusion-DPO's β; rate and number of images are a LoRA's", _tpo),
 }
 """By the name of an objective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from ...data.batches import Batch, Pairs, Prompts
 from ...runtime.processes import Processes
 from ..base import Logs, RunContext, Stateless
-from .errors import DenoisingObjective, Two, mean_square
+from .errors import DenoisingObjective, Noised, Two, mean_square
 
 
 def safeguard(errors: Two, mu: float, processes: Processes) -> float:
@@ -26,27 +27,29 @@ def safeguard(errors: Two, mu: float, processes: Processes) -> float:
     return min(1.0, (1 - mu) * norm / aligned) if aligned > 0 else 1.0
 
 
-def pair_losses(tuned: Two, reference: Two, beta: float, smoothing: float = 0.0, rejected_scale: float = 1.0) -> tuple[Tensor, Logs]:
-    """Losses (B,) from errors (B,C,h,w) of better and worse images: −logσ(m), m = −β/2·((L_w − L_l) − (L_w,ref − L_l,ref)).
+def margins(tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: float = 1.0) -> tuple[Tensor, Logs]:
+    """m = −β/2·((L_w − L_l) − (L_w,ref − L_l,ref)) (B,) from errors (B,C,h,w) of better and worse images, and logs.
 
-    smoothing: probability that a label is wrong (soft labels). rejected_scale: of the gradient through L_l; its value stays.
+    beta: one number, or one for each pair (B,). rejected_scale: of the gradient through L_l; its value stays.
     """
     chosen, rejected = mean_square(tuned[0]), mean_square(tuned[1])
     scaled = rejected.detach() + rejected_scale * (rejected - rejected.detach())
     margin = -beta / 2 * ((chosen - scaled) - (mean_square(reference[0]) - mean_square(reference[1])))
-    losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
     logs = {"margin": margin, "accuracy": (margin > 0).float(), "chosen_error": chosen, "rejected_error": rejected}
-    return losses, {**{name: value.detach() for name, value in logs.items()}, "lambda": torch.full_like(margin.detach(), rejected_scale)}
+    return margin, {**{name: value.detach() for name, value in logs.items()}, "lambda": torch.full_like(margin.detach(), rejected_scale)}
+
+
+def pair_losses(
+    tuned: Two, reference: Two, beta: float | Tensor, smoothing: float = 0.0, rejected_scale: float = 1.0
+) -> tuple[Tensor, Logs]:
+    """Losses (B,): −logσ(m) of the margins m. smoothing: probability that a label is wrong (soft labels)."""
+    margin, logs = margins(tuned, reference, beta, rejected_scale)
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin), logs
 
 
 @dataclass(frozen=True)
-class DiffusionDPO(DenoisingObjective, Stateless):
-    """Diffusion-DPO (Wallace et al. 2024, arXiv:2311.12908, eq. 14) with the safeguard of SDPO (Fu et al. 2025, arXiv:2511.03317).
-
-    It learns from pairs to lower the denoising error of the better image more than that of the worse one, relative to the base model.
-    Official: β = 5000 for SD1.5 and SDXL, effective batch 2048, 20 % empty prompts; μ = 0.9 (SD1.5) and 0.6 (SDXL). Loss, λ and defaults
-    are those of both repositories' code; β for flow models is not published.
-    """
+class PairObjective(DenoisingObjective, Stateless):
+    """What objectives share that compare the margin of a pair with that of the base model."""
 
     beta: float = field(default=5000.0, metadata={"min": 0.0, "help": "how closely the tuned model keeps to the base; higher is closer"})
     safeguard: bool = field(
@@ -56,25 +59,60 @@ class DiffusionDPO(DenoisingObjective, Stateless):
         default=0.9,
         metadata={"min": 0.0, "max": 1.0, "help": "of the safeguard: share of the better images' progress kept (0.9 SD1.5, 0.6 SDXL)"},
     )
-    label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "max": 0.5, "help": "probability that the label of a pair is wrong"})
-    flip_labels: bool = field(default=False, metadata={"help": "learn to prefer the worse image, as the negative model of Diffusion-NPO"})
 
     @property
     def data(self) -> type[Prompts]:
         """Pairs."""
         return Pairs
 
+    def ordered(self, batch: Pairs) -> Two:
+        """The latents (B,C,h,w) to prefer, and those to prefer them to."""
+        return batch.chosen, batch.rejected
+
+    def states(self, run: RunContext, batch: Pairs, latents: Two, prompts: list[str]) -> Noised:
+        """The noise levels and the noise at which errors are compared."""
+        return self.noised(run, batch)
+
+    def strength(self, run: RunContext, batch: Pairs) -> float | Tensor:
+        """β, or one for each pair (B,)."""
+        return self.beta
+
+    @abstractmethod
+    def losses(self, tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: float) -> tuple[Tensor, Logs]:
+        """Losses (B,) and logs of (B,) from errors (B,C,h,w) of better and worse images."""
+
     def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         if not isinstance(batch, Pairs):
             raise ValueError("preferences are learnt from pairs of images: give `pairs`")
-        latents = (batch.rejected, batch.chosen) if self.flip_labels else (batch.chosen, batch.rejected)
-        noised, prompts = self.noised(run, batch), self.kept(batch, batch.prompts)
+        latents, prompts = self.ordered(batch), self.kept(batch, batch.prompts)
+        noised = self.states(run, batch, latents, prompts)
         tuned = noised.two(latents, (prompts, prompts))
         reference = noised.two(latents, (prompts, prompts), "base")
         scale = safeguard(tuned, self.mu, run.processes) if self.safeguard else 1.0
-        losses, logs = pair_losses(tuned, reference, self.beta, self.label_smoothing, scale)
+        losses, logs = self.losses(tuned, reference, self.strength(run, batch), scale)
         return (losses + self.sft_weight * mean_square(tuned[0])).mean(), logs
+
+
+@dataclass(frozen=True)
+class DiffusionDPO(PairObjective):
+    """Diffusion-DPO (Wallace et al. 2024, arXiv:2311.12908, eq. 14) with the safeguard of SDPO (Fu et al. 2025, arXiv:2511.03317).
+
+    It learns from pairs to lower the denoising error of the better image more than that of the worse one, relative to the base model.
+    Official: β = 5000 for SD1.5 and SDXL, effective batch 2048, 20 % empty prompts; μ = 0.9 (SD1.5) and 0.6 (SDXL). Loss, λ and defaults
+    are those of both repositories' code; β for flow models is not published.
+    """
+
+    label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "max": 0.5, "help": "probability that the label of a pair is wrong"})
+    flip_labels: bool = field(default=False, metadata={"help": "learn to prefer the worse image, as the negative model of Diffusion-NPO"})
+
+    def ordered(self, batch: Pairs) -> Two:
+        """Better and worse images, or the reverse."""
+        return (batch.rejected, batch.chosen) if self.flip_labels else (batch.chosen, batch.rejected)
+
+    def losses(self, tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: float) -> tuple[Tensor, Logs]:
+        """`pair_losses` with the share of wrong labels."""
+        return pair_losses(tuned, reference, beta, self.label_smoothing, rejected_scale)
 
 
 @dataclass(frozen=True)
