@@ -65,6 +65,7 @@ ORDER = (
     ("metrics",),
     ("objectives",),
     ("scoring",),
+    ("pairs",),
     ("training",),
     ("memory",),
     ("demo",),

@@ -119,6 +119,19 @@ class Score(Case):
         return super().resume() if left or not (self.folder / "s.jsonl").exists() else 0
 
 
+class Pairs(Case):
+    def prepare(self):
+        (self.folder / "p.txt").write_text("a red star\na large blue ring on a black background\n")
+
+    def command(self):
+        given = ["--prompts", str(self.folder / "p.txt"), "--reward", "demo-proxy", "--heldout", "demo-heldout", "--split", "0.5"]
+        return ["pairs", *given, "-n", "2", "--steps", "2", "--chunk", "2", "--batch", "2", "--out", str(self.folder / "o")]
+
+    def results(self):
+        """Without the journal, which has the time of each file."""
+        return {name: content for name, content in super().results().items() if ".partial" not in name}
+
+
 class Evaluate(Case):
     def prepare(self):
         (self.folder / "p.txt").write_text("a red star\na blue ring\na green dot\n")
@@ -168,9 +181,9 @@ class Compare(Case):
         return found
 
 
-SLOW = pytest.param(Compare, marks=pytest.mark.full)
-CASES = [Sample, Score, Evaluate, Convert, ConvertFolder, SLOW]
-ROOM = {Sample: 4000, Score: 150, Evaluate: 900, Convert: 5000, ConvertFolder: 400, Compare: 20_000}  # bytes of a file
+SLOW = [pytest.param(case, marks=pytest.mark.full) for case in (Pairs, Compare)]
+CASES = [Sample, Score, Evaluate, Convert, ConvertFolder, *SLOW]
+ROOM = {Sample: 4000, Score: 150, Pairs: 900, Evaluate: 900, Convert: 5000, ConvertFolder: 400, Compare: 20_000}  # bytes of a file
 
 
 class Changes:

@@ -121,8 +121,9 @@ class ImageFolder:
         """Whether there is more than the settings of a run that drew nothing."""
         if not self.path.exists() or not any(self.path.iterdir()):
             return False
-        if any(path.name != SETTINGS for path in self.path.iterdir()):
-            return True
+        names = {path.name for path in self.path.iterdir()} - {f"{SETTINGS}.partial"}  # of a run that was killed in its first write
+        if names != {SETTINGS}:
+            return bool(names)
         try:
             self._settings()
         except ConfigError:

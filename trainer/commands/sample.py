@@ -27,6 +27,17 @@ from .two_parts import TwoParts, add_parts, two_parts
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `sample`."""
     add = parser.add_argument
+    add_drawing(parser)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
+    add("--resume", action="store_true", help="go on with an interrupted run: draw the images that are not in the folder")
+    add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
+    searching.configure(parser)
+    optimising.configure(parser)
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Add what says how images are drawn: prompts, models, guide, sampler, device."""
+    add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     add_parts(parser)
     add(
@@ -41,12 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="step from which the base model is back, written as --switch: `--switch 0 --until 2` (default: never)",
     )
     add_guide(parser)
-    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the images")
-    add("--resume", action="store_true", help="go on with an interrupted run: draw the images that are not in the folder")
-    add("--overwrite", action="store_true", help="write into a folder that is not empty; an earlier run's images are removed from it")
     add_generation(parser)
-    searching.configure(parser)
-    optimising.configure(parser)
 
 
 def run(args: argparse.Namespace) -> int:

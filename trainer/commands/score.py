@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         raise ConfigError("--batch needs at least 1; --top and --size at least 0")
     if args.engine == "ray":
         parts = named_parts(parse_weights(args.reward or ["demo-proxy"]))
-        _check_names(parts)
+        check_names(parts)
         return run_on_ray(args, parts, _settings(args, parts))
     outs = [Path(out) for out in args.out or ()]
     resumed = args.resume and bool(outs) and bool(Journal(outs[0], 0, {}).all())
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     device = processes.device(args.device)
     opened = [(load(name, device), weight) for name, weight in parse_weights(args.reward or ["demo-proxy"])]
     parts = [replace(part, weight=weight, size=args.size or part.size) for part, weight in opened]
-    _check_names(parts)
+    check_names(parts)
     table = Table(parts, args.raw)
     if args.top:
         table.best([], args.top)  # before any work: raises where images cannot be ranked
@@ -113,7 +113,7 @@ def _settings(args: argparse.Namespace, parts: Sequence[RewardSpec]) -> dict[str
     return {"rewards": rewards, "size": args.size, "prompt": args.prompt, "prompt column": args.prompt_column, "weights": weights}
 
 
-def _check_names(parts: Sequence[RewardSpec]) -> None:
+def check_names(parts: Sequence[RewardSpec]) -> None:
     """ConfigError where a reward's columns would be others' too."""
     columns = ["path", "prompt", "score", *(name for part in parts for name in (part.name, part.name + "_z"))]
     twice = next((part.name for part in parts if columns.count(part.name) > 1 or columns.count(part.name + "_z") > 1), None)

@@ -1,0 +1,93 @@
+"""The folder of a run of `pairs`: settings, images, scores, and the tables, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ..config import ConfigError
+from ..pairs.label import Pair
+from ..pairs.tables import labels_of, write_labels, write_pairs
+from ..runtime.files import write_text
+from .image_folder import ImageFolder
+
+SETTINGS, REPORT = "settings.json", "report.json"
+_TABLES = {"pairs": "labels", "pairs-heldout": "labels-heldout"}
+
+
+class PairsFolder:
+    """`settings.json`, `images/`, `scores.csv`, `pairs.jsonl`, `labels.jsonl`, both also with `-heldout`, and last `report.json`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.images = ImageFolder(path / "images")
+        self.scores = path / "scores.csv"
+
+    def begin(self, facts: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Create the folder; ConfigError where it is in use, or is another run's. facts: what images and scores depend on."""
+        facts = {"command": "pairs", **json.loads(json.dumps(facts))}
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file: give a folder")
+        before = self._settings() if self._used() else None
+        if before is not None and not (resume or overwrite):
+            raise ConfigError(f"{self.path} exists: add --resume to go on with its run, or --overwrite to start again")
+        if before is not None and resume:
+            key = next((key for key in {**facts, **before} if before.get(key) != facts.get(key)), None)
+            if key is not None:
+                said = ("", "") if key == "weights" else (f", {_short(before.get(key))}", f", now {_short(facts.get(key))}")
+                raise ConfigError(
+                    f"{self.path / SETTINGS}: the run has other {key}{said[0]}{said[1]}: give the same, or --overwrite to start again"
+                )
+        if before is not None and overwrite:
+            for path in (*self._tables(), self.scores, *self.path.glob("scores.csv.*.partial")):
+                path.unlink(missing_ok=True)
+            drawn = [self.images.image(number) for number in range(int(before.get("images_drawn", 0)))]
+            for path in (self.images.path / SETTINGS, *drawn, *(image.with_suffix(".txt") for image in drawn)) if drawn else ():
+                path.unlink(missing_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error}") from error
+        write_text(json.dumps(facts, indent=1) + "\n", self.path / SETTINGS)
+
+    def finish(self, parts: Mapping[str, Sequence[Pair]], rewards: Sequence[str], report: Mapping[str, Any]) -> list[str]:
+        """Write the tables of pairs by their names, and of their labels, and last the report; returns the files' names."""
+        for path in self._tables():
+            path.unlink(missing_ok=True)
+        names: list[str] = []
+        for name, pairs in parts.items():
+            if pairs:
+                write_pairs(pairs, rewards, self.path / f"{name}.jsonl")
+                write_labels(labels_of(pairs), self.path / f"{_TABLES[name]}.jsonl")
+                names += [f"{name}.jsonl", f"{_TABLES[name]}.jsonl"]
+        write_text(json.dumps(report, indent=1) + "\n", self.path / REPORT)
+        return [*names, self.scores.name, REPORT]
+
+    def _tables(self) -> list[Path]:
+        """The report first: without it the tables are not a finished run's."""
+        return [self.path / REPORT, *(self.path / f"{name}.jsonl" for pair in _TABLES.items() for name in pair)]
+
+    def _used(self) -> bool:
+        """Whether there is more than the settings of a run that drew and scored nothing."""
+        if not self.path.is_dir():
+            return False
+        ours = (SETTINGS, f"{SETTINGS}.partial", self.images.path.name)
+        more = any(path.name not in ours for path in self.path.iterdir())
+        return more or any(path.name != SETTINGS for path in (self.images.path.iterdir() if self.images.path.is_dir() else ()))
+
+    def _settings(self) -> dict[str, Any]:
+        """What `settings.json` says; ConfigError where it is not that of `pairs`."""
+        try:
+            found: Any = json.loads((self.path / SETTINGS).read_text("utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict) or cast(dict[str, Any], found).get("command") != "pairs":
+            raise ConfigError(f"{self.path} holds no run of `pairs`: give another folder")
+        return cast(dict[str, Any], found)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

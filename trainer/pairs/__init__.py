@@ -1,0 +1,1 @@
+"""Pairs for learning from preference: from scored images to labelled, filtered and split pairs."""

@@ -1,0 +1,56 @@
+"""Tables of pairs and of labels, as training reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.images import ImageSource
+from ..runtime.files import write_text
+from .label import Pair
+
+SUFFIX = ".jsonl"
+
+
+def write_pairs(pairs: Sequence[Pair], rewards: Sequence[str], path: Path) -> None:
+    """One JSON object per line: chosen, rejected, prompt, and what is known of margin, agreement, value, gaps and held-out gap."""
+    _write([_pair_line(pair, rewards, path.parent) for pair in pairs], path)
+
+
+def _pair_line(pair: Pair, rewards: Sequence[str], folder: Path) -> dict[str, Any]:
+    known = {"margin": pair.margin, "agreement": pair.agreement, "value": pair.value, "heldout_gap": pair.heldout}
+    return {
+        "chosen": from_folder(pair.chosen, folder),
+        "rejected": from_folder(pair.rejected, folder),
+        "prompt": pair.prompt,
+        **{name: round(value, 6) for name, value in known.items() if value is not None},
+        **({"gaps": {name: round(gap, 6) for name, gap in zip(rewards, pair.gaps)}} if pair.gaps else {}),
+    }
+
+
+def labels_of(pairs: Sequence[Pair]) -> dict[tuple[ImageSource, str], str]:
+    """By image and prompt `liked` or `disliked`, as most of its pairs say; images that win as often as they lose are left out."""
+    wins: dict[tuple[ImageSource, str], int] = {}
+    for pair in pairs:
+        for image, win in ((pair.chosen, 1), (pair.rejected, -1)):
+            wins[image, pair.prompt] = wins.get((image, pair.prompt), 0) + win
+    return {key: "liked" if number > 0 else "disliked" for key, number in wins.items() if number}
+
+
+def write_labels(labels: Mapping[tuple[ImageSource, str], str], path: Path) -> None:
+    """One JSON object per line: path, prompt, label."""
+    _write([{"path": from_folder(image, path.parent), "prompt": prompt, "label": word} for (image, prompt), word in labels.items()], path)
+
+
+def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    write_text("".join(json.dumps(row) + "\n" for row in rows), path)  # ASCII: file names may be no UTF-8
+
+
+def from_folder(image: ImageSource, folder: Path) -> str:
+    """The path of an image as a table in `folder` names it: relative where the image lies below the folder, else absolute."""
+    path = os.path.realpath(str(image))
+    home = os.path.realpath(folder)
+    return Path(path).relative_to(home).as_posix() if Path(path).is_relative_to(home) else path
