@@ -110,6 +110,10 @@ _NEEDED = {
         "comfy.sd:VAE sd config dtype",
     ),
 }
+_AROUND = (
+    *("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function"),
+    "model_function_wrapper",
+)
 _OF_A_MODEL = ("patches", "object_patches", "patches_uuid", "backup", "model_options")
 
 string_to_seed = getattr(comfy.utils, "string_to_seed", None) or getattr(comfy.model_patcher, "string_to_seed", None)
@@ -157,6 +161,12 @@ def finished(latent: dict[str, Any], samples: torch.Tensor) -> dict[str, Any]:
     dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: samples.dtype)()
     kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
     return {**kept, "samples": samples.to(device=comfy.model_management.intermediate_device(), dtype=dtype)}
+
+
+def patches_around(model: Any) -> list[str]:
+    """What of a MODEL acts around its network while a guider samples, by the names that ComfyUI has for it."""
+    options = [key for key, value in model.model_options.items() if key in _AROUND and value]
+    return options + [kind for kind, by_key in getattr(model, "wrappers", {}).items() if any(by_key.values())]
 
 
 def register_folder(name: str, *extensions: str) -> None:

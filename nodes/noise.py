@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import comfy.model_management
@@ -21,10 +22,16 @@ from ..trainer.policy import Policy
 from ..trainer.sampling import METHODS as SAMPLERS
 from . import host
 from .policy import ComfyPolicy
-from .rewards import Combined
+from .rewards import Combined, check_prompt
 from .sockets import CATEGORY, Reward, draw_text, figure, schema, widgets
 
 _PROMPT = "positive"
+# What a conditioning says of where, when and with what it counts, and what means always
+_PLACED = {
+    **dict.fromkeys(("area", "mask", "control", "gligen", "hooks")),
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+}
 
 
 def terms(reward: Any) -> list[tuple[float, Any]]:
@@ -32,6 +39,26 @@ def terms(reward: Any) -> list[tuple[float, Any]]:
     if not isinstance(reward, Combined):
         return [(1.0, reward)]
     return [(weight, part if reward.normalised else Combined(((part, 1.0),), False)) for part, weight in reward.parts]
+
+
+def check_read(model: Any, latent_image: dict[str, Any], conditionings: Mapping[str, Any]) -> None:
+    """ValueError for what a sampler node would heed and an evaluation of the network alone does not: the image would be another.
+
+    conditionings: CONDITIONING by the name of its input.
+    """
+    patches = host.patches_around(model)
+    if patches:
+        raise ValueError(
+            f"the model has patches that work around its network ({', '.join(patches)}: guidance, density, caching): connect it without; "
+            "LoRAs, the shift of the noise levels and attention patches are heeded"
+        )
+    samples = latent_image["samples"]
+    if bool((samples != samples.flatten()[0]).any()) or "noise_mask" in latent_image:
+        raise ValueError("the latent holds an image or a mask, and noise is optimised from nothing: connect an empty latent")
+    for name, parts in conditionings.items():
+        given = {key for _, about in parts or () for key in _PLACED if about.get(key) not in (None, _PLACED[key])}
+        if given:
+            raise ValueError(f"{name} has {', '.join(sorted(given))}, which noise optimisation does not heed: connect a plain prompt")
 
 
 class OptimiseNoise(io.ComfyNode):
@@ -103,6 +130,8 @@ class OptimiseNoise(io.ComfyNode):
         """Optimise."""
         if cfg != 1 and negative is None:
             raise ValueError(f"cfg {cfg:g} needs a negative: connect one, or set cfg to 1")
+        check_prompt(prompt, reward, heldout)
+        check_read(model, latent_image, {"positive": positive, "negative": negative if cfg != 1 else None})
         optimisation = optimisation_of(method, {key: value for key, value in settings.items() if key in METHODS[method].defaults})
         latent = host.latent_for(model, latent_image)
         if len(latent) != 1 or len(sigmas) < 2 or float(sigmas[-1]) != 0:

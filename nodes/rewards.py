@@ -62,6 +62,11 @@ class Loaded:
         return self.reward.differentiable
 
     @property
+    def needs_prompt(self) -> bool:
+        """Whether the score depends on the prompt."""
+        return self.reward.needs_prompt
+
+    @property
     def standardised(self) -> bool:
         """Whether a call gives standard deviations above the mean."""
         return self.mean is not None and self.std is not None
@@ -111,6 +116,11 @@ class Combined:
         return all(part.differentiable for part, _ in self.parts)
 
     @property
+    def needs_prompt(self) -> bool:
+        """Whether the score of any part depends on the prompt."""
+        return any(getattr(part, "needs_prompt", False) for part, _ in self.parts)
+
+    @property
     def standardised(self) -> bool:
         """Whether every term is in standard deviations."""
         return self.normalised and all(part.standardised for part, _ in self.parts)
@@ -152,6 +162,13 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Loaded:
     has_weights = any(True for _ in spec.reward.parameters())
     patchers = (comfy.model_patcher.ModelPatcher(spec.reward, *devices),) if has_weights else ()
     return Loaded(name, spec.reward, spec.mean, spec.std, patchers, str(folder or name))
+
+
+def check_prompt(prompt: str, *judges: Any) -> None:
+    """ValueError where a REWARD_MODEL scores an image under its prompt, and there is none; a judge may be None."""
+    for judge in judges:
+        if not prompt.strip() and getattr(judge, "needs_prompt", False):
+            raise ValueError(f"reward {judge.name!r} scores an image under its prompt: write the prompt")
 
 
 def in_dtype(reward: Any, dtype: torch.dtype) -> Any:

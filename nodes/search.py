@@ -16,6 +16,7 @@ from ..trainer.search.plan import Round, check, cost, fitted, rounds_of
 from ..trainer.search.settings import METHODS, Search, search_of
 from . import host
 from .particles import SearchSampler, branches, calls_per_step, name_of
+from .rewards import check_prompt
 from .scoring import score, table
 from .sockets import CATEGORY, Reward, draw_text, figure, schema
 
@@ -137,9 +138,7 @@ class RewardSearch(io.ComfyNode):
         """Search."""
         search, rounds = _planned(guider.model_patcher, sampler, sigmas, method, budget, images, noise.seed, settings)
         latent = _one(guider.model_patcher, latent_image)
-        for judge in (reward, heldout):
-            if judge is not None and not prompt.strip() and getattr(getattr(judge, "reward", None), "needs_prompt", False):
-                raise ValueError(f"reward {judge.name!r} scores an image under its prompt: write the prompt")
+        check_prompt(prompt, reward, heldout)
         plan = cost(search, rounds)
         draw_text(cls, f"{plan.model * calls_per_step(sampler)} model calls, {plan.decodes} decodes and reward calls")
         copies = {**latent_image, "samples": latent.expand(rounds[0].rows, *latent.shape[1:])}

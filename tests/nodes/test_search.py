@@ -70,6 +70,7 @@ def test_bad_input_gets_a_sentence(search):
         "cfg++": "connect a sampler without CFG++",
         "not to zero": "connect sigmas of at least one step, the last of them 0",
         "no prompt": "scores an image under its prompt: write the prompt",
+        "no prompt for a sum": "scores an image under its prompt: write the prompt",
         "two latents": "2 latents: connect one",
         "budget": "a budget of 10 model calls is too small: code with particles 1, children 2 takes 16 in 8 steps",
         "one noise": "connect Random Noise",
@@ -85,7 +86,7 @@ def test_bad_input_gets_a_sentence(search):
 @pytest.mark.slow
 def test_noise_optimisation_starts_at_the_stock_samplers_image_and_finds_more_reward(search):
     noise = search["noise"]
-    assert noise["first"] < 1e-4 and noise["after"] < 1e-4 and noise["cancelled"] == 5
+    assert noise["heeded"] < 1e-4 and noise["first"] < 1e-4 and noise["after"] < 1e-4 and noise["cancelled"] == 5
     for method in ("reno", "carinox", "rotate"):
         reward, lines, plot = noise[method]
         said = float(lines[0].split(" at first, ")[1].split()[0])
@@ -100,6 +101,15 @@ def test_noise_optimisation_starts_at_the_stock_samplers_image_and_finds_more_re
         "gradient": "reno needs rewards with a gradient",
         "levels": "sigmas of at least one step down to 0",
         "range": "iterations = 0: give at least 1",
+        "no prompt": "scores an image under its prompt: write the prompt",
+        "no prompt for a sum": "scores an image under its prompt: write the prompt",
+        "image": "connect an empty latent",
+        "mask": "connect an empty latent",
+        "area": "positive has area, which noise optimisation does not heed",
+        "range of steps": "negative has end_percent",
+        "density": "patches that work around its network (predict_noise",
+        "guidance": "patches that work around its network (sampler_cfg_function",
+        "wrapper": "patches that work around its network (model_function_wrapper",
     }
     assert noise["refused"].keys() == expected.keys()
     for name, message in expected.items():

@@ -13,6 +13,7 @@ import comfy.utils
 import nodes as stock
 import torch
 from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras import nodes_model_advanced
 
 extension = asyncio.run(embedded.module.comfy_entrypoint())
 N = {node.define_schema().node_id.removeprefix("ImageReFL"): node for node in asyncio.run(extension.get_node_list())}
@@ -143,6 +144,7 @@ with torch.inference_mode():
     refused("cfg++", method="best-of-n", sampler=sampler("euler_cfg_pp"))
     refused("not to zero", sigmas=sigmas[:4])
     refused("no prompt", prompt=" ")
+    refused("no prompt for a sum", prompt="", reward=embedded.ours("nodes.rewards").Combined(((proxy, 1.0), (heldout, 1.0))))
     refused("two latents", latent_image={"samples": torch.zeros(2, 4, 8, 8)})
     refused("budget", budget=10)
     refused("one noise", method="best-of-n", particles=3, noise=stock_call(custom.DisableNoise)[0])
@@ -159,7 +161,8 @@ with torch.inference_mode():
 
     def optimise(**more):
         given = {"latent_image": empty, "sigmas": few, "vae": vae, "reward": proxy, "prompt": TEXT, "seed": 5, "cfg": 2.0, "method": "reno"}
-        return call("OptimiseNoise", model, positive, **{**given, "sampler": "ddim", "negative": negative, **settings, **more})
+        given |= {"model": model, "positive": positive, "negative": negative, "sampler": "ddim"}
+        return call("OptimiseNoise", **{**given, **settings, **more})
 
     class Given:
         seed = 5
@@ -187,11 +190,28 @@ with torch.inference_mode():
     comfy.utils.set_progress_bar_global_hook(None)
     results["noise"]["after"] = float((optimise(iterations=1)[0]["samples"] - drawn).abs().max())
     size = call("LoadReward", "incompressibility")[0]
+    sum_of_two = embedded.ours("nodes.rewards").Combined(((proxy, 1.0), (heldout, 1.0)))
+    wrapped = model.clone()
+    wrapped.set_model_unet_function_wrapper(lambda network, given: network(given["input"], given["timestep"], **given["c"]))
+    patches = {
+        "density": call("DensityGuidance", model, 0.3)[0],
+        "guidance": stock_call(nodes_model_advanced.RescaleCFG, model, 0.7)[0],
+        "wrapper": wrapped,
+    }
+    everywhere = [[positive[0][0], {**positive[0][1], "start_percent": 0.0, "end_percent": 1.0}]]
+    results["noise"]["heeded"] = float((optimise(iterations=1, positive=everywhere)[0]["samples"] - drawn).abs().max())
     cases = {
         "negative": {"negative": None},
         "gradient": {"reward": size},
         "levels": {"sigmas": few[:2]},
         "range": {"iterations": 0},
+        "no prompt": {"prompt": " "},
+        "no prompt for a sum": {"prompt": "", "reward": sum_of_two},
+        "image": {"latent_image": {"samples": image}},
+        "mask": {"latent_image": {**empty, "noise_mask": mask}},
+        "area": {"positive": [[positive[0][0], {**positive[0][1], "area": (4, 4, 0, 0)}]]},
+        "range of steps": {"negative": [[negative[0][0], {**negative[0][1], "start_percent": 0.0, "end_percent": 0.5}]]},
     }
+    cases |= {name: {"model": patched} for name, patched in patches.items()}
     results["noise"]["refused"] = {name: embedded.refused(lambda more=more: optimise(**more)) for name, more in cases.items()}
 print(json.dumps(results))
