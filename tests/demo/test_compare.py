@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 
 from tools.embedded import tables
 from trainer.config import ConfigError
-from trainer.demo import charts, compare, experiment, files
+from trainer.demo import charts, compare, experiment, files, pairs
 from trainer.demo.compare import METHODS, Size
+from trainer.policy import Lora
+from trainer.rng import generator
 from trainer.runtime.files import file_hash
 
 TINY = Size(budget=60, batch=2, prompts=2, per_prompt=2, watched=1, points=1, real=8)
@@ -22,6 +24,21 @@ TINY = Size(budget=60, batch=2, prompts=2, per_prompt=2, watched=1, points=1, re
 def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown method 'reflx'.*sqdf"):
         compare.compare(["reflx"], tmp_path, TINY, 0)
+
+
+def test_methods_are_named_one_by_one_or_by_what_they_learn_from():
+    assert compare.names_of(["pairs", "mapo", "refl"]) == ["diffusion-dpo", "dspo", "dmpo", "mapo", "refl"]
+    assert compare.names_of(["all"]) == list(METHODS)
+    with pytest.raises(ConfigError, match="unknown method 'pair': use some of refl.*; or all, reward, pairs, labels, images$"):
+        compare.names_of(["pair"])
+
+
+def test_a_method_trains_on_the_data_that_its_objective_asks_for(tmp_path):
+    for name, method in METHODS.items():
+        config = compare.train_config(name, tmp_path, TINY, 0)
+        given = {key for key in ("images", "pairs", "labels") if getattr(config, key)}
+        assert given == {"images" if method.data == "reward" else method.data}, name
+        assert config.method.needs_reward == (method.data == "reward"), name
 
 
 def test_every_method_has_settings_that_its_objective_takes(tmp_path):
@@ -81,6 +98,29 @@ def test_methods_are_trained_judged_and_left_alone_the_second_time(tmp_path, mon
     text = (tmp_path / "tables.md").read_text("utf-8")
     assert (tmp_path / "tables-frontier.png").is_file() and (tmp_path / "tables-curves.png").is_file()
     assert "| SRPO best | 12 |" in text and "| SQDF | proxy |" in text
+
+
+@pytest.mark.slow
+def test_held_out_pairs_are_preferred_by_hand_as_counted():
+    """One denoiser call for each image and level, in ε, against the function's batches; an adapter that repeats the base prefers none."""
+    policy, draws = experiment.load_base(), 2
+    policy.add_lora(Lora(rank=2, alpha=2.0), 0)
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.parameters()):
+            parameter.normal_(0, 0.1, generator=generator(3, "adapter", i))
+    found = pairs.pairs_preferred(policy, ["tuned", "base"], 4, draws)
+    assert not found["base"].any()
+    better, worse, texts = pairs.rated_pairs(4, 1, "held-out pairs")
+    noise = torch.randn((draws, 4, *policy.latent_shape), generator=generator(1, "held-out pairs"))
+    for i, text in enumerate(texts):
+        gain = {}
+        for side, images in (("better", better), ("worse", worse)):
+            x0 = policy.encode(images[i : i + 1])[0]
+            for draw, sigma in enumerate(policy.sigmas(draws + 1)[1:-1]):
+                x, level = x0 + sigma * noise[draw, i], sigma.reshape(1)
+                errors = [float(((policy.denoiser([text], adapter=a)(x, level) - x0) / sigma).square().mean()) for a in ("base", "tuned")]
+                gain[side] = gain.get(side, 0.0) + errors[0] - errors[1]
+        assert bool(found["tuned"][i]) == (gain["better"] > gain["worse"]), text
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ from ..config import ConfigError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
-    methods = "refl imagerefl draft-k draft-lv alignprop drtune flowbp-sparse flowbp-bridge flowbp-lagrange leapalign "
-    methods += "direct-align srpo srpo-bias sqdf, or all"
+    methods = "names of objectives (refl, flowbp-sparse, diffusion-dpo …); `reward`, `pairs`, `labels`, `images`: all that learn from it; `all`"
     parser.add_argument("methods", nargs="+", metavar="METHOD", help=methods)
     parser.add_argument("--budget", type=int, metavar="N", help="denoiser calls that each method may spend on training (default 12000)")
     folder = "output folder; finished methods in it are kept, an interrupted one continues"
@@ -23,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the methods, evaluate them, and write one page; returns the exit status."""
-    from ..demo.compare import METHODS, QUICK, Size, compare
+    from ..demo.compare import QUICK, Size, compare
     from .options import quiet_libraries
 
     quiet_libraries()
@@ -32,7 +31,6 @@ def run(args: argparse.Namespace) -> int:
         if args.budget < 1:
             raise ConfigError(f"--budget {args.budget}: give at least 1 denoiser call")
         size = replace(size, budget=args.budget)
-    names = list(METHODS) if args.methods == ["all"] else args.methods
-    results = compare(names, args.out, size, args.seed, quick=args.quick)
+    results = compare(args.methods, args.out, size, args.seed, quick=args.quick)
     print(f"wrote {args.out / 'report.html'} ({results['seconds']:.0f} s)")
     return 0

@@ -31,6 +31,12 @@ TITLES = {
     "srpo": "SRPO",
     "srpo-bias": "SRPO, bias named",
     "sqdf": "SQDF",
+    "diffusion-dpo": "Diffusion-DPO",
+    "dspo": "DSPO",
+    "dmpo": "DMPO",
+    "mapo": "MaPO",
+    "diffusion-kto": "Diffusion-KTO",
+    "tpo": "TPO",
 }
 AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
 INK = "#7b838c"

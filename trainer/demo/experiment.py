@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +229,10 @@ def generation(seed: int) -> Generation:
     return Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
 
 
-def switched(adapters: Iterable[str], switches: Sequence[int]) -> dict[Point, Mix]:
-    """Combined generation: the guided base up to step k, then the tuned model; k = 0 is the tuned model alone."""
-    settings = generation(0)
+def switched(adapters: Iterable[str], switches: Sequence[int], guidance_scale: float = 1.0) -> dict[Point, Mix]:
+    """Combined generation: the guided base up to step k, then the tuned model; k = 0 is the tuned model alone.
+
+    guidance_scale: of the tuned model.
+    """
+    settings = replace(generation(0), tuned_guidance_scale=guidance_scale)
     return {(name, k): combined(settings.base, settings.tuned(name), k) for name in adapters for k in switches}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..data.samples import Samples, encode_images
+from ..objectives.preference.errors import Noised, mean_square
 from ..policy import Policy
 from . import files, world
 
 
-def rated_pairs(n: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Better and worse renders (n,3,64,64) in [0,1] of n different captions."""
-    prompts = world.captions(n, "pairs", seed)
+def rated_pairs(n: int, seed: int, purpose: str = "pairs") -> tuple[Tensor, Tensor, list[str]]:
+    """Better and worse renders (n,3,64,64) in [0,1] of n different captions, a function of seed and purpose."""
+    prompts = world.captions(n, purpose, seed)
     images, texts = world.real_renders(prompts, 2, seed), [caption.text for caption in prompts]
     scores = files.load_reward("gold")(images, [text for text in texts for _ in range(2)])
     first = scores[::2] >= scores[1::2]
@@ -27,3 +30,28 @@ def rated_samples(policy: Policy, n: int, seed: int, *, labelled: bool) -> Sampl
     if labelled:
         return Samples(encoded.prompts, encoded.latents, labels=torch.tensor([1.0] * n + [-1.0] * n))
     return Samples(tuple(texts), encoded.latents, torch.arange(n), torch.arange(n) + n)
+
+
+@torch.no_grad()
+def pairs_preferred(policy: Policy, adapters: Sequence[str], n: int, draws: int = 8) -> dict[str, Tensor]:
+    """For each adapter, 1.0 for held-out pairs (n,) whose better image it prefers more than the base does, 0.0 for others.
+
+    That is the sign of Diffusion-DPO's implicit reward (arXiv:2311.12908, eq. 14), L_ref − L, better less worse image, as a mean over
+    `draws` noise levels, one noise each, on what all models see alike.
+    """
+    better, worse, texts = rated_pairs(n, 1, "held-out pairs")
+    latents = [policy.encode(images)[0] for images in (better, worse)]
+    noise = torch.randn((draws, *latents[0].shape), generator=world.generator(1, "held-out pairs"))
+    levels = policy.sigmas(draws + 1)[1:-1]
+
+    def margin(adapter: str) -> Tensor:
+        """L of the worse image less that of the better one (n,)."""
+        found = torch.zeros(n)
+        for sigma, eps in zip(levels, noise):
+            noised = Noised(policy, sigma.expand(n), eps, "model")
+            chosen, rejected = noised.two((latents[0], latents[1]), (texts, texts), adapter)
+            found += mean_square(rejected) - mean_square(chosen)
+        return found
+
+    reference = margin("base")
+    return {name: (margin(name) > reference).float() for name in adapters}
