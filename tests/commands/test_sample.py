@@ -11,6 +11,7 @@ from trainer.__main__ import main
 from trainer.commands import image_folder, sample
 from trainer.commands.image_folder import ImageFolder
 from trainer.commands.options import policy_of
+from trainer.config import ConfigError
 
 SETTINGS = {"steps": 2, "method": "ddpm", "seed": 0, "model": "demo", "lora": "", "k": None, "images": 3}
 
@@ -91,6 +92,33 @@ def test_a_used_folder_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch
     (tmp_path / "mine.txt").write_text("x")
     assert run(tmp_path) == 2 and "exists: add --overwrite" in capsys.readouterr().err
     assert run(tmp_path / "mine.txt") == 2 and "is a file: give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "name"), [("search", "search"), ("optimise_noise", "noise")])
+def test_tables_of_an_earlier_run_go_with_its_images(key, name, tmp_path):
+    """A scores.csv that kept the rows of images which are no more would be taken for the new run's."""
+    folder, beside = ImageFolder(tmp_path / "images"), tmp_path / f"images-{name}"
+
+    def tables(*names):
+        beside.mkdir(exist_ok=True)
+        for one in ("scores.csv", "00000.csv", "00002.png", "notes.csv", *names):
+            (beside / one).write_text("x")
+
+    tables()
+    folder.begin({**SETTINGS, key: {}}, resume=False, overwrite=True)  # the images were removed by hand
+    assert sorted(files(beside)) == ["notes.csv"]
+    (tmp_path / "images/00000.png").write_text("x")
+    tables()
+    folder.begin({**SETTINGS, key: {}}, resume=True, overwrite=False)
+    assert len(files(beside)) == 4
+    folder.begin(SETTINGS, resume=False, overwrite=True)  # without a search
+    assert sorted(files(beside)) == ["notes.csv"]
+    tables()
+    folder.begin(SETTINGS, resume=False, overwrite=True)  # of no run of this folder
+    assert len(files(beside)) == 4
+    tables("settings.json")
+    with pytest.raises(ConfigError, match=f"images-{name} holds images of another run, and the tables go there: give another --out"):
+        folder.begin({**SETTINGS, key: {}}, resume=False, overwrite=True)
 
 
 def test_overwrite_removes_the_earlier_run_and_nothing_else(tmp_path, capsys):

@@ -22,6 +22,8 @@ SETTINGS, _MARK = "settings.json", "imagerefl"
 _PATHS = ("model", "lora", "base_lora", "tuned_unet", "parts", "tuned_parts")  # what is in the first four is compared by its hash
 _OF_EVERY_VERSION = {"steps", "method", "seed", "model", "lora", "k"}
 _NAME = re.compile(r"(\d{5,})\.(png|txt)(\.partial)?")
+_TABLES = {"search": "search", "optimise_noise": "noise"}  # a run's setting -> the end of the name of the folder of its tables
+_TABLE = re.compile(r"(\d{5,}\.(csv|png)|scores\.csv)(\.partial)?")
 
 
 class ImageFolder:
@@ -48,9 +50,10 @@ class ImageFolder:
     def begin(self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Create the folder with its `settings.json`, without the images of an earlier run; or check that it has these settings.
 
-        settings: all that the images depend on, and `images`, their number.
+        settings: all that the images depend on, and `images`, their number. Tables of an earlier run beside the folder go too.
         """
         settings = json.loads(json.dumps(settings))
+        tables = self._tables(settings)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -63,8 +66,11 @@ class ImageFolder:
                     f"{self.path / SETTINGS}: the run has another {key}, {_short(before.get(key))}, now {_short(settings.get(key))}: "
                     "give the same, or --overwrite to start again"
                 )
-        elif overwrite:
-            self._clear()
+        else:
+            if overwrite:
+                self._clear()
+            for path in tables:
+                path.unlink()
         write_text(json.dumps(settings, indent=1) + "\n", self.path / SETTINGS)
 
     def image(self, number: int) -> Path:
@@ -100,6 +106,23 @@ class ImageFolder:
         with replacing(self.sheet) as partial:
             whole.save(partial, "PNG", pnginfo=mark)
         return f"contact sheet: {self.sheet}" + (f", the first {shown} of {number} images" if shown < number else "")
+
+    def _tables(self, settings: Mapping[str, Any]) -> list[Path]:
+        """The tables beside the folder of its earlier run, or in the new one's place; ConfigError where other images are there."""
+        earlier: Mapping[str, Any] = {}
+        with suppress(ConfigError):
+            earlier = self._settings()
+        folder, found = self.path.resolve(), list[Path]()
+        for key, name in _TABLES.items():
+            beside = folder.with_name(f"{folder.name}-{name}")
+            if not (key in earlier or key in settings) or not beside.exists():
+                continue
+            if not beside.is_dir():
+                raise ConfigError(f"{beside} is a file, and the tables go into a folder of that name: move it, or give another --out")
+            if (beside / SETTINGS).exists():
+                raise ConfigError(f"{beside} holds images of another run, and the tables go there: give another --out")
+            found += [path for path in beside.iterdir() if _TABLE.fullmatch(path.name)]
+        return found
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote: its images, their prompts, and its contact sheet; nothing where there was none."""
