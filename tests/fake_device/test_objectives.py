@@ -28,6 +28,8 @@ OBJECTIVES = {
     "mapo": "--pairs=demo --objective.levels=min-snr",
     "dspo": "--pairs=demo --objective.beta=0.5",
     "dmpo": "--pairs=demo",
+    "inpo": "--pairs=demo --objective.inversion_steps=3",
+    "smpo": "--pairs=demo --objective.inversion_steps=3",
     "diffusion-npo": "--pairs=demo",
     "tpo": "--objective.form=kto",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
@@ -35,7 +37,7 @@ OBJECTIVES = {
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
 }
 
-FULL = ("diffusion-npo", "mapo", "dspo", "dmpo", "flowbp-sparse", "leapalign")  # what they share with another that runs by default
+FULL = ("diffusion-npo", "mapo", "dspo", "dmpo", "inpo", "flowbp-sparse", "leapalign")  # what they share with another that runs by default
 
 
 def arguments(name, out):

@@ -4,6 +4,7 @@ from .base import Loss, Objective, RunContext
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
 from .preference.dspo import DSPO
+from .preference.inversion import InPO, SmPO
 from .preference.kto import DiffusionKTO
 from .preference.mapo import MaPO
 from .preference.tpo import TPO
@@ -36,6 +37,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mapo": MaPO,
     "dspo": DSPO,
     "dmpo": DMPO,
+    "inpo": InPO,
+    "smpo": SmPO,
     "diffusion-npo": DiffusionNPO,
     "tpo": TPO,
 }
@@ -61,10 +64,12 @@ __all__ = [
     "FlowBPLagrange",
     "FlowBPSparse",
     "ImageReFL",
+    "InPO",
     "LeapAlign",
     "Loss",
     "MaPO",
     "Objective",
     "ReFL",
     "RunContext",
+    "SmPO",
 ]

@@ -45,6 +45,14 @@ def _dspo(row: Row, name: str) -> list[Line]:
     return [*_levels(row), ("beta", "0.001", "SD1.5's, whose loss this is"), ("mu", "0.2", ""), ("prompt_dropout", "0.2", "")]
 
 
+def _inpo(row: Row, name: str) -> list[Line]:
+    large = row.size > 512
+    beta: Line = ("beta", "5000.0" if large else "2000.0", "SDXL's" if large else "SD1.5's, after supervised training on the better images")
+    if name == "smpo":
+        return [*_levels(row), beta, ("inversion_steps", "10" if large else "5", ""), ("score_range", "16.7", "PickScore's, on Pick-a-Pic")]
+    return [*_levels(row), beta, ("inversion_steps", "10", ""), ("inversion_noise", "0.1", "")]
+
+
 def _tpo(row: Row, name: str) -> list[Line]:
     return [*_levels(row), ("form", '"dpo"', 'or "kto" with beta = 1000'), ("beta", "5000.0", "Diffusion-DPO's")]
 
@@ -80,6 +88,24 @@ PREFERENCES: dict[str, Method] = {
         "DMPO",
         "the settings of SDPO's code, for all weights of SD1.5 and SDXL and 2048 pairs a step; rate and number are a LoRA's",
         _dmpo,
+    ),
+    "inpo": _on(
+        "pairs",
+        "InPO",
+        "the official settings, for all weights and 1024 pairs a step; rate and number of pairs are a LoRA's",
+        _inpo,
+        steps=("steps", "400", ""),
+        every=50,
+    ),
+    "smpo": _on(
+        "pairs",
+        "SmPO",
+        "the official settings, for all weights and 1024 pairs a step; rate and number of pairs are a LoRA's",
+        _inpo,
+        steps=("steps", "200", ""),
+        reward="pickscore",
+        standardise=("standardise", "false", "score_range is in the reward's own unit"),
+        every=25,
     ),
     "diffusion-npo": _on(
         "pairs",

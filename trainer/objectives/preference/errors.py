@@ -60,7 +60,7 @@ def level_weights(levels: Levels, target: Target, sigmas: Tensor, space: Space) 
 
 @dataclass(frozen=True)
 class Noised:
-    """Noise levels (B,) and noise (B,C,h,w) of a micro-batch, equal for every image, caption and model that is compared."""
+    """Noise levels (B,) of a micro-batch, equal for all that is compared, and noise: (B,C,h,w) likewise, or (nB,C,h,w) of n images."""
 
     policy: Policy
     sigma: Tensor
@@ -71,7 +71,8 @@ class Noised:
         """Error of the prediction (B,C,h,w), in units of the target, for each of `latents` (B,C,h,w) under its prompts; one evaluation."""
         clean = torch.cat([one.to(self.policy.device) for one in latents])
         sigma = self.sigma.repeat(len(latents))
-        x = self.policy.add_noise(clean, self.noise.to(clean).repeat(len(latents), 1, 1, 1), sigma)
+        noise = self.noise.to(clean).repeat(len(clean) // len(self.noise), 1, 1, 1)
+        x = self.policy.add_noise(clean, noise, sigma)
         with torch.set_grad_enabled(adapter == "tuned" and torch.is_grad_enabled()):
             denoised = self.policy.denoiser([prompt for some in prompts for prompt in some], adapter=adapter)(x, sigma)
             scale = error_scale(self.target, sigma, self.policy.space)
