@@ -162,3 +162,15 @@ def test_drawn_images_become_pairs_of_their_prompts(here, capsys):
     before = written(here / "o")
     assert run(*given, "--resume", "--seed", "1") == 2 and "settings.json: the run has other drawing" in capsys.readouterr().err
     assert written(here / "o") == before
+
+
+def test_pairs_of_a_data_set_are_written_and_filtered(here, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = pytest.importorskip("datasets", reason="pip install datasets")
+    images = [(here / "in" / f"{i}.png").read_bytes() for i in range(4)]
+    rows_ = {"jpg_0": images[:2], "jpg_1": images[2:], "label_0": [0.0, 1.0], "caption": ["p", "q"]}
+    library.Dataset.from_dict(rows_).save_to_disk(here / "pick")
+    for more in ([], ["--resume"]):
+        assert run("--from-pairs", "hf:pick", "--reward", "r.py", "--raw", "--split", "0", "--label", "given", *more) == 0
+        (pair,) = read_pairs(str(here / "o" / "pairs.jsonl"))  # red contradicts the second
+        assert [pair[0].read_bytes(), pair[1].read_bytes(), pair[2]] == [images[2], images[0], "p"]

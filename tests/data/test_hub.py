@@ -13,6 +13,7 @@ from helpers.images import SQUARE, Encoder
 
 from trainer.data.cache import TensorCache
 from trainer.data.captions import read_captions
+from trainer.data.preferences import read_labels, read_pairs
 from trainer.data.report import Report
 from trainer.data.samples import load_samples
 
@@ -98,3 +99,51 @@ def test_data_sets_that_do_not_fit_are_one_line(hf, folder, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="hf:nobody/nothing:train needs the datasets library: pip install datasets"):
         read_captions("hf:nobody/nothing")
+
+
+def preferences(hf, folder, **columns):
+    """Two images in each row: 0 and 1, 2 and 3, 4 and 0; those of Pick-a-Pic are bytes."""
+    data = [(folder / f"{i}.png").read_bytes() for i in range(5)]
+    first, second = [data[0], data[2], data[4]], [data[1], data[3], data[0]]
+    return hf.Dataset.from_dict({"jpg_0": first, "jpg_1": second, "caption": ["p", "q", "r"], **columns})
+
+
+def test_pairs_of_pick_a_pic_are_those_of_a_table(hf, folder, tmp_path):
+    """Parquet with JPEG or PNG as bytes, label_0 and has_label: pairs, latents and ties are those of a table of files."""
+    data = preferences(hf, folder, label_0=[1.0, 0.0, 0.5], label_1=[0.0, 1.0, 0.5], has_label=[True, True, True])
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet" / "train.parquet")
+    (folder / "pairs.csv").write_text("image_0,image_1,label_0,caption\n0.png,1.png,1,p\n2.png,3.png,0,q\n4.png,0.png,0.5,r\n")
+    report = Report()
+    found = read_pairs(f"hf:{tmp_path / 'parquet'}", report)
+    table = read_pairs(str(folder / "pairs.csv"))
+    assert [(a.read_bytes(), b.read_bytes(), p) for a, b, p in found] == [(a.read_bytes(), b.read_bytes(), p) for a, b, p in table]
+    assert "2 pairs" in str(report) and "1 ties (row 2)" in str(report)
+    one, other = (load_samples(Encoder(), "", "", SQUARE, pairs=s) for s in (f"hf:{tmp_path / 'parquet'}", str(folder / "pairs.csv")))
+    assert one.fingerprint == other.fingerprint and torch.equal(
+        one.latents[int(one.rejected[1])][0], other.latents[int(other.rejected[1])][0]
+    )
+
+    preferences(hf, folder, label_0=[1.0, 0.0, 0.0], has_label=[True, False, True]).save_to_disk(tmp_path / "saved")
+    assert [p for _, _, p in read_pairs(f"hf:{tmp_path / 'saved'}")] == ["p", "r"]
+    preferences(hf, folder, label_0=[1.0, 2.0, 0.0]).save_to_disk(tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"wrong:train, row 1: label_0 is 2.0: give 1 where image_0 is better"):
+        read_pairs(f"hf:{tmp_path / 'wrong'}")
+    plain = hf.Dataset.from_dict({"chosen": encoded([folder / "0.png"]), "rejected": encoded([folder / "1.png"]), "prompt": ["p"]})
+    plain.save_to_disk(tmp_path / "plain")
+    assert [(str(a), p) for a, _, p in read_pairs(f"hf:{tmp_path / 'plain'}")] == [(f"hf:{tmp_path / 'plain'}:train, row 0, chosen", "p")]
+    with pytest.raises(ValueError, match="has no column chosen, winner"):
+        table_of_images(hf, folder).save_to_disk(tmp_path / "none")
+        read_pairs(f"hf:{tmp_path / 'none'}")
+
+
+def table_of_images(hf, folder):
+    return table(hf, folder, text=[f"caption {i}" for i in range(5)])
+
+
+def test_likes_of_a_data_set(hf, folder, tmp_path):
+    table(hf, folder, text=list("abcde"), liked=["1", "-1", "like", "Bad", "true"]).save_to_disk(tmp_path / "likes")
+    assert [label for _, _, label in read_labels(f"hf:{tmp_path / 'likes'}")] == [1, -1, 1, -1, 1]
+    table(hf, folder, text=list("abcde"), liked=["1", "maybe", "1", "1", "1"]).save_to_disk(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="row 1: label 'maybe' is neither liked nor disliked"):
+        read_labels(f"hf:{tmp_path / 'wrong'}")

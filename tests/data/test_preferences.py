@@ -95,7 +95,7 @@ def test_folders_of_pairs(halves):
         read_pairs(str(halves))
     with pytest.raises(ValueError, match=r"has no folder liked: put the better images in liked, the worse in disliked"):
         read_pairs(str(halves / "liked"))
-    with pytest.raises(ValueError, match=r"pairs = nowhere: give a folder with liked and disliked, or a table"):
+    with pytest.raises(ValueError, match=r"pairs = nowhere: give a folder with liked and disliked, a table"):
         read_pairs("nowhere")
 
 

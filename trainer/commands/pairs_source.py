@@ -7,12 +7,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+from PIL import Image
+
 from ..config import ConfigError
+from ..data.images import ImageSource
 from ..data.preferences import read_pairs
 from ..data.report import Report
+from ..runtime.files import replacing
+from ..runtime.progress import progress_bar
 from ..scoring.items import Item, find_items, prompt_for
 from . import sample
 from .options import prompts_of
@@ -46,9 +52,36 @@ class Drawn(Source):
     def provide(self, folder: PairsFolder) -> None:
         """Draw what is missing; the run's settings say that it is the same run."""
         self.found = [Item(folder.images.image(i), prompt) for i, prompt in enumerate(self.prompts)]
-        if folder.images.missing(range(len(self.prompts))):
+        if folder.images.missing(range(len(self.prompts))) or not folder.images.sheet.is_file():
             self.arguments.out, self.arguments.resume = folder.images.path, True
             sample.run(self.arguments)
+
+
+@dataclass
+class Exported(Source):
+    """Pairs of a data set, whose images are written into the run's folder, named by their content."""
+
+    rows: Sequence[tuple[ImageSource, ImageSource, str]] = ()
+
+    def provide(self, folder: PairsFolder) -> None:
+        """Write what is missing."""
+        folder.images.path.mkdir(exist_ok=True)
+        pairs = progress_bar(self.rows, "writing images")
+        self.given = [(self._file(better, folder), self._file(worse, folder), prompt) for better, worse, prompt in pairs]
+        self.found = _items(self.given)
+
+    def _file(self, image: ImageSource, folder: PairsFolder) -> Path:
+        try:
+            data = image.read_bytes()
+            with Image.open(BytesIO(data)) as opened:
+                suffix = {"JPEG": ".jpg"}.get(opened.format or "", f".{(opened.format or 'png').lower()}")
+        except Exception as error:  # Pillow's readers raise many types
+            raise ValueError(f"{image} is not a readable image: {error}") from error
+        path = folder.images.path / f"{hashlib.sha256(data).hexdigest()[:24]}{suffix}"
+        if not path.is_file():
+            with replacing(path) as partial:
+                partial.write_bytes(data)
+        return path
 
 
 def source_of(args: argparse.Namespace, needs_prompt: bool) -> Source:
@@ -105,10 +138,16 @@ def _images(paths: Sequence[str], needs_prompt: bool) -> Source:
 
 def _pairs(source: str) -> Source:
     report = Report()
-    given = read_pairs(source, report)
+    found = read_pairs(source, report)
     report.show()
-    found = dict.fromkeys(Item(image, prompt) for better, worse, prompt in given for image in (better, worse))
-    return Source(_facts(list(found), [(str(a), str(b)) for a, b, _ in given]), given=given, found=list(found))
+    files = [(better, worse, prompt) for better, worse, prompt in found if isinstance(better, Path) and isinstance(worse, Path)]
+    listed = _facts(_items(found), [(str(better), str(worse)) for better, worse, _ in found])
+    return Source(listed, given=files, found=_items(files)) if len(files) == len(found) else Exported(listed, rows=found)
+
+
+def _items(pairs: Sequence[tuple[Any, Any, str]]) -> list[Item]:
+    """Each image of pairs with its prompt, once."""
+    return list(dict.fromkeys(Item(image, prompt) for better, worse, prompt in pairs for image in (better, worse)))
 
 
 def _facts(items: Sequence[Item], pairs: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:

@@ -16,17 +16,20 @@ _COLUMN = "image"
 
 @dataclass(frozen=True, eq=False)
 class DatasetImage:
-    """The image of one row, as an images.ImageSource."""
+    """The image in a column of one row, as an images.ImageSource."""
 
     rows: Any
     index: int
     name: str
+    column: str = _COLUMN
 
     def read_bytes(self) -> bytes:
         """The encoded image, as it was stored."""
-        stored = self.rows[self.index][_COLUMN]
+        stored = self.rows[self.index][self.column]
         if stored is None:
             raise ValueError("it is empty")
+        if isinstance(stored, bytes):
+            return stored
         return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
     def __str__(self) -> str:
@@ -38,6 +41,55 @@ def read_dataset(source: str, report: Report | None = None) -> list[tuple[Datase
 
     PATH is a folder of `save_to_disk`, of parquet files, or of images with a metadata file.
     """
+    datasets, label, rows = _opened(source)
+    features: Any = rows.features
+    images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)] or _known(IMAGE_COLUMNS, features)
+    captions = _known(PROMPT_COLUMNS, features)
+    for columns, what, known in ((images, "image", IMAGE_COLUMNS), (captions, "caption", PROMPT_COLUMNS)):
+        if not columns:
+            raise ValueError(f"{label} has no {what} column ({', '.join(known)}); there are {', '.join(features)}")
+    texts = list(rows[captions[0]])
+    rows = _encoded(datasets, rows, images[:1], label)
+    report = Report() if report is None else report
+    column = images[0]
+    pairs = [
+        (DatasetImage(rows, i, f"{label}, row {i}", column), _caption(text, f"{label}, row {i}", report)) for i, text in enumerate(texts)
+    ]
+    if not pairs:
+        raise ValueError(f"{label} has no rows")
+    for what in ("rows", "images", "captions"):
+        report.take(what, len(pairs))
+    return pairs
+
+
+def dataset_rows(
+    source: str, images: Sequence[Sequence[str]], others: Sequence[Sequence[str]]
+) -> tuple[str, list[tuple[tuple[DatasetImage, ...], dict[str, Any]]]]:
+    """A data set's label, and of each row the images of several columns, and other values.
+
+    images: for each image the columns that may have it, all needed; others: for each value, known by the first of its names, the columns
+    that may have it. Columns of images are of the type Image, or of bytes.
+    """
+    datasets, label, rows = _opened(source)
+    chosen = [_known(columns, rows.features)[:1] for columns in images]
+    lacking = next((columns for columns, found in zip(images, chosen) if not found), None)
+    if lacking is not None:
+        raise ValueError(f"{label} has no column {', '.join(lacking)}; there are {', '.join(rows.features)}")
+    columns = [found[0] for found in chosen]
+    values = {names[0]: list(rows[found[0]]) for names in others if (found := _known(names, rows.features))}
+    rows = _encoded(datasets, rows, columns, label)
+    found = [
+        (
+            tuple(DatasetImage(rows, i, f"{label}, row {i}, {column}", column) for column in columns),
+            {name: column[i] for name, column in values.items()},
+        )
+        for i in range(len(rows))
+    ]
+    return label, found
+
+
+def _opened(source: str) -> tuple[Any, str, Any]:
+    """The library, the name of a source in messages, and its rows."""
     name, split = source, "train"
     if ":" in source and not Path(source).exists():
         name, split = source.rsplit(":", 1)
@@ -47,29 +99,22 @@ def read_dataset(source: str, report: Report | None = None) -> list[tuple[Datase
     except ModuleNotFoundError as error:
         raise ValueError(f"{label} needs the datasets library: pip install datasets") from error
     try:
-        rows: Any = _load(datasets, name, split)
+        return datasets, label, _load(datasets, name, split)
     except Exception as error:  # the library raises anything for a wrong name, an unreachable hub or a damaged file
         raise ValueError(f"{label} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    features: Any = rows.features
-    images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)] or _known(IMAGE_COLUMNS, features)
-    captions = _known(PROMPT_COLUMNS, features)
-    for columns, what, known in ((images, "image", IMAGE_COLUMNS), (captions, "caption", PROMPT_COLUMNS)):
-        if not columns:
-            raise ValueError(f"{label} has no {what} column ({', '.join(known)}); there are {', '.join(features)}")
-    texts = list(rows[captions[0]])
-    try:
-        rows = rows.select_columns(images[:1])
-        rows = rows if images[0] == _COLUMN else rows.rename_column(images[0], _COLUMN)
-        rows = rows.cast_column(_COLUMN, datasets.Image(decode=False))
-    except Exception as error:
-        raise ValueError(f"{label}: column {images[0]} holds no images: {error}") from error
-    report = Report() if report is None else report
-    pairs = [(DatasetImage(rows, i, f"{label}, row {i}"), _caption(text, f"{label}, row {i}", report)) for i, text in enumerate(texts)]
-    if not pairs:
-        raise ValueError(f"{label} has no rows")
-    for what in ("rows", "images", "captions"):
-        report.take(what, len(pairs))
-    return pairs
+
+
+def _encoded(datasets: Any, rows: Any, columns: Sequence[str], label: str) -> Any:
+    """The rows with these columns alone, whose images stay encoded."""
+    rows = rows.select_columns(list(columns))
+    for column in columns:
+        if getattr(rows.features[column], "dtype", "") in ("binary", "large_binary"):
+            continue
+        try:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        except Exception as error:
+            raise ValueError(f"{label}: column {column} holds no images: {error}") from error
+    return rows
 
 
 def _load(datasets: Any, name: str, split: str) -> Any:

@@ -1,33 +1,37 @@
-"""Pairs of a better and a worse image, and images with likes and dislikes, from tables and from folders `liked` and `disliked`."""
+"""Pairs of a better and a worse image, and images with likes and dislikes, from tables, data sets, and folders `liked` and `disliked`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..text import CONTROL, is_file
 from .captions import caption_beside, is_listing, read_captions
-from .images import find
-from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS, SUFFIXES, prompt_in, resolve_image
+from .hub import PREFIX, dataset_rows
+from .images import ImageSource, find
+from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS, SUFFIXES, prompt_in, prompt_of, resolve_image
 from .report import Report
 from .rows import Row, read_rows
 
 CHOSEN_COLUMNS = ("chosen", "winner", "preferred", "image_chosen", "chosen_image")
 REJECTED_COLUMNS = ("rejected", "loser", "dispreferred", "image_rejected", "rejected_image")
 TWO_COLUMNS = ("image_0", "image_1", "label_0")  # of Pick-a-Pic: label_0 is 1 where image_0 is better, 0 where image_1 is, 0.5 for ties
+_TWO_IMAGES = (("jpg_0", "image_0"), ("jpg_1", "image_1"))  # in data sets; Pick-a-Pic's are JPEG files as bytes
 LABEL_COLUMNS = ("label", "liked", "vote")
 _LIKED = ("liked", "like", "1", "+1", "true", "yes", "good", "up")
 _DISLIKED = ("disliked", "dislike", "0", "-1", "false", "no", "bad", "down")
 _FOLDERS = ("liked", "disliked")
 
 
-def read_pairs(source: str, report: Report | None = None) -> list[tuple[Path, Path, str]]:
-    """Better image, worse image and prompt of each pair of a CSV or JSONL file, or of a folder.
+def read_pairs(source: str, report: Report | None = None) -> Sequence[tuple[ImageSource, ImageSource, str]]:
+    """Better image, worse image and prompt of each pair of a CSV or JSONL file, a data set `hf:PATH_OR_NAME[:split]`, or a folder.
 
     In a folder `liked/a.png` and `disliked/a.png` are a pair. Raises ValueError with file and line for a pair that is not complete.
     """
     report = Report() if report is None else report
+    if source.startswith(PREFIX):
+        return _dataset_pairs(source, report)
     path = _source(source, "pairs", report)
     found = _paired(path, report) if path.is_dir() else [pair for row in _rows(path, report) if (pair := _pair(path, row, report))]
     if not found:
@@ -37,23 +41,28 @@ def read_pairs(source: str, report: Report | None = None) -> list[tuple[Path, Pa
     return found
 
 
-def read_labels(source: str, report: Report | None = None) -> list[tuple[Path, str, float]]:
-    """Image, prompt and label, 1 liked or −1 disliked, of each row of a CSV or JSONL file, or of each image of a folder.
+def read_labels(source: str, report: Report | None = None) -> Sequence[tuple[ImageSource, str, float]]:
+    """Image, prompt and label, 1 liked or −1 disliked, of each row of a CSV or JSONL file or of a data set `hf:PATH_OR_NAME[:split]`, or
+    of each image of a folder.
 
     An image that has both labels under one prompt is liked. Raises ValueError where all labels are equal.
     """
     report = Report() if report is None else report
-    path = _source(source, "labels", report)
-    found = _labelled_folder(path, report) if path.is_dir() else _labelled_rows(path, report)
-    _check_files(path, [image for image, _, _ in found])
-    best: dict[tuple[Path, str], float] = {}
+    found: list[tuple[ImageSource, str, float]] = []
+    if source.startswith(PREFIX):
+        found += _dataset_labels(source, report)
+    else:
+        path = _source(source, "labels", report)
+        found += _labelled_folder(path, report) if path.is_dir() else _labelled_rows(path, report)
+        _check_files(path, [Path(str(image)) for image, _, _ in found])
+    best: dict[tuple[ImageSource, str], float] = {}
     for image, prompt, label in found:
         if best.get((image, prompt), label) != label:
-            report.note("labelled both ways, taken as liked", image.name)
+            report.note("labelled both ways, taken as liked", Path(str(image)).name)
         best[image, prompt] = max(label, best.get((image, prompt), label))
     numbers = {label: sum(value == label for value in best.values()) for label in (1.0, -1.0)}
     if not all(numbers.values()):
-        raise ValueError(f"{path}: {numbers[1.0]} images are liked and {numbers[-1.0]} disliked: give some of both")
+        raise ValueError(f"{source}: {numbers[1.0]} images are liked and {numbers[-1.0]} disliked: give some of both")
     report.take("liked", numbers[1.0])
     report.take("disliked", numbers[-1.0])
     return [(image, prompt, label) for (image, prompt), label in best.items()]
@@ -62,7 +71,9 @@ def read_labels(source: str, report: Report | None = None) -> list[tuple[Path, s
 def _source(source: str, key: str, report: Report) -> Path:
     report.source = source
     if not is_listing(Path(source)):
-        raise ValueError(f"{key} = {source}: give a folder with {' and '.join(_FOLDERS)}, or a table ({', '.join(SUFFIXES)})")
+        raise ValueError(
+            f"{key} = {source}: give a folder with {' and '.join(_FOLDERS)}, a table ({', '.join(SUFFIXES)}), or {PREFIX}DATASET"
+        )
     return Path(source)
 
 
@@ -99,13 +110,19 @@ def _pair(path: Path, row: Row, report: Report) -> tuple[Path, Path, str] | None
 def _by_label(row: Row) -> list[Any] | None:
     """Better and worse image of a row of Pick-a-Pic's columns; None for a tie."""
     first, second, label = (row.values.get(name) for name in TWO_COLUMNS)
+    share = _share(label, row.where)
+    return None if share == 0.5 else [first, second] if share == 1 else [second, first]
+
+
+def _share(label: Any, where: str) -> float:
+    """Pick-a-Pic's label_0, as a number."""
     try:
         share = float(str(label))
     except ValueError:
         share = -1.0
     if share not in (0.0, 0.5, 1.0):
-        raise ValueError(f"{row.where}: label_0 is {_short(label)}: give 1 where image_0 is better, 0 where image_1 is, 0.5 for a tie")
-    return None if share == 0.5 else [first, second] if share == 1 else [second, first]
+        raise ValueError(f"{where}: label_0 is {_short(label)}: give 1 where image_0 is better, 0 where image_1 is, 0.5 for a tie")
+    return share
 
 
 def _labelled_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
@@ -116,18 +133,28 @@ def _labelled_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
         if not isinstance(name, str) or "\0" in name:
             raise ValueError(f"{row.where}: no image; name one in a column {', '.join(IMAGE_COLUMNS[:3])}")
         value = next((row.values[column] for column in LABEL_COLUMNS if row.values.get(column) not in (None, "")), None)
-        word = str(value).strip().lower().removesuffix(".0")
-        if word not in (*_LIKED, *_DISLIKED):
-            raise ValueError(f"{row.where}: label {_short(value)} is neither liked nor disliked: give these words, or 1 and 0, or 1 and -1")
+        word = _word(value, row.where)
         words.add(word)
         image = resolve_image(path.parent, name, report)
         prompt = prompt_in(row, "", report) or (caption_beside(image, report) if is_file(image) else None)
         if not prompt and is_file(image):
             raise ValueError(f"{row.where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}, or beside {image.name}")
         found.append((image, prompt or "", 1.0 if word in _LIKED else -1.0))
-    if {"0", "-1"} <= words:
-        raise ValueError(f"{path}: labels are 0 and -1 as well: leave out what is neither liked nor disliked, and give 1 and one of them")
+    _check_words(words, str(path))
     return found
+
+
+def _word(value: Any, where: str) -> str:
+    """A label as one of the words for liked and disliked."""
+    word = str(value).strip().lower().removesuffix(".0")
+    if word not in (*_LIKED, *_DISLIKED):
+        raise ValueError(f"{where}: label {_short(value)} is neither liked nor disliked: give these words, or 1 and 0, or 1 and -1")
+    return word
+
+
+def _check_words(words: Collection[str], source: str) -> None:
+    if {"0", "-1"} <= set(words):
+        raise ValueError(f"{source}: labels are 0 and -1 as well: leave out what is neither liked nor disliked, and give 1 and one of them")
 
 
 def _first(row: Row, columns: Sequence[str]) -> Any:
@@ -136,6 +163,53 @@ def _first(row: Row, columns: Sequence[str]) -> Any:
 
 def _short(value: Any) -> str:
     return "missing" if value in (None, "") else repr(value)[:40]
+
+
+# -- data sets ----------------------------------------------------------------------------------------------------------
+
+
+def _dataset_pairs(source: str, report: Report) -> list[tuple[ImageSource, ImageSource, str]]:
+    """Of columns `chosen` and `rejected`, or Pick-a-Pic's `jpg_0`, `jpg_1` (or `image_0`, `image_1`) and `label_0`."""
+    report.source = source
+    names, prompts, found = source.removeprefix(PREFIX), ("prompt", *PROMPT_COLUMNS), list[tuple[ImageSource, ImageSource, str]]()
+    try:
+        label, rows = dataset_rows(names, _TWO_IMAGES, (TWO_COLUMNS[2:], ("has_label",), prompts))
+        two = True
+    except ValueError as error:
+        if "has no column" not in str(error):
+            raise
+        label, rows = dataset_rows(names, (CHOSEN_COLUMNS, REJECTED_COLUMNS), (prompts,))
+        two = False
+    for i, (images, values) in enumerate(rows):
+        where = f"{label}, row {i}"
+        prompt = prompt_of(values.get("prompt"), where, report)
+        if prompt is None:
+            raise ValueError(f"{where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}")
+        share = 1.0 if not two else 0.5 if values.get("has_label") is False else _share(values.get("label_0"), where)
+        if share == 0.5:
+            report.leave_out("ties", f"row {i}")
+        else:
+            found.append((*(images if share == 1 else images[::-1]), prompt))  # pyright: ignore[reportArgumentType]
+    if not found:
+        raise ValueError(f"{label} holds no pair")
+    report.take("pairs", len(found))
+    return found
+
+
+def _dataset_labels(source: str, report: Report) -> list[tuple[ImageSource, str, float]]:
+    report.source = source
+    label, rows = dataset_rows(source.removeprefix(PREFIX), (IMAGE_COLUMNS,), (LABEL_COLUMNS, ("prompt", *PROMPT_COLUMNS)))
+    words: set[str] = set()
+    found: list[tuple[ImageSource, str, float]] = []
+    for i, ((image,), values) in enumerate(rows):
+        where = f"{label}, row {i}"
+        prompt = prompt_of(values.get("prompt"), where, report)
+        if prompt is None:
+            raise ValueError(f"{where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}")
+        words.add(word := _word(values.get(LABEL_COLUMNS[0]), where))
+        found.append((image, prompt, 1.0 if word in _LIKED else -1.0))
+    _check_words(words, label)
+    return found
 
 
 # -- folders ------------------------------------------------------------------------------------------------------------

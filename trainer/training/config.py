@@ -71,10 +71,15 @@ class TrainConfig:
     prompts: str = field(default="", metadata={"help": "text file, one prompt per line, where no images are used"})
     pairs: str = field(
         default="",
-        metadata={"help": "pairs of images: CSV or JSONL with columns chosen, rejected, prompt, or a folder with liked/ and disliked/"},
+        metadata={
+            "help": "pairs of images: CSV or JSONL with columns chosen, rejected, prompt, `hf:DATASET[:split]`, or a folder with liked/ and disliked/"
+        },
     )
     labels: str = field(
-        default="", metadata={"help": "liked and disliked images: CSV or JSONL with a column label, or a folder with liked/ and disliked/"}
+        default="",
+        metadata={
+            "help": "liked and disliked images: CSV or JSONL with a column label, `hf:DATASET[:split]`, or a folder with liked/, disliked/"
+        },
     )
     image_size: int = field(default=0, metadata={"min": 0, "help": "pixels of the square training images; 0: the model's own size"})
     buckets: bool = field(
