@@ -12,7 +12,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -68,6 +68,29 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise
     except ValueError as error:
         raise ConfigError(f"{where.rstrip('.') or 'config'}: {error}") from error
+
+
+class HasDefaults(Protocol):
+    """A row of a table of methods."""
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The fields that the method has, with their defaults."""
+        ...
+
+
+def of_method(cls: type[T], methods: Mapping[str, HasDefaults], name: str, given: Mapping[str, Any], kind: str) -> T:
+    """The settings of the method `name` from those that are given; ConfigError for a field that it lacks, or a value out of range.
+
+    cls: a dataclass of the fields of all methods and `name`. kind: what a method is called in messages.
+    """
+    if name not in methods:
+        raise ConfigError(f"unknown {kind} {name!r}: use one of {', '.join(methods)}")
+    defaults = methods[name].defaults
+    for key in given:
+        if key not in defaults:
+            raise ConfigError(f"{name} has no {key}: it takes {', '.join(defaults)}")
+    return build(cls, {**defaults, **given, "name": name})
 
 
 def _nearest(key: str, known: Collection[str], hints: Mapping[str, Any], where: str) -> str:

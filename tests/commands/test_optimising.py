@@ -1,21 +1,24 @@
 """`sample --optimise-noise` on the embedded model."""
 
 import csv
+import shutil
 
 import pytest
 import torch
 
-from trainer.__main__ import main
+from trainer.__main__ import _parse, main
 from trainer.commands import sample
-from trainer.commands.options import policy_of
+from trainer.commands.chain import Chain
+from trainer.commands.options import generation_of, policy_of
 from trainer.data import images
+from trainer.demo.files import CONSISTENCY
 from trainer.generate import Generation
 from trainer.guidance import Slot, cfg
 from trainer.memory.dry_run import MemoryTracker
 from trainer.memory.noise_gradient import gradient_bytes
 from trainer.memory.plan import allowance
 from trainer.memory.planner import meta_reward
-from trainer.models.open import open_policy
+from trainer.models.open import EMBEDDED, open_policy
 from trainer.noise.images import NoiseOptimiser, terms
 from trainer.noise.settings import optimisation_of
 from trainer.rewards.registry import load_reward
@@ -82,10 +85,77 @@ def test_the_gradient_is_autograds_and_its_memory_as_predicted():
     moved = (seen[0] - seen[1]) / (5.0 * 1.9)
     assert float((moved - expected).norm() / expected.norm()) < 1e-3
     measured = tracker.phases["iteration"].bytes
-    found = gradient_bytes(open_policy("demo", "meta"), meta_reward("demo-proxy"), settings, one, 3.0, "cpu")
+    found = gradient_bytes(open_policy("demo", "meta"), meta_reward("demo-proxy"), settings, one, cfg(Slot("base", 3.0)), sigmas, "cpu")
     assert found == pytest.approx(measured + allowance(measured, "cpu"), rel=0.05)
     counted = (found - 0.9e9) / 1.05
     assert counted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """Another UNet of the embedded model."""
+    return shutil.copytree(EMBEDDED / "unet", tmp_path_factory.mktemp("second") / "unet")
+
+
+CHAINS = {
+    "one model": ["--guidance-scale", 3],
+    "base, then LoRA": ["--lora", CONSISTENCY, "--switch", 1, "--guidance-scale", 3],
+    "RL guidance, two networks": ["--tuned-model", "SECOND", "--guide", "rl", "--guidance-scale", 3],
+    "two networks, a part each": [
+        "--tuned-model",
+        "SECOND",
+        "--tuned-steps",
+        3,
+        "--switch",
+        1,
+        "--tuned-guidance-scale",
+        2,
+        "--guidance-scale",
+        1,
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.full) for name in list(CHAINS)[:3]), list(CHAINS)[3]])
+def test_the_memory_of_a_chain_is_that_of_its_tensors(name, second, monkeypatch):
+    """Live bytes of one iteration on the CPU, weights of every network and reward once, against the dry run without weights."""
+    monkeypatch.setattr("trainer.memory.noise_gradient.allowance", lambda size, device: 0)
+    more = [second if part == "SECOND" else part for part in CHAINS[name]]
+    args = _parse(list(map(str, ["sample", "--prompt", PROMPT, "--out", "x", "--steps", 2, "--method", "ddim", *more])))
+    settings = generation_of(args)
+    chain = Chain.of(args, settings)
+    one, planned = optimisation_of("reno", {"iterations": 2}), chain.on_meta(args)
+    found = gradient_bytes(
+        planned.policy,
+        meta_reward("demo-proxy"),
+        settings,
+        one,
+        planned.mix,
+        planned.levels,
+        "cpu",
+        planned.models,
+        [meta_reward("demo-heldout")],
+    )
+    steps, reward, heldout = chain.on(open_policy("demo")), load_reward("demo-proxy", True), load_reward("demo-heldout", True)
+    tracker = MemoryTracker(torch.device("cpu"))
+    networks = [each.network for each in (steps.policy, *steps.models.values())]
+    for each in (steps.policy, *steps.models.values()):
+        each.gradient_checkpointing(denoiser=True, vae=True)
+    modules = (*networks, steps.policy.vae, *steps.policy.prompts.encoders, reward, heldout)
+    tracker.attribute([p for m in modules for p in m.parameters()], "weights")
+    with tracker, tracker.phase("iteration"):
+        NoiseOptimiser(steps.policy, steps.mix, steps.levels, settings, one, terms(reward), steps.models)(PROMPT)
+    assert len(planned.levels) == len(steps.levels) and torch.allclose(planned.levels, steps.levels)
+    assert found == pytest.approx(tracker.phases["iteration"].bytes, rel=0.005)
+
+
+def test_memory_is_asked_for_before_a_reward_takes_its(tmp_path, capsys, monkeypatch):
+    """On a device that is full but for 0.1 GB: nothing is loaded, and the need has both."""
+    monkeypatch.setattr("trainer.commands.by_reward.load_reward", lambda *_: pytest.fail("a reward was loaded"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 10**9))
+    monkeypatch.setattr(sample, "policy_of", lambda args: pytest.fail("a model was loaded"))
+    assert run(tmp_path / "x", "--optimise-noise", "reno", "--reward", "demo-proxy", "--device", "cuda") == 2
+    assert "GB and cuda has 0.1 GB free: use fewer --steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

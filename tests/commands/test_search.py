@@ -104,7 +104,12 @@ def test_a_search_from_an_image_stays_near_it(tmp_path):
             "--budget sets --particles: give one of the two",
         ),
         (["--search", "best-of-n", "--reward", "demo-proxy", "--particles", "2"], "4 images of 2 particles: give particles ≥ 4"),
-        (["--search", "best-of-n", "--reward", "demo-proxy", "--image", "x", "--image-strength", "0"], "--image-strength 0: give a share"),
+        (["--search", "best-of-n", "--reward", "demo-proxy", "--image", "x", "--image-strength", "0"], "--image-strength: 0: give a share"),
+        (
+            ["--search", "best-of-n", "--reward", "demo-proxy", "--image-strength", "0.5"],
+            "--image-strength is of --image: give --image FILE",
+        ),
+        (["--image-strength", "0.5"], "--image-strength belongs to a search: give --search best-of-n|svdd"),
         (["--search", "best-of-n", "--reward", "nothing"], "unknown reward 'nothing'"),
     ],
 )

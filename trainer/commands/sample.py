@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import ConfigError
 from ..generate import Generation, batches, generate
-from ..guidance import Mix, Switch, cfg, combined
+from ..guidance import Mix
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from . import optimising, searching
-from .guiding import add_guide, guiding
+from .chain import Chain
+from .guiding import add_guide
 from .image_folder import ImageFolder
 from .options import add_generation, generation_of, policy_of, prompts_of
 from .parts import base_hash
-from .two_parts import TwoParts, add_parts, two_parts
+from .two_parts import add_parts
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,28 +61,19 @@ def run(args: argparse.Namespace) -> int:
     Everything is checked before the first image is drawn. Each batch of images is written as soon as it is drawn.
     """
     settings, prompts = generation_of(args), prompts_of(args)
-    parts = two_parts(args)
-    guide = guiding(args, parts, settings)
-    switch, until = (None, None) if guide else (parts.switch(args.switch), _until(args, parts))
+    chain = Chain.of(args, settings)
     folder = ImageFolder(args.out)
     folder.check(resume=args.resume, overwrite=args.overwrite)
-    optimised = optimising.Optimising.open(args, prompts, folder)
+    optimised = optimising.Optimising.open(args, prompts, folder, chain)
     search = None if optimised else searching.Searching.open(args, prompts, folder)
-    if optimised:
-        optimised.check_memory(settings, max(settings.guidance_scale, settings.tuned_guidance_scale if parts.tuned else 0))
-    policy = policy_of(args)
-    models = parts.load(policy, settings)
-    levels, k = _schedule(policy, models.get("tuned", policy), settings, switch, until)
-    end = until.index(levels) if until else None
-    if k is not None and end is not None and end <= k:
-        raise ConfigError(f"no step lies between --switch, step {k}, and --until, step {end}")
-    base, tuned = parts.slots(settings)
-    mix = guide.mix(parts, settings, levels) if guide else cfg(base) if k is None else combined(base, tuned, k, end)
+    policy, guide = policy_of(args), chain.guide
+    steps = chain.on(policy)
+    models, mix, levels, k, end = steps.models, steps.mix, steps.levels, steps.k, steps.end
     facts = {
         "k": k,
         **({} if end is None else {"until": end}),
         **(guide.facts if guide else {}),
-        **parts.facts,
+        **chain.parts.facts,
         **_facts(args, prompts),
         **(search.facts() if search else {}),
         **(optimised.facts() if optimised else {}),
@@ -157,28 +148,3 @@ def _draw(
             for each in (policy, *models.values()):
                 each.prompts.trim()
     return new
-
-
-def _schedule(
-    policy: DiffusersPolicy, tuned: DiffusersPolicy, settings: Generation, switch: Switch | None, until: Switch | None
-) -> tuple[Tensor, int | None]:
-    """The noise levels of the run, and the first step of the tuned model; None without one."""
-    own = bool(settings.tuned_steps) or settings.tuned_method is not None
-    if switch is None or until is not None:
-        if own:
-            raise ConfigError(
-                "--tuned-steps and --tuned-method need a tuned model (--lora, --tuned-model), and cannot be combined with --until"
-            )
-        levels = policy.sigmas(settings.steps)
-        return levels, None if switch is None else switch.index(levels)
-    base = policy.sigmas(settings.steps)
-    return switch.joined(base, tuned.sigmas(settings.tuned_steps) if settings.tuned_steps else base)
-
-
-def _until(args: argparse.Namespace, parts: TwoParts) -> Switch | None:
-    """Where the base model is back; None if it never is."""
-    if args.until is None:
-        return None
-    if not parts.tuned:
-        raise ConfigError("--until ends the tuned model's part: give --lora or --tuned-model")
-    return Switch.parse(args.until)

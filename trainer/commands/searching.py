@@ -6,7 +6,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ from ..guidance import Mix, Slot
 from ..lora.file import load_lora, lora_weights
 from ..models.diffusers_policy import DiffusersPolicy
 from ..policy import Policy
-from ..rewards.base import RewardModel
-from ..rewards.registry import load_reward, weights_hashes
 from ..rewards.two_tower import TwoTower
-from ..runtime.device import check_device
 from ..runtime.files import file_hash, files_hash, replacing, write_text
 from ..search.images import Searcher
 from ..search.loop import Found
 from ..search.plan import check, cost, fitted, rounds_of
 from ..search.settings import FIELDS, METHODS, Search, search_of
+from .by_reward import Judges, add_settings, facts, folder_beside, given_settings, load_judges
 from .image_folder import ImageFolder
 
+_PREFIX = "search_"
 _LOOKAHEAD = "lookahead"  # name of the adapter
+_STRENGTH = 0.6  # of --image
+_OTHERS = ("budget", "diversity", "image", "image_strength", "lookahead_lora")  # flags of no method of its own
 _COLUMNS = ("image", "prompt", "reward", "heldout", "model_calls", "decodes", "reward_calls")
 
 
@@ -46,13 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=int, default=0, metavar="N", help="model calls per prompt: as many particles or children as they allow")
     add("--diversity", type=float, default=0.0, metavar="X", help="return images greedily by reward + X·distance (default 0)")
     add("--image", type=Path, metavar="FILE", help="start from this image, noised, instead of from noise")
-    add("--image-strength", type=float, default=0.6, metavar="X", help="share of the steps that are run with --image (default 0.6)")
+    add("--image-strength", type=share, metavar="X", help=f"share of the steps that are run with --image (default {_STRENGTH})")
     add("--lookahead-lora", type=Path, metavar="FILE", help="a few-step LoRA that predicts the image which is scored")
-    for f in fields(Search):
-        if f.name in FIELDS:
-            having = ", ".join(f"{name} {method.defaults[f.name]}" for name, method in METHODS.items() if f.name in method.defaults)
-            kind = {"int": int, "float": float}.get(str(f.type), str)
-            add(flag(f.name), dest=f"search_{f.name}", type=kind, metavar="X", help=f"{f.metadata['help']} (default: {having})")
+    add_settings(add, Search, METHODS, flag, _PREFIX)
 
 
 def flag(name: str) -> str:
@@ -60,12 +57,24 @@ def flag(name: str) -> str:
     return f"--{name}" if name in ("particles", "children") else f"--search-{name}"
 
 
+def share(text: str) -> float:
+    """A share of the steps, as an argument's type."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a share of the steps above 0, up to 1")
+    return float(text)
+
+
+def own_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of a search alone that are given."""
+    others = [f"--{name.replace('_', '-')}" for name in _OTHERS if getattr(args, name)]
+    return others + [flag(name) for name in given_settings(args, FIELDS, _PREFIX)]
+
+
 def given(args: argparse.Namespace) -> Search | None:
     """The search that the arguments describe, before its budget; None without one."""
-    values = {name: value for name in FIELDS if (value := getattr(args, f"search_{name}")) is not None}
+    values = given_settings(args, FIELDS, _PREFIX)
     if args.search is None:
-        others = ("reward", "heldout", "raw", "budget", "diversity", "image", "lookahead_lora")
-        flags = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)] + [flag(name) for name in values]
+        flags = [f"--{name}" for name in ("reward", "heldout", "raw") if getattr(args, name)] + own_flags(args)
         if flags:
             raise ConfigError(f"{flags[0]} belongs to a search: give --search {'|'.join(METHODS)}")
         return None
@@ -77,8 +86,8 @@ def given(args: argparse.Namespace) -> Search | None:
             raise ConfigError(f"--search {args.search} takes no {flag(name)}: it takes {own}")
     if args.budget < 0 or args.diversity < 0:
         raise ConfigError("--budget and --diversity: give 0 or more")
-    if args.image is not None and not 0 < args.image_strength <= 1:
-        raise ConfigError(f"--image-strength {args.image_strength:g}: give a share of the steps above 0, up to 1")
+    if args.image_strength is not None and args.image is None:
+        raise ConfigError("--image-strength is of --image: give --image FILE")
     if args.budget and METHODS[args.search].grows in values:
         raise ConfigError(f"--budget sets {flag(METHODS[args.search].grows)}: give one of the two")
     values.setdefault("particles", max(args.n, METHODS[args.search].defaults["particles"]))
@@ -91,8 +100,7 @@ class Searching:
 
     args: argparse.Namespace
     search: Search
-    reward: RewardModel
-    heldout: RewardModel | None
+    judges: Judges
     folder: Path
 
     @staticmethod
@@ -101,27 +109,21 @@ class Searching:
         search = given(args)
         if search is None:
             return None
-        device = check_device(args.device)
-        reward = load_reward(",".join(args.reward), not args.raw, device)
-        heldout = load_reward(args.heldout, not args.raw, device) if args.heldout else None
-        for one, name in ((reward, "--reward"), (heldout, "--heldout")):
-            if one is not None and one.needs_prompt and not all(prompts):
-                raise ConfigError(f"{name} scores an image under its prompt, and a prompt is empty: write one, or give another reward")
-        path = folder.path.resolve()
-        place = path.with_name(path.name + "-search")
-        if place.exists() and not (args.resume or args.overwrite):
-            raise ConfigError(f"{place} exists: add --overwrite to write into it, or --resume to go on with its run")
-        return Searching(args, search, reward, heldout, place)
+        place = folder_beside(folder, "search", args)
+        return Searching(args, search, load_judges(args, prompts), place)
+
+    @property
+    def image_strength(self) -> float:
+        """Share of the steps that are run from an image."""
+        return _STRENGTH if self.args.image_strength is None else self.args.image_strength
 
     def facts(self) -> dict[str, Any]:
         """What the images depend on."""
         args, search = self.args, self.search
-        names = [*args.reward, *([args.heldout] if args.heldout else [])]
         found: dict[str, Any] = {"search": {"name": search.name, **{k: getattr(search, k) for k in METHODS[search.name].defaults}}}
-        found |= {"reward": args.reward, "heldout": args.heldout, "raw": args.raw, "budget": args.budget, "diversity": args.diversity}
-        found["rewards_sha256"] = weights_hashes(names)
+        found |= {**facts(args), "budget": args.budget, "diversity": args.diversity}
         if args.image is not None:
-            found |= {"image": str(args.image), "image_sha256": file_hash(args.image), "image_strength": args.image_strength}
+            found |= {"image": str(args.image), "image_sha256": file_hash(args.image), "image_strength": self.image_strength}
         if args.lookahead_lora is not None:
             found["lookahead_sha256"] = files_hash([lora_weights(args.lookahead_lora)])
         return found
@@ -131,7 +133,7 @@ class Searching:
         args, steps = self.args, len(levels) - 1
         if settings.tuned_method is not None:
             raise ConfigError("--tuned-method cannot be combined with --search: a search has one sampler")
-        left = steps if args.image is None else max(1, round(args.image_strength * steps))
+        left = steps if args.image is None else max(1, round(self.image_strength * steps))
         own = args.lookahead_lora is None
         if args.budget:
             self.search = fitted(self.search, left, args.budget, args.n, settings.seed, own)
@@ -141,7 +143,7 @@ class Searching:
             load_lora(policy, args.lookahead_lora, adapter=_LOOKAHEAD)
         source = None if args.image is None else policy.encode(images.load(args.image, policy.image_size)[None])[0]
         sigmas, slot = levels[steps - left :], None if own else Slot(_LOOKAHEAD)
-        return Searcher(policy, mix, sigmas, settings, self.search, rounds, self.reward, args.n, models, slot, source, steps - left)
+        return Searcher(policy, mix, sigmas, settings, self.search, rounds, self.judges.reward, args.n, models, slot, source, steps - left)
 
     def cost(self, searcher: Searcher) -> str:
         """What each prompt will take."""
@@ -176,7 +178,7 @@ class Searching:
 
     def _features(self, searcher: Searcher, found: Found) -> Tensor | None:
         """Features of the candidates for --diversity, where the reward has an image tower; None: their latents stand for them."""
-        tower = self.reward.raw
+        tower = self.judges.reward.raw
         if self.args.diversity == 0 or not isinstance(tower, TwoTower):
             return None
         return tower.image_features(searcher.decoded(found.latents).to(self.args.device)).cpu()
@@ -186,16 +188,13 @@ class Searching:
         write_text(found.tree.csv(), self.folder / f"{first:05d}.csv")
         with replacing(self.folder / f"{first:05d}.png") as partial:
             found.tree.figure(", ".join(self.args.reward)).savefig(partial, format="png")
-        heldout = [""] * len(drawn)
-        if self.heldout is not None:
-            scores = self.heldout(drawn.to(self.args.device), [prompt] * len(drawn))
-            heldout = [f"{score:.6g}" for score in scores.tolist()]
+        heldout = self.judges.heldout_texts(drawn, prompt, self.args.device)
         counts = found.counts
         for i, place in enumerate(chosen):
             reward = f"{found.scores[place]:.6g}"
             row = (first + i, prompt, reward, heldout[i], counts.model, counts.decodes + len(chosen), counts.rewards)
             self._add_row(row)
-        held = f", held-out {', '.join(heldout)}" if self.heldout is not None else ""
+        held = f", held-out {', '.join(heldout)}" if self.judges.heldout is not None else ""
         print(f"{prompt}: reward {', '.join(f'{found.scores[i]:.3f}' for i in chosen)}{held}")
 
     def _add_row(self, row: Sequence[Any]) -> None:

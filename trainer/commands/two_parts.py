@@ -72,15 +72,18 @@ class TwoParts:
         tuned = settings.tuned(model="tuned" if self.whole else "")
         return base, replace(tuned, prompt=self.tuned_prompt, negative=self.tuned_negative)
 
-    def load(self, policy: DiffusersPolicy, settings: Generation) -> Mapping[str, DiffusersPolicy]:
-        """Load networks and LoRAs; returns the policies besides `policy`, by the names in slots."""
+    def load(self, policy: DiffusersPolicy, settings: Generation, network: DiffusersPolicy | None = None) -> Mapping[str, DiffusersPolicy]:
+        """Load networks and LoRAs; returns the policies besides `policy`, by the names in slots.
+
+        network: a policy whose network, of the same shapes, stands for the second one, which is not read.
+        """
         parts = self.schedule or ""
         if self.whole and settings.tuned_steps and not states_schedule(policy, self.whole, parts):
             raise ConfigError(
                 f"{self.whole} is a network without a schedule, which --tuned-steps needs: give --tuned-parts FOLDER, a diffusers folder "
                 "of that model"
             )
-        models = {"tuned": with_network(policy, self.whole, parts)} if self.whole else {}
+        models = {"tuned": with_network(policy, self.whole, parts, network and network.network)} if self.whole else {}
         if self.base_loras:
             load_loras(policy, self.base_loras, BASE_PART)
         if self.loras:

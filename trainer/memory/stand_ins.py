@@ -26,13 +26,13 @@ class TrackedPolicy(CountingPolicy):
 
     def __init__(self, policy: Policy, tracker: MemoryTracker, counting: bool = False) -> None:
         super().__init__(policy)
-        self.tracker, self.parameter, self.counting = tracker, next(iter(policy.parameters())), counting
+        self.tracker, self.parameter, self.counting = tracker, next(iter(policy.parameters()), None), counting
         self.graphs = 0
         """Calls with gradient of one image, conditional and unconditional apart; `calls` are all of them."""
         self._sufficient: dict[Any, int] = {}  # live bytes from which a call without gradient would set no new peak
         self._seen: Counter[Any] = Counter()
         self._saved: dict[Any, int] = {}  # bytes that a call with gradient saves for its backward pass
-        self._skips: Any = WeakIdKeyDictionary()  # by the state x: a recomputed forward must do as the first did
+        self._skips: Any = WeakIdKeyDictionary()  # by the state x and the denoiser: a recomputed forward must do as the first did
 
     def denoiser(
         self,
@@ -59,10 +59,11 @@ class TrackedPolicy(CountingPolicy):
 
     def _with_gradient(self, denoiser: Denoiser, x: Tensor, sigma: Tensor, key: Any) -> Tensor:
         key = (*key, len(x))
-        if x not in self._skips:
+        skips = self._skips.setdefault(x, {})
+        if key not in skips:
             self._seen[key] += 1
-            self._skips[x] = self._seen[key] > 2 or self.counting
-        if self._skips[x]:
+            skips[key] = self._seen[key] > 2 or self.counting
+        if skips[key]:
             return _SkippedCall.apply(x, self.parameter, self._saved.get(key, 0))  # pyright: ignore[reportReturnType]
         before, self.tracker.running = self.tracker.total, "other"
         with self.tracker.component("denoiser"):
@@ -95,7 +96,7 @@ class _SkippedCall(torch.autograd.Function):
     """Stand-in for a repeated denoiser call: same output shape, same bytes saved for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, saved: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, parameter: Tensor | None, saved: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(torch.empty(max(saved, 0), dtype=torch.uint8, device=META))
         return torch.empty(x.shape, dtype=torch.float32, device=META)
 

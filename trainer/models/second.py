@@ -14,27 +14,31 @@ from .split_files import load_in_file, pipeline_settings
 SCHEDULE = "scheduler_config.json"
 
 
-def with_network(policy: DiffusersPolicy, path: str | Path, parts: str | Path = "") -> DiffusersPolicy:
+def with_network(policy: DiffusersPolicy, path: str | Path, parts: str | Path = "", network: Any = None) -> DiffusersPolicy:
     """A policy with the network and the noise levels of another model of the family; text encoders and autoencoder are shared.
 
     path: a diffusers folder, its network's folder, or a single file. A folder that is part of a pipeline's brings that pipeline's
     schedule. A file of the network alone states none: `parts` is a diffusers folder that does; without one the levels are the policy's.
+    network: one of the same shapes, without values, that stands for the second one in a dry run.
     Raises ValueError or FileNotFoundError with one line for another family or size.
     """
     path, folder = Path(path), Path(parts) if parts else None
     settings: dict[str, Any] = {name: policy.pipeline.config[name] for name in policy.settings}
     found: dict[str, Any] = {}
     if path.is_file():
-        found = _of_file(policy, path, folder)
+        found = _of_file(policy, path, folder) if network is None else {}
     else:
-        network = path / policy.network_name if any((path / index).is_file() for index in INDICES) else path
-        if network is not path:
+        place = path / policy.network_name if any((path / index).is_file() for index in INDICES) else path
+        if place is not path:
             _check_family(policy, resolve(path)[0], path)
-        found[policy.network_name] = _of_folder(policy, network)
+        if network is None:
+            found[policy.network_name] = _of_folder(policy, place)
         for name in policy.within:
-            if (network.parent / name).is_dir():
-                found[name] = load_part(network.parent / name, ("diffusers", type(getattr(policy.pipeline, name)).__name__), policy.dtype)
-        folder = folder or network.parent
+            if (place.parent / name).is_dir():
+                found[name] = load_part(place.parent / name, ("diffusers", type(getattr(policy.pipeline, name)).__name__), policy.dtype)
+        folder = folder or place.parent
+    if network is not None:
+        found[policy.network_name] = network
     if folder is not None and (folder / "scheduler" / SCHEDULE).is_file():
         kind = type(policy.pipeline.scheduler).__name__
         found["scheduler"] = load_part(folder / "scheduler", ("diffusers", kind), policy.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import ConfigError, build
+from ..config import of_method
 
 FEW_STEPS = 8
 """Sampler steps up to which the published methods, for one- to four-step models, are used without a warning."""
@@ -59,10 +59,4 @@ FIELDS = tuple(f.name for f in fields(NoiseOptimisation) if f.name != "name")
 
 def optimisation_of(name: str, given: Mapping[str, Any]) -> NoiseOptimisation:
     """The settings of a method from those that are given; ConfigError for a field that it lacks, or a value out of range."""
-    if name not in METHODS:
-        raise ConfigError(f"unknown noise optimisation {name!r}: use one of {', '.join(METHODS)}")
-    defaults = METHODS[name].defaults
-    for key in given:
-        if key not in defaults:
-            raise ConfigError(f"{name} has no {key}: it takes {', '.join(defaults)}")
-    return build(NoiseOptimisation, {**defaults, **given, "name": name})
+    return of_method(NoiseOptimisation, METHODS, name, given, "noise optimisation")

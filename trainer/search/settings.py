@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from ..config import ConfigError, build
+from ..config import ConfigError, of_method
 
 Potential = Literal["diff", "max", "add", "rt"]
 Growth = Literal["all", "exponential", "linear"]
@@ -99,13 +99,7 @@ METHODS: dict[str, Method] = {
 
 def search_of(name: str, given: Mapping[str, Any]) -> Search:
     """The settings of a method from those that are given; ConfigError for a field that it lacks, or a value out of range."""
-    if name not in METHODS:
-        raise ConfigError(f"unknown search {name!r}: use one of {', '.join(METHODS)}")
-    defaults = METHODS[name].defaults
-    for key in given:
-        if key not in defaults:
-            raise ConfigError(f"{name} has no {key}: it takes {', '.join(defaults)}")
-    found = build(Search, {**defaults, **given, "name": name})
+    found = of_method(Search, METHODS, name, given, "search")
     if found.end < found.start:
         raise ConfigError(f"{name}: end {found.end:g} lies before start {found.start:g}: give 0 ≤ start ≤ end ≤ 1")
     return found
