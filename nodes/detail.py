@@ -14,6 +14,7 @@ from ..trainer.sampling import Space
 from .sockets import CATEGORY, schema
 
 KEY = "imagerefl_density"
+UNGUIDED = "imagerefl_unguided"  # in the transformer options: a list that gets each x0-prediction before density guidance
 
 
 def space_of(model: Any) -> Space:
@@ -33,11 +34,21 @@ def with_density(model: Any, q: float) -> Any:
     """A clone of a MODEL whose guiders' predictions have density guidance, after guidance and all of its patches."""
     space, made = space_of(model), model.clone()
 
-    def guided(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return density_guided(x, executor(x, timestep, *args, **kwargs), timestep, q, space)
+    def guided(executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None) -> torch.Tensor:
+        kept = (model_options or {}).get("transformer_options", {}).get(UNGUIDED, [])
+        before = len(kept)
+        denoised = executor(x, timestep, model_options or {}, seed)
+        if len(kept) == before:  # of several the innermost keeps it
+            kept.append(denoised)
+        return density_guided(x, denoised, timestep, q, space)
 
     made.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, KEY, guided)
     return made
+
+
+def keeping_unguided(model_options: dict[str, Any], kept: list[torch.Tensor]) -> dict[str, Any]:
+    """Options of a sampler's model that put its x0-predictions without density guidance into a list, where there is such guidance."""
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), UNGUIDED: kept}}
 
 
 class RescaledNoise:

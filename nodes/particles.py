@@ -18,6 +18,7 @@ from ..trainer.rng import Rng
 from ..trainer.search.loop import Found, Progress, search_images
 from ..trainer.search.plan import Round, cost
 from ..trainer.search.settings import Search
+from .detail import keeping_unguided
 
 # Model calls of a step, of the samplers that take more than one; the budget counts them
 _CALLS = {
@@ -127,8 +128,17 @@ class SearchSampler(comfy.samplers.Sampler):
         model.latent_image, model.noise = latent, start[:1]
         options = {**extra_args, "denoise_mask": None if denoise_mask is None else denoise_mask[:1]}
 
+        kept: list[Tensor] = []  # the last predictions without density guidance, which moves them for the sampler's step alone
+        keeping = {**options, "model_options": keeping_unguided(options.get("model_options", {}), kept)}
+
         def denoised(i: int, x: Tensor) -> Tensor:
-            return model(x, sigmas[i].expand(len(x)), **options)
+            kept.clear()
+            return model(x, sigmas[i].expand(len(x)), **keeping)
+
+        def seen(found: Tensor) -> Tensor:
+            mask = options["denoise_mask"]
+            own = torch.cat(kept) if kept else found
+            return own if mask is None else mask * own + (1 - mask) * latent
 
         def advance(first: int, last: int, x: Tensor, known: Tensor | None, _: Any) -> Tensor:
             if len(self.rounds) == 1:  # any sampler, with its own noise: what the stock sampler draws
@@ -151,7 +161,8 @@ class SearchSampler(comfy.samplers.Sampler):
             start = sampling.noise_scaling(sigmas[0], start, latent.expand_as(start), full)
         space: Any = "flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve"
         levels = sigmas.cpu()
-        self.found = search_images(self.search, self.rounds, levels, start, denoised, advance, scored, self.seed, space, report=report)
+        how: Any = {"space": space, "report": report, "seen": seen}
+        self.found = search_images(self.search, self.rounds, levels, start, denoised, advance, scored, self.seed, **how)
         self.found.counts.model = evaluate.rows
         self.chosen = self.found.chosen(self.returned, self.diversity)
         best = self.found.latents[self.chosen]

@@ -9,6 +9,8 @@ import pytest
 from trainer.__main__ import main
 from trainer.commands import sample
 from trainer.commands.options import policy_of
+from trainer.models.diffusers_policy import DiffusersPolicy
+from trainer.rewards.two_tower import TwoTower
 
 PROMPT = "a large red star on a black background, crisp, vivid"
 
@@ -48,6 +50,19 @@ def test_the_best_of_n_are_images_of_plain_sampling_sorted(tmp_path, capsys):
     rewards = [float(row["reward"]) for row in rows]
     assert rewards == sorted(rewards, reverse=True) and all(row["heldout"] and row["model_calls"] == "12" for row in rows)
     assert "best-of-n with particles 3: 12 model calls, 3 decodes, 3 reward calls a prompt" in capsys.readouterr().out
+
+
+def test_decodes_and_reward_calls_for_diversity_are_counted(tmp_path, monkeypatch):
+    """Against the calls that the decoder and the reward's image tower get."""
+    calls, decode, features = [], DiffusersPolicy.decode, TwoTower.image_features
+    monkeypatch.setattr(DiffusersPolicy, "decode", lambda self, x: calls.extend(["decode"] * len(x)) or decode(self, x))
+    monkeypatch.setattr(TwoTower, "image_features", lambda self, x: calls.extend(["tower"] * len(x)) or features(self, x))
+    for diversity, expected in ((0.0, (6, 4)), (0.5, (8, 8))):
+        calls.clear()
+        more = ("-n", 2, "--particles", 4, "--search", "best-of-n", "--reward", "demo-proxy", "--diversity", diversity)
+        assert run(tmp_path / f"{diversity}", *more) == 0
+        row = table(tmp_path / f"{diversity}-search" / "scores.csv")[0]
+        assert (calls.count("decode"), calls.count("tower")) == expected == (int(row["decodes"]), int(row["reward_calls"]))
 
 
 def test_a_search_resumes_prompt_by_prompt_to_the_same_files(tmp_path, capsys):

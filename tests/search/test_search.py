@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from trainer.config import ConfigError
+from trainer.density import density_guided
+from trainer.generate import Generation
+from trainer.guidance import cfg
 from trainer.sampling import end_of, gaussian, trajectory
+from trainer.search.images import Searcher
 from trainer.search.loop import Found, ancestral, particle_noise, search_images
 from trainer.search.plan import check, cost, fitted, rounds_of
 from trainer.search.settings import METHODS, search_of
@@ -209,6 +213,25 @@ def test_a_budget_sets_the_width():
 
 
 @pytest.mark.parametrize(
+    ("name", "given", "budget", "message"),
+    [
+        ("svdd", {"start": 1.0}, 400, "svdd takes 10 model calls with any number of children in 10 steps, so that a budget sets nothing"),
+        ("dlbs", {"start": 1.0}, 400, "dlbs takes 20 model calls with any number of children"),
+        ("dsearch", {"growth": "all", "width": 0.0}, 400, "with any number of children"),
+        ("best-of-n", {}, 40961, "a budget of 40961 model calls is too large: best-of-n with particles 4096 takes 40960"),
+        ("svdd", {}, 10**7, "is too large: svdd with children 4096 takes"),
+    ],
+)
+def test_a_budget_that_no_width_spends_is_refused(name, given, budget, message):
+    with pytest.raises(ConfigError, match=message):
+        fitted(search_of(name, given), STEPS, budget)
+
+
+def test_the_widest_search_is_within_the_range_of_its_settings():
+    assert fitted(search_of("best-of-n", {}), STEPS, 40960).particles == 4096
+
+
+@pytest.mark.parametrize(
     ("name", "given", "returned", "stochastic", "message"),
     [
         ("fk", {"ess": 1.5}, 1, True, "ess = 1.5: give at most 1"),
@@ -233,6 +256,36 @@ def test_what_cannot_run_is_refused(name, given, returned, stochastic, message):
 def test_best_of_n_and_one_block_take_a_deterministic_sampler():
     for search in (search_of("best-of-n", {}), search_of("code", {"block": STEPS})):
         check(search, rounds_of(search, STEPS), 1, False)
+
+
+def test_candidates_are_scored_without_density_guidance_and_images_with_it(policy):
+    """Predictions by hand of the states that the search visits: the sampler steps with shifted ones, and the last step's is the image."""
+    settings = Generation(steps=4, guidance_scale=1.0, density=0.1, seed=2)
+    search, mix, sigmas = search_of("svdd", {"children": 2}), cfg(settings.base), policy.sigmas(4)
+    scored, states = [], []
+
+    class Seeing(Searcher):
+        def _scored(self, latents, prompt):
+            scored.append(latents)
+            return latents.mean((1, 2, 3))
+
+        def _denoised(self, mix, prompt, i, x, made):
+            states.append((i, x))
+            return super()._denoised(mix, prompt, i, x, made)
+
+    found = Seeing(policy, mix, sigmas, settings, search, rounds_of(search, 4), None)("a red star")
+    by_hand = policy.denoiser(["a red star"] * 2, adapter="base")
+    rows = [(i, x) for i, x in states if i > 0]
+    assert [i for i, _ in rows] == [1, 2, 3] and len(scored) == 3
+    for (i, x), latents in zip(rows, scored):
+        with torch.no_grad():
+            plain = by_hand(x, sigmas[i].expand(2))
+        guided = density_guided(x, plain, sigmas[i].expand(2), 0.1)
+        expected = guided if i == 3 else plain
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-6)
+        assert float((guided - plain).abs().max()) > 1e-4
+    best = max(range(2), key=lambda row: float(scored[-1][row].mean()))
+    torch.testing.assert_close(found.latents[0], scored[-1][best], rtol=0, atol=1e-6)
 
 
 def test_rewards_that_are_not_finite_never_win():

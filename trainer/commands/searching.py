@@ -167,8 +167,7 @@ class Searching:
                 missing = folder.missing(range(first, first + n))
                 if missing:
                     found = searcher(prompts[first], first)
-                    chosen = found.chosen(n, self.args.diversity, self._features(searcher, found))
-                    drawn = searcher.decoded(found.latents[chosen])
+                    chosen, drawn = self._chosen(searcher, found)
                     self._write_tables(first, prompts[first], found, chosen, drawn)
                     for i in missing:
                         folder.write(i, drawn[i - first], prompts[first])
@@ -176,12 +175,21 @@ class Searching:
                 bar.update(n)
         return new
 
-    def _features(self, searcher: Searcher, found: Found) -> Tensor | None:
-        """Features of the candidates for --diversity, where the reward has an image tower; None: their latents stand for them."""
-        tower = self.judges.reward.raw
-        if self.args.diversity == 0 or not isinstance(tower, TwoTower):
-            return None
-        return tower.image_features(searcher.decoded(found.latents).to(self.args.device)).cpu()
+    def _chosen(self, searcher: Searcher, found: Found) -> tuple[list[int], Tensor]:
+        """The places of the images that are returned, and the images; what it takes is counted.
+
+        For --diversity all candidates go through the reward's image tower, where it has one; otherwise their latents are compared.
+        """
+        tower, counts, n = self.judges.reward.raw, found.counts, self.args.n
+        if self.args.diversity == 0 or n == 1 or not isinstance(tower, TwoTower):
+            chosen = found.chosen(n, self.args.diversity)
+            counts.decodes += n
+            return chosen, searcher.decoded(found.latents[chosen])
+        drawn = searcher.decoded(found.latents)
+        features = [tower.image_features(part.to(self.args.device)).cpu() for part in drawn.split(searcher.chunk)]
+        counts.decodes, counts.rewards = counts.decodes + len(drawn), counts.rewards + len(drawn)
+        chosen = found.chosen(n, self.args.diversity, torch.cat(features))
+        return chosen, drawn[chosen]
 
     def _write_tables(self, first: int, prompt: str, found: Found, chosen: Sequence[int], drawn: Tensor) -> None:
         """The tree of a prompt as a table and a figure, named as its first image, and the scores of its images in scores.csv."""
@@ -192,7 +200,7 @@ class Searching:
         counts = found.counts
         for i, place in enumerate(chosen):
             reward = f"{found.scores[place]:.6g}"
-            row = (first + i, prompt, reward, heldout[i], counts.model, counts.decodes + len(chosen), counts.rewards)
+            row = (first + i, prompt, reward, heldout[i], counts.model, counts.decodes, counts.rewards)
             self._add_row(row)
         held = f", held-out {', '.join(heldout)}" if self.judges.heldout is not None else ""
         print(f"{prompt}: reward {', '.join(f'{found.scores[i]:.3f}' for i in chosen)}{held}")

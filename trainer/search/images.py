@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoise
-from ..density import with_density
+from ..density import density_guided
 from ..generate import Generation, batch_size_for, slot_denoiser
 from ..guidance import Mix, Slot, weighted_sum
 from ..policy import Policy
@@ -57,8 +57,14 @@ class Searcher:
             start = self.policy.add_noise(self.source.to(drawn).expand_as(drawn), drawn, self.sigmas[0].expand(len(drawn)))
         made: dict[tuple[Slot, int], Denoise] = {}
 
+        unguided: list[Tensor] = []  # the last predictions without density guidance, which moves them for the sampler's step alone
+
         def model_of(mix: Mix) -> Model:
-            return lambda i, x: self._in_chunks(lambda part: self._denoised(mix, prompt, i, part, made), x)
+            def model(i: int, x: Tensor) -> Tensor:
+                unguided[:] = [self._in_chunks(lambda part: self._denoised(mix, prompt, i, part, made), x)]
+                return density_guided(x, unguided[0].to(x), self.sigmas[i].expand(len(x)), self.settings.density, self.policy.space)
+
+            return model
 
         def advance_noise(i: int, particles: Sequence[int]) -> Tensor:
             return noise(i + self.before, particles)
@@ -76,6 +82,7 @@ class Searcher:
             self.policy.space,
             other,
             report,
+            lambda denoised: unguided[0],
         )
 
     @torch.no_grad()
@@ -96,5 +103,4 @@ class Searcher:
         for slot, _ in parts:
             if (slot, len(x)) not in made:
                 made[slot, len(x)] = slot_denoiser(policies, slot, [prompt] * len(x))
-        denoise = weighted_sum([(made[slot, len(x)], value) for slot, value in parts])
-        return with_density(denoise, self.settings.density, self.policy.space)(x, self.sigmas[i].expand(len(x)))
+        return weighted_sum([(made[slot, len(x)], value) for slot, value in parts])(x, self.sigmas[i].expand(len(x)))

@@ -19,6 +19,8 @@ from .tree import Tree
 
 Model = Callable[[int, Tensor], Tensor]
 """The x0-predictions (n,C,h,w) of states (n,C,h,w) at the noise level of a sampler step."""
+Seen = Callable[[Tensor], Tensor]
+"""What is scored of the x0-predictions (n,C,h,w) that the model, or another one that looks ahead, gave last."""
 Score = Callable[[Tensor], Tensor]
 """The rewards (n,) of x0-latents (n,C,h,w); higher is better."""
 Noise = Callable[[int, Sequence[int]], Tensor]
@@ -112,8 +114,10 @@ def survivors_of(search: Search) -> Survivors:
 class _Run:
     """The parts of one search, whose calls are counted."""
 
-    def __init__(self, search: Search, sigmas: Tensor, model: Model, score: Score, lookahead: Model | None, space: Space) -> None:
-        self.search, self.sigmas, self.lookahead = search, sigmas, lookahead
+    def __init__(
+        self, search: Search, sigmas: Tensor, model: Model, score: Score, lookahead: Model | None, space: Space, seen: Seen
+    ) -> None:
+        self.search, self.sigmas, self.lookahead, self.seen = search, sigmas, lookahead, seen
         self.space: Space = space
         self._model, self._score, self.counts = model, score, Counts()
 
@@ -132,7 +136,10 @@ class _Run:
         return torch.where(found.isfinite(), found, LOWEST)
 
     def value(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scores (n,) of states at step i, the x0-latents that were scored, and the model's x0-predictions where they are known."""
+        """Scores (n,) of states at step i, the x0-latents that were scored, and the model's x0-predictions where they are known.
+
+        A prediction at the last level is the image that the sampler's last step gives, and is scored as it is.
+        """
         number = lookahead_steps(self.search, i, len(self.sigmas) - 1)
         levels = [i + round(j * (len(self.sigmas) - 1 - i) / number) for j in range(number + 1)]
         first: Tensor | None = None
@@ -143,7 +150,10 @@ class _Run:
             else:
                 self.counts.model += len(x)
                 denoised = self.lookahead(here, x)
-            x = denoised if there == levels[-1] else self._deterministic(x, denoised, here, there)
+            if there < levels[-1]:
+                x = self._deterministic(x, denoised, here, there)
+            else:
+                x = denoised if here == len(self.sigmas) - 2 else self.seen(denoised)
         return self.score(x), x, first
 
     def _deterministic(self, x: Tensor, denoised: Tensor, here: int, there: int) -> Tensor:
@@ -164,13 +174,15 @@ def search_images(
     space: Space = "ve",
     lookahead: Model | None = None,
     report: Callable[[Progress], object] = lambda progress: None,
+    seen: Seen = lambda denoised: denoised,
 ) -> Found:
     """Search from states `start` (rounds[0].rows,C,h,w) at sigmas[0]; sigmas (T+1,) on the CPU, the last one 0.
 
     model, score: evaluations, which may work in chunks. lookahead: another model (a few-step one) for the x0-prediction that is
-    scored. report: called after each round. Random numbers of the selection are a function of (seed, step).
+    scored. seen: what is scored where the model's predictions are shifted for the sampler's steps (density guidance), and are not
+    the images to be. report: called after each round. Random numbers of the selection are a function of (seed, step).
     """
-    run, select, tree = _Run(search, sigmas, model, score, lookahead, space), survivors_of(search), Tree()
+    run, select, tree = _Run(search, sigmas, model, score, lookahead, space, seen), survivors_of(search), Tree()
     if len(start) != rounds[0].rows:
         raise ValueError(f"{len(start)} start states for {rounds[0].rows} particles: give one each")
     x, kept = start, [-1]

@@ -10,7 +10,7 @@ import torch
 
 from ..config import ConfigError
 from ..rng import generator
-from .settings import METHODS, Search, widened
+from .settings import METHODS, WIDEST, Search, widened
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ def lookahead_steps(search: Search, step: int, steps: int) -> int:
 
 
 def fitted(search: Search, steps: int, budget: int, returned: int = 1, seed: int = 0, own_lookahead: bool = True) -> Search:
-    """The search with as many particles (best-of-n, fk) or children as `budget` model calls allow; ConfigError where they are too few."""
+    """The search with as many particles (best-of-n, fk) or children as `budget` model calls allow.
+
+    ConfigError where they are too few, or more than the widest search takes.
+    """
 
     def calls(width: int) -> int:
         wide = widened(search, width)
@@ -141,9 +144,15 @@ def fitted(search: Search, steps: int, budget: int, returned: int = 1, seed: int
             f"a budget of {budget} model calls is too small: {search.name} with particles {few.particles}, children {few.children} "
             f"takes {calls(least)} in {steps} steps"
         )
-    low, high = least, least
-    while calls(high) <= budget and high < 1 << 20:
-        low, high = high, 2 * high
+    grows = METHODS[search.name].grows
+    if calls(WIDEST) == calls(least):
+        raise ConfigError(
+            f"{search.name} takes {calls(least)} model calls with any number of {grows} in {steps} steps, so that a budget sets nothing: "
+            "widen its range of steps (start, end), or leave the budget out"
+        )
+    if budget > calls(WIDEST):
+        raise ConfigError(f"a budget of {budget} model calls is too large: {search.name} with {grows} {WIDEST} takes {calls(WIDEST)}")
+    low, high = least, WIDEST + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if calls(middle) <= budget else (low, middle)

@@ -11,14 +11,16 @@ from ..config import ConfigError, of_method
 Potential = Literal["diff", "max", "add", "rt"]
 Growth = Literal["all", "exponential", "linear"]
 Shrink = Literal["exponential", "linear", "quadratic"]
+WIDEST = 4096
+"""The most particles or children."""
 
 
 @dataclass(frozen=True)
 class Search:
     """Settings of a search; the fields that a method has are in its row of METHODS."""
 
-    particles: int = field(default=4, metadata={"min": 1, "max": 4096, "help": "particles that survive each selection"})
-    children: int = field(default=1, metadata={"min": 1, "max": 4096, "help": "children of a particle in each round"})
+    particles: int = field(default=4, metadata={"min": 1, "max": WIDEST, "help": "particles that survive each selection"})
+    children: int = field(default=1, metadata={"min": 1, "max": WIDEST, "help": "children of a particle in each round"})
     block: int = field(default=1, metadata={"min": 0, "max": 1000, "help": "sampler steps of a round; 0: a fifth of all steps"})
     start: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0, "help": "share of the steps before the first selection"})
     end: float = field(default=1.0, metadata={"min": 0.0, "max": 1.0, "help": "share of the steps after which none is selected"})
