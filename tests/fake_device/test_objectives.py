@@ -37,7 +37,7 @@ OBJECTIVES = {
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
 }
 
-FULL = ("diffusion-npo", "mapo", "dspo", "dmpo", "inpo", "flowbp-sparse", "leapalign")  # what they share with another that runs by default
+FULL = {"diffusion-npo", "mapo", "dspo", "dmpo", "inpo", "flowbp-sparse", "flowbp-lagrange", "leapalign"}  # near others that run by default
 
 
 def arguments(name, out):

@@ -46,7 +46,15 @@ def losses(name, device):
 
 
 @pytest.mark.parametrize(
-    ("name", "guidance"), [("refl", 1.0), ("refl", 3.0), ("draft-k", 3.0), ("drtune", 3.0), ("flowbp-bridge", 1.0), ("sqdf", 3.0)]
+    ("name", "guidance"),
+    [
+        ("refl", 1.0),
+        ("refl", 3.0),
+        ("draft-k", 3.0),
+        ("drtune", 3.0),
+        pytest.param("flowbp-bridge", 3.0, marks=pytest.mark.full),
+        ("sqdf", 3.0),
+    ],
 )
 def test_a_rollout_reads_twice_at_most_and_a_denoiser_takes_its_prompts_once(name, guidance, tmp_path):
     denoisers, settings = SETTINGS[name]

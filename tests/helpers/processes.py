@@ -199,7 +199,6 @@ SHARDED = {
     "draft-lv": {"steps": 1, "guidance_scale": 1.0, "samples": 1, "recompute": False},
     "drtune": {"steps": 2, "k": 2, "early_stop": 2, "guidance_scale": 1.0},
     "flowbp-bridge": {"steps": 3, "k": 3, "guidance_scale": 2.0, "alpha": 0.5},
-    "flowbp-lagrange": {"steps": 3, "guidance_scale": 1.0, "recompute": False},
     "direct-align": {"steps": 1, "sigma_low": 0.5},
     "sqdf": {"steps": 2, "guidance_scale": 2.0, "buffer_gb": 0.0, "estimator": "consistency"},
 }

@@ -21,6 +21,7 @@ from trainer.training.parts import Parts
 from trainer.training.run import Run
 
 OBJECTIVES = [{}, {"name": "draft-k", "steps": 3, "k": 2}, {"name": "draft-lv", "steps": 3}, {"name": "sqdf", "steps": 3}]
+MORE = [{"name": "flowbp-bridge", "steps": 4, "k": 3}, {"name": "leapalign", "steps": 4, "recompute": False}]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_consistency_adapter_is_planned_beside_the_trained_one(planned):
     assert more.components["denoiser weights"] - base.components["denoiser weights"] == extra > 0
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *(pytest.param(one, marks=pytest.mark.full) for one in MORE)])
 def test_the_plan_is_what_a_real_step_holds(objective, planned, tmp_path):
     c = config(**({"objective": objective} if objective else {}), out=str(tmp_path), merge_rollouts=False)
     found = planned(c)

@@ -146,7 +146,7 @@ def _sqdf(row: Row, name: str) -> list[Line]:
     ]
 
 
-_SURROGATES: dict[str, dict[str, tuple[str, str, str]]] = {
+_SURROGATES: dict[str, dict[str, tuple[str, ...]]] = {
     "flowbp-sparse": {"k": ("3", "4", "4"), "late_bias": ("2.0", "2.0", "1.0"), "rescale": ("1.0", "0.0", "0.5")},
     "flowbp-bridge": {
         "k": ("5", "3", "5"),
