@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import build
 from ..trainer.guidance import Mix, Slot
-from ..trainer.guides import GUIDES, Guide, step_at
+from ..trainer.guides import GUIDES, OF_TWO, Guide, step_at
 from . import proxy as proxies
 from .schedule import LEVEL
 from .sockets import CATEGORY, schema, widgets
@@ -260,6 +260,8 @@ class TwoModelGuiderNode(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         """The guider."""
+        if tuned is None and guide in (*OF_TWO, "combined"):
+            raise ValueError(f"{guide} needs two models: connect tuned, or choose npo, chats or custom")
         chosen = guide_of(guide, tuned, settings)
         read = chosen.reads(cfg, tuned_cfg)
         if tuned_cfg != 1 and "tuned_guidance_scale" not in read:

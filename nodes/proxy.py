@@ -9,14 +9,15 @@ from comfy_api.latest import io
 
 from .sockets import CATEGORY, schema
 
+_CHUNK = 77  # tokens of a chunk of CLIP's
 _MASKS = ("attention_mask", "attention_mask_img_shape")  # what tells padding from a prompt's own tokens
 
 
 def proxy_prompt(positive: Any, negative: Any, strength: float) -> Any:
     """CONDITIONING of (1 + strength)·negative − strength·positive, token embeddings and pooled ones (arXiv:2502.12579).
 
-    Shorter embeddings are repeated, as ComfyUI does when it evaluates two of different length together. Everything else is the
-    positive's: areas, masks, ControlNets. Raises ValueError where the two cannot be added.
+    Of CLIP's embeddings, which are chunks of 77 tokens, the shorter one is repeated, as ComfyUI does when it evaluates both together.
+    Everything else is the positive's: areas, masks, ControlNets. Raises ValueError where the two cannot be added.
     """
     if len(negative) != 1:
         raise ValueError(f"the negative of a proxy prompt has {len(negative)} parts: connect one prompt")
@@ -38,11 +39,11 @@ def _far_side(positive: Any, negative: Any, strength: float) -> tuple[torch.Tens
 
 
 def _of_one_length(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    length = max(a.shape[1], b.shape[1])
-    if a.shape[2:] != b.shape[2:] or length % a.shape[1] or length % b.shape[1]:
+    length, chunked = max(a.shape[1], b.shape[1]), a.shape[1] % _CHUNK == b.shape[1] % _CHUNK == 0
+    if a.shape[2:] != b.shape[2:] or (a.shape[1] != b.shape[1] and not (chunked and length % a.shape[1] == length % b.shape[1] == 0)):
         raise ValueError(
             f"positive and negative embeddings {tuple(a.shape[1:])} and {tuple(b.shape[1:])} have no sum: "
-            "a proxy prompt needs lengths of which one is a multiple of the other, as CLIP's and T5's are"
+            "a proxy prompt needs equal lengths, as T5's are, or chunks of 77 tokens, one length a multiple of the other, as CLIP's are"
         )
     return a.repeat(1, length // a.shape[1], 1), b.repeat(1, length // b.shape[1], 1)
 

@@ -248,6 +248,8 @@ GUIDES: Mapping[str, type[Guide]] = {
     "custom": Custom,
 }
 """Guides by name."""
+OF_TWO = ("rl", "aig", "autoguidance", "double-cfg")
+"""Those that are nothing but the model's own guidance where there is one model."""
 
 
 def step_at(sigmas: Sequence[float], sigma: float) -> int:

@@ -89,7 +89,8 @@ def test_parquet_tars_and_urls_are_read_and_a_damaged_one_is_listed(folder, capf
 
     images = sorted((folder / "in").glob("*.png"))
     encoded = [{"bytes": path.read_bytes(), "path": path.name} for path in images[:10]]
-    table = pyarrow.table({"image": encoded, "text": [f"prompt {i}" for i in range(10)]})
+    encoded.append(None)
+    table = pyarrow.table({"image": encoded, "text": [f"prompt {i}" for i in range(11)]})
     parquet.write_table(table, folder / "set.parquet")
     with tarfile.open(folder / "set.tar", "w") as tar:
         for path in images[10:20]:
@@ -100,7 +101,8 @@ def test_parquet_tars_and_urls_are_read_and_a_damaged_one_is_listed(folder, capf
     (folder / "list.jsonl").write_text("".join(lines))
     paths = (f"file://{folder}/set.parquet", "set.tar", f"file://{folder}/list.jsonl", "cut.parquet")
     assert main(ray_score(f"file://{folder}/out", paths=paths)) == 1
-    assert "shard not scored: cut.parquet: " in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "shard not scored: cut.parquet: " in told and "set.parquet#10 is not a readable image" in told
     expected = {row.prompt: row.raw["slow.py"] for row in score(find_items(["in"]), [load("slow.py")], batch=4)}
     assert {row["prompt"]: row["slow.py"] for row in rows(folder / "out")} == expected and len(rows(folder / "out")) == 40
 

@@ -122,13 +122,16 @@ def test_a_shard_whose_table_is_there_is_not_scored_again(store, bright):
 
 def test_a_damaged_shard_and_an_image_are_listed_and_the_rest_goes_on(store, bright):
     store.pipe_file("/data/cut.tar", tar_of([("1.png", png(1)), ("2.png", png(2))])[:900])
-    store.pipe_file("/data/broken.tar", tar_of([("1.png", png(1)[:40]), ("1.txt", b"a"), ("2.png", png(2)), ("2.txt", b"b")]))
+    store.pipe_file(
+        "/data/broken.tar", tar_of([("1.png", png(1)[:40]), ("1.txt", b"a"), ("2.png", png(2)), ("2.txt", b"b"), ("in/3.png", png(3))])
+    )
     scoring = Scoring(((bright, 1.0),), "memory://scores", "csv")
     shards = find_shards(PATHS, 32, Report())
     for flags in ({}, {"resume": True}):
         found = score_shards(shards, scoring, SETTINGS, in_process, **flags)
         assert found.done == 3 and [name.split("-")[0] for name in found.unread] == ["cut"]
-        (bad,) = found.bad
+        bad, other = found.bad
+        assert other.error == "memory://data/broken.tar/in/3.png has no prompt: give --prompt, a manifest, or 3.txt beside it"
         assert bad.error.startswith("memory://data/broken.tar/1.png is not a readable image") and "\n" not in bad.error
     assert sum(map(len, tables(store).values())) == 8
 

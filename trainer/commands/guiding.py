@@ -12,12 +12,11 @@ from torch import Tensor
 from ..config import ConfigError, build, plain
 from ..generate import Generation
 from ..guidance import Mix
-from ..guides import GUIDES, Combined, Guide, Read
+from ..guides import GUIDES, OF_TWO, Combined, Guide, Read
 from .two_parts import TwoParts
 
 COMBINED = "combined"
 """The guide of --switch and --until, which has no settings of its own here."""
-_OF_TWO = ("rl", "aig", "autoguidance", "double-cfg")  # with one model they are that model
 
 
 def _settings() -> dict[str, tuple[Field[Any], list[str]]]:
@@ -80,7 +79,7 @@ def guiding(args: argparse.Namespace, parts: TwoParts, settings: Generation) -> 
     name = next((name for name, wrong in ours.items() if wrong), None)
     if name is not None:
         raise ConfigError(f"{name} is of combined generation: leave out --guide {args.guide}")
-    if args.guide in _OF_TWO and not parts.tuned:
+    if args.guide in OF_TWO and not parts.tuned:
         raise ConfigError(f"--guide {args.guide} needs a tuned model: give --lora or --tuned-model")
     if args.guide == "npo" and not (parts.tuned or parts.base_loras):
         raise ConfigError("--guide npo needs a negative model: give its LoRA as --base-lora, after those of the tuned model")

@@ -197,7 +197,8 @@ def staged(shard: Shard, prompt: str | None, batch: int, prompt_column: str = ""
 
 def restored(row: ScoredImage, item: Item, key: str) -> ScoredImage:
     """The row under the image's key rather than its temporary file's name."""
-    return replace(row, path=key, error=row.error.replace(str(item.path), key))
+    caption = PurePosixPath(key).with_suffix(".txt").name
+    return replace(row, path=key, error=row.error.replace(str(item.path), key).replace(f"{item.path.stem}.txt", caption))
 
 
 def _stage(image: _Image, path: Path, prompt: str | None) -> Item:
@@ -287,6 +288,8 @@ def _of_row(path: str, number: int, value: Any, prompt: str | None) -> _Image:
     if isinstance(value, str):
         name = value if "://" in value or value.startswith("/") else f"{path.rpartition('/')[0] or '.'}/{value}"
         return _Image(name, Path(name) if _is_local(name) else _read(name), PurePosixPath(name).suffix, prompt)
+    if value is None:  # one image is missing, the others are not: it is listed as one that cannot be read
+        value = b""
     if not isinstance(value, bytes):
-        raise ValueError(f"row {number}: no image")
+        raise ValueError(f"row {number}: its image is of type {type(value).__name__}: give bytes, or a path")
     return _Image(key, value, PurePosixPath(name).suffix or ".png", prompt)
