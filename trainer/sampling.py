@@ -33,19 +33,31 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor, space: Space = "ve") -> 
     return per_sample(alpha(sigma, space), x0) * x0 + per_sample(sigma, x0) * noise
 
 
-def gaussian(
-    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float = 1.0, space: Space = "ve"
-) -> tuple[Tensor, Tensor]:
-    """Mean (B,C,h,w) and standard deviation (B,) of the step from σ to σ' with the x0-prediction D of x.
+Kernel = Callable[[Tensor, Tensor, Space], tuple[Tensor, Tensor]]
+"""(σ, σ', space) -> standard deviation s and coefficient c, each like σ, of the step N(α(σ')·D + c·ε̂, s²)."""
 
-    With r = α(σ)σ' / (α(σ')σ) and s = ησ'√(1−r²):  mean = α(σ')·D + √(σ'²−s²)·(x − α(σ)D)/σ, standard deviation s
-    (DDIM, arXiv:2010.02502, eq. 12 and 16, written for any α). eta = 0 is DDIM, eta = 1 the DDPM posterior. sigma, sigma_next: (B,).
+
+def ddim(eta: float) -> Kernel:
+    """DDIM's step (arXiv:2010.02502, eq. 12 and 16, written for any α): s = ησ'√(1−r²) with r = α(σ)σ' / (α(σ')σ), c = √(σ'²−s²).
+
+    eta = 0 is DDIM, eta = 1 the DDPM posterior.
     """
-    here, there = alpha(sigma, space), alpha(sigma_next, space)
-    ratio = here * sigma_next / (there * sigma)
-    std = eta * sigma_next * (1 - ratio.square()).clamp(min=0).sqrt()
-    epsilon = (x - per_sample(here, x) * denoised) / per_sample(sigma, x)
-    mean = per_sample(there, x) * denoised + per_sample((sigma_next.square() - std.square()).clamp(min=0).sqrt(), x) * epsilon
+
+    def kernel(sigma: Tensor, sigma_next: Tensor, space: Space) -> tuple[Tensor, Tensor]:
+        ratio = alpha(sigma, space) * sigma_next / (alpha(sigma_next, space) * sigma)
+        std = eta * sigma_next * (1 - ratio.square()).clamp(min=0).sqrt()
+        return std, (sigma_next.square() - std.square()).clamp(min=0).sqrt()
+
+    return kernel
+
+
+def gaussian(
+    x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float | Kernel = 1.0, space: Space = "ve"
+) -> tuple[Tensor, Tensor]:
+    """Mean (B,C,h,w) and standard deviation (B,) of the step from σ to σ' (B,) with the x0-prediction D of x: `ddim(eta)`, or a kernel."""
+    std, along = (eta if callable(eta) else ddim(eta))(sigma, sigma_next, space)
+    epsilon = (x - per_sample(alpha(sigma, space), x) * denoised) / per_sample(sigma, x)
+    mean = per_sample(alpha(sigma_next, space), x) * denoised + per_sample(along, x) * epsilon
     return mean, std
 
 
@@ -93,7 +105,7 @@ def trajectory(
     method: Method = "ddpm",
     first: int | Tensor = 0,
     last: int | Tensor | None = None,
-    eta: float = 1.0,
+    eta: float | Kernel = 1.0,
     space: Space = "ve",
     previous: Tensor | None = None,
 ) -> Iterator[Transition]:
@@ -101,8 +113,8 @@ def trajectory(
 
     sigmas (T+1,) lie on the CPU; x is the state at sigmas[first]. first and last are one index for all samples, or one each
     (B,): then only the samples whose range holds a step are evaluated, through `Denoiser.rows`. `ddpm` takes steps of noise
-    `eta`, `ddim` of none, and neither asks noise_at(i) where there is none. `previous` is the x0-prediction of step first − 1
-    for `dpmpp_2m`, which needs equal ranges.
+    `eta` or of a kernel, `ddim` of none, and neither asks noise_at(i) where there is none, as in the last step. `previous` is the
+    x0-prediction of step first − 1 for `dpmpp_2m`, which needs equal ranges.
     """
     if method not in METHODS:
         raise ValueError(f"unknown sampler {method!r}: use one of {', '.join(METHODS)}")
@@ -141,7 +153,7 @@ def _transition(
     sigmas: Tensor,
     noise_at: NoiseAt,
     method: Method,
-    eta: float,
+    eta: float | Kernel,
     space: Space,
     previous: Tensor | None = None,
 ) -> Transition:
@@ -150,7 +162,7 @@ def _transition(
     if method == "dpmpp_2m":
         following = _dpmpp_2m(x, denoised, previous, i, sigmas, space)
         return Transition(i, x, denoised, following, torch.zeros_like(here), following)
-    noisy = method == "ddpm" and eta > 0 and float(sigmas[i + 1]) > 0
+    noisy = method == "ddpm" and (callable(eta) or eta > 0) and float(sigmas[i + 1]) > 0
     mean, std = gaussian(x, denoised, here, there, eta if noisy else 0.0, space)
     return Transition(i, x, denoised, mean, std, mean + per_sample(std, x) * noise_at(i).to(x) if noisy else mean)
 

@@ -32,6 +32,7 @@ OBJECTIVES = {
     "smpo": "--pairs=demo --objective.inversion_steps=3",
     "diffusion-npo": "--pairs=demo",
     "tpo": "--objective.form=kto",
+    "ddpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.kl_weight=0.1",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
     "sqdf-black-box": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.queries=[8] --objective.epochs=2 "
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",

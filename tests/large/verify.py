@@ -55,6 +55,7 @@ SIZE = 128  # pixels
 STEPS = 5  # of the sampler, for objectives that have steps; indices of a grid shrink in proportion
 # Settings that count steps, queries or bytes without being indices of the grid
 SMALLER = {"cut_mean": 3.0, "cut_std": 1.0, "early_stop": 2, "k": 2, "queries": (2, 2), "epochs": 2, "buffer_gb": 0.01}
+SMALLER |= {"group": 2, "prompts_per_round": 1}
 TOLERANCE = 1e-3  # of the denoised output: RMS of the difference from the trainer's, over RMS of what the LoRA changes
 PROMPTS = ("a red star", "a blue ring")
 HERE = Path(__file__).resolve()

@@ -104,7 +104,8 @@ def without_side_effects(config: TrainConfig, folder: Path) -> TrainConfig:
     """The same run without files, oracle queries and evaluations, none of which change the peak of a step."""
     table = dict(config.objective)
     known = {f.name for f in fields(type(config.method))}  # pyright: ignore[reportArgumentType]
-    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (max(2, config.batch_size),), "epochs": 1}
+    least = max(2, config.batch_size)
+    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (least,), "epochs": 1, "group": least, "prompts_per_round": 1}
     table |= {name: value for name, value in small.items() if name in known}
     return replace(config, objective=table, out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
 

@@ -1,6 +1,7 @@
 """Objectives on rewards and on preferences; an objective's fields are the config keys, the CLI flags and the node widgets."""
 
 from .base import Loss, Objective, RunContext
+from .policy_gradient.ddpo import DDPO
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
 from .preference.dspo import DSPO
@@ -41,10 +42,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "smpo": SmPO,
     "diffusion-npo": DiffusionNPO,
     "tpo": TPO,
+    "ddpo": DDPO,
 }
 """Every objective by the name that configs use."""
 
 __all__ = [
+    "DDPO",
     "DMPO",
     "DSPO",
     "OBJECTIVES",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from .policy_presets import POLICY_GRADIENTS
 from .preference_presets import PREFERENCES
 from .preset_types import Line, Method, Row, guidance, quote, steps_of
 
@@ -244,5 +245,6 @@ METHODS: dict[str, Method] = {
         save_every=10,
     ),
     **PREFERENCES,
+    **POLICY_GRADIENTS,
 }
 """By the name of an objective."""

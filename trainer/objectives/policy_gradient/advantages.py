@@ -1,0 +1,53 @@
+"""From scores to advantages: how much better an image is than what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["group", "group-mean", "round", "history"]
+HISTORY = 16  # DDPO's per-prompt buffer, and the number of scores from which it is used
+_LEAST = 1e-6  # DDPO's code: added to a standard deviation
+
+
+def equal(scores: Tensor) -> Tensor:
+    """Whether all scores of a group are equal but for rounding: (…,G) -> (…)."""
+    spread = scores.amax(-1) - scores.amin(-1)
+    return spread <= 1e-6 * scores.abs().amax(-1)
+
+
+def group_advantages(scores: Tensor, baseline: Baseline, least: float = _LEAST) -> Tensor:
+    """Advantages of scores (P,G) of P prompts with G images each; 0 in groups of equal scores.
+
+    group: (r − mean)/std over the images of a prompt (GRPO, arXiv:2402.03300). group-mean: the mean of a prompt, the standard
+    deviation of all (Flow-GRPO's `global_std`). round: both of all (DDPO without tracking). Standard deviations are of the population.
+    """
+    mean, std = scores.mean(1, keepdim=True), scores.std(1, keepdim=True, correction=0)
+    if baseline != "group":
+        std = scores.std(correction=0).expand_as(std)
+    if baseline == "round":
+        return (scores - scores.mean()) / (std + least)
+    return torch.where(equal(scores)[:, None], 0.0, (scores - mean) / (std + least))
+
+
+class History:
+    """The last scores of each prompt (DDPO, arXiv:2305.13301, appendix; ddpo-pytorch's PerPromptStatTracker)."""
+
+    def __init__(self, size: int = HISTORY) -> None:
+        self.size = size
+        self.scores: dict[str, list[float]] = {}
+
+    def advantages(self, prompts: Sequence[str], scores: Tensor) -> Tensor:
+        """Advantages (N,) of scores (N,), by the mean and standard deviation of the prompt's last `size` scores, these included.
+
+        A prompt with fewer scores takes those of all N.
+        """
+        for prompt, score in zip(prompts, scores.tolist(), strict=True):
+            self.scores[prompt] = [*self.scores.get(prompt, []), score][-self.size :]
+        known = {prompt: torch.tensor(self.scores[prompt], dtype=scores.dtype) for prompt in dict.fromkeys(prompts)}
+        compared = [known[prompt] if len(known[prompt]) == self.size else scores for prompt in prompts]
+        mean = torch.stack([values.mean() for values in compared])
+        return (scores - mean) / (torch.stack([values.std(correction=0) for values in compared]) + _LEAST)

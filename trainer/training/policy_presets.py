@@ -1,0 +1,39 @@
+"""The rows of policy gradients in the table of presets."""
+
+from __future__ import annotations
+
+from .preset_types import Line, Method, Row, guidance, steps_of
+
+_GROUPS = 8, 8  # images of a prompt, prompts of a round
+
+
+def _rounds(group: int, prompts: int) -> list[Line]:
+    return [("group", str(group), "images of a prompt, which are compared"), ("prompts_per_round", str(prompts), "")]
+
+
+def _ddpo(row: Row, name: str) -> list[Line]:
+    return [
+        steps_of(row),
+        guidance(row, 5.0),
+        *_rounds(*_GROUPS),
+        ("trained_count", str(min(10, row.steps - 1)), "of the steps with noise, each image's own"),
+        ("clip", "1e-4", ""),
+    ]
+
+
+_UNIT: Line = ("standardise", "false", "advantages have no unit")
+POLICY_GRADIENTS: dict[str, Method] = {
+    "ddpo": Method(
+        "DDPO",
+        "the official SD1.4 settings, but for a round of 64 images instead of 256, of which 10 steps are trained and not 50",
+        _ddpo,
+        steps=("steps", "200", "two to a round"),
+        samples=320,
+        rate="3e-4",
+        more=(("weight_decay", "1e-4", ""),),
+        standardise=_UNIT,
+        every=20,
+        save_every=10,
+    ),
+}
+"""By the name of an objective."""
