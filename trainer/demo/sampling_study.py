@@ -8,6 +8,7 @@ Each image is the best of a search of its own, so that diversity is that of imag
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,9 @@ from .experiment import STEPS
 
 MORE_STEPS, REFERENCE = "more steps", "best-of-n"
 FIGURES = ("reward", "heldout", "gold", "diversity", "match")
+# TFLOP of one at SD1.5's shapes: UNet at 64×64 with guidance, VAE decoder to 512×512, a ViT-H image tower (HPSv2.1, PickScore). Equal model
+# calls hide that a candidate's decode is 1.6 of them there; tests/large/arithmetic.py counts these on the meta device.
+TFLOP = {"model": 1.6065, "decodes": 2.5145, "rewards": 0.3346}
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,15 @@ def _points(
 ) -> list[dict[str, Any]]:
     """A row for each point: means over prompts and seeds, 95 % intervals over prompts of seed means, the mean of each seed, and FID.
 
-    `against` has the paired differences to best-of-n with the same number of model calls.
+    `against` has the paired differences to best-of-n with the same number of model calls, `at_cost` those to best-of-n of the same
+    `tflop`, interpolated over its logarithm; a point that costs more than every best-of-n has none.
     """
     rows: list[dict[str, Any]] = []
+    ladder = [BASE, *(point for point in spent if point[0] == REFERENCE)]
     for point, counts in spent.items():
         figures = {name: torch.stack([one[point][name] for one in judged.values()]) for name in FIGURES}  # (seeds, prompts)
         row: dict[str, Any] = {"method": "base" if point == BASE else point[0], "budget": max(1, point[1]), "cost": asdict(counts)}
+        row["tflop"] = tflop(counts)
         row |= {name: float(values.mean()) for name, values in figures.items()}
         row["ci"] = {name: _interval(values) for name, values in figures.items()}
         row["seeds"] = {name: values.mean(1).tolist() for name, values in figures.items()}
@@ -139,11 +146,37 @@ def _points(
         reference = (REFERENCE, point[1])
         if reference in spent and point != reference and point != BASE:
             other = {name: torch.stack([one[reference][name] for one in judged.values()]) for name in FIGURES}
-            row["against"] = {
-                name: [float((values - other[name]).mean()), *_interval(values - other[name])] for name, values in figures.items()
-            }
+            row["against"] = {name: _difference(values, other[name]) for name, values in figures.items()}
+            if shares := _between([tflop(spent[point]) for point in ladder], row["tflop"]):
+                row["at_cost"] = {
+                    name: _difference(values, torch.stack([_mixed(one, name, ladder, shares) for one in judged.values()]))
+                    for name, values in figures.items()
+                }
         rows.append(row)
     return rows
+
+
+def tflop(counts: Counts) -> float:
+    """What an image's counts take at SD1.5's shapes, in TFLOP."""
+    return counts.model * TFLOP["model"] + counts.decodes * TFLOP["decodes"] + counts.rewards * TFLOP["rewards"]
+
+
+def _between(ladder: Sequence[float], cost: float) -> dict[int, float]:
+    """Weights of the two neighbours of a cost in an ascending ladder, by logarithms; {} above the last."""
+    upper = next((i for i, one in enumerate(ladder) if i and one >= cost), 0)
+    if not upper:
+        return {}
+    share = math.log(cost / ladder[upper - 1]) / math.log(ladder[upper] / ladder[upper - 1])
+    return {upper - 1: 1 - share, upper: share}
+
+
+def _mixed(judged: Mapping[Point, Mapping[str, Tensor]], name: str, ladder: Sequence[Point], shares: Mapping[int, float]) -> Tensor:
+    return torch.stack([weight * judged[ladder[i]][name] for i, weight in shares.items()]).sum(0)
+
+
+def _difference(values: Tensor, other: Tensor) -> list[float]:
+    """Mean of the paired differences of (seeds, prompts) and its interval."""
+    return [float((values - other).mean()), *_interval(values - other)]
 
 
 def _interval(values: Tensor) -> list[float]:
