@@ -173,14 +173,7 @@ def train_in_graph(
     data = training_data(prompts, images, dataset, (height, width), image_size)
     _check(data, objective[1], reward, features, clip)
     folder = run_folder(name, resume)
-    # what a resumed run must share with the one that was stopped, though in a graph nothing of it has a name
-    same = {
-        "model": f"graph: {_fingerprint(model, data.written)}",
-        "images": "" if images is None else f"graph: {_fingerprint(None, images)}",
-        **data.settings,
-    }
-    if resume != NEW:
-        same["seed"] = _resumed_seed(folder, data)
+    same = _same(model, images, data, None if resume == NEW else folder)
     config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})
     with torch.inference_mode(False), torch.enable_grad():
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, data.size), gradient_vae)
@@ -206,6 +199,16 @@ def train_in_graph(
         image(shown),
         report + fitted + data.report(samples, vae, config.batch_size),
     )
+
+
+def _same(model: Any, images: Tensor | None, data: TrainingData, resumed: Path | None) -> dict[str, Any]:
+    """What a resumed run must share with the one that was stopped, though in a graph nothing of it has a name."""
+    return {
+        "model": f"graph: {_fingerprint(model, data.written)}",
+        "images": "" if images is None else f"graph: {_fingerprint(None, images)}",
+        **data.settings,
+        **({} if resumed is None else {"seed": _resumed_seed(resumed, data)}),
+    }
 
 
 def _resumed_seed(folder: Path, data: TrainingData) -> int:

@@ -134,6 +134,69 @@ def schedules(base: SamplerSettings, tuned: SamplerSettings, switches: Sequence[
     return levels, {k: grid for k, (grid, _) in joined.items()}
 
 
+_MODELS = [
+    io.Model.Input("base", tooltip="The model that draws the first steps."),
+    io.Model.Input("tuned", tooltip="The same model with the reward LoRA, or another checkpoint of the family."),
+    io.Conditioning.Input(
+        "positive",
+        optional=True,
+        tooltip="What the images should show, for one prompt. Not connected: clip encodes the prompts.",
+    ),
+    io.Conditioning.Input("negative", tooltip="What they should not show."),
+    io.Vae.Input("vae", tooltip="Decodes the results."),
+    Reward.Input("reward", tooltip="What scores them."),
+    io.String.Input(
+        "prompt",
+        multiline=True,
+        tooltip="With clip connected, one prompt per line; else one prompt, the one that positive shows. The reward reads it.",
+    ),
+]
+_SETTINGS = [
+    io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip="Pixels."),
+    io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip="Pixels."),
+    io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="The first seed."),
+    io.Int.Input("seeds", default=4, min=2, max=64, tooltip="Images per switch and prompt; diversity needs two."),
+    io.Int.Input("steps", default=40, min=1, max=1000, tooltip="Sampler steps; the paper uses 40."),
+    io.String.Input(
+        "switches",
+        default="0, 20, 30, 35, 40",
+        tooltip="Steps at which the tuned model takes over: 0 is tuned only, all is base. Plot and table have the base anyway.",
+    ),
+    io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5."),
+    io.Float.Input("tuned_cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the tuned part; 1 is none."),
+    io.Combo.Input("method", options=list(METHODS), default="ddpm", tooltip="ddpm (ancestral, the paper's), ddim, or dpmpp_2m."),
+    io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="Spacing of the noise levels."),
+]
+_OPTIONAL = [
+    Reward.Input("heldout", optional=True, tooltip="A second reward for the plot, one that training did not see."),
+    VISION,
+    io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts, one per line. Several prompts give intervals."),
+    io.Int.Input(
+        "tuned_steps",
+        default=0,
+        min=0,
+        max=1000,
+        optional=True,
+        tooltip="Steps of the tuned part's own schedule, for a turbo model or few-step LoRA after its base. 0: as steps. "
+        "Switches count the base's steps.",
+    ),
+    io.Combo.Input(
+        "tuned_method",
+        options=[SAME, *METHODS],
+        default=SAME,
+        optional=True,
+        tooltip="Sampler of the tuned part. The same keeps its history across the switch; another starts without.",
+    ),
+    io.Combo.Input(
+        "tuned_scheduler",
+        options=[SAME, *comfy.samplers.KSampler.SCHEDULERS],
+        default=SAME,
+        optional=True,
+        tooltip="Spacing of the tuned part's noise levels, by the tuned model's own shift.",
+    ),
+]
+
+
 class TradeOffSweep(io.ComfyNode):
     """Switches × seeds -> grid, plot, table."""
 
@@ -148,69 +211,7 @@ class TradeOffSweep(io.ComfyNode):
             "costs in diversity, with intervals over several prompts. The base model's steps are computed once for all.",
             search_aliases=["xy plot", "frontier"],
             is_output_node=True,
-            inputs=[
-                io.Model.Input("base", tooltip="The model that draws the first steps."),
-                io.Model.Input("tuned", tooltip="The same model with the reward LoRA, or another checkpoint of the family."),
-                io.Conditioning.Input(
-                    "positive",
-                    optional=True,
-                    tooltip="What the images should show, for one prompt. Not connected: clip encodes the prompts.",
-                ),
-                io.Conditioning.Input("negative", tooltip="What they should not show."),
-                io.Vae.Input("vae", tooltip="Decodes the results."),
-                Reward.Input("reward", tooltip="What scores them."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    tooltip="With clip connected, one prompt per line; else one prompt, the one that positive shows. The reward reads it.",
-                ),
-                io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip="Pixels."),
-                io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip="Pixels."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="The first seed."),
-                io.Int.Input("seeds", default=4, min=2, max=64, tooltip="Images per switch and prompt; diversity needs two."),
-                io.Int.Input("steps", default=40, min=1, max=1000, tooltip="Sampler steps; the paper uses 40."),
-                io.String.Input(
-                    "switches",
-                    default="0, 20, 30, 35, 40",
-                    tooltip="Steps at which the tuned model takes over: 0 is tuned only, all is base. Plot and table have the base anyway.",
-                ),
-                io.Float.Input(
-                    "cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the base's part; the paper uses 7.5."
-                ),
-                io.Float.Input("tuned_cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance of the tuned part; 1 is none."),
-                io.Combo.Input(
-                    "method", options=list(METHODS), default="ddpm", tooltip="ddpm (ancestral, the paper's), ddim, or dpmpp_2m."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="Spacing of the noise levels."
-                ),
-                Reward.Input("heldout", optional=True, tooltip="A second reward for the plot, one that training did not see."),
-                VISION,
-                io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts, one per line. Several prompts give intervals."),
-                io.Int.Input(
-                    "tuned_steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    optional=True,
-                    tooltip="Steps of the tuned part's own schedule, for a turbo model or few-step LoRA after its base. 0: as steps. "
-                    "Switches count the base's steps.",
-                ),
-                io.Combo.Input(
-                    "tuned_method",
-                    options=[SAME, *METHODS],
-                    default=SAME,
-                    optional=True,
-                    tooltip="Sampler of the tuned part. The same keeps its history across the switch; another starts without.",
-                ),
-                io.Combo.Input(
-                    "tuned_scheduler",
-                    options=[SAME, *comfy.samplers.KSampler.SCHEDULERS],
-                    default=SAME,
-                    optional=True,
-                    tooltip="Spacing of the tuned part's noise levels, by the tuned model's own shift.",
-                ),
-            ],
+            inputs=[*_MODELS, *_SETTINGS, *_OPTIONAL],
             outputs=[
                 io.Image.Output("grid", display_name="grid", tooltip="One row per switch, one column per seed; prompts side by side."),
                 io.Image.Output("plot", display_name="plot", tooltip="Reward against diversity, with intervals; the star is the base."),

@@ -10,7 +10,7 @@ from trainer.generate import slot_denoiser
 from trainer.guidance import Slot, weighted_sum
 from trainer.guides import CHATS, NPO, RLGuidance
 from trainer.lora.several import load_loras
-from trainer.models.diffusers_policy import PromptedDenoiser
+from trainer.models.prompted import PromptedDenoiser
 from trainer.models.sd3 import SD3Policy
 from trainer.models.unet import UNetPolicy
 from trainer.policy import Lora

@@ -84,20 +84,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--reward {taken}: the results have a figure of that name: write ./{taken}")
     if args.n < 2:
         raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
-    report = Report()
-    photos = images.find(args.real, report) if args.real else []
-    if args.real:
-        report.show()
-    if args.real and len(photos) < 2:
-        raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
-    switches = [Switch.parse(text) for text in args.switches.split(",")]
-    for photo in photos:
-        images.size_of(photo)  # before anything is drawn: raises for what is not an image
-    device, tuned = device_of(args), {**checkpoints(args.lora)}
-    for name, folder in unets.items():
-        if name in tuned:
-            raise ConfigError(f"two models are called {name}: give --tuned-model NAME=PATH")
-        tuned[name] = Checkpoint(name, None, folder)
+    photos, switches = _photos(args), [Switch.parse(text) for text in args.switches.split(",")]
+    device, tuned = device_of(args), _tuned(args, unets)
     judges = _judges(args, device)
     policy = policy_of(args)
     models = {name: with_network(policy, path) for name, path in unets.items()}
@@ -127,11 +115,39 @@ def run(args: argparse.Namespace) -> int:
     write_text(json.dumps(results, indent=1) + "\n", args.out)
     study.clear()
     figures = plot.write(results, args.out) if args.plot else []
-    shown: list[dict[str, Any]] = [{"model": "base", "k": settings.steps, **results["base"]}, *results["points"]]
-    for point in shown:
-        print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
+    _show(results, settings.steps)
     print(f"wrote {', '.join(map(str, [args.out, *figures]))}")
     return 0
+
+
+def _show(results: Mapping[str, Any], steps: int) -> None:
+    shown: list[dict[str, Any]] = [{"model": "base", "k": steps, **results["base"]}, *results["points"]]
+    for point in shown:
+        print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
+
+
+def _photos(args: argparse.Namespace) -> Sequence[Path]:
+    """The photographs of --real, each read before anything is drawn."""
+    if not args.real:
+        return []
+    report = Report()
+    photos = images.find(args.real, report)
+    report.show()
+    if len(photos) < 2:
+        raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
+    for photo in photos:
+        images.size_of(photo)  # raises for what is not an image
+    return photos
+
+
+def _tuned(args: argparse.Namespace, unets: Mapping[str, Path]) -> dict[str, Checkpoint]:
+    """The tuned models by name: LoRAs, then networks of their own."""
+    tuned = {**checkpoints(args.lora)}
+    for name, folder in unets.items():
+        if name in tuned:
+            raise ConfigError(f"two models are called {name}: give --tuned-model NAME=PATH")
+        tuned[name] = Checkpoint(name, None, folder)
+    return tuned
 
 
 def _unets(args: argparse.Namespace) -> dict[str, Path]:

@@ -14,7 +14,8 @@ import torch
 
 from .. import data, rewards
 from ..models import load
-from ..models.diffusers_policy import DiffusersPolicy, PromptedDenoiser
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.prompted import PromptedDenoiser
 from ..models.prompts import Prompts
 from ..rewards import registry
 from ..training import checkpoint, evaluation

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from . import speed
 from .adapters import Adapters
 from .autoencoder import Autoencoder
 from .configs import ModelConfig
+from .prompted import PromptedDenoiser
 from .prompts import Conditioning, Prompts
 from .quantisation import NONE, Quantisation, has_quantised
 
@@ -298,34 +298,3 @@ class DiffusersPolicy:
         speed.recompute_network(self.network, self.adapters, denoiser)
         for decoder in self.decoders():
             speed.recompute_decoder(decoder, vae)
-
-
-@dataclass(frozen=True)
-class PromptedDenoiser:
-    """A policy's Denoiser; the conditioning, of B prompts or of B prompts and B empty ones, is on the device."""
-
-    policy: DiffusersPolicy
-    adapter: str
-    guidance_scale: float
-    conditioning: Conditioning
-
-    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
-        """See Denoiser."""
-        policy, adapters = self.policy, self.policy.adapters
-        graph = torch.is_grad_enabled() and (self.adapter == "tuned" or x.requires_grad)
-        x = x.to(policy.device)
-        with adapters.using(self.adapter), torch.set_grad_enabled(graph):
-            if graph and adapters.merged:
-                raise RuntimeError("inside merged() no gradient reaches the adapter: evaluate under torch.no_grad()")
-            if self.guidance_scale == 1:
-                return policy.predict(x, sigma, self.conditioning)
-            both = policy.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), self.conditioning)
-            conditional, unconditional = both.chunk(2)
-            return policy.guided(x, conditional, unconditional, self.guidance_scale)
-
-    def rows(self, index: Tensor) -> PromptedDenoiser:
-        """See Denoiser."""
-        if self.guidance_scale != 1:
-            empty = len(next(iter(self.conditioning.values()))) // 2
-            index = torch.cat([index, index + empty])
-        return replace(self, conditioning={key: value[index] for key, value in self.conditioning.items()})
