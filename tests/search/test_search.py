@@ -253,6 +253,16 @@ def test_what_cannot_run_is_refused(name, given, returned, stochastic, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("particles", "ess", "warned"), [(2, 0.5, True), (3, 0.5, False), (2, 1.0, False), (2, 0.0, False), (4, 0.25, True)]
+)
+def test_a_resampling_that_can_never_happen_is_warned_of(particles, ess, warned, caplog):
+    """The effective number of particles is at least 1."""
+    search = search_of("fk", {"particles": particles, "ess": ess})
+    check(search, rounds_of(search, 10))
+    assert ("never resampled" in caplog.text) == warned
+
+
 def test_best_of_n_and_one_block_take_a_deterministic_sampler():
     for search in (search_of("best-of-n", {}), search_of("code", {"block": STEPS})):
         check(search, rounds_of(search, STEPS), 1, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,8 @@ import torch
 from ..config import ConfigError
 from ..rng import generator
 from .settings import METHODS, WIDEST, Search, widened
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ def check(search: Search, rounds: list[Round], returned: int = 1, stochastic: bo
         raise ConfigError(
             f"{search.name} branches, and {sampler} draws no noise, so that children would be equal: "
             "take an ancestral sampler (ddpm, euler_ancestral), or best-of-n"
+        )
+    if "ess" in METHODS[search.name].defaults and 0 < search.ess < 1 and search.ess * search.particles <= 1:
+        log.warning(
+            f"{search.name}: {search.particles} particles are never resampled at ess {search.ess:g}, since their effective number is at "
+            f"least 1, so this is best-of-n with more decodes: give more than {1 / search.ess:g} particles, or ess 1"
         )
 
 
