@@ -14,7 +14,8 @@ from .sockets import CATEGORY, Objective, collected, schema, widgets
 _TITLES = {"DRaFTK": "DRaFT-K", "DRaFTLV": "DRaFT-LV", "DirectAlign": "Direct-Align", "BlackBoxSQDF": "SQDF (black box)"}
 _TITLES |= {"DiffusionDPO": "Diffusion-DPO", "DiffusionKTO": "Diffusion-KTO", "DiffusionNPO": "Diffusion-NPO"}
 _TITLES |= {"FlowBPSparse": "FlowBP-Sparse", "FlowBPBridge": "FlowBP-Bridge", "FlowBPLagrange": "FlowBP-Lagrange"}
-_ALIASES = ["reward gradient", "reward fine-tuning", "rlhf", "preference optimization"]
+_TITLES |= {"FlowGRPO": "Flow-GRPO"}
+_ALIASES = ["reward gradient", "reward fine-tuning", "rlhf", "preference optimization", "policy gradient"]
 
 
 def objective_node(name: str, objective: type[Any]) -> type[io.ComfyNode]:

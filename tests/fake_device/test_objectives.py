@@ -33,12 +33,24 @@ OBJECTIVES = {
     "diffusion-npo": "--pairs=demo",
     "tpo": "--objective.form=kto",
     "ddpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.kl_weight=0.1",
+    "flow-grpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1",
+    "awm": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.levels=2",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
     "sqdf-black-box": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.queries=[8] --objective.epochs=2 "
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
 }
 
-FULL = {"diffusion-npo", "mapo", "dspo", "dmpo", "inpo", "flowbp-sparse", "flowbp-lagrange", "leapalign"}  # near others that run by default
+FULL = {
+    "flow-grpo",
+    "diffusion-npo",
+    "mapo",
+    "dspo",
+    "dmpo",
+    "inpo",
+    "flowbp-sparse",
+    "flowbp-lagrange",
+    "leapalign",
+}  # near others that run by default
 
 
 def arguments(name, out):

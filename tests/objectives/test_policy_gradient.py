@@ -14,7 +14,7 @@ from helpers.processes import log_of, toy_run, trained
 
 from trainer.config import ConfigError
 from trainer.data.batches import Prompts
-from trainer.objectives import DDPO, OBJECTIVES, RunContext
+from trainer.objectives import AWM, DDPO, OBJECTIVES, FlowGRPO, RunContext
 from trainer.objectives.policy_gradient.advantages import History, group_advantages
 from trainer.objectives.policy_gradient.rounds import Selection
 from trainer.objectives.policy_gradient.steps import clipped_losses, kl_per_element, log_prob
@@ -24,7 +24,11 @@ from trainer.sampling import ddim, gaussian
 
 PROMPTS = ("a", "bb", "ccc")
 SMALL = {"steps": 5, "guidance_scale": 1.0, "group": 4, "prompts_per_round": 2, "clip": 0.2}
-METHODS = {"ddpo": SMALL}
+METHODS = {
+    "ddpo": SMALL,
+    "flow-grpo": SMALL,
+    "awm": {"steps": 6, "group": 4, "prompts_per_round": 2, "levels": 3},
+}
 
 
 def batch(number=0, n=4, step=0):
@@ -62,9 +66,12 @@ def test_clipped_losses_are_ppos():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_denoiser_gives_one_gradient_however_its_network_predicts(name, tmp_path):
-    """States of ε- and v-models and of flows are one in other coordinates: losses, scores and gradients are equal."""
+    """States of ε- and v-models and of flows are one in other coordinates: losses, scores and gradients are equal.
+
+    AWM's errors are in units of ε or of velocities.
+    """
     found = []
-    for prediction in ("epsilon", "v", "flow"):
+    for prediction in ("epsilon", "v") if name == "awm" else ("epsilon", "v", "flow"):
         policy = Family(prediction)
         loss = begun(OBJECTIVES[name](**METHODS[name], kl_weight=0.3), policy, tmp_path / prediction)
         first, logs = loss(batch())
@@ -104,6 +111,54 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_advantage_times_that
     mean = b.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt() + (1 - b - std.square()).sqrt() * epsilon
     found = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(following).mean((1, 2, 3))
     torch.testing.assert_close(gradient(policy, value), gradient(policy, -(part.advantages * found).mean()), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "noise"), [("flow-grpo", 0.7), ("constant", 0.3), ("cps", 0.6)])
+def test_steps_of_a_flow_are_those_of_the_papers(kind, noise, tmp_path):
+    """By hand in velocities; and of an ε-model, in its own coordinates, the same chain."""
+    policy = Family("flow")
+    objective = FlowGRPO(**SMALL, noise=noise, noise_kind=kind)
+    value, _, part = part_of(begun(objective, policy, tmp_path / "flow"), batch())
+    sigmas, (x, following) = policy.sigmas(5), part.states.unbind(1)
+    s, t = (as4(level, x) for level in (sigmas[part.index], sigmas[part.index + 1]))
+    v = policy.network(x, sigmas[part.index], policy.weight)
+    if kind == "cps":  # the x0-prediction and the noise prediction, blended anew
+        std = t * math.sin(noise * math.pi / 2)
+        mean = (1 - t) * (x - s * v) + (t.square() - std.square()).sqrt() * (x + (1 - s) * v)
+    else:
+        w = noise * (s / (1 - s)).sqrt() if kind == "flow-grpo" else noise
+        std = w * (s - t).sqrt()
+        mean = x * (1 + w**2 / (2 * s) * (t - s)) + v * (1 + w**2 * (1 - s) / (2 * s)) * (t - s)
+    density = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(following).mean((1, 2, 3))
+    torch.testing.assert_close(gradient(policy, value), gradient(policy, -(part.advantages * density).mean()), rtol=1e-8, atol=1e-10)
+
+
+def test_a_group_may_start_from_one_noise(tmp_path):
+    rng, policy = Rng(0, 3, (2, 3, 4, 5)), Family("flow")
+    apart, shared = (FlowGRPO(**SMALL, shared_start=one).start_noise(rng, policy).flatten(1) for one in (False, True))
+    assert len({*map(tuple, apart.tolist())}) == 4
+    assert len({*map(tuple, shared.tolist())}) == 2 and torch.equal(shared[0], shared[1]) and not torch.equal(shared[1], shared[2])
+
+
+@pytest.mark.parametrize("weighting", ["ghuber", "t2", "t", "none"])
+def test_awm_is_the_denoising_error_of_own_images_weighted_by_their_advantages(weighting, tmp_path):
+    """By hand in velocities; levels are one of each part of the grid, its first step and last tenth left out."""
+    policy = Family("flow")
+    objective = AWM(steps=20, group=4, prompts_per_round=2, levels=4, weighting=weighting, kl_weight=0.2)
+    value, _, part = part_of(begun(objective, policy, tmp_path), batch())
+    clean, t = part.states[:, 0], policy.sigmas(20)[part.index]
+    noise = batch().rng.normal("matching noise", (3, 1, 1)).double()
+    x = (1 - as4(t, clean)) * clean + as4(t, clean) * noise
+    v, base = (policy.network(x, t, w) for w in (policy.weight, torch.zeros_like(policy.weight)))
+    m = (v - (noise - clean)).square().mean((1, 2, 3))
+    weighted = {"ghuber": t * ((m + 1e-10) ** 0.25 - 1e-10**0.25) / 0.25, "t2": t**2 * m, "t": t * m, "none": m}[weighting]
+    expected = (part.advantages / 5 * weighted + 0.2 * (v - base).square().mean((1, 2, 3))).mean()
+    torch.testing.assert_close(gradient(policy, value), gradient(policy, expected), rtol=1e-7, atol=1e-9)
+    index = objective.trained_steps(0, 0)
+    assert index.shape == (8, 4) and int(index.min()) >= 1 and int(index.max()) <= 17 and len(index.unique(dim=0)) > 1
+    edges = 1 + 17 / 4 * torch.arange(5)
+    assert bool(((index >= edges[:-1].floor()) & (index <= edges[1:])).all()), index
+    assert part.states.shape[1] == 1
 
 
 def test_off_policy_the_ratio_is_that_of_the_log_probabilities_then_and_now(tmp_path):
@@ -245,7 +300,7 @@ def test_files_that_a_checkpoint_lists_outlive_their_round(tmp_path):
         again.restore([["000001-000000.safetensors", 0]])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["ddpo", "awm"])
 def test_a_run_resumes_to_the_same_bits(name, tmp_path):
     whole = trained(name, tmp_path / "whole")
     run = toy_run(name, tmp_path / "part")

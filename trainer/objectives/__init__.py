@@ -1,7 +1,9 @@
 """Objectives on rewards and on preferences; an objective's fields are the config keys, the CLI flags and the node widgets."""
 
 from .base import Loss, Objective, RunContext
+from .policy_gradient.awm import AWM
 from .policy_gradient.ddpo import DDPO
+from .policy_gradient.flow_grpo import FlowGRPO
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
 from .preference.dspo import DSPO
@@ -43,10 +45,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "diffusion-npo": DiffusionNPO,
     "tpo": TPO,
     "ddpo": DDPO,
+    "flow-grpo": FlowGRPO,
+    "awm": AWM,
 }
 """Every objective by the name that configs use."""
 
 __all__ = [
+    "AWM",
     "DDPO",
     "DMPO",
     "DSPO",
@@ -66,6 +71,7 @@ __all__ = [
     "FlowBPBridge",
     "FlowBPLagrange",
     "FlowBPSparse",
+    "FlowGRPO",
     "ImageReFL",
     "InPO",
     "LeapAlign",

@@ -21,6 +21,27 @@ def _ddpo(row: Row, name: str) -> list[Line]:
     ]
 
 
+def _flow_grpo(row: Row, name: str) -> list[Line]:
+    return [
+        ("steps", str(min(10, row.steps)), "the model's own few steps" if row.few else "drawn later with more"),
+        guidance(row),
+        *_rounds(24, 4),
+        ("noise", "0.7", ""),
+        ("clip", "1e-4", ""),
+        ("kl_weight", "0.001", "the official 0.01 for PickScore leaves out the step's length, about 0.1"),
+    ]
+
+
+def _awm(row: Row, name: str) -> list[Line]:
+    return [
+        ("steps", str(min(14, row.steps)), "the model's own few steps" if row.few else "drawn later with more"),
+        ("guidance_scale", "1.0", "none, which training makes up for"),
+        *_rounds(24, 4),
+        ("levels", "6", "noise levels of an image"),
+        ("kl_weight", "0.001", ""),
+    ]
+
+
 _UNIT: Line = ("standardise", "false", "advantages have no unit")
 POLICY_GRADIENTS: dict[str, Method] = {
     "ddpo": Method(
@@ -33,6 +54,30 @@ POLICY_GRADIENTS: dict[str, Method] = {
         more=(("weight_decay", "1e-4", ""),),
         standardise=_UNIT,
         every=20,
+        save_every=10,
+    ),
+    "flow-grpo": Method(
+        "Flow-GRPO",
+        "the official settings for SD3.5 medium, but for a round of 4 prompts instead of 48",
+        _flow_grpo,
+        steps=("steps", "300", ""),
+        samples=432,
+        rate="3e-4",
+        more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
+        standardise=_UNIT,
+        every=30,
+        save_every=10,
+    ),
+    "awm": Method(
+        "AWM",
+        "the official settings for SD3.5 medium, but for a round of 4 prompts and no second KL",
+        _awm,
+        steps=("steps", "300", "one to a round"),
+        samples=576,
+        rate="3e-4",
+        more=(("weight_decay", "1e-4", ""), ("ema", "0.99", "")),
+        standardise=_UNIT,
+        every=30,
         save_every=10,
     ),
 }

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...policy import Policy
 from ...rng import Rng, generator
 from ...sampling import Kernel, Transition, end_of, gaussian, trajectory
 from ..base import Logs, RunContext
@@ -109,7 +110,7 @@ class StepGradient(PolicyGradient):
         def steps(x: Tensor, start: int, stop: int, eta: float | Kernel) -> Iterator[Transition]:
             return trajectory(denoiser, x, sigmas, noise_at, first=start, last=stop, eta=eta, space=policy.space)
 
-        x = policy.start(self.start_noise(rng, policy.latent_shape), self.steps)
+        x = policy.start(self.start_noise(rng, policy), self.steps)
         x = end_of(x, steps(x, 0, begin, 0.0))
         states, found = [x], list[Tensor]()
         for transition in steps(x, begin, end, self.kernel):
@@ -119,9 +120,9 @@ class StepGradient(PolicyGradient):
         ends = end_of(states[-1], steps(states[-1], end, self.steps, 0.0))
         return torch.stack(states[first - begin :], 1), ends, log_probs.gather(1, (index - begin).to(log_probs.device))
 
-    def start_noise(self, rng: Rng, shape: Sequence[int]) -> Tensor:
-        """The noise (B,*shape) that rollouts start from."""
-        return rng.start_noise(shape)
+    def start_noise(self, rng: Rng, policy: Policy) -> Tensor:
+        """The noise (B,C,h,w) that rollouts start from."""
+        return rng.start_noise(policy.latent_shape)
 
     def losses(self, run: RunContext, part: Selection) -> tuple[Tensor, Logs]:
         """PPO's losses, and the distance to the base model."""

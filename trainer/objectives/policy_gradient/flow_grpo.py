@@ -1,0 +1,60 @@
+"""Flow-GRPO, with DanceGRPO and MixGRPO as settings of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from ...policy import Policy
+from ...rng import Rng
+from ...sampling import Kernel
+from ..reward_gradient.shared import sampler_steps, training_guidance_scale
+from .advantages import Baseline
+from .kernels import coefficient_preserving, constant_sde, flow_sde
+from .steps import StepGradient
+
+Noise = Literal["flow-grpo", "constant", "cps"]
+_KERNELS = {"flow-grpo": flow_sde, "constant": constant_sde, "cps": coefficient_preserving}
+
+
+@dataclass(frozen=True)
+class FlowGRPO(StepGradient):
+    """Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): PPO on the noisy steps of a flow's SDE, few of them, with advantages within groups.
+
+    Official, from code, for SD3.5 medium: 10 steps, guidance 4.5, noise 0.7, groups of 24, clip 1e-4, the round's deviation; its KL leaves
+    the length |Δσ| of a step out of the width: its weights 0.01 to 0.04 are 0.001 to 0.004 here. DanceGRPO (arXiv:2505.07818):
+    noise_kind = constant, noise = 0.3, shared_start, 60 % of the steps as trained_count. MixGRPO (arXiv:2507.21802): window = sliding.
+    """
+
+    steps: int = sampler_steps(10)
+    guidance_scale: float = training_guidance_scale(4.5, "official 4.5 for SD3.5")
+    group: int = field(
+        default=24, metadata={"min": 1, "max": 1024, "help": "images of a prompt in a round, which are compared (official 24)"}
+    )
+    baseline: Baseline = field(
+        default="group-mean", metadata={"help": "as DDPO; group-mean: the mean of a prompt and the deviation of the round (official)"}
+    )
+    noise: float = field(default=0.7, metadata={"min": 1e-3, "max": 2.0, "help": "noise of a step (official 0.7; DanceGRPO 0.3)"})
+    noise_kind: Noise = field(
+        default="flow-grpo",
+        metadata={"help": "flow-grpo: noise·√(σ/(1−σ)); constant: noise at all levels (DanceGRPO); cps: a share of the next level"},
+    )
+    shared_start: bool = field(default=False, metadata={"help": "all images of a prompt start from one noise (DanceGRPO)"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise_kind == "cps" and self.noise > 1:
+            raise ValueError(f"noise = {self.noise:g}: of noise_kind = cps it is at most 1")
+
+    @property
+    def kernel(self) -> Kernel:
+        """The SDE's."""
+        return _KERNELS[self.noise_kind](self.noise)
+
+    def start_noise(self, rng: Rng, policy: Policy) -> Tensor:
+        """One noise for a group, where that is asked for."""
+        if not self.shared_start:
+            return super().start_noise(rng, policy)
+        return Rng(rng.seed, rng.step, tuple(i // self.group for i in rng.indices)).normal("shared start", policy.latent_shape)
