@@ -267,14 +267,14 @@ def test_cancel_saves_within_a_step_and_resuming_equals_an_uninterrupted_run(gra
     assert graph["cancelled after"] == 2 and set(graph["resumable"]) == {"cut", "whole"}
     assert graph["resumed equals uninterrupted"] and graph["resumed losses"] == 4
     assert graph["the last run of a name"] == "cut" and graph["a seed of its own"] == 0
-    kinds = ["BlackBoxSQDF", "DRTune", "DRaFTLV", "SQDF", "SRPO"]
+    kinds = ["BlackBoxSQDF", "DRTune", "DRaFTLV", "FlowBPLagrange", "SQDF", "SRPO"]
     assert graph["only finished or cancelled runs on disk"] == sorted(["broken", "cut", "refl", "whole", *kinds])
 
 
 @comfyui
 @pytest.mark.slow
 def test_every_kind_of_objective_trains_in_a_graph(graph):
-    for kind in ("DRaFTLV", "DRTune", "SRPO", "SQDF", "BlackBoxSQDF"):
+    for kind in ("DRaFTLV", "DRTune", "SRPO", "SQDF", "FlowBPLagrange", "BlackBoxSQDF"):
         assert graph[f"steps of {kind}"] == 2, kind
     assert graph["base untouched by every objective"]
 

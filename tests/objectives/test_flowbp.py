@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.family import Family, Towers, as4, batch, gradient
 from helpers.losses import loss_of
+from helpers.processes import Asked, log_of, toy_run, trained
 
 from trainer.models.flux import FluxPolicy
 from trainer.models.sd3 import SD3Policy
@@ -301,3 +302,20 @@ def test_leaps_have_the_dirichlet_distributions_mean_lengths():
 def test_impossible_settings_are_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         OBJECTIVES[name](**settings)
+
+
+@pytest.mark.parametrize("name", ["flowbp-sparse", "flowbp-bridge", "flowbp-lagrange", "leapalign"])
+def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(name, tmp_path):
+    """In the middle of a step between two checkpoints: its draws belong to the micro-batch, not to a generator's state."""
+
+    def cut(call):
+        if call == 13:
+            raise OSError("power cut")
+
+    whole = trained(name, tmp_path / "whole")
+    run = toy_run(name, tmp_path / "cut", reward=Asked(cut))
+    run.open_folder(overwrite=False, resume=False)
+    with pytest.raises(OSError, match="power cut"):
+        list(run.steps())
+    again = trained(name, tmp_path / "cut", resume=True)
+    assert torch.equal(again["weight"], whole["weight"]) and log_of(tmp_path / "cut") == log_of(tmp_path / "whole")

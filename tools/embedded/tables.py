@@ -41,6 +41,13 @@ CLAIMS = (
     ("SRPO against Direct-Align, alone: gold", "gold", "srpo|0", "direct-align|0"),
     ("… proxy", "reward", "srpo|0", "direct-align|0"),
 )
+SURROGATES = ("flowbp-sparse", "flowbp-bridge", "flowbp-lagrange", "leapalign")
+CLAIMS += tuple(
+    (f"{charts.title(name)} against {charts.title(other)}, {how}: {label}", axis, f"{name}|{k}", f"{other}|{k}")
+    for name in SURROGATES
+    for other, how, k in (("refl", "alone", 0), ("imagerefl", "combined", START))
+    for axis, label in (("reward", "proxy"), ("heldout", "held-out"), ("gold", "gold"), ("diversity", "diversity"))
+)
 """A claim, a figure, and the points a and b, `model|k`, whose difference a − b it is about."""
 
 Runs = Sequence[Mapping[str, Any]]

@@ -147,6 +147,7 @@ with torch.inference_mode():
     words = {"positive": "crisp, vivid", "negative": "blurred", "sigma_low": 0.4}
     for kind, given in {
         "DRaFTLV": {}, "DRTune": {"k": 2, "early_stop": 2}, "SRPO": words, "SQDF": {"buffer_gb": 1e-4, "collect_every": 2},
+        "FlowBPLagrange": {"concentration": "1, 2.5, 1"},
     }.items():  # fmt: skip
         results[f"steps of {kind}"] = len(trained(kind, **given)[2]["loss"])
     box = {"buffer_gb": 1e-4, "queries": "4, 4", "updates_per_loop": 1, "epochs": 2}
