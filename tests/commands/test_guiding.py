@@ -89,6 +89,9 @@ def test_rl_guidance_of_weight_1_is_the_tuned_model_with_guidance(pipeline_folde
             "--negative is read with guidance alone: give --guidan",
         ),
         (["--tuned-guidance-scale", 2], "--tuned-guidance-scale is of the tuned part: give --lora or --tuned-model"),
+        (["--switch", "75%"], "--switch is of the tuned part: give --lora or --tuned-model"),
+        (["--strength", 0.5, "--base-lora", LORA], "--strength is of LoRAs of the tuned part: give --lora, or --base-lora FILE:0.8"),
+        (["--lora", LORA, "--tuned-prompt", "{Prompt }, x"], "--tuned-prompt '{Prompt }, x': the image's own prompt is written {prompt}"),
     ],
 )
 def test_a_guide_that_cannot_be_is_refused_before_a_model_is_loaded(more, message, tmp_path, capsys):

@@ -50,9 +50,21 @@ def test_tables_of_pick_a_pic_leave_ties_out(table, folder):
     assert "2 pairs" in str(report) and "1 ties (line 4)" in str(report)
 
 
+def test_a_row_of_pick_a_pic_without_a_verdict_is_no_pair(table, folder):
+    """Where nobody chose, its label_0 is 0: image_1 is not better there."""
+    report = Report()
+    labels = ("1,0,True", "0,0,True", "0,1,False", "0,1,1", "0,,")
+    content = "image_0,image_1,label_0,label_1,has_label,caption\n" + "".join(f"0.png,1.png,{one},p{i}\n" for i, one in enumerate(labels))
+    first, second = folder / "0.png", folder / "1.png"
+    assert read_pairs(str(table(content)), report) == [(first, second, "p0"), (second, first, "p3"), (second, first, "p4")]
+    assert "2 ties (line 3, line 4)" in str(report)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("image_0,image_1,label_0,label_1,prompt\n0.png,1.png,1,1,p\n", r"line 2: label_0 is 1 and label_1 1: they must sum to 1"),
+        ("winner,chosen,rejected,prompt\n0.png,1.png,2.png,p\n", r"line 2: chosen and winner name different images: leave one"),
         ("chosen,rejected,prompt\n0.png,,p\n", r"table.csv, line 2: no worse image; name it in a column rejected, loser, dispreferred"),
         ("chosen,prompt\n0.png,p\n", r"table.csv, line 2: no worse image; name it in a column rejected"),
         ("rejected,prompt\n0.png,p\n", r"table.csv, line 2: no better image; name it in a column chosen"),
@@ -126,6 +138,7 @@ def test_an_image_with_both_labels_is_liked(table, folder):
             r"table.csv, line 3: label 'maybe' is neither liked nor disliked: give these words",
         ),
         ("image,prompt,label\n0.png,p,1\n1.png,p,\n", r"table.csv, line 3: label missing is neither liked nor disliked"),
+        ("image,prompt,vote,liked\n0.png,p,1,no\n", "line 2: liked is 'no' and vote '1': leave one of these columns out"),
         ("image,prompt,label\n0.png,p,1\n1.png,p,0\n2.png,p,-1\n", r"labels are 0 and -1 as well: leave out what is neither"),
         ("image,prompt,label\n0.png,p,1\n1.png,p,yes\n", r"table.csv: 2 images are liked and 0 disliked: give some of both"),
         ("image,prompt,label\ngone.png,p,1\n1.png,p,0\n", r"table.csv names .*gone.png, which does not exist"),

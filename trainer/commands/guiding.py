@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from dataclasses import Field, dataclass, fields
 from typing import Any
@@ -101,8 +102,17 @@ def _check_read(args: argparse.Namespace, parts: TwoParts, settings: Generation,
         "negative": bool(args.negative),
     }
     alone = args.guide == COMBINED and not parts.tuned  # the base alone
-    if alone and args.tuned_prompt != "{prompt}":
-        raise ConfigError("--tuned-prompt is of the tuned part: give --lora or --tuned-model")
+    of_the_tuned = {
+        "--tuned-prompt": args.tuned_prompt != "{prompt}",
+        "--switch": args.switch != "auto",
+    }
+    wrong = next((name for name, is_given in of_the_tuned.items() if is_given), None)
+    if alone and wrong is not None:
+        raise ConfigError(f"{wrong} is of the tuned part: give --lora or --tuned-model")
+    if args.strength != 1 and not parts.loras:
+        raise ConfigError("--strength is of LoRAs of the tuned part: give --lora, or --base-lora FILE:0.8")
+    if any(one != "{prompt}" for one in re.findall(r"\{\s*prompt\s*\}", args.tuned_prompt, re.IGNORECASE)):
+        raise ConfigError(f"--tuned-prompt {args.tuned_prompt!r}: the image's own prompt is written {{prompt}}")
     for name in [name for name, is_given in given.items() if is_given]:
         flag = f"--{name.replace('_', '-')}"
         if alone and name.startswith("tuned"):

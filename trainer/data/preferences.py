@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .rows import Row, read_rows
 CHOSEN_COLUMNS = ("chosen", "winner", "preferred", "image_chosen", "chosen_image")
 REJECTED_COLUMNS = ("rejected", "loser", "dispreferred", "image_rejected", "rejected_image")
 TWO_COLUMNS = ("image_0", "image_1", "label_0")  # of Pick-a-Pic: label_0 is 1 where image_0 is better, 0 where image_1 is, 0.5 for ties
+_OTHER_LABEL = "label_1"  # image_1's, where the table has it
 _TWO_IMAGES = (("jpg_0", "image_0"), ("jpg_1", "image_1"))  # in data sets; Pick-a-Pic's are JPEG files as bytes
 LABEL_COLUMNS = ("label", "liked", "vote")
 _LIKED = ("liked", "like", "1", "+1", "true", "yes", "good", "up")
@@ -91,7 +92,7 @@ def _rows(path: Path, report: Report) -> list[Row]:
 
 
 def _pair(path: Path, row: Row, report: Report) -> tuple[Path, Path, str] | None:
-    names = _by_label(row) if row.values.get(TWO_COLUMNS[0]) else [_first(row, CHOSEN_COLUMNS), _first(row, REJECTED_COLUMNS)]
+    names = _by_label(row) if row.values.get(TWO_COLUMNS[0]) else [_only(row, CHOSEN_COLUMNS), _only(row, REJECTED_COLUMNS)]
     if names is None:
         report.leave_out("ties", row.where.rpartition(", ")[2])
         return None
@@ -109,20 +110,32 @@ def _pair(path: Path, row: Row, report: Report) -> tuple[Path, Path, str] | None
 
 def _by_label(row: Row) -> list[Any] | None:
     """Better and worse image of a row of Pick-a-Pic's columns; None for a tie."""
-    first, second, label = (row.values.get(name) for name in TWO_COLUMNS)
-    share = _share(label, row.where)
+    first, second = (row.values.get(name) for name in TWO_COLUMNS[:2])
+    share = _share(row.values, row.where)
     return None if share == 0.5 else [first, second] if share == 1 else [second, first]
 
 
-def _share(label: Any, where: str) -> float:
-    """Pick-a-Pic's label_0, as a number."""
-    try:
-        share = float(str(label))
-    except ValueError:
-        share = -1.0
+def _share(values: Mapping[str, Any], where: str) -> float:
+    """How much Pick-a-Pic's image_0 is the better one: 1, 0, or 0.5 for a tie, and where nobody said."""
+    if str(values.get("has_label", "")).strip().lower() in ("false", "no", "0", "0.0"):
+        return 0.5
+    share, other = (_number(values.get(name)) for name in (TWO_COLUMNS[2], _OTHER_LABEL))
     if share not in (0.0, 0.5, 1.0):
-        raise ValueError(f"{where}: label_0 is {_short(label)}: give 1 where image_0 is better, 0 where image_1 is, 0.5 for a tie")
+        label = _short(values.get(TWO_COLUMNS[2]))
+        raise ValueError(f"{where}: label_0 is {label}: give 1 where image_0 is better, 0 where image_1 is, 0.5 for a tie")
+    if other is not None and share == other == 0:
+        return 0.5
+    if other is not None and share + other != 1:
+        raise ValueError(f"{where}: label_0 is {share:g} and label_1 {other:g}: they must sum to 1, or be 0 for a tie")
     return share
+
+
+def _number(value: Any) -> float | None:
+    """A number; None for nothing or another text."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return None
 
 
 def _labelled_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
@@ -132,8 +145,7 @@ def _labelled_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
         name = _first(row, IMAGE_COLUMNS)
         if not isinstance(name, str) or "\0" in name:
             raise ValueError(f"{row.where}: no image; name one in a column {', '.join(IMAGE_COLUMNS[:3])}")
-        value = next((row.values[column] for column in LABEL_COLUMNS if row.values.get(column) not in (None, "")), None)
-        word = _word(value, row.where)
+        word = _label_of(row)
         words.add(word)
         image = resolve_image(path.parent, name, report)
         prompt = prompt_in(row, "", report) or (caption_beside(image, report) if is_file(image) else None)
@@ -144,9 +156,24 @@ def _labelled_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
     return found
 
 
+def _label_of(row: Row) -> str:
+    """The row's label as one of the words; ValueError where two columns contradict each other."""
+    given = {column: row.values[column] for column in LABEL_COLUMNS if row.values.get(column) not in (None, "")}
+    column, value = next(iter(given.items()), ("", None))
+    word = _word(value, row.where)
+    for other, second in given.items():
+        if _plain(second) in (_DISLIKED if word in _LIKED else _LIKED):
+            raise ValueError(f"{row.where}: {column} is {_short(value)} and {other} {_short(second)}: leave one of these columns out")
+    return word
+
+
+def _plain(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0")
+
+
 def _word(value: Any, where: str) -> str:
     """A label as one of the words for liked and disliked."""
-    word = str(value).strip().lower().removesuffix(".0")
+    word = _plain(value)
     if word not in (*_LIKED, *_DISLIKED):
         raise ValueError(f"{where}: label {_short(value)} is neither liked nor disliked: give these words, or 1 and 0, or 1 and -1")
     return word
@@ -161,6 +188,16 @@ def _first(row: Row, columns: Sequence[str]) -> Any:
     return next((row.values[column] for column in columns if row.values.get(column)), None)
 
 
+def _only(row: Row, columns: Sequence[str]) -> Any:
+    """What one of the columns says; ValueError where two of them name different images."""
+    given = {column: row.values[column] for column in columns if row.values.get(column)}
+    first = next(iter(given), "")
+    other = next((column for column in given if given[column] != given[first]), None)
+    if other is not None:
+        raise ValueError(f"{row.where}: {first} and {other} name different images: leave one of these columns out")
+    return given.get(first)
+
+
 def _short(value: Any) -> str:
     return "missing" if value in (None, "") else repr(value)[:40]
 
@@ -173,7 +210,7 @@ def _dataset_pairs(source: str, report: Report) -> list[tuple[ImageSource, Image
     report.source = source
     names, prompts, found = source.removeprefix(PREFIX), ("prompt", *PROMPT_COLUMNS), list[tuple[ImageSource, ImageSource, str]]()
     try:
-        label, rows = dataset_rows(names, _TWO_IMAGES, (TWO_COLUMNS[2:], ("has_label",), prompts))
+        label, rows = dataset_rows(names, _TWO_IMAGES, (TWO_COLUMNS[2:], (_OTHER_LABEL,), ("has_label",), prompts))
         two = True
     except ValueError as error:
         if "has no column" not in str(error):
@@ -185,7 +222,7 @@ def _dataset_pairs(source: str, report: Report) -> list[tuple[ImageSource, Image
         prompt = prompt_of(values.get("prompt"), where, report)
         if prompt is None:
             raise ValueError(f"{where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}")
-        share = 1.0 if not two else 0.5 if values.get("has_label") is False else _share(values.get("label_0"), where)
+        share = _share(values, where) if two else 1.0
         if share == 0.5:
             report.leave_out("ties", f"row {i}")
         else:
