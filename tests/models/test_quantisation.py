@@ -6,6 +6,7 @@ int8 and fp8 need torchao, nf4 bitsandbytes. diffusers makes nf4 on GPUs alone; 
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from trainer.models.load import load_policy
 from trainer.models.meta import meta_policy
 from trainer.models.open import open_policy
 from trainer.models.quantisation import LIBRARIES, Quantisation, is_quantised
+from trainer.models.second import with_network
 from trainer.policy import Lora
 from trainer.rewards.registry import load_reward
 from trainer.sampling import trajectory
@@ -150,6 +152,26 @@ def test_a_file_is_quantised_as_its_folder(kind, family_folder, tmp_path, monkey
     assert any(map(is_quantised, file.pipeline.text_encoder.modules())) and file.quantised
     assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
     assert not torch.equal(both[0][0], both[2][0])
+
+
+def test_a_second_network_is_quantised_as_the_first(kind, family_folder, tmp_path):
+    """Its predictions are those of that model quantised alone; one of other shapes is refused by the shapes before."""
+    folder, turbo, quantised = family_folder("krea2"), tmp_path / "turbo", Quantisation(kind)
+    shutil.copytree(folder, turbo)
+    (file,) = (turbo / "transformer").glob("*.safetensors")
+    save_file({k: v + 0.1 * v.std(correction=0) for k, v in load_file(file).items()}, file, {"format": "pt"})
+    base, alone = (load_policy(path, image_size=64, quantisation=quantised) for path in (folder, turbo))
+    adapted(base)
+    second = with_network(base, turbo)
+    assert second.quantised and second.quantisation == quantised
+    found, expected = results(adapted(second)), results(adapted(alone))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not torch.equal(found[0], results(base)[0])
+    config = {key: value for key, value in base.network.config.items() if key != "quantization_config"}
+    small = type(base.network).from_config({**config, "num_layers": 1})
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="is a model of another size or family"):
+        with_network(base, tmp_path / "small")
 
 
 def test_a_run_resumes_bit_for_bit_and_its_lora_is_for_any_weights(kind, pipeline_folder, reward_folder, image_folder, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import main
-from trainer.commands.preset import text_of
+from trainer.commands.preset import command_for, text_of
 from trainer.config import build, override, read_toml
 from trainer.lora.file import save_lora
 from trainer.memory.planner import Planner
@@ -54,6 +54,19 @@ def test_every_cell_is_a_valid_run(tmp_path):
             )
 
 
+def test_what_a_comment_offers_is_valid_too(tmp_path):
+    """The turbo model of a base to draw evaluations with, and the training adapter of a distilled one."""
+    offered = {name for name, row in ROWS.items() if row.turbo[0] or row.training_adapter}
+    assert offered == {"z-image", "z-image-turbo", "krea2", "krea2-turbo", "flux2-klein-4b", "flux2-klein-9b", "flux-schnell"}
+    for name in offered:
+        text = text_of("refl", name)
+        for key in ("training_adapter", "tuned_model", "tuned_steps"):
+            text = text.replace(f"# {key} =", f"{key} =")
+        (tmp_path / "preset.toml").write_text(text)
+        config = build(TrainConfig, read_toml(tmp_path / "preset.toml"))
+        assert bool(config.training_adapter) == ROWS[name].few != bool(config.watch.tuned_model)
+
+
 def test_files_in_the_folder_are_the_tables(tmp_path):
     models = {path.stem.removeprefix("imagerefl-"): path for path in FILES}
     assert {MODELS[SHORT.get(name, name)][0] for name in models} == {family for family, _ in MODELS.values()}  # one for each family
@@ -70,6 +83,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     assert main(command.split()[3:]) == 0 and main(command.split()[3:]) == 2
     assert capsys.readouterr().err == f"error: {file} exists: --overwrite replaces it\n"
     assert read_toml(file)["out"] == "runs/srpo-flux"
+    assert [command_for(Path(name)) for name in ("sdxl.toml", "my-refl-sdxl.toml", "refl-demo.toml")] == [""] * 3
     for given, expected in (
         (["preset", "srpo", "--model", "z-imag"], "no family 'z-imag': did you mean z-image?"),
         (["preset", "srpo", "--model", "flux3"], "no family 'flux3': did you mean flux?"),

@@ -17,15 +17,25 @@ from ..data.fingerprint import Fingerprint, fingerprint
 from ..data.images import ImageSource
 from ..data.report import Report
 from ..data.samples import Samples, check_sources, content_hash, encode_images, load_samples
+from ..lora.extract import weight_files
 from ..lora.file import lora_weights
-from ..memory.offload import offloads, place_rewards
+from ..memory.offload import offloads, place_models, place_rewards
 from ..models.diffusers_policy import DiffusersPolicy
-from ..models.open import DTYPES, denoiser_hashes, gradient_vae_hash, open_consistency, open_gradient_vae, open_policy
+from ..models.open import (
+    DTYPES,
+    denoiser_hashes,
+    gradient_vae_hash,
+    open_consistency,
+    open_gradient_vae,
+    open_policy,
+    open_training_adapter,
+)
+from ..models.second import states_schedule, with_network
 from ..rewards.base import RewardModel
 from ..rewards.registry import load_features, load_reward
 from ..rewards.two_tower import TwoTower
 from ..rng import generator
-from ..runtime.files import file_hash
+from ..runtime.files import file_hash, files_hash
 from ..runtime.processes import Processes
 from ..training.config import TrainConfig
 from ..training.evaluation import CHUNK, Evaluation, Reference
@@ -55,6 +65,8 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     _set_speed(policy, config)
     if config.consistency:
         open_consistency(policy, config.consistency)
+    if config.training_adapter:
+        open_training_adapter(policy, config.training_adapter)
     features = load_features(config.features, aside) if config.features else None
     samples = _samples(config, policy, processes)
     evaluation = _evaluation(config, policy, reward, samples, aside, processes)
@@ -71,10 +83,14 @@ def _data(config: TrainConfig, samples: Samples, evaluation: Evaluation | None) 
     found = {key: samples.fingerprint} if samples.fingerprint else {}
     if config.consistency not in ("", "demo"):
         found["consistency"] = fingerprint(1, weights=[file_hash(lora_weights(Path(config.consistency)))])
+    if config.training_adapter:
+        found["training_adapter"] = fingerprint(1, weights=[file_hash(lora_weights(Path(config.training_adapter)))])
     if config.gradient_vae:
         found["gradient_vae"] = fingerprint(1, weights=[gradient_vae_hash(config.gradient_vae)])
     if config.watch.prompts and evaluation is not None:
         found["watch.prompts"] = fingerprint(len(evaluation.prompts), prompts=evaluation.prompts)
+    if config.watch.every and config.watch.tuned_model:
+        found["watch.tuned_model"] = fingerprint(1, weights=[files_hash(weight_files(Path(config.watch.tuned_model)))])
     if config.watch.every and config.watch.reference not in ("", "none"):
         references = _references(config)
         found["watch.reference"] = fingerprint(len(references), images=map(content_hash, references))
@@ -86,7 +102,7 @@ def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
     assert isinstance(parts.policy, DiffusersPolicy)
     evaluated = parts.evaluation.prompts if parts.evaluation else []
     parts.policy.prompts.prepare([*config.method.captions(parts.samples.prompts), "", *evaluated], _cache(config), parts.processes)
-    parts.policy.to(device)  # after encoding: encoders and denoiser need not fit in together
+    place_models(config, parts.policy, parts.evaluation, device)  # after encoding: encoders and denoiser need not fit in together
     place_rewards(config, parts, device)
 
 
@@ -132,8 +148,23 @@ def _evaluation(
     for report in (texts, photos):
         if report.source and processes.main:
             report.show()
-    judges = {"reward": reward, "heldout": heldout}
-    return Evaluation.of_run(config, policy, judges, prompts, towers[0].image_features, reference=compared)
+    judges, features = {"reward": reward, "heldout": heldout}, towers[0].image_features
+    return Evaluation.of_run(config, policy, judges, prompts, features, reference=compared, tuned=_tuned_model(config, policy))
+
+
+def _tuned_model(config: TrainConfig, policy: DiffusersPolicy) -> DiffusersPolicy | None:
+    """The other model of evaluations."""
+    path, parts = config.watch.tuned_model, config.watch.tuned_parts
+    if not path:
+        return None
+    try:
+        if not states_schedule(policy, path, parts):
+            raise ConfigError(f"{path} is a network without a schedule: give watch.tuned_parts, a diffusers folder of that model")
+        model = with_network(policy, path, parts)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"watch.tuned_model: {error}") from error
+    _set_speed(model, config)
+    return model
 
 
 def reference(config: TrainConfig, size: tuple[int, int], report: Report | None = None) -> Reference | None:

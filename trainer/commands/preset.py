@@ -104,15 +104,25 @@ def text_of(method: str, model: str, stem: str = "") -> str:
     for name, table in tables.items():
         note = "                                  # judged by a reward that is not trained on; without its weights, delete this table"
         lines += ["", f"[{name}]{note if name == 'watch' else ''}", *map(_written, table)]
+    if row.turbo[0]:
+        drawn: list[Line] = [
+            ("tuned_model", quote(f"models/{row.turbo[0]}"), "evaluations then draw with the turbo model and the LoRA, without guidance"),
+            ("tuned_steps", str(row.turbo[1]), "of its own schedule"),
+        ]
+        lines += [f"# {_written(line)}" for line in drawn]
     return "\n".join(lines) + "\n"
 
 
 def _warning(row: Row) -> list[str]:
     if not row.few:
         return []
-    return [
+    lines = [
         "# This model is distilled to few steps, which training undoes: train its base model where there is one, and draw with this one."
     ]
+    if row.training_adapter:
+        adapter = f'# training_adapter = "models/loras/{row.training_adapter}.safetensors"'
+        lines.append(f"{adapter}  # or train with this; steps and guidance are then the base model's")
+    return lines
 
 
 def _written(line: Line) -> str:
@@ -123,7 +133,7 @@ def _written(line: Line) -> str:
 def command_for(path: Path) -> str:
     """The command that writes a preset of that file's name, "" where it is none."""
     for method in METHODS:
-        model = path.stem.removeprefix(f"{method}-")
-        if path.suffix == ".toml" and (model in ROWS or model in SHORT):
+        prefix, _, model = path.stem.partition(f"{method}-")
+        if path.suffix == ".toml" and not prefix and (model in ROWS or model in SHORT):
             return f"python -m trainer preset {method} --model {model} --out {path}"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ..config import ConfigError, build, override, plain, read_toml
 from ..memory.oom import remedy
 from ..memory.planner import Planner, data_report
 from ..memory.savings import fit_vram
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.distilled import warning_of
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES
 from ..policy import Lora
@@ -24,6 +27,8 @@ from ..training.run import Run
 from .options import quiet_libraries
 from .parts import load_parts, place_parts
 from .preset import command_for
+
+log = logging.getLogger(__name__)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +88,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         if processes.main:
             if (report := data_report(config)).source:
                 report.show()
+            _warn(config, planner.policy(config))
             print(planner.report(config))
         return 0
     try:
@@ -100,6 +106,8 @@ def _run(config: TrainConfig, args: argparse.Namespace, processes: Processes, pl
         check_folder(Path(config.out), overwrite=args.overwrite, resume=args.resume)
     parts = load_parts(config, device, processes)
     lock = claim(Path(config.out), overwrite=args.overwrite, resume=args.resume) if processes.main else None
+    if processes.main and isinstance(parts.policy, DiffusersPolicy):
+        _warn(config, parts.policy)
     place_parts(config, parts, device)
     run = Run(config, parts, lock)
     run.open_folder(overwrite=args.overwrite, resume=args.resume)
@@ -108,6 +116,13 @@ def _run(config: TrainConfig, args: argparse.Namespace, processes: Processes, pl
     if processes.main:
         _report(run, planner, device)
     return 0 if run.last else 130
+
+
+def _warn(config: TrainConfig, policy: DiffusersPolicy) -> None:
+    """Say how a distilled model is trained, where the settings do not."""
+    text = warning_of(policy, config.model)
+    if text and not config.training_adapter and not config.watch.tuned_model:
+        log.warning("warning: %s", text)
 
 
 def _report(run: Run, planner: Planner, device: str) -> None:

@@ -245,6 +245,11 @@ def load_consistency(policy: Adaptable, path: Path) -> None:
     attach_adapter(policy, read_adapter(path), path, 1.0, "consistency")
 
 
+def load_training_adapter(policy: Adaptable, path: Path) -> None:
+    """Attach the LoRA that undoes a model's distillation while it trains; every key must match. See models/adapters.py."""
+    attach_adapter(policy, read_adapter(path), path, 1.0, "training_adapter")
+
+
 def _checked_changes(policy: Adaptable, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """A delta file's differences by parameter name; raises ValueError for a name or shape that the model does not have."""
     known = {names.delta_key(name): (name, parameter.shape) for name, parameter in policy.adapters.network_weights().items()}

@@ -10,15 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.speed import move
+from ..models.speed import on_device as moved_to
 from ..rewards.base import RewardModel
 from ..rewards.prompt_cache import PromptCachedReward
 from ..training.config import TrainConfig
+from ..training.evaluation import Evaluation
 from ..training.parts import Parts
 
 
 def offloads(config: TrainConfig) -> bool:
     """Whether anything waits on the CPU."""
     return config.offload_encoders and not config.device.startswith("cpu")
+
+
+def place_models(config: TrainConfig, policy: DiffusersPolicy, evaluation: Evaluation | None, device: str) -> None:
+    """Move a run's models to the device; with offloading the one of evaluations alone waits on the CPU between them."""
+    policy.to(device)
+    if evaluation is None:
+        return
+    networks = [evaluation.tuned.network] if isinstance(evaluation.tuned, DiffusersPolicy) else []
+    if not offloads(config):
+        move(networks, device)
+    evaluation.drawing = partial(_drawing, policy, networks if offloads(config) else [], device)
+
+
+@contextmanager
+def _drawing(policy: DiffusersPolicy, networks: Sequence[nn.Module], device: str) -> Generator[None]:
+    """Inside, networks that wait on the CPU are on the device, and the training adapter is off."""
+    with policy.adapters.without_training(), moved_to(networks, device):
+        yield
 
 
 def place_rewards(config: TrainConfig, parts: Parts, device: str) -> None:

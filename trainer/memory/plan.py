@@ -37,6 +37,9 @@ from .stand_ins import TrackedPolicy, UntrackedReward
 MICRO_BATCHES = 32  # of a run's start, of which the most expensive is planned
 _ENCODERS = ("VAE encoder weights", "text encoder weights")
 _HELDOUT, _TEXT_TOWERS = "held-out reward weights", "text towers of rewards"
+_TUNED = "weights of watch.tuned_model"
+_BETWEEN = (*_ENCODERS, _HELDOUT, _TUNED)
+"""What an offloading run has on the CPU while it trains."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,18 @@ class _DryRun:
             "small decoder weights": tensors(getattr(policy.autoencoder, "tiny", None)),  # a graph counts its own with the VAE
             "text encoder weights": tensors(*policy.prompts.encoders),
             **{name: _without(tensors(*rewards), tensors(*self._text_towers(name))) for name, (rewards, _, _) in self.rewards.items()},
+            _TUNED: self._tuned_model(),
             "EMA": list(self.run.ema.values.values()) if self.run.ema else [],
             "optimizer state": self._optimizer_state(),
         }
+
+    def _tuned_model(self) -> list[Tensor]:
+        """The other model of evaluations, with an adapter of its own."""
+        if not (self.asked.watch.every and self.asked.watch.tuned_model):
+            return []
+        return [
+            torch.empty_like(t) for t in (*_without(tensors(self.policy.network), [*self.policy.parameters()]), *self.policy.parameters())
+        ]
 
     def _optimizer_state(self) -> list[Tensor]:
         """What the optimizer keeps from its first step on. 8-bit kernels do not take meta tensors: their table is used."""
@@ -191,7 +203,7 @@ class _DryRun:
 
     def waiting(self) -> int:
         """See Plan."""
-        offloaded = [tensor for name in (*_ENCODERS, _HELDOUT) for tensor in self.held[name]]
+        offloaded = [tensor for name in _BETWEEN for tensor in self.held[name]]
         towers = tensors(*(tower for name in self.rewards for tower in self._text_towers(name)))
         return 0 if self.on_cpu else self.encoded + sum(tensor.nbytes for tensor in ([*offloaded, *towers] if self.offload else []))
 
@@ -214,7 +226,7 @@ class _DryRun:
         """With offloading, rewards encode the run's prompts before their text towers leave."""
         for name, (rewards, texts, _) in self.rewards.items() if self.offload else ():
             self.held[_TEXT_TOWERS] = tensors(*self._text_towers(name))
-            with self._phase("encoding rewards' prompts", [name, *(c for c in self.held if c not in (*_ENCODERS, _HELDOUT))]):
+            with self._phase("encoding rewards' prompts", [name, *(c for c in self.held if c not in _BETWEEN)]):
                 for reward in (m for r in rewards for m in r.modules() if isinstance(m, PromptCachedReward)):
                     reward.forget()
                     with self.tracker.component("reward"):
@@ -227,7 +239,7 @@ class _DryRun:
         self.micro_batch = self._most_expensive()
         batch = self._batch(self.micro_batch)
         loss_of = self.config.method.begin(self.context)
-        with self._phase("training step", [c for c in self.held if c not in (*_ENCODERS, _HELDOUT)]):
+        with self._phase("training step", [c for c in self.held if c not in _BETWEEN]):
             if steps > 1:
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
@@ -257,19 +269,26 @@ class _DryRun:
             counts.append((counter.graphs, counter.calls))
         return counts.index(max(counts))
 
+    def _draw(self, prompts: Sequence[str]) -> None:
+        """One denoiser call and the decoding of what is drawn at once."""
+        x = self.latent.expand(min(len(prompts), generation_batch_size(self.policy, Generation())), -1, -1, -1).clone()
+        sigma = self.policy.sigmas(self.config.method.steps)[:1].expand(len(x))
+        self.tracked.denoiser(prompts[: len(x)], adapter="base", guidance_scale=self.asked.watch.guidance_scale)(x, sigma)
+        self.tracked.decode(x)
+
     @torch.no_grad()
     def evaluate(self) -> None:
         """What an evaluation generates and scores at once."""
         watch = self.asked.watch
         if not watch.every:
             return
-        with self._phase("evaluation", [c for c in self.held if c not in (*_ENCODERS, _HELDOUT)]):
-            count = watch.count * watch.images
-            prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
-            x = self.latent.expand(min(count, generation_batch_size(self.policy, Generation())), -1, -1, -1).clone()
-            sigma = self.policy.sigmas(self.config.method.steps)[:1].expand(len(x))
-            self.tracked.denoiser(prompts[: len(x)], adapter="base", guidance_scale=watch.guidance_scale)(x, sigma)
-            self.tracked.decode(x)
+        count, present = watch.count * watch.images, [c for c in self.held if c not in _BETWEEN]
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        if self.held[_TUNED]:  # which leaves before the rewards come
+            with self._phase("evaluation", [*present, _TUNED]):
+                self._draw(prompts)
+        with self._phase("evaluation", present):
+            self._draw(prompts)
             images = torch.empty(min(count, 32), 3, *self.policy.image_size, device=META)
             self.tracker.attribute(self.held[_HELDOUT], _HELDOUT)
             for reward in (self.models.reward, self.models.heldout):

@@ -11,7 +11,8 @@ from ..data.captions import read_prompts
 from ..data.hub import PREFIX
 from ..data.report import Report
 from ..data.samples import list_samples
-from ..models.open import DTYPES, open_consistency, open_gradient_vae, open_policy
+from ..models.diffusers_policy import DiffusersPolicy
+from ..models.open import DTYPES, open_consistency, open_gradient_vae, open_policy, open_training_adapter
 from ..models.quantisation import read_bytes
 from ..rewards.base import RewardModel
 from ..rewards.registry import load, load_features
@@ -53,6 +54,7 @@ class Planner:
             "tune",
             "lora",
             "consistency",
+            "training_adapter",
             "gradient_vae",
             "images",
             "pairs",
@@ -65,6 +67,10 @@ class Planner:
             with dry_run(self.tracker):
                 self._models[key] = self.make_models(config)
         return self._models[key]
+
+    def policy(self, config: TrainConfig) -> DiffusersPolicy:
+        """The model of a config, on the meta device."""
+        return self._meta_models(config).policy
 
     def make_models(self, config: TrainConfig) -> MetaModels:
         """The models of a config, on the meta device."""
@@ -95,6 +101,8 @@ def meta_models(config: TrainConfig) -> MetaModels:
     policy.merge_rollouts = config.merge_rollouts
     if config.consistency:
         open_consistency(policy, config.consistency)
+    if config.training_adapter:
+        open_training_adapter(policy, config.training_adapter)
     if config.gradient_vae:
         open_gradient_vae(policy, config.gradient_vae)
     features = load_features(config.features, "meta") if config.features else None

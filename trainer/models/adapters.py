@@ -1,6 +1,7 @@
 """The adapters of one network, by name: LoRAs by peft, and whole versions of its weights from full fine-tuning.
 
-`base` means none, `tuned` is what training moves; any others are frozen. One adapter is active at a time.
+`base` means none, `tuned` is what training moves; any others are frozen. One adapter is active at a time, and beside each of them the
+training adapter where there is one: it undoes a distillation while a model trains, and belongs to no result.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import re
 import warnings
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..policy import Lora
 from .full_tuning import WeightSwap, weights_of
 
+TRAINING = "training_adapter"
+"""The training adapter."""
 _PEFT_NAMES = {"tuned": "default"}  # peft's own name of a first adapter, which parameter names in checkpoints carry
 
 
@@ -31,6 +34,7 @@ class Adapters:
         self.targets = targets
         """The modules that a LoRA without targets of its own adapts."""
         self.active = "tuned"
+        self._beside: tuple[str, ...] = ()  # the training adapter where it is on
         self._swaps: dict[str, WeightSwap] = {}  # adapters that are versions of the weights
         self._attached: set[str] = set()
         self._layers: dict[str, Any] = {}  # peft's layers by module name
@@ -40,14 +44,15 @@ class Adapters:
         self._adaptable: dict[str, nn.Linear | nn.Conv2d] = dict(adaptable)
 
     def __contains__(self, name: object) -> bool:
-        return name in ("base", "tuned") or name in self._attached or name in self._swaps
+        return name in self._names()
+
+    def _names(self) -> set[str]:
+        return {"base", "tuned", *self._attached, *self._swaps} - {TRAINING}
 
     def check(self, name: str) -> None:
         """Raise ValueError unless the adapter is loaded."""
         if name not in self:
-            raise ValueError(
-                f"no adapter {name!r} is loaded: use one of {', '.join(sorted({'base', 'tuned', *self._attached, *self._swaps}))}"
-            )
+            raise ValueError(f"no adapter {name!r} is loaded: use one of {', '.join(sorted(self._names()))}")
 
     @property
     def tuned(self) -> bool:
@@ -90,6 +95,7 @@ class Adapters:
             for parameter, flag in trained:
                 parameter.requires_grad_(flag)
         self._attached.add(name)
+        self._beside = (TRAINING,) if TRAINING in self._attached else ()
         self._list_layers()
         for layer in self._layers.values():
             for side in (layer.lora_A, layer.lora_B):
@@ -172,13 +178,34 @@ class Adapters:
                 swap.activate(tuned=False, within=inside)
         if name in self._swaps:
             self._swaps[name].activate(tuned=True, within=inside)
-        active = [_peft_name(name)]
+        active = self._of_peft(name)
         for layer in self._layers.values():
             if inside is None or layer in inside:
                 # not by peft's methods, which also set requires_grad
-                layer._disable_adapters = name == "base"
-                if name != "base":
+                layer._disable_adapters = not active
+                if active:
                     layer._active_adapter = active
+
+    def _of_peft(self, name: str) -> list[str]:
+        """peft's names of what is active with an adapter."""
+        return [_peft_name(each) for each in (name, *self._beside) if each != "base"]
+
+    @contextmanager
+    def without_training(self) -> Generator[None]:
+        """Inside, the training adapter is off: the model as images are drawn with it."""
+        beside, merged = self._beside, self._merged
+        if not beside:
+            yield
+            return
+        self._unmerge()
+        self._beside = ()
+        self._switch(self.active)
+        try:
+            yield
+        finally:
+            self._beside = beside
+            self._switch(self.active)
+            self._merge(merged)
 
     def _modules_of(self, block: nn.Module) -> set[nn.Module]:
         if block not in self._inside:
@@ -189,25 +216,25 @@ class Adapters:
 
     @contextmanager
     def merging(self) -> Generator[None]:
-        """Inside, the weights are W + (alpha/rank)·BA of the active adapter, which costs no more than the base model.
+        """Inside, the weights are W + (alpha/rank)·BA of what is active, which costs no more than the base model.
 
         Afterwards the original tensors are put back. They are kept meanwhile: one more copy of the adapted matrices.
         """
         if self._merged or self.active == "base":
             yield
             return
-        self._merge(self._merged_weights(_peft_name(self.active)))
+        self._merge(self._merged_weights(self._of_peft(self.active)))
         try:
             yield
         finally:
             self._unmerge()
 
     @torch.no_grad()
-    def _merged_weights(self, name: str) -> list[tuple[nn.Module, nn.Parameter, nn.Parameter]]:
+    def _merged_weights(self, names: list[str]) -> list[tuple[nn.Module, nn.Parameter, nn.Parameter]]:
         return [
-            (module, module.weight, nn.Parameter(module.weight + layer.get_delta_weight(name), requires_grad=False))
+            (module, module.weight, nn.Parameter(sum(deltas, cast(Tensor, module.weight)), requires_grad=False))
             for layer in self._layers.values()
-            if name in layer.lora_A
+            if (deltas := [layer.get_delta_weight(name) for name in names if name in layer.lora_A])
             for module in [layer.get_base_layer()]
         ]
 

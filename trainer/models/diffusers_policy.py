@@ -74,6 +74,10 @@ class DiffusersPolicy:
         """Latents per side that the model was trained at."""
         return int(self.network.config.sample_size)
 
+    def distilled(self) -> str:
+        """What in the pipeline's configuration says that the model is distilled to few steps; "" where nothing does."""
+        return ""
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Run the text encoders on `device`."""
         raise NotImplementedError
@@ -124,6 +128,7 @@ class DiffusersPolicy:
         self.prompts = Prompts(self, [m for m in modules if m is not self.network and m is not self.vae], offload)
         self.lora: Lora | None = None
         self.quantised = has_quantised(self.network)
+        self.quantisation = NONE  # the formats that its loader was given
         self.merge_rollouts = False  # without effect in bfloat16, where small updates would be lost, and on quantised weights
         self.latent_shape = self._latent_shape(image_size)
 

@@ -59,6 +59,11 @@ class FluxPolicy(FlowPolicy):
             return None  # and so has Chroma
         return "flux-dev" if any(key.startswith("guidance_in.") for key in shapes) else "flux-schnell"
 
+    def distilled(self) -> str:
+        """See DiffusersPolicy. `dev` is distilled for guidance alone."""
+        fixed = not self.pipeline.scheduler.config.get("use_dynamic_shifting", False)
+        return "no guidance input and a fixed shift, as FLUX.1 schnell" if fixed and not self.network.config.guidance_embeds else ""
+
     def native_size(self) -> int:
         """Latents per side that the model was trained at."""
         return int(self.pipeline.default_sample_size)

@@ -40,6 +40,7 @@ class KleinPolicy(FlowPolicy):
     tiny_decoder: ClassVar[str] = "taef2"
     blocks: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     split_files: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ("is_distilled",)
     published: ClassVar[Mapping[str, ModelConfig]] = {
         "flux2-klein-4b": _published(KLEIN_4B, QWEN3_4B, 4),
         "flux2-klein-9b": _published(KLEIN_9B, QWEN3_8B, 9),
@@ -63,6 +64,10 @@ class KleinPolicy(FlowPolicy):
     def native_size(self) -> int:
         """Latents per side that the model was trained at: 1024 pixels."""
         return int(self.pipeline.default_sample_size) // 2
+
+    def distilled(self) -> str:
+        """See DiffusersPolicy."""
+        return "is_distilled in its pipeline" if self.pipeline.config.is_distilled else ""
 
     def shift(self, steps: int) -> float | None:
         """The logarithmic shift: the authors' fit over tokens and steps (the inference code of FLUX.2)."""

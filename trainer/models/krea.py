@@ -52,6 +52,10 @@ class KreaPolicy(FlowPolicy):
         """Latents per side that the model was trained at: 1024 pixels, the pipeline's default."""
         return 1024 // self.autoencoder.downscaling
 
+    def distilled(self) -> str:
+        """See DiffusersPolicy."""
+        return "is_distilled in its pipeline" if self.pipeline.config.is_distilled else ""
+
     def shift(self, steps: int) -> float | None:
         """See FlowPolicy. Turbo's is the same for every size."""
         return 1.15 if self.pipeline.config.is_distilled else super().shift(steps)

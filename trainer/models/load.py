@@ -123,7 +123,9 @@ def load_policy(
     for name, part in pipeline.components.items():
         if part is not None and (kind := quantisation.kind(name)) and not has_quantised(part):  # diffusers quantises folders alone
             quantise(part, kind, dtype)
-    return family(pipeline, device, dtype, image_size, offload)
+    policy = family(pipeline, device, dtype, image_size, offload)
+    policy.quantisation = quantisation
+    return policy
 
 
 def _refuse_given(path: Path, given: Given) -> None:

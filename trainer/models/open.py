@@ -8,7 +8,7 @@ import torch
 
 from ..config import ConfigError
 from ..lora.extract import weight_files
-from ..lora.file import load_consistency
+from ..lora.file import load_consistency, load_training_adapter
 from ..runtime.embedded import PIPELINE, WEIGHTS, check_files
 from ..runtime.files import file_hash, files_hash
 from .diffusers_policy import DiffusersPolicy
@@ -66,6 +66,14 @@ def open_consistency(policy: DiffusersPolicy, path: str) -> None:
         load_consistency(policy, file)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"consistency: {error}") from error
+
+
+def open_training_adapter(policy: DiffusersPolicy, path: str) -> None:
+    """Attach the training adapter at `path`."""
+    try:
+        load_training_adapter(policy, Path(path))
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"training_adapter: {error}") from error
 
 
 def gradient_vae_path(name: str) -> Path:

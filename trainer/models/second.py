@@ -1,4 +1,7 @@
-"""A second model of one family for the tuned part of combined generation: its own network and schedule, all else shared."""
+"""A second model of one family for the tuned part of combined generation: its own network and schedule, all else shared.
+
+Its network is quantised as the first model is.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from .diffusers_policy import DiffusersPolicy, without_dtype_warning
 from .load import INDICES, load_policy, resolve
+from .quantisation import has_quantised, original_shape, quantise
 from .single_file import load_part, one_line_errors
 from .split_files import load_in_file, pipeline_settings
 
@@ -44,8 +48,15 @@ def with_network(policy: DiffusersPolicy, path: str | Path, parts: str | Path = 
         found["scheduler"] = load_part(folder / "scheduler", ("diffusers", kind), policy.dtype)
         settings |= pipeline_settings(folder, type(policy))
     _check_architecture(policy, found[policy.network_name], path)
+    kind = policy.quantisation.kind(policy.network_name)
+    if kind and not has_quantised(found[policy.network_name]):
+        quantise(found[policy.network_name], kind, policy.dtype)
     pipeline = policy.assemble(**{**policy.arguments, **policy.pipeline.components, **settings, **found})
-    made = type(policy)(pipeline, policy.device, policy.dtype, policy.image_size)
+    placed = next(policy.network.parameters()).device.type == policy.device.type
+    made = type(policy)(pipeline, policy.device, policy.dtype, policy.image_size, policy.prompts.offload)
+    made.quantisation = policy.quantisation
+    if placed:  # with offloading the constructor has put what both share on the CPU
+        made.to(policy.device)
     encoding = [name for name in settings if name.startswith("text_encoder")]
     shared = made.max_tokens == policy.max_tokens and not found.keys() & policy.within.keys()
     if shared and all(pipeline.config[name] == policy.pipeline.config[name] for name in encoding):
@@ -65,7 +76,7 @@ def _of_file(policy: DiffusersPolicy, path: Path, parts: Path | None) -> dict[st
     assert config is not None
     if family.split_files:
         return load_in_file(path, family, config, policy.dtype)
-    whole = load_policy(path, policy.device, policy.dtype, policy.image_size, parts=parts or "")
+    whole = load_policy(path, policy.device, policy.dtype, policy.image_size, parts=parts or "", offload=True)
     return {name: getattr(whole.pipeline, name) for name in (policy.network_name, "scheduler")}
 
 
@@ -88,7 +99,7 @@ def _check_family(policy: DiffusersPolicy, family: type[DiffusersPolicy], path: 
 
 
 def _check_architecture(policy: DiffusersPolicy, network: Any, path: Path) -> None:
-    theirs, ours = ({name: tuple(p.shape) for name, p in each.named_parameters()} for each in (network, policy.network))
+    theirs, ours = ({name: original_shape(p) for name, p in each.named_parameters()} for each in (network, policy.network))
     ours = {name.replace(".base_layer.", "."): shape for name, shape in ours.items() if ".lora_" not in name}
     wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
     if wrong:

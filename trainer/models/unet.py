@@ -86,6 +86,15 @@ class UNetPolicy(DiffusersPolicy):
             raise ValueError(f"its UNet takes {channels} channels: inpainting and editing models are not supported")
         return cls.text_width.get(text_width(shapes))
 
+    def distilled(self) -> str:
+        """See DiffusersPolicy. SD-Turbo, SDXL-Turbo and Lightning come with trailing timesteps and predict ε."""
+        scheduler = self.pipeline.scheduler
+        if type(scheduler).__name__ == "LCMScheduler":
+            return "its scheduler is LCM's"
+        settings = scheduler.config
+        trailing = settings.get("timestep_spacing") == "trailing" and not settings.get("rescale_betas_zero_snr", False)
+        return "trailing timesteps without zero terminal SNR, as SDXL-Turbo" if trailing and self.prediction_type == "epsilon" else ""
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy."""
         return {"encoder_hidden_states": self.pipeline.encode_prompt(prompts, self.device, 1, False)[0]}

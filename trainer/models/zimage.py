@@ -59,6 +59,11 @@ class ZImagePolicy(FlowPolicy):
         """Latents per side that the model was trained at: 1024 pixels, which no configuration states."""
         return 1024 // self.autoencoder.downscaling
 
+    def distilled(self) -> str:
+        """See DiffusersPolicy. The two published models differ in nothing but weights and shift."""
+        turbo = self.published["z-image-turbo"].scheduler[1]["shift"]
+        return f"its shift of {turbo:g} is Z-Image-Turbo's" if self.pipeline.scheduler.config.shift == turbo else ""
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """See DiffusersPolicy. As the pipeline encodes, but padded, with a mask: its rows have each prompt's own number of tokens."""
         tokenizer, options = self.pipeline.tokenizer, {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}

@@ -11,6 +11,7 @@ from ..guidance import Switch
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective
 from ..policy import Lora
+from ..sampling import Method
 from .optimizers import Name as OptimizerName
 from .tracker import Name as TrackerName
 
@@ -39,6 +40,23 @@ class Watch:
     guidance_scale: float = field(
         default=7.5, metadata={"min": 0.0, "max": 30.0, "help": "guidance scale of the base model before the switch"}
     )
+    tuned_guidance_scale: float | None = field(
+        default=None,
+        metadata={"min": 0.0, "max": 30.0, "help": "guidance scale of the tuned part; none: as in training, 1 with tuned_model"},
+    )
+    tuned_model: str = field(
+        default="",
+        metadata={
+            "help": "another model of the family that draws the tuned part, with the LoRA: the turbo model of the base that is trained"
+        },
+    )
+    tuned_parts: str = field(
+        default="", metadata={"help": "diffusers folder with the schedule of a tuned_model that is a file of the network alone"}
+    )
+    tuned_steps: int = field(default=0, metadata={"min": 0, "max": 1000, "help": "sampler steps of tuned_model's own schedule"})
+    tuned_method: Method | None = field(
+        default=None, metadata={"help": "sampler of the tuned part: ddpm, ddim or dpmpp_2m; none: ddpm, and ddim with tuned_model"}
+    )
     diversity: float = field(
         default=0.0, metadata={"min": 0.0, "max": 1.0, "help": "share of the initial diversity that the best checkpoint must keep"}
     )
@@ -48,6 +66,11 @@ class Watch:
 
     def __post_init__(self) -> None:
         Switch.parse(self.switch)  # raises ValueError
+        if self.tuned_model and not self.tuned_steps:
+            raise ValueError("tuned_model has a schedule of its own: give tuned_steps, such as 8")
+        unread = next((key for key in ("tuned_steps", "tuned_parts") if getattr(self, key) and not self.tuned_model), "")
+        if unread:
+            raise ValueError(f"{unread} is of another model: give tuned_model")
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,10 @@ class TrainConfig:
         default="float32", metadata={"help": "of the differences that tune = full saves; bfloat16 halves the file, error up to 0.4 %"}
     )
     consistency: str = field(default="", metadata={"help": "consistency LoRA (LCM-LoRA) that an objective may estimate x0 with, or `demo`"})
+    training_adapter: str = field(
+        default="",
+        metadata={"help": "LoRA that undoes a model's distillation: on while training, off in evaluations, and not in the result"},
+    )
     gradient_vae: str = field(
         default="",
         metadata={"help": "AutoencoderTiny (TAESD) that reward gradients go through: a folder, a .safetensors file, or `demo`"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..generate import Generation, generate
 from ..guidance import Switch, combined
 from ..metrics.distances import Moments, frechet_distance, log_covariance_distance
 from ..metrics.diversity import within_prompt_diversity
-from ..policy import Policy
+from ..policy import Policy, Trainable
 from ..reward import Reward
 from .config import TrainConfig
 
@@ -31,7 +31,8 @@ class Evaluation:
     """The evaluations of one run.
 
     prompts: one per image. features: images (B,3,H,W) in [0,1] -> (B,D), in which diversity and the distances to `reference` are
-    measured; without them there are none. on_device: a context in which the rewards are on the policy's device.
+    measured; without them there are none. on_device: a context in which the rewards are on the policy's device. tuned: another model
+    of the family, which draws the tuned part with the adapter of `policy`, on levels of its own.
     """
 
     def __init__(
@@ -44,11 +45,16 @@ class Evaluation:
         features: Callable[[Tensor], Tensor] | None = None,
         on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
         reference: Reference | None = None,
+        tuned: Trainable | None = None,
     ) -> None:
         self.policy, self.rewards, self.prompts, self.features, self.on_device = policy, rewards, list(prompts), features, on_device
-        self.generation, self.reference = generation, reference
+        self.generation, self.reference, self.tuned = generation, reference, tuned
+        self.drawing: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """A context in which the models draw: the one beside is on the device, and a training adapter is off."""
         self._real: tuple[Moments, Moments] | None = None
-        self.k = switch.index(policy.sigmas(generation.steps))
+        base = policy.sigmas(generation.steps)
+        own = base if tuned is None else tuned.sigmas(generation.tuned_steps)
+        self.levels, self.k = switch.joined(base, own)
         self.points: list[Point] = []
         self.images: Tensor | None = None
         """(N,3,H,W) in [0,1]: the images of the last evaluation."""
@@ -63,25 +69,31 @@ class Evaluation:
         features: Callable[[Tensor], Tensor],
         on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
         reference: Reference | None = None,
+        tuned: Trainable | None = None,
     ) -> Evaluation:
         """As `config.watch` says: `watch.images` images of each of the first `watch.count` prompts. rewards: `reward` and `heldout`."""
         watch, method = config.watch, config.method
         if missing := {"reward", "heldout"} - set(rewards):
             raise ValueError(f"the watch needs a {missing.pop()} reward")
         repeated = [prompt for prompt in list(dict.fromkeys(prompts))[: watch.count] for _ in range(watch.images)]
+        scales = watch.tuned_guidance_scale, 1.0 if watch.tuned_model else None, method.guidance_scale
         generation = Generation(
             watch.steps or method.steps,
             guidance_scale=watch.guidance_scale,
-            tuned_guidance_scale=method.guidance_scale,
+            tuned_guidance_scale=next(scale for scale in scales if scale is not None),
+            tuned_steps=watch.tuned_steps,
+            tuned_method=watch.tuned_method or ("ddim" if watch.tuned_model else None),
             seed=config.seed + 1,
         )
-        return cls(policy, rewards, repeated, generation, Switch.parse(watch.switch), features, on_device, reference)
+        return cls(policy, rewards, repeated, generation, Switch.parse(watch.switch), features, on_device, reference, tuned)
 
     @torch.no_grad()
     def run(self, step: int) -> Point:
         """Generate, judge, and append a point; points of later steps are dropped (a resumed run takes them again)."""
-        mix = combined(self.generation.base, self.generation.tuned(), self.k)
-        images = generate(self.policy, self.prompts, self.generation, {"": mix})[""]
+        mix = combined(self.generation.base, self.generation.tuned(model="tuned" if self.tuned else ""), self.k)
+        with self.drawing():
+            models = {"tuned": self._with_adapter(self.tuned)} if self.tuned else {}
+            images = generate(self.policy, self.prompts, self.generation, {"": mix}, models, grids={"": self.levels})[""]
         device = self.policy.device
         scores, features = {name: list[Tensor]() for name in self.rewards}, list[Tensor]()
         with self.on_device():
@@ -101,6 +113,17 @@ class Evaluation:
         self.images = images
         self.points = [*(p for p in self.points if p["step"] < step), point]
         return point
+
+    def _with_adapter(self, model: Trainable) -> Trainable:
+        """The model with the values of the trained adapter."""
+        trained = cast(Trainable, self.policy)
+        assert trained.lora is not None
+        if model.lora is None:
+            model.add_lora(trained.lora)
+        values = dict(trained.named_parameters())
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+        return model
 
     def _distances(self, features: Tensor) -> Point:
         """FID and LogCov of features (N,D) to the reference."""

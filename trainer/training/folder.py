@@ -29,12 +29,15 @@ _PATHS = (
     "model",
     *(f"model_options.{key}" for key in ("parts", "text_encoder", "vae")),
     "consistency",
+    "training_adapter",
     "images",
     "pairs",
     "labels",
     "prompts",
     "watch.prompts",
     "watch.reference",
+    "watch.tuned_model",
+    "watch.tuned_parts",
 )
 _REWARDS = ("reward", "features", "watch.heldout")  # known by their weights where those are recorded
 _SNAPSHOT = re.compile(r"(lora|delta)-(\d{6,})\.safetensors")

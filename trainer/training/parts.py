@@ -75,6 +75,9 @@ def check_settings(config: TrainConfig, parts: Parts) -> None:
         raise ConfigError(f"{name} trains on {wanted} with these settings, and the data are {given}: give `{wanted}`, or other settings")
     if config.watch.every and parts.evaluation is None:
         raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
+    if config.watch.tuned_model and (config.tune == "full" or parts.processes.sharded):
+        needed = "tune = lora" if config.tune == "full" else "whole weights: launch with --multi_gpu"
+        raise ConfigError(f"watch.tuned_model draws with the LoRA, which needs {needed}")
     if config.batch_size % processes:
         raise ConfigError(f"batch_size = {config.batch_size}: {processes} processes share a micro-batch, give a multiple of that")
     for key, needed in (("tune", "lora"), ("compile", False), ("channels_last", False)):

@@ -26,6 +26,10 @@ class Row:
     consistency: str = ""
     few: bool = False
     guidance_note: str = ""
+    training_adapter: str = ""
+    """Of a few-step model: the published LoRA that undoes its distillation."""
+    turbo: tuple[str, int] = ("", 0)
+    """Of a base model: the folder of its few-step model, and that one's steps."""
 
     @property
     def chain(self) -> int:

@@ -28,17 +28,30 @@ ROWS: dict[str, Row] = {
     "sd35-medium": Row("Stable Diffusion 3.5 medium", "stable-diffusion-3.5-medium", 4.5, 32, rank=32),
     "sd35-large": Row("Stable Diffusion 3.5 large", "stable-diffusion-3.5-large", 4.5, 32),
     "flux-dev": Row("FLUX.1 dev", "FLUX.1-dev", 1.0, 33, guidance_note="FLUX dev's own guidance of 3.5 is inside its network"),
-    "flux-schnell": Row("FLUX.1 schnell", "FLUX.1-schnell", 1.0, 2, 4, few=True),
-    "z-image": Row("Z-Image", "Z-Image", 5.0, 36, file=_split("z_image_bf16"), guidance_note=_SHIFTED.format(4)),
-    "z-image-turbo": Row("Z-Image-Turbo", "Z-Image-Turbo", 1.0, 6, 8, file=_split("z_image_turbo_bf16"), few=True),
+    "flux-schnell": Row("FLUX.1 schnell", "FLUX.1-schnell", 1.0, 2, 4, few=True, training_adapter="FLUX.1-schnell-training-adapter"),
+    "z-image": Row(
+        "Z-Image", "Z-Image", 5.0, 36, file=_split("z_image_bf16"), guidance_note=_SHIFTED.format(4), turbo=("Z-Image-Turbo", 8)
+    ),
+    "z-image-turbo": Row(
+        *("Z-Image-Turbo", "Z-Image-Turbo", 1.0, 6, 8),
+        file=_split("z_image_turbo_bf16"),
+        few=True,
+        training_adapter="zimage_turbo_training_adapter_v2",
+    ),
     "flux2-klein-4b": Row(
-        "FLUX.2 klein 4B base", "FLUX.2-klein-base-4B", 4.0, 37, latent=128 * 64 * 64, file=_split("flux-2-klein-base-4b")
+        *("FLUX.2 klein 4B base", "FLUX.2-klein-base-4B", 4.0, 37),
+        latent=128 * 64 * 64,
+        file=_split("flux-2-klein-base-4b"),
+        turbo=("FLUX.2-klein-4B", 4),
     ),
     "flux2-klein-9b": Row(
-        "FLUX.2 klein 9B base", "FLUX.2-klein-base-9B", 4.0, 37, latent=128 * 64 * 64, file=_split("flux-2-klein-base-9b")
+        *("FLUX.2 klein 9B base", "FLUX.2-klein-base-9B", 4.0, 37),
+        latent=128 * 64 * 64,
+        file=_split("flux-2-klein-base-9b"),
+        turbo=("FLUX.2-klein-9B", 4),
     ),
-    "krea2": Row("Krea 2 Raw", "Krea-2-Raw", 4.5, 32, guidance_note=_SHIFTED.format(3.5)),
-    "krea2-turbo": Row("Krea 2 Turbo", "Krea-2-Turbo", 1.0, 6, 8, few=True),
+    "krea2": Row("Krea 2 Raw", "Krea-2-Raw", 4.5, 32, guidance_note=_SHIFTED.format(3.5), turbo=("Krea-2-Turbo", 8)),
+    "krea2-turbo": Row("Krea 2 Turbo", "Krea-2-Turbo", 1.0, 6, 8, few=True, training_adapter="krea2_turbo_training_adapter_v1"),
     "qwen-image": Row("Qwen-Image", "Qwen-Image", 4.0, 30, file=_split("qwen_image_bf16")),
     "chroma": Row("Chroma", "Chroma1-HD", 3.0, 24),
     "anima": Row("Anima", "Anima", 4.0, 33, file=_split("anima-base-v1.0")),
