@@ -17,6 +17,14 @@ def search(request, tmp_path_factory):
 
 @comfyui
 @pytest.mark.slow
+def test_candidates_are_scored_without_density_guidance(search):
+    """Seven selections: six score E[x0 | x], the last one the image, which is shifted."""
+    assert len(search["density"]) == 7 and max(search["density"][:6]) < 1e-5 < 1e-3 < search["density"][6], search["density"]
+    assert search["density, image"] < 1e-5
+
+
+@comfyui
+@pytest.mark.slow
 def test_best_of_n_is_the_stock_samplers_batch_sorted_with_any_sampler(search):
     assert search["best of n"] == dict.fromkeys(("euler_ancestral", "dpmpp_2m", "euler", "dpmpp_2m_sde", "uni_pc", "heun"), 0.0)
     assert search["code in one block"] == search["the same again"] == search["after a cancelled run"] == 0.0

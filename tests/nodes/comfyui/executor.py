@@ -83,6 +83,8 @@ async def main():
     results["demo-collapse-and-cure"] = await run("cure", changed(cure, "ImageReFLCombinedKSampler", steps=2))
     search = changed(changed(prompts["demo-reward-search"], "BasicScheduler", steps=4), "ImageReFLSearch", budget=16)
     results["demo-reward-search"] = await run("search", search)
+    noise = changed(changed(prompts["demo-optimise-noise"], "BasicScheduler", steps=1), "ImageReFLOptimiseNoise", iterations=2)
+    results["demo-optimise-noise"] = await run("noise", noise)
     guided = changed(changed(prompts["demo-two-model-guidance"], "BasicScheduler", steps=2), "EmptyLatentImage", batch_size=1)
     results["demo-two-model-guidance"] = await run("guided", guided)
     sweep = changed(prompts["demo-trade-off-sweep"], "ImageReFLSweep", steps=4, seeds=2, switches="0, 2, 4")

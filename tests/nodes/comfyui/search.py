@@ -101,6 +101,17 @@ with torch.inference_mode():
         latent, table, _, _ = search(method="svdd", sampler=sampler(name), children=3)
         results["svdd"][name] = [rewards(latent["samples"])[0], table.splitlines()[-1]]
 
+    # density guidance moves what the sampler steps with, not what is scored: each against the guider's own predictions
+    dense = stock_call(custom.CFGGuider, call("DensityGuidance", model, 0.1)[0], positive, negative, 2.0)[0]
+    own, seen, predict, score = [], [], dense.predict_noise, searching.rewards
+    dense.predict_noise = lambda *given, **more: own.append(predict(*given, **more)) or own[-1]
+    searching.rewards = lambda reward, vae, latents, *rest: seen.append(latents) or score(reward, vae, latents, *rest)
+    last = search(guider=dense, method="svdd", children=2)[0]["samples"]
+    searching.rewards = score
+    plain = [model.model.process_latent_out(x) for x in own]
+    results["density"] = [min(float((x - y).abs().max()) for y in plain if x.shape == y.shape) for x in seen]
+    results["density, image"] = min(float((last - x).abs().max()) for x in seen[-1].split(1))
+
     # from an image, with a mask
     image = stock_call(custom.SamplerCustomAdvanced, noise, guider, sampler("euler_ancestral"), sigmas, empty)[0]["samples"]
     late = stock_call(custom.BasicScheduler, model, "normal", 8, 0.3)[0]
