@@ -148,7 +148,8 @@ async def check(folder, process, port):
 
         short = changed(prompts["demo-train-imagerefl"], "ImageReFLTrainLora", train_steps=3, batch_size=2, preview_every=0)
         short = changed(changed(short, "ImageReFLDemoImages", count=8), "EmptyLatentImage", batch_size=1)
-        for name, prompt in {**prompts, "demo-train-imagerefl": short}.items():
+        noise = changed(prompts["demo-optimise-noise"], "ImageReFLOptimiseNoise", iterations=2)
+        for name, prompt in {**prompts, "demo-train-imagerefl": short, "demo-optimise-noise": noise}.items():
             if name.startswith("demo-") and name != "demo-combined-generation":
                 results[name] = (await client.run(prompt))["type"]
         saved = [p.read_bytes() for p in (folder / "output" / "loras").glob("*.safetensors")]
