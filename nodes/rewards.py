@@ -139,6 +139,15 @@ class Combined:
         """(B,3,H,W) in [0,1], B prompts -> (B,)."""
         return self._sum([part(images, prompts) if self.normalised else part.raw(images, prompts) for part, _ in self.parts])
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the parts."""
+        return tuple(weight for _, weight in self.parts)
+
+    def terms(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """(B,3,H,W) in [0,1], B prompts -> (B,R): each part without its weight."""
+        return torch.stack([part(images, prompts) if self.normalised else part.raw(images, prompts) for part, _ in self.parts], 1)
+
     def raw(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """The weighted sum of the parts' own scores (B,)."""
         return self._sum([part.raw(images, prompts) for part, _ in self.parts])

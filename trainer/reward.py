@@ -36,6 +36,20 @@ class PrefixReward(Reward, Protocol):
 
 
 @runtime_checkable
+class SummedReward(Reward, Protocol):
+    """A weighted sum of rewards that gives each of them."""
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """Of the R terms."""
+        ...
+
+    def terms(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,R) float32, without the weights."""
+        ...
+
+
+@runtime_checkable
 class ScaledReward(Reward, Protocol):
     """A reward that knows the unit of its scores."""
 

@@ -50,7 +50,16 @@ CASES = {
     "diffusion-dpo": {"name": "diffusion-dpo", "beta": 4.0, "sft_weight": 0.1, "prompt_dropout": 0.2},
     "diffusion-kto": {"name": "diffusion-kto", "beta": 4.0},
     "mapo": {"name": "mapo", "margin_scale": 4.0, "levels": "early"},
-    "ddpo": {"name": "ddpo", "steps": 4, "guidance_scale": 1.0, "group": 4, "prompts_per_round": 2, "kl_weight": 0.1, "clip": 0.2},
+    "ddpo": {
+        "name": "ddpo",
+        "steps": 4,
+        "guidance_scale": 1.0,
+        "group": 4,
+        "prompts_per_round": 2,
+        "kl_weight": 0.1,
+        "clip": 0.2,
+        "diversity_weighted": True,
+    },
     "awm": {"name": "awm", "steps": 4, "group": 4, "prompts_per_round": 2, "levels": 3},
     "sqdf-black-box": {"name": "sqdf-black-box", **BUFFERED, "queries": [5, 6], "updates_per_loop": 8, "epochs": 5, "heads": 2},
 }

@@ -15,11 +15,11 @@ from helpers.processes import log_of, toy_run, trained
 from trainer.config import ConfigError
 from trainer.data.batches import Prompts
 from trainer.objectives import AWM, DDPO, OBJECTIVES, FlowGRPO, RunContext
-from trainer.objectives.policy_gradient.advantages import History, group_advantages
-from trainer.objectives.policy_gradient.rounds import Selection
+from trainer.objectives.policy_gradient.advantages import History, above_auxiliaries, group_advantages, relative_distances
+from trainer.objectives.policy_gradient.selection import Selection
 from trainer.objectives.policy_gradient.steps import clipped_losses, kl_per_element, log_prob
 from trainer.objectives.policy_gradient.store import Rollouts
-from trainer.rng import Rng
+from trainer.rng import Rng, generator
 from trainer.sampling import ddim, gaussian
 
 PROMPTS = ("a", "bb", "ccc")
@@ -208,7 +208,9 @@ def test_the_estimate_is_unbiased_on_a_closed_form_gaussian(toy_policy, tmp_path
         scores = -(ends - 0.3).square().flatten(1).sum(1).detach()
         total = torch.zeros(()).double()
         for k in range(steps - 1):
-            part = Selection(("",) * n, rng, states[:, k : k + 2].detach(), index[:, k], scores + 3.0, None)  # any constant may be added
+            part = Selection(
+                ("",) * n, rng, states[:, k : k + 2].detach(), index[:, k], scores + 3.0, None, torch.ones(n)
+            )  # any constant may be added
             total = total - 3 * objective.losses(RunContext(policy), part)[0].mean()
         estimates.append(gradient(policy, total))
     found = torch.stack(estimates)
@@ -244,6 +246,75 @@ def test_a_prompts_history_counts_from_its_sixteenth_score_on():
             expected.append((score - base.mean()) / (base.std() + 1e-6))
         np.testing.assert_allclose(history.advantages(prompts, scores).numpy(), expected, rtol=1e-9)
     assert len(kept["a"]) == 16 and len(kept["b"]) == 12
+
+
+class Several(Towers):
+    """A sum of three rewards, the last of weight 0."""
+
+    weights = (1.0, -0.5, 0.0)
+
+    def terms(self, images, prompts):
+        flat = images.flatten(1)
+        return torch.stack([super().__call__(images, prompts), flat.sum(1), flat[:, 0]], 1).float()
+
+    def __call__(self, images, prompts):
+        return (self.terms(images, prompts) * torch.tensor(self.weights)).sum(1)
+
+
+class Colours:
+    """Features of images: their three values."""
+
+    def image_features(self, images):
+        return images.flatten(1)
+
+
+def test_each_reward_of_a_sum_may_have_advantages_of_its_own(tmp_path):
+    loss = begun(DDPO(**SMALL, separate_rewards=True), Family(), tmp_path, Several())
+    seen = []
+    loss.run.policy.decode = lambda latents: seen.append(latents) or latents
+    loss(batch())
+    prompts = loss.objective.prompts_of(PROMPTS, 3, 0)
+    terms = torch.cat([Several().terms(x, prompts[4 * i : 4 * i + 4]) for i, x in enumerate(seen)]).reshape(2, 4, 3).numpy()
+    each = (terms - terms.mean(1, keepdims=True)) / (terms.std(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(loss.round.advantages.numpy(), (each[..., 0] - 0.5 * each[..., 1]).ravel(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss.round.scores.numpy(), (terms[..., 0] - 0.5 * terms[..., 1]).ravel(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gate_takes_images_that_the_reward_ranks_above_what_the_auxiliary_rewards_do(tmp_path):
+    scores, others = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0]), torch.tensor([[1.0, 5.0, 2.0, 4.0, 3.0], [0.0, 4.0, 3.0, 2.0, 1.0]]).T
+    excess = [4 - 0, 0 - 4, 3 - 2, 1 - 2.5, 2 - 1.5]  # ranks by hand
+    assert above_auxiliaries(scores, others, 1.0).tolist() == [e > 0 for e in excess]
+    assert above_auxiliaries(scores, others, 0.1).tolist() == [True, False, False, False, False]
+    assert not above_auxiliaries(scores, scores[:, None], 1.0).any()
+    loss = begun(DDPO(**SMALL, kl_weight=0.5, gate=0.4), Family(), tmp_path, Several())
+    value, logs, part = part_of(loss, batch())
+    assert 0 < float(loss.round.held.sum()) < 8 and torch.equal(part.held, loss.round.held.float()[_images(loss, batch())])
+    assert float(value.detach()) == pytest.approx(float((-part.advantages + 0.5 * logs["kl per element"] * part.held).mean()), rel=1e-6)
+
+
+def _images(loss, given):
+    order = torch.randperm(32, generator=generator(given.rng.seed, "order", 0))
+    return order[torch.tensor(given.rng.indices)] // 4
+
+
+def test_diversity_multiplies_what_is_above_the_mean_by_the_relative_distance_to_the_nearest(tmp_path):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, 4, 5))
+    expected = []
+    for group in features:
+        unit = group / np.linalg.norm(group, axis=1, keepdims=True)
+        nearest = [min(1 - unit[i] @ unit[j] for j in range(4) if j != i) for i in range(4)]
+        expected.append(np.array(nearest) / np.mean(nearest))
+    np.testing.assert_allclose(relative_distances(torch.tensor(features)).numpy(), expected, rtol=1e-9)
+    assert relative_distances(torch.ones(1, 3, 2)).tolist() == [[1.0, 1.0, 1.0]]  # equal images
+    plain, weighted = (
+        begun(DDPO(**SMALL, diversity_weighted=on), Family(), tmp_path / str(on), features=Colours()) for on in (False, True)
+    )
+    for loss in (plain, weighted):
+        loss(batch())
+    ratio = weighted.round.advantages / plain.round.advantages
+    above = plain.round.advantages > 0
+    assert bool((ratio[~above] == 1).all()) and float((ratio[above] - 1).abs().max()) > 0.05
 
 
 # -- rounds ----------------------------------------------------------------------------------------------------------
@@ -346,6 +417,8 @@ def test_a_later_round_of_equal_scores_trains_nothing_and_says_so(tmp_path, capl
         ({"group": 1}, "group = 1: an image is compared with others"),
         ({"group": 1, "prompts_per_round": 1, "baseline": "round"}, "= 1 image: give at least 2"),
         ({"steps": 1}, "steps = 1: the last step has no noise"),
+        ({"separate_rewards": True, "baseline": "history"}, "remembers one score"),
+        ({"gate": 0.1}, "give a kl_weight above 0"),
         ({"trained_count": 5}, "trained_count = 5: of 5 steps 4 have noise"),
     ],
 )
@@ -359,3 +432,16 @@ def test_a_micro_batch_that_no_round_is_a_multiple_of_is_refused(tmp_path):
         toy_run("ddpo", tmp_path, batch_size=5)
     with pytest.raises(ValueError, match="a round takes .* GB twice"):
         DDPO(**{**SMALL, "group": 1024, "prompts_per_round": 100000, "steps": 1000}).check(RunContext(Family(), folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"separate_rewards": True}, "give a sum of rewards, such as"),
+        ({"gate": 0.1, "kl_weight": 1.0}, "auxiliary rewards, which are those of weight 0"),
+        ({"diversity_weighted": True}, "give `features`"),
+    ],
+)
+def test_options_that_this_run_has_no_reward_or_features_for_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        DDPO(**SMALL, **settings).check(RunContext(Family(), Towers(), folder=tmp_path))

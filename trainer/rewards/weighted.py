@@ -78,7 +78,7 @@ class WeightedSum(RewardModel):
             raise ValueError("a weighted sum needs at least one reward")
         super().__init__()
         self.standardised, self.std = not raw, specs[0].std if len(specs) == 1 else None
-        self.weights = [spec.weight for spec in specs]
+        self.weights: list[float] = [spec.weight for spec in specs]
         self.rewards = nn.ModuleList(spec.reward if raw else spec.standardised for spec in specs)
         self.differentiable = all(spec.reward.differentiable for spec in specs)
         self.needs_prompt = any(spec.reward.needs_prompt for spec in specs)
@@ -86,6 +86,10 @@ class WeightedSum(RewardModel):
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,)."""
         return torch.stack([weight * reward(images, prompts) for weight, reward in zip(self.weights, self.rewards)]).sum(0)
+
+    def terms(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,H,W) in [0,1], B prompts -> (B,R): each reward without its weight."""
+        return torch.stack([reward(images, prompts) for reward in self.rewards], 1)
 
 
 def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Baseline = Literal["group", "group-mean", "round", "history"]
 HISTORY = 16  # DDPO's per-prompt buffer, and the number of scores from which it is used
@@ -51,3 +52,29 @@ class History:
         compared = [known[prompt] if len(known[prompt]) == self.size else scores for prompt in prompts]
         mean = torch.stack([values.mean() for values in compared])
         return (scores - mean) / (torch.stack([values.std(correction=0) for values in compared]) + _LEAST)
+
+
+def above_auxiliaries(scores: Tensor, auxiliaries: Tensor, share: float) -> Tensor:
+    """Which of N images a reward ranks above what other rewards do (GARDO, arXiv:2512.24138): scores (N,), auxiliaries (N,R) -> (N,) bool.
+
+    An image's excess is its rank by the reward less the mean of its ranks by the auxiliary ones, 0 the worst. Of positive excesses the
+    highest `share` is taken: signs of exploitation. The released code counts ranks from the best one, which takes the opposite images.
+    """
+
+    def ranks(values: Tensor) -> Tensor:
+        return values.argsort(dim=0, stable=True).argsort(dim=0).double()
+
+    excess = ranks(scores) - ranks(auxiliaries).mean(1)
+    positive = excess[excess > 0]
+    if len(positive) == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return excess >= positive.quantile(1 - share)
+
+
+def relative_distances(features: Tensor) -> Tensor:
+    """Cosine distance of each image to the nearest of its group, over its mean in the group: features (P,G,D) -> (P,G); GARDO's weight."""
+    unit = F.normalize(features.double(), dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2) + 3 * torch.eye(features.shape[1], dtype=torch.float64)  # no image is its own neighbour
+    nearest = distance.amin(-1).clamp(min=0)
+    mean = nearest.mean(1, keepdim=True)
+    return torch.where(mean > 1e-6, nearest / mean.clamp(min=1e-6), 1.0)  # equal images: 1

@@ -15,7 +15,8 @@ from ...sampling import Space, end_of, trajectory
 from ..base import Logs, RunContext
 from ..preference.errors import error_scale
 from ..reward_gradient.shared import rollout_noise, sampler_steps, training_guidance_scale
-from .rounds import PolicyGradient, Selection
+from .rounds import PolicyGradient
+from .selection import Selection
 
 Weighting = Literal["ghuber", "t2", "t", "none"]
 _TINY = 1e-10  # official: added before the root
@@ -104,5 +105,5 @@ class AWM(PolicyGradient):
             with torch.no_grad():
                 base = policy.denoiser(part.prompts, adapter="base", guidance_scale=self.guidance_scale)(x, sigma)
             distance = ((denoised - base) * scale).square().flatten(1).mean(1)
-            losses, logs = losses + self.kl_weight * distance, {**logs, "distance": distance.detach()}
+            losses, logs = losses + self.kl_weight * distance * part.held.to(distance), {**logs, "distance": distance.detach()}
         return losses, logs

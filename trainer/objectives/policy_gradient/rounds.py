@@ -17,41 +17,16 @@ from torch import Tensor
 
 from ...data.batches import Batch
 from ...policy import Policy
+from ...reward import SummedReward
 from ...rng import Rng, generator, seed_of
 from ...runtime.files import free_bytes
 from ..base import Logs, Loss, Objective, RunContext
 from ..reward_gradient.shared import sampler_steps, training_guidance_scale
-from .advantages import HISTORY, Baseline, History, equal, group_advantages
+from .advantages import HISTORY, Baseline, History, above_auxiliaries, equal, group_advantages, relative_distances
+from .selection import Round, Selection
 from .store import File, Rollouts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round: its number, the optimizer step that began with it, and of its N images scores, advantages (N,) and log-probabilities."""
-
-    number: int
-    step: int
-    scores: Tensor
-    advantages: Tensor
-    log_probs: Tensor
-    """(N,W): of the trained steps when they were drawn."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a micro-batch trains: B samples of a round."""
-
-    prompts: tuple[str, ...]
-    rng: Rng
-    states: Tensor
-    """(B,K,C,h,w): the states that the objective keeps, of which it takes those of `index`."""
-    index: Tensor
-    """(B,): the sampler step that is trained."""
-    advantages: Tensor
-    log_probs: Tensor | None
-    """(B,): when the round was drawn; None before the first optimizer step since, when they are those of now."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +52,28 @@ class PolicyGradient(Objective):
         default=0.0, metadata={"min": 0.0, "help": "weight of the distance to the base model, one more evaluation; 0 is off"}
     )
 
+    separate_rewards: bool = field(
+        default=False, metadata={"help": "of a sum of rewards: each has advantages of its own, which are added by weight"}
+    )
+    gate: float = field(
+        default=0.0,
+        metadata={
+            "min": 0.0,
+            "max": 1.0,
+            "help": "kl_weight counts for this share of the images that the reward ranks above what auxiliary rewards do, those of "
+            "weight 0 in its sum (GARDO); 0: for all images",
+        },
+    )
+    diversity_weighted: bool = field(
+        default=False,
+        metadata={"help": "advantages above 0 are multiplied by the distance to the group's nearest image in `features` (GARDO)"},
+    )
+
     def __post_init__(self) -> None:
+        if self.separate_rewards and self.baseline == "history":
+            raise ValueError("separate_rewards: baseline = history remembers one score of an image; choose group, group-mean or round")
+        if self.gate > 0 and self.kl_weight == 0:
+            raise ValueError(f"gate = {self.gate:g} chooses what kl_weight counts for: give a kl_weight above 0")
         if self.group < 2 and self.baseline in ("group", "group-mean"):
             raise ValueError(
                 f"group = {self.group}: an image is compared with others of its prompt; give at least 2, or baseline = round or history"
@@ -106,6 +102,15 @@ class PolicyGradient(Objective):
 
     def check(self, context: RunContext) -> None:
         """Refuse micro-batches that do not divide a round, and a disk that a round does not fit on."""
+        reward, sums = context.reward, isinstance(context.reward, SummedReward)
+        if self.separate_rewards and not sums:
+            raise ValueError('separate_rewards: give a sum of rewards, such as "hpsv2.1=1, pickscore=0.5"')
+        if self.gate > 0 and not (isinstance(reward, SummedReward) and 0 in reward.weights and any(reward.weights)):
+            raise ValueError('gate: give auxiliary rewards, which are those of weight 0 in a sum, such as "hpsv2.1=1, pickscore=0"')
+        if self.diversity_weighted and context.features is None:
+            raise ValueError(
+                "diversity_weighted: give `features`, a two-tower reward in whose features images are compared (clip-l14, say)"
+            )
         samples, count = self.images * self.trained, context.processes.count
         if context.batch_size and samples % context.batch_size:
             raise ValueError(
@@ -200,6 +205,7 @@ class Rounds(Loss):
             steps,
             present.advantages[image],
             None if rng.step == present.step else present.log_probs[image, turn],
+            present.held[image].float(),
         )
 
     def _chosen(self, seed: int, number: int) -> tuple[list[str], Tensor]:
@@ -216,20 +222,44 @@ class Rounds(Loss):
             self.store.saved()  # deletes the files of an earlier run in this folder
             exchange(None)  # before any process adds its own
         prompts, index = self._chosen(rng.seed, number)
-        share, made = run.processes.share(o.images), list[tuple[File, Tensor, Tensor]]()
+        share, made = run.processes.share(o.images), list[tuple[File, Tensor, Tensor, Tensor]]()
         for first in range(share.start, share.stop, chunk):
             rows = range(first, min(first + chunk, share.stop))
             part, seeds = prompts[rows.start : rows.stop], Rng(seed_of(rng.seed, "round"), number, tuple(rows))
             states, ends, log_probs = o.draw(run, part, seeds, index[rows.start : rows.stop], int(index.min()))
-            scores = run.scores(ends, part).float().cpu()
-            made.append((self.store.write(number, first, states), scores, log_probs.cpu()))
-        files, scores, log_probs = zip(*(one for some in exchange(made) for one in some))
+            terms, features = self._judged(run.policy.decode(ends), part)
+            made.append((self.store.write(number, first, states), log_probs.cpu(), terms.float().cpu(), features.float().cpu()))
+        files, *columns = zip(*(one for some in exchange(made) for one in some))
         self.store.replace(files)
-        scores = torch.cat(scores)
-        return Round(number, rng.step, scores, self._advantages(prompts, scores), torch.cat(log_probs))
+        log_probs, terms, features = map(torch.cat, columns)
+        weights = torch.tensor(self._weights())
+        scores = (terms * weights).sum(1)
+        held = torch.ones(len(scores), dtype=torch.bool)
+        if o.gate > 0:
+            held = above_auxiliaries(scores, terms[:, weights == 0], o.gate)
+        advantages = self._advantages(prompts, scores, terms, weights)
+        if o.diversity_weighted:
+            distances = relative_distances(features.reshape(-1, o.group, features.shape[1])).flatten().to(advantages)
+            advantages = torch.where(advantages > 0, advantages * distances, advantages)
+        return Round(number, rng.step, scores, advantages.clamp(-o.max_advantage, o.max_advantage), log_probs, held)
 
-    def _advantages(self, prompts: Sequence[str], scores: Tensor) -> Tensor:
-        """Clipped advantages (N,) of scores (N,)."""
+    def _weights(self) -> Sequence[float]:
+        """Of the terms that are told apart."""
+        o, reward = self.objective, self.run.required_reward
+        return reward.weights if (o.separate_rewards or o.gate > 0) and isinstance(reward, SummedReward) else (1.0,)
+
+    def _judged(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The terms (B,R) of the reward of images (B,3,H,W), and features (B,D) where they are asked for."""
+        o, run, reward = self.objective, self.run, self.run.required_reward
+        if (o.separate_rewards or o.gate > 0) and isinstance(reward, SummedReward):
+            terms = reward.terms(images, prompts)
+        else:
+            terms = reward(images, prompts)[:, None]
+        features = run.features.image_features(images) if o.diversity_weighted and run.features else images.new_zeros(len(images), 0)
+        return terms, features
+
+    def _advantages(self, prompts: Sequence[str], scores: Tensor, terms: Tensor, weights: Tensor) -> Tensor:
+        """Advantages (N,) of scores (N,), or of terms (N,R) by weights (R,)."""
         o = self.objective
         if not bool(scores.isfinite().all()):
             bad = int((~scores.isfinite()).nonzero()[0])
@@ -242,10 +272,10 @@ class Rounds(Loss):
                 raise ValueError(f"{said}; choose a reward that tells them apart, or more steps or images")
             log.warning("%s", said)
         if o.baseline == "history":
-            found = self.history.advantages(prompts, scores)
-        else:
-            found = group_advantages(scores.reshape(-1, o.group), o.baseline).flatten()
-        return found.clamp(-o.max_advantage, o.max_advantage)
+            return self.history.advantages(prompts, scores)
+        apart, factors = (terms, weights) if o.separate_rewards else (scores[:, None], weights.new_ones(1))
+        found = [group_advantages(values.reshape(-1, o.group), o.baseline).flatten() for values in apart.T]
+        return (torch.stack(found, 1) * factors).sum(1)
 
     def state(self) -> dict[str, Any]:
         """The round, its list of files and the scores of earlier ones."""

@@ -15,7 +15,8 @@ from ...policy import Policy
 from ...rng import Rng, generator
 from ...sampling import Kernel, Transition, end_of, gaussian, trajectory
 from ..base import Logs, RunContext
-from .rounds import PolicyGradient, Selection
+from .rounds import PolicyGradient
+from .selection import Selection
 
 Window = Literal["each", "random", "sliding"]
 
@@ -143,5 +144,5 @@ class StepGradient(PolicyGradient):
             with torch.no_grad():
                 reference, _ = step("base")
             kl = kl_per_element(mean, reference, std)
-            losses, logs = losses + self.kl_weight * kl, {**logs, "kl per element": kl.detach()}
+            losses, logs = losses + self.kl_weight * kl * part.held.to(kl), {**logs, "kl per element": kl.detach()}
         return losses, logs
