@@ -15,7 +15,7 @@ from trainer.__main__ import main
 from trainer.commands import options
 from trainer.commands.evaluate import _warn_of_few_images
 from trainer.generate import Generation, generate
-from trainer.guidance import cfg, combined
+from trainer.guidance import Slot, cfg, combined
 from trainer.lora.file import load_lora, save_delta, save_lora
 from trainer.metrics.study import BASE, Study
 from trainer.models.load import load_policy
@@ -106,6 +106,28 @@ def test_a_published_folder_of_two_unets_is_evaluated_without_a_lora(pipeline_fo
     assert main([*both, f"small={tuned}"]) == 2 and "two models are called small" in capsys.readouterr().err
     assert main([*both, f"whole={tuned}"]) == 0
     assert set(json.loads((tmp_path / "x.json").read_text())["checkpoints"]) == {"small", "whole"}
+
+
+def test_the_base_has_loras_and_each_part_a_prompt(pipeline_folder, reward_folder, files, tmp_path, monkeypatch, capsys):
+    """As a policy draws that loads the two LoRAs by itself; what a negative is not read for is refused."""
+    drawn, add = {}, Study.add
+    monkeypatch.setattr(Study, "add", lambda self, part, images: drawn.update(images) or add(self, part, images))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    command = ["evaluate", "--model", str(pipeline_folder), "--reward", str(reward_folder), "--prompts", str(tmp_path / "prompts.txt")]
+    command += ["-n", "2", "--steps", "4", "--switches", "2", "--out", str(tmp_path / "x.json"), "--lora", f"small={files['small']}"]
+    chosen = ["--base-lora", f"{files['wide']}:0.5", "--tuned-prompt", "{prompt}, blurred", "--negative", "a cat"]
+    assert main([*command, *chosen]) == 0
+    policy, settings, prompts = load_policy(pipeline_folder), Generation(steps=4), [p for p in PROMPTS for _ in range(2)]
+    load_lora(policy, files["wide"], 0.5, "wide")
+    load_lora(policy, files["small"])
+    base, tuned = Slot("wide", settings.guidance_scale, negative="a cat"), Slot("tuned", 1.0, prompt="{prompt}, blurred")
+    alone = generate(policy, prompts, settings, {BASE: cfg(base), ("small", 2): combined(base, tuned, 2)})
+    assert {point: float((images - drawn[point]).abs().max()) for point, images in alone.items()} == dict.fromkeys(drawn, 0.0)
+    config = json.loads((tmp_path / "x.json").read_text())["config"]
+    assert (config["base_strength"], config["tuned_prompt"], config["negative"]) == (0.5, "{prompt}, blurred", "a cat")
+    for flags, scale in (["--tuned-negative", "x"], "--tuned-guidance-scale"), (["--negative", "x", "--guidance-scale", "1"], "--guidance"):
+        assert main([*command, "--overwrite", *flags]) == 2
+        assert f"is read with guidance alone: give {scale}" in capsys.readouterr().err
 
 
 def test_values_that_are_not_finite_are_never_ranked(tmp_path):

@@ -1,6 +1,7 @@
 """The plan of a training step against what the step takes on a CPU: by counting live tensors, and by resident memory.
 
-Usage: memory.py [demo] [sd15 …] [--size 256] [--out FILE.md]. Each case is a process of its own: the objective's most
+Usage: memory.py [demo] [sd15 …] [--size 256] [--reduced] [--out FILE.md]. With --reduced the network has its published widths and
+verify.py's number of blocks, and prompts have 16 tokens. Each case is a process of its own: the objective's most
 expensive micro-batch after a first optimizer step, random weights for the published configurations, CLIP ViT-B/32's
 architecture as the reward (the embedded model has its own). Resident memory is the peak of the step over what the process
 held before it; glibc is told to give memory back at once.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from trainer.data.samples import Samples
 from trainer.memory import plan as planning
 from trainer.memory.dry_run import MemoryTracker, dry_run
 from trainer.memory.offload import tensors
+from trainer.models.load import MODELS
 from trainer.models.open import open_policy
 from trainer.rewards.clip import ARCHITECTURES, tokenizer
 from trainer.rewards.preprocess import Fit
@@ -88,10 +91,20 @@ def one(case):
         def features(tower):
             return tower if "black box" in name else None
 
+        import verify
+
+        verify.SIZE, verify.MODELS = size, {model: verify.MODELS[model] if case["reduced"] else {}}
+        if case["reduced"]:
+            family, published = MODELS[model]
+            library, network = published.parts[family.network_name]
+            parts = {**published.parts, family.network_name: (library, {**network, **verify.MODELS[model]})}
+            MODELS[model] = family, replace(published, parts=parts)
         tracker = MemoryTracker()
         with dry_run(tracker):
             outline = open_policy(model, "meta", config.model_options, config.image_size)
             reward = load_reward("demo-proxy" if model == "demo" else "clip", False, "meta")
+        if case["reduced"]:
+            outline.max_tokens = 16
         begin = time.monotonic()
         planned = planning.plan(config, planning.MetaModels(outline, reward, features(reward)), tracker)
         seconds = time.monotonic() - begin
@@ -100,13 +113,12 @@ def one(case):
         if model == "demo":
             policy, reward = open_policy("demo"), load_reward("demo-proxy", False)
         else:
-            import verify
-
-            verify.SIZE, verify.MODELS = size, {model: {}}
-            policy, reward = verify.build(model, Path(folder)), clip_reward()
+            policy, reward = verify.build(model, Path(folder), size=size), clip_reward()
+        if case["reduced"]:
+            policy.max_tokens = 16
         config = planning.without_side_effects(config, Path(folder) / "run")
         latent = torch.randn(1, *policy.latent_shape)
-        prompts = tuple(f"prompt {i}" for i in range(max(2, config.batch_size)))
+        prompts = tuple(f"prompt {i} of more than sixteen letters" for i in range(max(2, config.batch_size)))
         samples = Samples(prompts, LatentsInMemory(*(value.expand(len(prompts), -1, -1, -1) for value in (latent, latent.abs()))))
         run = Run(config, Parts(policy, samples, reward, features(reward)))
         reward.gradient_checkpointing(checkpoints)
@@ -160,6 +172,7 @@ def main():
     parser.add_argument("models", nargs="*", default=["demo"])
     parser.add_argument("--only", nargs="*", default=list(OBJECTIVES), choices=list(OBJECTIVES), help="objectives")
     parser.add_argument("--size", type=int, default=256, help="pixels, for published configurations")
+    parser.add_argument("--reduced", action="store_true", help="published widths, verify.py's number of blocks")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", type=json.loads)
     arguments = parser.parse_args()
@@ -181,6 +194,7 @@ def main():
                     "objective": name,
                     "checkpoints": checkpoints,
                     "size": arguments.size,
+                    "reduced": arguments.reduced,
                     "batch": batch,
                     "dtype": dtype,
                 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,27 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..data import images
-from ..data.report import Report
 from ..generate import Generation, generate
 from ..guidance import Slot, Switch, cfg, combined
 from ..lora.extract import weight_files
 from ..lora.file import load_lora, lora_weights
 from ..metrics import plot
-from ..metrics.dino import DINO, Dino
-from ..metrics.inception import INCEPTION, Inception
+from ..metrics.dino import DINO
+from ..metrics.inception import INCEPTION
 from ..metrics.lpips import FILES as LPIPS
-from ..metrics.lpips import Lpips
-from ..metrics.study import BASE, Judges, Study
-from ..metrics.summary import Features
+from ..metrics.study import BASE, Study
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.second import states_schedule, with_network
 from ..models.two_unets import TUNED_UNET
-from ..rewards.files import find, verify, weight_folders
-from ..rewards.registry import load_reward, weights_hashes
-from ..rewards.two_tower import TwoTower
-from ..rewards.weights import Placement
+from ..rewards.files import find, weight_folders
+from ..rewards.registry import weights_hashes
 from ..runtime.files import file_hash, files_hash, write_text
 from .checkpoints import Checkpoint, checkpoints, split_name
+from .judges import judges_of, photos_of, real_features
 from .options import add_generation, device_of, generation_of, policy_of, prompts_of
 from .parts import base_hash
+from .two_parts import add_conditioning, conditioning
 
 FIGURES = (
     *("model", "k", "diversity", "vendi", "fid", "kid", "logcov", "fid_inception", "lpips_diversity", "match"),
@@ -54,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--lora", action="append", default=[], metavar="NAME=FILE", help=lora)
     whole = "a tuned model with its own network; may be given several times (default without --lora: fine_tuned_unet in the model's folder)"
     add("--tuned-model", "--tuned-unet", dest="tuned_unet", action="append", default=[], metavar="NAME=PATH", help=whole)
+    add_conditioning(parser)
     add("--switches", default="0,75%", metavar="K,…", help="first steps of the tuned models: 15, 75%%, sigma=0.63, last=6 (default 0,75%%)")
     add("--reward", action="append", default=[], metavar="NAME", help="reward by name or folder; may be given several times")
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
@@ -78,36 +75,44 @@ def run(args: argparse.Namespace) -> int:
     if not (args.lora or unets) or not args.reward:
         raise ConfigError("nothing to evaluate: give --lora NAME=FILE or --tuned-model NAME=PATH, and --reward NAME")
     parts = _parts(args)
-    settings, prompts = generation_of(args), prompts_of(args)
-    taken = next((name for name in args.reward if name in FIGURES), None)
-    if taken is not None:
-        raise ConfigError(f"--reward {taken}: the results have a figure of that name: write ./{taken}")
-    if args.n < 2:
-        raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
-    photos, switches = _photos(args), [Switch.parse(text) for text in args.switches.split(",")]
+    settings, prompts, given = generation_of(args), prompts_of(args), conditioning(args)
+    _check(args, settings)
+    photos, switches = photos_of(args), [Switch.parse(text) for text in args.switches.split(",")]
     device, tuned = device_of(args), _tuned(args, unets)
-    judges = _judges(args, device)
+    judges = judges_of(args, device)
     policy = policy_of(args)
-    models = {name: with_network(policy, path) for name, path in unets.items()}
-    stateless = next((path for path in unets.values() if settings.tuned_steps and not states_schedule(policy, path)), None)
-    if stateless:
-        raise ConfigError(f"{stateless} is a network without a schedule, which --tuned-steps needs: give its diffusers folder")
+    models = _networks(policy, unets, settings)
+    base, like = given.slots(settings)
+    given.load(policy, settings)
     # a user's name may mean something to peft, or to the policy
-    slots = {name: settings.tuned(model=name) if name in unets else settings.tuned(f"evaluated{i}") for i, name in enumerate(tuned)}
+    slots = {n: replace(like, model=n) if n in unets else replace(like, adapter=f"evaluated{i}") for i, n in enumerate(tuned)}
     for name in tuned.keys() - unets.keys():
         load_lora(policy, tuned[name].file, adapter=slots[name].adapter)
     schedules = _schedules([models.get(slot.model, policy) for slot in slots.values()], policy, settings, switches)
     steps = list(schedules)
     weights = _weights(args)
     loras = {n: files_hash(weight_files(c.file)) if n in unets else file_hash(lora_weights(c.file)) for n, c in tuned.items()}
-    same = {"settings": settings.facts, "model": args.model, "loras": loras, "weights": weights, **_options(args)}
+    same = {
+        "settings": settings.facts,
+        "model": args.model,
+        "loras": loras,
+        "weights": weights,
+        **_options(args),
+        **given.conditioning_facts,
+    }
     study = Study(parts, prompts, [(name, k) for name in tuned for k in steps], judges, same)
     study.open(resume=args.resume, overwrite=args.overwrite)
-    _draw(study, policy, slots, models, schedules, settings)
-    real = {n: _real_features(photos, f, study.pixels, device) for n, f in judges.extractors.items()} if photos else None
+    _draw(study, policy, base, slots, models, schedules, settings)
+    real = {n: real_features(photos, f, study.pixels, device) for n, f in judges.extractors.items()} if photos else None
     results: dict[str, Any] = {
         **study.summarise(real),
-        "config": {**settings.facts, "switches": steps, "n": len(prompts), **({"raw": True} if args.raw else {})},
+        "config": {
+            **settings.facts,
+            "switches": steps,
+            "n": len(prompts),
+            **given.conditioning_facts,
+            **({"raw": True} if args.raw else {}),
+        },
         "checkpoints": {name: {"run": c.run, "step": c.step, "file": str(c.file), "sha256": loras[name]} for name, c in tuned.items()},
         "weights": weights,
     }
@@ -126,20 +131,6 @@ def _show(results: Mapping[str, Any], steps: int) -> None:
         print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
 
 
-def _photos(args: argparse.Namespace) -> Sequence[Path]:
-    """The photographs of --real, each read before anything is drawn."""
-    if not args.real:
-        return []
-    report = Report()
-    photos = images.find(args.real, report)
-    report.show()
-    if len(photos) < 2:
-        raise ConfigError(f"{args.real} holds {len(photos)} images: distances need at least two")
-    for photo in photos:
-        images.size_of(photo)  # raises for what is not an image
-    return photos
-
-
 def _tuned(args: argparse.Namespace, unets: Mapping[str, Path]) -> dict[str, Checkpoint]:
     """The tuned models by name: LoRAs, then networks of their own."""
     tuned = {**checkpoints(args.lora)}
@@ -148,6 +139,27 @@ def _tuned(args: argparse.Namespace, unets: Mapping[str, Path]) -> dict[str, Che
             raise ConfigError(f"two models are called {name}: give --tuned-model NAME=PATH")
         tuned[name] = Checkpoint(name, None, folder)
     return tuned
+
+
+def _check(args: argparse.Namespace, settings: Generation) -> None:
+    """ConfigError for a reward of a figure's name, too few images, or a negative prompt that no part reads."""
+    taken = next((name for name in args.reward if name in FIGURES), None)
+    if taken is not None:
+        raise ConfigError(f"--reward {taken}: the results have a figure of that name: write ./{taken}")
+    if args.n < 2:
+        raise ConfigError("diversity needs at least two images per prompt: -n 2 or more")
+    if args.tuned_negative and settings.tuned_guidance_scale == 1:
+        raise ConfigError("--tuned-negative is read with guidance alone: give --tuned-guidance-scale above 1")
+    if args.negative and settings.guidance_scale == 1 and (settings.tuned_guidance_scale == 1 or args.tuned_negative is not None):
+        raise ConfigError("--negative is read with guidance alone: give --guidance-scale above 1")
+
+
+def _networks(policy: DiffusersPolicy, paths: Mapping[str, Path], settings: Generation) -> dict[str, DiffusersPolicy]:
+    """The policies of tuned models with networks of their own."""
+    stateless = next((path for path in paths.values() if settings.tuned_steps and not states_schedule(policy, path)), None)
+    if stateless:
+        raise ConfigError(f"{stateless} is a network without a schedule, which --tuned-steps needs: give its diffusers folder")
+    return {name: with_network(policy, path) for name, path in paths.items()}
 
 
 def _unets(args: argparse.Namespace) -> dict[str, Path]:
@@ -239,6 +251,7 @@ def _schedules(
 def _draw(
     study: Study,
     policy: DiffusersPolicy,
+    base: Slot,
     slots: Mapping[str, Slot],
     models: Mapping[str, DiffusersPolicy],
     schedules: Mapping[int, Tensor],
@@ -248,50 +261,11 @@ def _draw(
     from tqdm import tqdm
 
     points = [(name, k) for name in slots for k in schedules]
-    mixes = {(name, k): combined(settings.base, slots[name], k) for name, k in points}
+    mixes = {(name, k): combined(base, slots[name], k) for name, k in points}
     grids = {(name, k): schedules[k] for name, k in points}
-    mixes[BASE] = cfg(settings.base)
+    mixes[BASE] = cfg(base)
     parts = list(study.parts(settings.chunk))
     total = sum(len(part.prompts) for part in parts) * len(study.points)
     with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
         for part in parts:
             study.add(part, generate(policy, part.prompts, settings, mixes, models, bar.update, first=part.first, grids=grids))
-
-
-def _judges(args: argparse.Namespace, device: str) -> Judges:
-    """The rewards; features of the embedded extractor and reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
-    placement, folders = Placement(device), weight_folders()
-    rewards = {name: load_reward(name, not args.raw, device) for name in args.reward}
-    towers = {name: r.raw.image_features for name, r in rewards.items() if isinstance(r.raw, TwoTower)}
-    features: dict[str, Features] = {}
-    if args.model == "demo":
-        from ..demo import files
-
-        features |= {"content": files.load_extractor().to(device).features, "reader": files.load_reader().to(device).features}
-    chosen = min(towers, key=lambda name: not name.startswith("clip"), default=None)
-    if chosen is not None:
-        features[chosen] = towers[chosen]
-    dino = args.dino or find("dino", DINO, folders)
-    if dino is not None:
-        features["dino"] = Dino.load(verify(dino), "imagenet", placement)
-        features["dino_clip_normalised"] = Dino.load(dino, "clip", placement)
-    if not features:
-        raise ConfigError("diversity needs image features: name at least one two-tower reward, or give --dino")
-    found = [folder / "lpips" for folder in folders if all((folder / "lpips" / name).is_file() for name in LPIPS)]
-    lpips = args.lpips or ([found[0] / name for name in LPIPS] if found else None)
-    inception = args.inception or find("inception", INCEPTION, folders)
-    return Judges(
-        rewards,
-        features,
-        Lpips.load(lpips[0], lpips[1], placement) if lpips else None,
-        device,
-        inception=Inception.load(verify(inception), placement) if inception is not None else None,
-    )
-
-
-@torch.no_grad()
-def _real_features(photos: Sequence[Path], features: Features, size: int, device: str) -> Iterator[Tensor]:
-    """Features (B,D) of real images, 64 images at a time."""
-    for first in range(0, len(photos), 64):
-        part = torch.stack([images.load(path, size) for path in photos[first : first + 64]])
-        yield features(part.to(device)).float()

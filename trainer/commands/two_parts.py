@@ -29,8 +29,6 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     lora = "a LoRA of the tuned part and its strength; may be given several times, all are added (default: none)"
     add("--lora", "--tuned-lora", action="append", default=[], metavar="FILE[:X]", help=lora)
-    lora = "a LoRA of the base's part and its strength; may be given several times. One for both parts is given to both"
-    add("--base-lora", action="append", default=[], metavar="FILE[:X]", help=lora)
     add(
         "--strength", type=finite, default=1.0, metavar="X", help="strength of LoRAs of the tuned part without one of their own (default 1)"
     )
@@ -41,6 +39,14 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     add("--tuned-model", "--tuned-unet", dest="tuned_model", type=Path, metavar="PATH", help=model)
     parts = "diffusers folder with the schedule of a --tuned-model that is a file of the network alone"
     add("--tuned-parts", type=Path, metavar="FOLDER", help=parts)
+    add_conditioning(parser)
+
+
+def add_conditioning(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the base's LoRAs, and of the prompts of both parts."""
+    add = parser.add_argument
+    lora = "a LoRA of the base's part and its strength; may be given several times. One for both parts is given to both"
+    add("--base-lora", action="append", default=[], metavar="FILE[:X]", help=lora)
     prompt = "the tuned part's prompt, where {prompt} stands for the image's own: '{prompt}, trigger word' (default: the image's own)"
     add("--tuned-prompt", default="{prompt}", metavar="TEXT", help=prompt)
     add("--negative", default="", metavar="TEXT", help="negative prompt of parts with guidance (default: the empty prompt)")
@@ -110,18 +116,20 @@ class TwoParts:
     def facts(self) -> dict[str, Any]:
         """What the images depend on, by the keys of earlier versions where those had one."""
         files = {"tuned_unet": weight_files(self.whole)} if self.whole else {}
-        loras: dict[str, Any] = {"lora": "", "strength": 1.0, **_facts(self.loras, "")}
-        base = _facts(self.base_loras, "base_")
-        prompts = {"tuned_prompt": self.tuned_prompt, "negative": self.negative, "tuned_negative": self.tuned_negative}
-        plain = {"tuned_prompt": "{prompt}", "negative": "", "tuned_negative": self.negative}
         return {
-            **loras,
-            **base,
+            **{"lora": "", "strength": 1.0, **_facts(self.loras, "")},
             "tuned_unet": str(self.whole or ""),
             **({"tuned_parts": str(self.schedule)} if self.schedule else {}),
             **{f"{name}_sha256": files_hash(paths) for name, paths in files.items()},
-            **{name: value for name, value in prompts.items() if value != plain[name]},
+            **self.conditioning_facts,
         }
+
+    @property
+    def conditioning_facts(self) -> dict[str, Any]:
+        """The base's LoRAs and the prompts, where they are set."""
+        prompts = {"tuned_prompt": self.tuned_prompt, "negative": self.negative, "tuned_negative": self.tuned_negative}
+        plain = {"tuned_prompt": "{prompt}", "negative": "", "tuned_negative": self.negative}
+        return {**_facts(self.base_loras, "base_"), **{name: value for name, value in prompts.items() if value != plain[name]}}
 
 
 def _facts(files: Strengths, prefix: str) -> dict[str, Any]:
@@ -136,23 +144,22 @@ def _facts(files: Strengths, prefix: str) -> dict[str, Any]:
     }
 
 
+def conditioning(args: argparse.Namespace) -> TwoParts:
+    """The base's LoRAs and the prompts of both parts, without the tuned one's models."""
+    own, base = args.tuned_negative, [parse_strength(text) for text in args.base_lora]
+    for path, _ in base:
+        read_metadata(path)  # before a model is loaded: raises for what is not there
+    return TwoParts(base, [], None, None, args.tuned_prompt, args.negative, args.negative if own is None else own)
+
+
 def two_parts(args: argparse.Namespace) -> TwoParts:
     """The parts that the arguments describe; `guiding` refuses the settings of theirs that no guide would read."""
     published = Path(args.model) / TUNED_UNET
     loras = [parse_strength(text, args.strength) for text in args.lora]
     whole = args.tuned_model or (published if not loras and published.is_dir() else None)
-    own = args.tuned_negative
-    parts = TwoParts(
-        [parse_strength(text) for text in args.base_lora],
-        loras,
-        whole,
-        args.tuned_parts,
-        args.tuned_prompt,
-        args.negative,
-        args.negative if own is None else own,
-    )
-    for path, _ in (*parts.base_loras, *parts.loras):
-        read_metadata(path)  # before a model is loaded: raises for what is not there
+    parts = replace(conditioning(args), loras=loras, whole=whole, schedule=args.tuned_parts)
+    for path, _ in parts.loras:
+        read_metadata(path)
     if args.tuned_parts is not None and whole is None:
         raise ConfigError("--tuned-parts is of a tuned model: give --tuned-model PATH")
     return parts
