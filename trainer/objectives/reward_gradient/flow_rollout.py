@@ -98,7 +98,9 @@ class FlowRollout:
         self.x, self.i = self.sampler.start(), 0
 
     def state(self, i: int) -> Tensor:
-        """z_i (B,C,h,w), after steps without gradient from the present one on."""
+        """z_i (B,C,h,w), after steps without gradient from the present one on. Raises ValueError for a step that lies behind."""
+        if i < self.i:
+            raise ValueError(f"step {i} of a rollout that is at step {self.i}")
         if i > self.i:
             self.x, self.i = self.sampler.rollout(self.x, i, self.i), i
         return self.x / self.totals[i]
