@@ -16,6 +16,7 @@ _MODULES = {
     "combined": ("switch models", "sample"),
     "guider": ("switch models", "sample"),
     "proxy": (),
+    "seed_variance": (),
     "detail": ("guide by density",),
     "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),

@@ -17,6 +17,17 @@ def search(request, tmp_path_factory):
 
 @comfyui
 @pytest.mark.slow
+def test_seed_variance_moves_each_image_by_noise_of_its_own_in_the_first_steps(search):
+    """Half of the values by half a standard deviation; from one start noise images differ, less than with the noise kept to the end."""
+    found = search["seed variance"]
+    assert found["alike"] < 1e-5 and 0.01 < found["varied"] < found["to the end"], found
+    assert found["of a batch"] < 1e-5 and found["off"]
+    assert found["share"] == pytest.approx(0.5, abs=0.02) and found["std"] == pytest.approx(0.5, abs=0.02), found
+    assert "has a range of steps already" in found["refused"]
+
+
+@comfyui
+@pytest.mark.slow
 def test_candidates_are_scored_without_density_guidance(search):
     """Seven selections: six score E[x0 | x], the last one the image, which is shifted."""
     assert len(search["density"]) == 7 and max(search["density"][:6]) < 1e-5 < 1e-3 < search["density"][6], search["density"]

@@ -112,6 +112,33 @@ with torch.inference_mode():
     results["density"] = [min(float((x - y).abs().max()) for y in plain if x.shape == y.shape) for x in seen]
     results["density, image"] = min(float((last - x).abs().max()) for x in seen[-1].split(1))
 
+    # seed variance: from one start noise for all, each image of a batch has its own embedding in the first of four steps
+    class Same:
+        seed = 7
+
+        def generate_noise(self, latent):
+            return noise.generate_noise({"samples": latent["samples"][:1]}).expand_as(latent["samples"]).clone()
+
+    def drawn_with(prompt, n):
+        made, few_steps = stock_call(custom.CFGGuider, model, prompt, negative, 2.0)[0], sigmas[[0, 2, 4, 6, 8]]
+        return stock_call(custom.SamplerCustomAdvanced, Same(), made, sampler("euler"), few_steps, {"samples": torch.zeros(n, 4, 8, 8)})[0][
+            "samples"
+        ]
+
+    vary = {"seed": 3, "strength": 0.5, "share": 0.5, "end": 0.2}
+    varied = call("SeedVariance", conditioning=positive, images=3, **vary)[0]
+    three, alike = drawn_with(varied, 3), drawn_with(positive, 3)
+    two = drawn_with(call("SeedVariance", conditioning=positive, images=2, **vary)[0], 2)
+    moved = varied[0][0] - positive[0][0]
+    spread = lambda x: float((x[1:] - x[:1]).abs().mean())  # noqa: E731
+    early = drawn_with([[moved + positive[0][0], positive[0][1]]], 3)
+    results["seed variance"] = {
+        "alike": spread(alike), "varied": spread(three), "to the end": spread(early), "of a batch": float((three[:2] - two).abs().max()),
+        "share": float((moved != 0).float().mean()), "std": float(moved[moved != 0].std() / positive[0][0].std()),
+        "off": call("SeedVariance", conditioning=positive, images=1, **{**vary, "strength": 0.0})[0] is positive,
+        "refused": embedded.refused(lambda: call("SeedVariance", conditioning=varied, images=1, **vary)),
+    }  # fmt: skip
+
     # from an image, with a mask
     image = stock_call(custom.SamplerCustomAdvanced, noise, guider, sampler("euler_ancestral"), sigmas, empty)[0]["samples"]
     late = stock_call(custom.BasicScheduler, model, "normal", 8, 0.3)[0]
