@@ -24,6 +24,8 @@ _MODULES = {
     "download": (),
     "scoring": ("score images",),
     "folder": (),
+    "pairs": ("score images",),
+    "pairs_files": (),
     "training": ("train", "load LoRAs", "score images"),
     "objectives": (),
     "judging": (),

@@ -34,6 +34,7 @@ from .latents import pixels_per_latent
 from .lora import TrainedLora
 from .memory import GraphPlanner, offloaded, recomputing, settings_that_fit
 from .policy import ComfyPolicy
+from .preferences import PreferencePairs
 from .preview import curves, evaluation_of, preview_of
 from .rewards import hashes, in_dtype
 from .run_folders import NEW, logged, run_folder
@@ -79,12 +80,9 @@ def _check(data: TrainingData, objective: Any, reward: Any, features: Any, clip:
         raise ValueError(
             f"reward {reward.name} has no gradient: training needs one that has (a two-tower one, say), or the black-box objective"
         )
-    if issubclass(objective.data, (Pairs, Labels)):
+    if issubclass(objective.data, (Pairs, Labels)) and not data.listed:
         kind = "pairs of a better and a worse image" if objective.data is Pairs else "liked and disliked images"
-        raise ValueError(
-            f"{type(objective).__name__} trains on {kind}, for which graphs have no input yet: train with `python -m trainer train`, "
-            f"{objective.data.__name__.lower()} = a table or a folder with liked and disliked"
-        )
+        raise ValueError(f"{type(objective).__name__} trains on {kind}: connect Make Pairs or Load Pairs to pairs")
     if clip is None and objective.captions(data.texts) != list(data.texts):
         raise ValueError(f"{type(objective).__name__} compares captions: connect a clip, which encodes each, instead of a conditioning")
     if not data.count and objective.data is not Prompts:
@@ -168,9 +166,10 @@ def train_in_graph(
     features: Any = None,
     memory: str = "fast",
     dataset: CaptionedFolder | None = None,
+    pairs: PreferencePairs | None = None,
 ) -> io.NodeOutput:
     """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
-    data = training_data(prompts, images, dataset, (height, width), image_size)
+    data = training_data(prompts, images, dataset, (height, width), image_size, pairs, objective[1].data)
     _check(data, objective[1], reward, features, clip)
     folder = run_folder(name, resume)
     same = _same(model, images, data, None if resume == NEW else folder)
@@ -187,15 +186,15 @@ def train_in_graph(
         config, fitted = _fitted_config(memory, config, policy, rewards, data, preview, resume != NEW)
         samples = data.samples(policy)  # before loading: encoding may push other models out of memory
         weights, metadata, evaluation, report = _trained(policy, config, samples, rewards, data.texts, preview, resume != NEW)
-    losses, scores = logged(folder)
+    log = logged(folder)
     tuned, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0.0)
     tuned.set_attachments(ATTACHMENT, metadata)
     shown = evaluation.images if evaluation.images is not None else torch.zeros(1, 3, 8, 8)
     return io.NodeOutput(
         tuned,
         weights,
-        {"loss": losses},
-        curves(scores, evaluation),
+        {"loss": log["loss"]},
+        curves(log, evaluation),
         image(shown),
         report + fitted + data.report(samples, vae, config.batch_size),
     )
@@ -214,7 +213,10 @@ def _same(model: Any, images: Tensor | None, data: TrainingData, resumed: Path |
 def _resumed_seed(folder: Path, data: TrainingData) -> int:
     """The seed of the run to resume: the browser draws another one after each run."""
     before = json.loads((folder / "config.json").read_text("utf-8"))
-    if data.folder is not None and before["images"] != data.settings["images"]:
+    key = data.listed_key if data.listed else "images"
+    if (data.folder is not None or data.listed) and before[key] != data.settings[key]:
+        if data.folder is None:
+            raise ValueError(f"{folder.name} was trained on other pairs: connect those, or choose a new run")
         raise ValueError(
             f"{folder.name} was trained on other images or captions than {data.folder.name} has now: restore them, or choose a new run"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,13 +31,19 @@ def preview_of(evaluation: Evaluation, step: int) -> tuple[str, Any, int]:
     return "JPEG", to_pil(grid(evaluation.images, 4)), 512
 
 
-def curves(rewards: Sequence[float], evaluation: Evaluation) -> Tensor:
-    """Training reward of every step, and the mean rewards of the previews, as IMAGE."""
+def curves(log: Mapping[str, Sequence[float]], evaluation: Evaluation) -> Tensor:
+    """Mean rewards of the previews, and of every step the training reward or, on pairs, the share of the batch in their order, as IMAGE."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     panel = drawn.subplots()
-    panel.plot(range(1, len(rewards) + 1), rewards, color="#bbbbbb", label="training batch")
+    if log["reward"]:
+        panel.plot(range(1, len(log["reward"]) + 1), log["reward"], color="#bbbbbb", label="training batch")
+    if log["accuracy"]:
+        right = panel.twinx()
+        right.plot(range(1, len(log["accuracy"]) + 1), log["accuracy"], color="#bbbbbb", zorder=0)
+        right.set_ylabel("share of the batch's pairs in their order (grey)")
+        right.set_ylim(0, 1.02)
     for name in evaluation.rewards:
         steps, values = [p["step"] for p in evaluation.points], [p[name] for p in evaluation.points]
         panel.plot(steps, values, marker="o", label=f"{name}, combined generation")

@@ -33,7 +33,7 @@ def run_folder(name: str, resume: str) -> Path:
     return runs_folder() / found[0]
 
 
-def logged(folder: Path) -> tuple[list[float], list[float]]:
-    """Loss and reward of every step of a run."""
+def logged(folder: Path) -> dict[str, list[float]]:
+    """`loss` of every step of a run, and `reward` and `accuracy` where its objective logs them."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in log], [line["reward"] for line in log]
+    return {name: [line[name] for line in log if name in line] for name in ("loss", "reward", "accuracy")}

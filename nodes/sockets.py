@@ -18,6 +18,7 @@ CATEGORY = "ImageReFL"
 Reward = io.Custom("REWARD_MODEL")
 Objective = io.Custom("ALIGN_OBJECTIVE")
 Dataset = io.Custom("CAPTIONED_IMAGES")
+PreferencePairsSocket = io.Custom("PREFERENCE_PAIRS")
 LoraWeights = io.Custom("LORA_MODEL")  # the stock train, save and load nodes' own types
 Losses = io.Custom("LOSS_MAP")
 

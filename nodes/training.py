@@ -14,7 +14,19 @@ from ..trainer.training.config import TrainConfig
 from .graph_run import train_in_graph
 from .memory import MODES
 from .run_folders import LAST, NEW, resumable
-from .sockets import CATEGORY, Dataset, LoraWeights, Losses, Objective, Reward, schema, show_text, widget_name, widgets
+from .sockets import (
+    CATEGORY,
+    Dataset,
+    LoraWeights,
+    Losses,
+    Objective,
+    PreferencePairsSocket,
+    Reward,
+    schema,
+    show_text,
+    widget_name,
+    widgets,
+)
 
 _OURS = (
     "steps",
@@ -121,6 +133,12 @@ _DATASET = Dataset.Input(
     tooltip="Images and captions of a folder, from Captioned Folder, instead of images and prompts: leave both empty. They are cropped to "
     "image_size, as the headless trainer does.",
 )
+_PAIRS = PreferencePairsSocket.Input(
+    "pairs",
+    optional=True,
+    tooltip="For objectives on preferences: pairs from Make Pairs or Load Pairs, instead of images and prompts. Diffusion-KTO reads them "
+    "as liked and disliked images. They are cropped to image_size; 0 keeps theirs.",
+)
 _OUTPUTS = [
     io.Model.Output("tuned", display_name="MODEL", tooltip="The tuned model: connect it as the tuned part of a Combined KSampler."),
     LoraWeights.Output("lora", display_name="LORA_MODEL", tooltip="For Save Reward LoRA, and the stock Load LoRA Model."),
@@ -169,6 +187,7 @@ class AlignLoraTrain(io.ComfyNode):
                 _FEATURES,
                 _MEMORY,
                 _DATASET,
+                _PAIRS,
             ],
             outputs=_OUTPUTS,
         )

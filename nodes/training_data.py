@@ -11,38 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..trainer.data.batches import Labels, Pairs, Prompts
 from ..trainer.data.buckets import Size, bucket_sizes
 from ..trainer.data.cache import TensorCache
-from ..trainer.data.samples import Samples, encode_images, load_samples
+from ..trainer.data.samples import Listed, Samples, encode_images, encoded_samples, load_samples
 from ..trainer.text import lines
 from .folder import CaptionedFolder, resolve
 from .latents import Encoder, latents_per_token, pixels_per_latent
 from .lists import prompts_of
 from .lora import runs_folder
 from .policy import ComfyPolicy
+from .preferences import PreferencePairs, common_size, fingerprint_of
 from .sockets import pixels
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Prompts, or the captions of images (N,3,H,W) or of a folder, one per sample; size: (height, width) in pixels of a square sample
-    and of previews."""
+    """Prompts, or the captions of images (N,3,H,W), of a folder or of pairs, one per sample; size: (height, width) in pixels of a
+    sample that is cropped, and of previews."""
 
     texts: Sequence[str]
     size: Size
     images: Tensor | None = None
     folder: CaptionedFolder | None = None
+    listed: Sequence[Listed] = ()
+    """Pairs, or labelled images."""
     written: Sequence[str] = ()
     """The prompts that name the run's data, as in earlier versions: without blank ones, unless these are captions."""
 
     @property
     def count(self) -> int:
         """Number of images."""
+        if self.listed:
+            return len({image for one in self.listed for image in one.images})
         return self.folder.images if self.folder else 0 if self.images is None else len(self.images)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a headless run's config says of a folder."""
+        """What a headless run's config says of a folder or of pairs."""
+        if self.listed:
+            return {self.listed_key: f"graph: {fingerprint_of(self.listed)}", "image_size": self.size[0]}
         if self.folder is None:
             return {}
         return {
@@ -52,13 +60,22 @@ class TrainingData:
             "cache": str(_latents()) if self.folder.cached else "",
         }
 
+    @property
+    def listed_key(self) -> str:
+        """The config's key of pairs or labelled images."""
+        return "labels" if self.listed[0].label is not None else "pairs"
+
     def check(self, policy: ComfyPolicy) -> None:
         """ValueError where the model takes no images of this size, before anything is encoded."""
         if self.folder is not None:
             _sizes(policy, self.size[0], self.folder.buckets)
+        if self.listed:
+            _check_unit(policy, self.size)
 
     def samples(self, policy: ComfyPolicy) -> Samples:
-        """The samples, encoded; of a folder those of the headless trainer."""
+        """The samples, encoded; of a folder and of pairs those of the headless trainer."""
+        if self.listed:
+            return encoded_samples(Encoder(policy), self.listed, (self.size,))
         if self.folder is None:
             return Samples(tuple(self.texts)) if self.images is None else encode_images(policy, self.images, self.texts, chunk=4)
         cache = TensorCache(_latents()) if self.folder.cached else None
@@ -70,6 +87,10 @@ class TrainingData:
 
     def report(self, samples: Samples, vae: Any, batch_size: int) -> str:
         """What of a folder was taken, and in which sizes."""
+        if self.listed:
+            liked, of_pairs = sum(one.label == 1.0 for one in self.listed), f"{len(self.listed)} pairs of {self.count} images"
+            found = of_pairs if self.listed_key == "pairs" else f"{liked} liked and {len(self.listed) - liked} disliked images"
+            return f"\n{found}, {self.size[1]}×{self.size[0]} pixels"
         if self.folder is None or samples.latents is None or samples.image is None:
             return ""
         ratio = pixels_per_latent(vae)
@@ -81,9 +102,19 @@ class TrainingData:
         return "\n" + "\n".join([*said, *([f"fewer than batch_size, so that its images repeat: {', '.join(few)}"] if few else [])])
 
 
-def training_data(prompts: str, images: Tensor | None, folder: CaptionedFolder | None, size: Size, image_size: int) -> TrainingData:
-    """The data of a training node's inputs; ValueError where they contradict each other."""
+def training_data(
+    prompts: str,
+    images: Tensor | None,
+    folder: CaptionedFolder | None,
+    size: Size,
+    image_size: int,
+    pairs: PreferencePairs | None = None,
+    kind: type[Prompts] = Prompts,
+) -> TrainingData:
+    """The data of a training node's inputs for an objective on batches of `kind`; ValueError where they contradict each other."""
     written = [line.strip() for line in lines(prompts) if line.strip()]
+    if pairs is not None:
+        return _of_pairs(pairs, kind, written, image_size, others=images is not None or folder is not None)
     if folder is not None:
         if images is not None:
             raise ValueError("images and dataset are both connected: disconnect one of them")
@@ -98,6 +129,29 @@ def training_data(prompts: str, images: Tensor | None, folder: CaptionedFolder |
         real = _fitted(pixels(images).clone(), image_size)
     texts = [text.strip() for text in prompts_of([prompts], [images], per_line=True)]
     return TrainingData(texts, (int(real.shape[2]), int(real.shape[3])), real, written=written if all(texts) else texts)
+
+
+def _of_pairs(pairs: PreferencePairs, kind: type[Prompts], written: Sequence[str], image_size: int, others: bool) -> TrainingData:
+    if others:
+        raise ValueError("pairs and images or a dataset are connected: disconnect one of them")
+    if written:
+        raise ValueError("pairs is connected and prompts are written: clear prompts, pairs have their own")
+    if not pairs.pairs:
+        raise ValueError("there are no pairs: nothing was held out, or all were filtered")
+    if not issubclass(kind, (Pairs, Labels)):
+        raise ValueError(
+            "pairs is connected: choose an objective on pairs or likes (Diffusion-DPO, MaPO, Diffusion-KTO, …), or disconnect it"
+        )
+    listed = pairs.listed(kind)
+    texts = [one.caption for one in listed]
+    size = (image_size, image_size) if image_size else common_size(listed)
+    return TrainingData(texts, size, listed=listed, written=texts)
+
+
+def _check_unit(policy: ComfyPolicy, size: Size) -> None:
+    unit = pixels_per_latent(policy.vae) * latents_per_token(policy.model)
+    if any(side % unit for side in size):
+        raise ValueError(f"images of {size[1]}×{size[0]} pixels: this model takes multiples of {unit}, give image_size, {unit * 8} say")
 
 
 def _latents() -> Path:

@@ -20,6 +20,11 @@ def folder(told):
     return told["folder"]
 
 
+@pytest.fixture
+def pairs(told):
+    return told["pairs"]
+
+
 def test_one_step_in_a_graph_has_the_headless_gradient(told):
     assert told["modules"] > 50 and told["latents"] < 1e-4
     assert all(told[name] < 1e-3 for name in ("refl", "guided", "imagerefl", "draft-k", "srpo", "sqdf")), told
@@ -99,3 +104,59 @@ def test_data_that_contradict_each_other_get_a_sentence(folder, case, message):
 def test_a_blank_caption_is_a_caption(folder):
     """Of two images: the first line blank, a blank last line, one for both, blank lines between."""
     assert folder["captions of two images"] == [["", "a star"], ["a star", "a star"], ["a star", "a star"], ["a", "b"]]
+
+
+@pytest.mark.parametrize("name", ["diffusion-dpo", "unsafe dpo", "diffusion-kto", "mapo", "diffusion-npo"])
+def test_one_step_on_pairs_in_a_graph_has_the_headless_gradient(told, name):
+    assert told["preferences"][name] < 1e-3 and told["preferences"][f"norm of {name}"] > 1, told["preferences"]
+
+
+def test_pairs_train_in_a_graph_as_the_command_does(pairs):
+    """Made in the graph, saved, and loaded there and by the command."""
+    graph, headless = pairs["log"]
+    assert len(graph) == len(headless) == 4 and graph == pytest.approx(headless, abs=2e-5), pairs["log"]
+    error, size = pairs["lora"]
+    assert error < 5e-3 and size > 0.1, pairs["lora"]
+    assert pairs["report"].splitlines()[-1] == "3 pairs of 6 images, 64×64 pixels"
+    assert pairs["likes"].splitlines()[-1] == "3 liked and 3 disliked images, 64×64 pixels"
+    assert pairs["captions"].startswith("1 steps in")
+
+
+def test_pairs_are_made_filtered_saved_and_loaded(pairs):
+    number, shape, report = pairs["made"]
+    assert (number, shape) == (3, [3, 128, 256, 3]) and pairs["best and worst"], pairs["made"]
+    assert report.splitlines()[:2] == [
+        "kept 3 of 9 pairs: 3 for training (3 prompts)",
+        "dropped: 6 beyond the number per prompt, 1 images alone under their prompt",
+    ]
+    every, kept, held, said = pairs["filtered"]
+    assert every >= kept + held and held == 1 and pairs["sides"] and "order" in said and "held-out demo-heldout prefers" in said
+    assert pairs["saved"] == ["output/imagerefl_pairs/_a_b", "output/imagerefl_pairs/_a_b_2"] and pairs["loaded"]
+    assert pairs["tables"] == ["input/out pairs.csv", *(f"{folder}/pairs.jsonl" for folder in pairs["saved"])]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no pairs", "DiffusionDPO trains on pairs of a better and a worse image: connect Make Pairs or Load Pairs to pairs"),
+        ("images too", "pairs and images or a dataset are connected"),
+        ("prompts too", "pairs is connected and prompts are written: clear prompts"),
+        ("another objective", "pairs is connected: choose an objective on pairs or likes"),
+        ("one image", "batch_size = 1: an image is compared with the mean of its micro-batch, give at least 2"),
+        ("odd size", "images of 60×60 pixels: this model takes multiples of 8, give image_size, 64 say"),
+        ("other pairs", "dpo was trained on other pairs: connect those, or choose a new run"),
+        ("nothing held out", "there are no pairs: nothing was held out, or all were filtered"),
+        ("outside", "input/out pairs.csv names "),
+        ("not listed", "'../secret/pairs.csv' is not in the list"),
+        ("alone", "prompt 'a' has one image, as each prompt has: a pair is two images of one prompt"),
+        ("twice", "reward demo-proxy is connected twice"),
+        ("held out", "heldout is demo-proxy, which ranks the images too"),
+        ("copies", "no pair: 1 images alone under their prompt, 9 equal scores"),
+        ("no scale", "no mean and standard deviation are known for compressibility, in which several rewards are compared"),
+        ("margin", "no pair is left: 3 margin too small"),
+        ("no features", "diversity_weight is set: distances of prompts need a two-tower reward"),
+        ("unscored", "no reward scored them"),
+    ],
+)
+def test_what_pairs_cannot_be_is_one_line(pairs, case, message):
+    assert message in pairs["refused"][case] and "\n" not in pairs["refused"][case], pairs["refused"][case]

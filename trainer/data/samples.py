@@ -160,6 +160,14 @@ def load_samples(
         report.show()
     if not listed:
         return Samples(tuple(alone), fingerprint=fingerprint(len(alone), prompts=alone))
+    return encoded_samples(policy, listed, sizes, cache, processes)
+
+
+def encoded_samples(
+    policy: Encoder, listed: Sequence[Listed], sizes: Sequence[Size], cache: TensorCache | None = None, processes: Processes = ALONE
+) -> Samples:
+    """Samples of images, pairs or labelled images; see `load_samples`."""
+    pairs = len(listed[0].images) == 2
     of_source = {one.images[0]: sizes[0] if len(sizes) == 1 else nearest(size_of(one.images[0]), sizes) for one in listed}
     wanted = [[(image, of_source[one.images[0]]) for image in one.images] for one in listed]
     hashes = {source: content_hash(source) for one in listed for source in one.images}

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data.images import ImageSource
+from ..data.preferences import read_pairs
+from ..data.report import Report
 from ..runtime.files import write_text
+from ..text import lines, read_text
 from .label import Pair
 
 SUFFIX = ".jsonl"
@@ -29,6 +32,28 @@ def _pair_line(pair: Pair, rewards: Sequence[str], folder: Path) -> dict[str, An
         **{name: round(value, 6) for name, value in known.items() if value is not None},
         **({"gaps": {name: round(gap, 6) for name, gap in zip(rewards, pair.gaps)}} if pair.gaps else {}),
     }
+
+
+def read_table(path: Path, report: Report) -> tuple[list[Pair], list[str]]:
+    """The pairs of any source of files that training takes, and the names of the rewards of their gaps; of `write_pairs`, all it wrote."""
+    found = read_pairs(str(path), report)
+    own: list[dict[str, Any]] = []
+    if path.is_file() and path.suffix.lower() == SUFFIX:
+        own = [json.loads(line) for line in lines(read_text(path)) if line.strip()]
+    if len(own) != len(found) or any("margin" not in row for row in own):
+        return [Pair(better, worse, prompt) for better, worse, prompt in found], []
+    rewards = list(own[0].get("gaps", {}))
+    scored = zip(found, own)
+    return [Pair(*images, **_scores(row, rewards)) for images, row in scored], rewards
+
+
+def _scores(row: Mapping[str, Any], rewards: Sequence[str]) -> dict[str, Any]:
+    known = {
+        key: row.get(name)
+        for key, name in (("margin", "margin"), ("agreement", "agreement"), ("value", "value"), ("heldout", "heldout_gap"))
+    }
+    gaps = row.get("gaps") or {}
+    return {**known, "gaps": tuple(gaps[name] for name in rewards if name in gaps)}
 
 
 def labels_of(pairs: Sequence[Pair]) -> dict[tuple[ImageSource, str], str]:

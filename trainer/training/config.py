@@ -95,7 +95,7 @@ class TrainConfig:
     pairs: str = field(
         default="",
         metadata={
-            "help": "pairs of images: CSV or JSONL with columns chosen, rejected, prompt, `hf:DATASET[:split]`, or a folder with liked/ and disliked/"
+            "help": "pairs: CSV or JSONL with columns chosen, rejected, prompt, `hf:DATASET[:split]`, or a folder of liked/, disliked/"
         },
     )
     labels: str = field(

@@ -58,6 +58,10 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
             errors[name] = float((ours - theirs).norm() / ours.norm())
     errors["modules"] = len(policy.named_parameters())
 import folder
+import pairs
 
-errors["folder"] = folder.results
+with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad(), policy.loaded([], 3):
+    errors["preferences"] = pairs.gradients(headless, policy)
+
+errors["folder"], errors["pairs"] = folder.results, pairs.results
 print(json.dumps(errors))
