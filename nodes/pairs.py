@@ -24,7 +24,7 @@ from .scoring import score
 from .sockets import CATEGORY, PreferencePairsSocket, Reward, collected, schema, show_text, widgets
 
 _SHOWN = 16  # pairs on the preview
-PAIRS_OUT = PreferencePairsSocket.Output("preference_pairs", display_name="pairs", tooltip="For Filter Pairs, Save Pairs and a training node.")
+PAIRS_OUT = PreferencePairsSocket.Output("preference_pairs", display_name="pairs", tooltip="For Filter Pairs, Save Pairs, and training.")
 
 
 def preview(pairs: Sequence[Pair]) -> Tensor:

@@ -48,9 +48,9 @@ class PreferencePairs:
     rewards: tuple[str, ...] = ()
     heldout: str = ""
 
-    def listed(self, kind: type[Any]) -> list[Listed]:
+    def listed(self, cls: type[Any]) -> list[Listed]:
         """The samples of a run: pairs, or for `Labels` each image once, liked where it wins more often than it loses."""
-        if not issubclass(kind, Labels):
+        if not issubclass(cls, Labels):
             return [Listed((pair.chosen, pair.rejected), pair.prompt) for pair in self.pairs]
         labels = labels_of(self.pairs)
         found = [Listed((image,), prompt, 1.0 if word == "liked" else -1.0) for (image, prompt), word in labels.items()]

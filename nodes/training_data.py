@@ -109,12 +109,12 @@ def training_data(
     size: Size,
     image_size: int,
     pairs: PreferencePairs | None = None,
-    kind: type[Prompts] = Prompts,
+    cls: type[Prompts] = Prompts,
 ) -> TrainingData:
-    """The data of a training node's inputs for an objective on batches of `kind`; ValueError where they contradict each other."""
+    """The data of a training node's inputs for an objective on batches of `cls`; ValueError where they contradict each other."""
     written = [line.strip() for line in lines(prompts) if line.strip()]
     if pairs is not None:
-        return _of_pairs(pairs, kind, written, image_size, others=images is not None or folder is not None)
+        return _of_pairs(pairs, cls, written, image_size, others=images is not None or folder is not None)
     if folder is not None:
         if images is not None:
             raise ValueError("images and dataset are both connected: disconnect one of them")
@@ -131,18 +131,18 @@ def training_data(
     return TrainingData(texts, (int(real.shape[2]), int(real.shape[3])), real, written=written if all(texts) else texts)
 
 
-def _of_pairs(pairs: PreferencePairs, kind: type[Prompts], written: Sequence[str], image_size: int, others: bool) -> TrainingData:
+def _of_pairs(pairs: PreferencePairs, cls: type[Prompts], written: Sequence[str], image_size: int, others: bool) -> TrainingData:
     if others:
         raise ValueError("pairs and images or a dataset are connected: disconnect one of them")
     if written:
         raise ValueError("pairs is connected and prompts are written: clear prompts, pairs have their own")
     if not pairs.pairs:
         raise ValueError("there are no pairs: nothing was held out, or all were filtered")
-    if not issubclass(kind, (Pairs, Labels)):
+    if not issubclass(cls, (Pairs, Labels)):
         raise ValueError(
             "pairs is connected: choose an objective on pairs or likes (Diffusion-DPO, MaPO, Diffusion-KTO, …), or disconnect it"
         )
-    listed = pairs.listed(kind)
+    listed = pairs.listed(cls)
     texts = [one.caption for one in listed]
     size = (image_size, image_size) if image_size else common_size(listed)
     return TrainingData(texts, size, listed=listed, written=texts)
