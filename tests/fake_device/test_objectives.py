@@ -35,6 +35,8 @@ OBJECTIVES = {
     "ddpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.kl_weight=0.1",
     "flow-grpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1",
     "awm": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.levels=2",
+    "self-npo": "--objective.levels=6 --objective.rollout_steps=2 --objective.anti_guidance=-2.0",
+    "dro": "--objective.rollout_steps=3",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
     "sqdf-black-box": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.queries=[8] --objective.epochs=2 "
     "--objective.optimism=ucb --features=demo-heldout --reward=demo-gold",
@@ -47,6 +49,8 @@ FULL = {
     "dspo",
     "dmpo",
     "inpo",
+    "dro",
+    "self-npo",
     "flowbp-sparse",
     "flowbp-lagrange",
     "leapalign",

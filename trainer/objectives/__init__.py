@@ -6,10 +6,12 @@ from .policy_gradient.ddpo import DDPO
 from .policy_gradient.flow_grpo import FlowGRPO
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
+from .preference.dro import DRO
 from .preference.dspo import DSPO
 from .preference.inversion import InPO, SmPO
 from .preference.kto import DiffusionKTO
 from .preference.mapo import MaPO
+from .preference.self_npo import SelfNPO
 from .preference.tpo import TPO
 from .reward_gradient.black_box import BlackBoxSQDF
 from .reward_gradient.direct_align import SRPO, DirectAlign
@@ -43,10 +45,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "inpo": InPO,
     "smpo": SmPO,
     "diffusion-npo": DiffusionNPO,
+    "self-npo": SelfNPO,
     "tpo": TPO,
     "ddpo": DDPO,
     "flow-grpo": FlowGRPO,
     "awm": AWM,
+    "dro": DRO,
 }
 """Every objective by the name that configs use."""
 
@@ -54,6 +58,7 @@ __all__ = [
     "AWM",
     "DDPO",
     "DMPO",
+    "DRO",
     "DSPO",
     "OBJECTIVES",
     "SQDF",
@@ -80,5 +85,6 @@ __all__ = [
     "Objective",
     "ReFL",
     "RunContext",
+    "SelfNPO",
     "SmPO",
 ]

@@ -53,6 +53,15 @@ def _inpo(row: Row, name: str) -> list[Line]:
     return [*_levels(row), beta, ("inversion_steps", "10", ""), ("inversion_noise", "0.1", "")]
 
 
+def _dro(row: Row, name: str) -> list[Line]:
+    return [*_levels(row), ("margin", "0.001", ""), ("rollout_steps", "20", ""), ("prompt_dropout", "0.2", "")]
+
+
+def _self_npo(row: Row, name: str) -> list[Line]:
+    w: Line = ("anti_guidance", "-5.0", "SDXL's") if row.size > 512 else ("anti_guidance", "-1.0", "SD1.5's: the unconditional prediction")
+    return [*_levels(row), w, ("levels", "25", ""), ("rollout_steps", "5", ""), ("decay", "0.999", "")]
+
+
 def _tpo(row: Row, name: str) -> list[Line]:
     return [*_levels(row), ("form", '"dpo"', 'or "kto" with beta = 1000'), ("beta", "5000.0", "Diffusion-DPO's")]
 
@@ -113,6 +122,23 @@ PREFERENCES: dict[str, Method] = {
         "the official settings for SD1.5 and SDXL, but for the rank of 8; the result is the negative model of the guide npo",
         _npo,
         rate="5e-6",
+    ),
+    "self-npo": _on(
+        "images",
+        "Self-NPO",
+        "the official settings for all weights; rate and number of images are a LoRA's; the result is the negative model of the guide npo",
+        _self_npo,
+        steps=("steps", "1000", ""),
+        samples=16,
+        every=100,
+    ),
+    "dro": _on(
+        "images",
+        "Diffusion-DRO",
+        "the official settings for all weights of SD1.5: 1600 steps on 500 images of the highest rewards",
+        _dro,
+        steps=("steps", "1600", ""),
+        rate="1e-4",
     ),
     "tpo": _on("images", "TPO", "from the paper, with Diffusion-DPO's β; rate and number of images are a LoRA's", _tpo),
 }
