@@ -126,6 +126,11 @@ def test_a_search_from_an_image_stays_near_it(tmp_path):
         ),
         (["--image-strength", "0.5"], "--image-strength belongs to a search: give --search best-of-n|svdd"),
         (["--search", "best-of-n", "--reward", "nothing"], "unknown reward 'nothing'"),
+        (["--search", "best-of-n", "--reward", "demo-proxy", "--diversity", "nan"], "--diversity: nan: give a finite number"),
+        (
+            ["--search", "best-of-n", "--reward", "demo-proxy", "--lookahead-lora", __file__],
+            "--lookahead-lora: best-of-n scores nothing before the end of this run: leave it out",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(tmp_path, more, message, capsys):

@@ -241,6 +241,15 @@ def test_the_widest_search_is_within_the_range_of_its_settings():
         ("dsearch", {"replaced": 1.0}, 1, True, "replaced"),
         ("walk", {}, 1, True, "unknown search 'walk': use one of best-of-n, svdd, code, fk, dlbs, dsearch"),
         ("code", {"block": 11}, 1, True, "a block of 11 steps in a run of 10: give block ≤ 10"),
+        (
+            "svdd",
+            {"start": 0.5, "end": 0.5},
+            1,
+            True,
+            "svdd would choose nothing: no selection falls into its part of this run of 10 steps",
+        ),
+        ("dlbs", {"start": 1.0}, 1, True, "dlbs would choose nothing"),
+        ("fk", {"start": 0.81, "end": 0.85}, 1, True, "fk would choose nothing"),
         ("svdd", {}, 2, True, "2 images of 1 particles: give particles ≥ 2"),
         ("svdd", {}, 1, False, "svdd branches, and ddim draws no noise, so that children would be equal"),
         ("fk", {}, 1, False, "fk branches"),
@@ -261,6 +270,15 @@ def test_a_resampling_that_can_never_happen_is_warned_of(particles, ess, warned,
     search = search_of("fk", {"particles": particles, "ess": ess})
     check(search, rounds_of(search, 10))
     assert ("never resampled" in caplog.text) == warned
+
+
+def test_a_run_of_one_step_has_no_search_but_best_of_n():
+    for name in ("svdd", "code", "fk", "dlbs"):
+        search = search_of(name, {"block": 1} if name == "code" else {})
+        with pytest.raises(ConfigError, match=f"{name} would choose nothing.* its part of this run of 1 step: give more steps"):
+            check(search, rounds_of(search, 1))
+    for search in (search_of("best-of-n", {}), search_of("svdd", {"children": 1})):
+        check(search, rounds_of(search, 1))
 
 
 def test_best_of_n_and_one_block_take_a_deterministic_sampler():

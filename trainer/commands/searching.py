@@ -28,6 +28,7 @@ from ..search.plan import check, cost, fitted, rounds_of
 from ..search.settings import FIELDS, METHODS, Search, search_of
 from .by_reward import Judges, add_settings, facts, folder_beside, given_settings, load_judges
 from .image_folder import ImageFolder
+from .options import finite
 
 _PREFIX = "search_"
 _LOOKAHEAD = "lookahead"  # name of the adapter
@@ -45,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--heldout", metavar="NAME", help="a reward that the search does not see, reported beside it")
     add("--raw", action="store_true", help="search by raw scores: needs no mean and standard deviation")
     add("--budget", type=int, default=0, metavar="N", help="model calls per prompt: as many particles or children as they allow")
-    add("--diversity", type=float, default=0.0, metavar="X", help="return images greedily by reward + X·distance (default 0)")
+    add("--diversity", type=finite, default=0.0, metavar="X", help="return images greedily by reward + X·distance (default 0)")
     add("--image", type=Path, metavar="FILE", help="start from this image, noised, instead of from noise")
     add("--image-strength", type=share, metavar="X", help=f"share of the steps that are run with --image (default {_STRENGTH})")
     add("--lookahead-lora", type=Path, metavar="FILE", help="a few-step LoRA that predicts the image which is scored")
@@ -140,6 +141,8 @@ class Searching:
         rounds = rounds_of(self.search, left, settings.seed)
         check(self.search, rounds, args.n, settings.method == "ddpm", f"--method {settings.method}")
         if args.lookahead_lora is not None:
+            if len(rounds) == 1:
+                raise ConfigError(f"--lookahead-lora: {self.search.name} scores nothing before the end of this run: leave it out")
             load_lora(policy, args.lookahead_lora, adapter=_LOOKAHEAD)
         source = None if args.image is None else policy.encode(images.load(args.image, policy.image_size)[None])[0]
         sigmas, slot = levels[steps - left :], None if own else Slot(_LOOKAHEAD)

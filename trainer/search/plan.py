@@ -112,12 +112,19 @@ def cost(search: Search, rounds: list[Round], own_lookahead: bool = True) -> Cou
 
 
 def check(search: Search, rounds: list[Round], returned: int = 1, stochastic: bool = True, sampler: str = "this sampler") -> None:
-    """ConfigError where the search cannot run: more images than particles, a block longer than the run, or equal children."""
-    steps = rounds[-1].last
+    """ConfigError where the search cannot run: more images than particles, a block longer than the run, equal children, or no choice."""
+    steps, children = rounds[-1].last, METHODS[search.name].grows == "children"
     if returned > search.particles:
         raise ConfigError(f"{returned} images of {search.particles} particles: give particles ≥ {returned}")
     if search.block > steps:
         raise ConfigError(f"{search.name}: a block of {search.block} steps in a run of {steps}: give block ≤ {steps}")
+    wanted = search.children > 1 if children else search.particles > 1
+    chooses = any(one.children > 1 for one in rounds) if children else len(rounds) > 1
+    if wanted and not chooses and search.name not in ("best-of-n", "dsearch"):
+        raise ConfigError(
+            f"{search.name} would choose nothing: no selection falls into its part of this run of {steps} step{'s' * (steps > 1)}: "
+            "give more steps, a wider range from start to end, or best-of-n"
+        )
     if not stochastic and len(rounds) > 1:
         raise ConfigError(
             f"{search.name} branches, and {sampler} draws no noise, so that children would be equal: "
