@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -64,10 +64,10 @@ class Chain:
         return Steps(policy, models, levels, mix, k, end)
 
     def on_meta(self, args: argparse.Namespace) -> Steps:
-        """The chain on models without values, whose memory can be counted. A second network is not quantised."""
+        """The chain on models without values, whose memory can be counted; a second network is quantised as the first."""
         options = ModelOptions(**{f.name: getattr(args, f.name) for f in fields(ModelOptions)})
         policy = open_policy(args.model, "meta", options, args.image_size)
-        second = open_policy(args.model, "meta", replace(options, quantisation=""), args.image_size) if self.parts.whole else None
+        second = open_policy(args.model, "meta", options, args.image_size) if self.parts.whole else None
         return self.on(policy, second)
 
 

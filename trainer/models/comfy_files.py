@@ -13,8 +13,8 @@ import torch
 
 from ..lora.scales import is_scale
 from .configs import QWEN_AUTOENCODER, T5, Config, ModelConfig, PartClass
-from .diffusers_policy import without_dtype_warning
 from .quantised import read_scaled
+from .quiet import without_dtype_warning
 from .single_file import converter, load_part, one_line_errors, tensor_shapes
 
 _NETWORKS = ("diffusion_models", "unet")

@@ -6,9 +6,8 @@ adapters, noise levels and x0-predictions are float32.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +25,7 @@ from .configs import ModelConfig
 from .prompted import PromptedDenoiser
 from .prompts import Conditioning, Prompts
 from .quantisation import NONE, Quantisation, has_quantised
-
-
-@contextmanager
-def without_dtype_warning() -> Generator[None]:
-    """Silence diffusers' `torch_dtype` deprecation warning: older versions do not know the new name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
-        yield
+from .quiet import without_dtype_warning
 
 
 class DiffusersPolicy:

@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .diffusers_policy import DiffusersPolicy
 from .load import INDICES, load_policy, resolve
 from .quantisation import has_quantised, original_shape, quantise
+from .quiet import without_dtype_warning
 from .single_file import load_part, one_line_errors
 from .split_files import load_in_file, pipeline_settings
 

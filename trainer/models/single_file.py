@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from ..lora.scales import is_scale
 from .clip_words import write_tokenizer
 from .configs import ZERO_SNR, Config, ModelConfig, PartClass
-from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .diffusers_policy import DiffusersPolicy
 from .quantised import read_scaled, refuse_scales
+from .quiet import without_dtype_warning
 
 _PREFIX = "model.diffusion_model."
 _OTHER_PARTS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.", "v_pred", "ztsnr")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .comfy_files import find_part, find_tokenizer, load_file_part
 from .configs import Config, ModelConfig, PartClass
-from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .diffusers_policy import DiffusersPolicy
 from .quantised import read_scaled
+from .quiet import without_dtype_warning
 from .single_file import converter, load_part, one_line_errors, tensor_shapes
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .configs import ModelConfig
-from .diffusers_policy import DiffusersPolicy, without_dtype_warning
+from .diffusers_policy import DiffusersPolicy
+from .quiet import without_dtype_warning
 from .single_file import load_part, one_line_errors
 
 BASE_UNET, TUNED_UNET = "original_unet", "fine_tuned_unet"
