@@ -14,7 +14,7 @@ from .sockets import CATEGORY, Objective, collected, schema, widgets
 _TITLES = {"DRaFTK": "DRaFT-K", "DRaFTLV": "DRaFT-LV", "DirectAlign": "Direct-Align", "BlackBoxSQDF": "SQDF (black box)"}
 _TITLES |= {"DiffusionDPO": "Diffusion-DPO", "DiffusionKTO": "Diffusion-KTO", "DiffusionNPO": "Diffusion-NPO"}
 _TITLES |= {"FlowBPSparse": "FlowBP-Sparse", "FlowBPBridge": "FlowBP-Bridge", "FlowBPLagrange": "FlowBP-Lagrange"}
-_TITLES |= {"FlowGRPO": "Flow-GRPO"}
+_TITLES |= {"FlowGRPO": "Flow-GRPO", "SelfNPO": "Self-NPO"}
 _ALIASES = ["reward gradient", "reward fine-tuning", "rlhf", "preference optimization", "policy gradient"]
 
 

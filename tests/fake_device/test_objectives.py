@@ -35,6 +35,7 @@ OBJECTIVES = {
     "ddpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.kl_weight=0.1",
     "flow-grpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1",
     "awm": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.levels=2",
+    "diffusion-nft": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1",
     "self-npo": "--objective.levels=6 --objective.rollout_steps=2 --objective.anti_guidance=-2.0",
     "dro": "--objective.rollout_steps=3",
     "sqdf": "--objective.steps=5 --objective.buffer_gb=0.1 --objective.estimator=consistency --consistency=demo",
@@ -44,6 +45,7 @@ OBJECTIVES = {
 
 FULL = {
     "flow-grpo",
+    "diffusion-nft",
     "diffusion-npo",
     "mapo",
     "dspo",

@@ -61,6 +61,7 @@ CASES = {
         "diversity_weighted": True,
     },
     "awm": {"name": "awm", "steps": 4, "group": 4, "prompts_per_round": 2, "levels": 3},
+    "diffusion-nft": {"name": "diffusion-nft", "steps": 4, "group": 4, "prompts_per_round": 2, "decay_rate": 0.2},
     "dro": {"name": "dro", "rollout_steps": 4},
     "self-npo": {"name": "self-npo", "levels": 6, "rollout_steps": 2, "decay": 0.9},
     "sqdf-black-box": {"name": "sqdf-black-box", **BUFFERED, "queries": [5, 6], "updates_per_loop": 8, "epochs": 5, "heads": 2},

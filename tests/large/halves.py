@@ -42,7 +42,13 @@ def main():
     tower = files.load_tower("proxy")
     print("| objective | relative difference |\n|---|---|")
     for name, kind in OBJECTIVES.items():
-        if name in ("sqdf-black-box", "ddpo", "flow-grpo", "awm"):  # whose queries and rounds are shared by processes, not by halves
+        if name in (
+            "sqdf-black-box",
+            "ddpo",
+            "flow-grpo",
+            "awm",
+            "diffusion-nft",
+        ):  # whose queries and rounds are shared by processes, not by halves
             continue
         known = {f.name for f in fields(kind)}
         objective = kind(**({"buffer_gb": 0.0} if "buffer_gb" in known else {}))

@@ -4,6 +4,7 @@ from .base import Loss, Objective, RunContext
 from .policy_gradient.awm import AWM
 from .policy_gradient.ddpo import DDPO
 from .policy_gradient.flow_grpo import FlowGRPO
+from .policy_gradient.nft import DiffusionNFT
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
 from .preference.dro import DRO
@@ -50,6 +51,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ddpo": DDPO,
     "flow-grpo": FlowGRPO,
     "awm": AWM,
+    "diffusion-nft": DiffusionNFT,
     "dro": DRO,
 }
 """Every objective by the name that configs use."""
@@ -71,6 +73,7 @@ __all__ = [
     "DRaFTLV",
     "DiffusionDPO",
     "DiffusionKTO",
+    "DiffusionNFT",
     "DiffusionNPO",
     "DirectAlign",
     "FlowBPBridge",

@@ -42,6 +42,16 @@ def _awm(row: Row, name: str) -> list[Line]:
     ]
 
 
+def _nft(row: Row, name: str) -> list[Line]:
+    return [
+        ("steps", str(min(10, row.steps)), "the model's own few steps" if row.few else "drawn later with more"),
+        ("guidance_scale", "1.0", "none, which training makes up for"),
+        *_rounds(24, 4),
+        ("beta", "1.0", "0.1 for several rewards"),
+        ("kl_weight", "1e-4", ""),
+    ]
+
+
 _UNIT: Line = ("standardise", "false", "advantages have no unit")
 POLICY_GRADIENTS: dict[str, Method] = {
     "ddpo": Method(
@@ -76,6 +86,18 @@ POLICY_GRADIENTS: dict[str, Method] = {
         samples=576,
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.99", "")),
+        standardise=_UNIT,
+        every=30,
+        save_every=10,
+    ),
+    "diffusion-nft": Method(
+        "DiffusionNFT",
+        "the official settings for SD3.5 medium, but for a round of 4 prompts instead of 48, and DDIM instead of DPM-Solver",
+        _nft,
+        steps=("steps", "300", "one to a round"),
+        samples=864,
+        rate="3e-4",
+        more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
         standardise=_UNIT,
         every=30,
         save_every=10,

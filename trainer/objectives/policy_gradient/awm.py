@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...denoiser import per_sample
+from ...policy import Policy
 from ...rng import Rng, generator
 from ...sampling import Space, end_of, trajectory
 from ..base import Logs, RunContext
@@ -28,6 +29,15 @@ def likelihood(error: Tensor, sigma: Tensor, space: Space, weighting: Weighting,
     if weighting == "ghuber":
         return -t * ((error + _TINY).pow(power) - _TINY**power) / power
     return -error * {"t2": t.square(), "t": t, "none": torch.ones_like(t)}[weighting]
+
+
+def own_images(policy: Policy, prompts: Sequence[str], rng: Rng, steps: int, guidance_scale: float, eta: float) -> Tensor:
+    """Latents (B,C,h,w) that the tuned model draws."""
+    noise_at = rng.step_noise(policy.latent_shape)
+    x = policy.start(rng.start_noise(policy.latent_shape), steps)
+    with policy.merged():
+        denoiser = policy.denoiser(prompts, guidance_scale=guidance_scale)
+        return end_of(x, trajectory(denoiser, x, policy.sigmas(steps), noise_at, eta=eta, space=policy.space))
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,7 @@ class AWM(PolicyGradient):
 
     def draw(self, run: RunContext, prompts: Sequence[str], rng: Rng, index: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images alone."""
-        policy, noise_at = run.policy, rng.step_noise(run.policy.latent_shape)
-        x = policy.start(rng.start_noise(policy.latent_shape), self.steps)
-        with policy.merged():
-            denoiser = policy.denoiser(prompts, guidance_scale=self.guidance_scale)
-            ends = end_of(x, trajectory(denoiser, x, policy.sigmas(self.steps), noise_at, eta=self.eta, space=policy.space))
+        ends = own_images(run.policy, prompts, rng, self.steps, self.guidance_scale, self.eta)
         return ends[:, None], ends, torch.zeros(index.shape)
 
     def losses(self, run: RunContext, part: Selection) -> tuple[Tensor, Logs]:
