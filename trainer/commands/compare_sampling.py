@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if unknown is not None:
         raise ConfigError(f"unknown search {unknown!r}: use some of {', '.join(METHODS)}")
     given = {"prompts": args.prompts, "per_prompt": args.n, "budgets": args.budgets, "seeds": args.seeds}
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if value is not None}
+    lists = {key: tuple(dict.fromkeys(value)) if isinstance(value, list) else value for key, value in given.items() if value is not None}
     size = replace(QUICK if args.quick else Size(), **lists)
     if min(size.budgets) < 2 or size.per_prompt < 2 or size.prompts < 2:
         raise ConfigError("--budgets, --prompts and -n: give at least 2")
