@@ -354,7 +354,7 @@ def executor(place, tmp_path_factory):
 @pytest.mark.slow
 def test_workflows_run_through_the_executor_and_a_failure_leaves_it_well(executor):
     demos = ("base-to-few-steps", "collapse-and-cure", "reward-search", "score-and-pick-best", "trade-off-sweep")
-    demos += ("two-model-guidance", "optimise-noise")
+    demos += ("two-model-guidance", "optimise-noise", "train-on-preferences")
     for name in ("combined", "again", "everything cached", *(f"demo-{demo}" for demo in demos)):
         assert executor[name] is True, (name, executor)
     assert executor["a wrong k fails"] and "lies outside the 20 steps" in executor["says why"] and executor["and the next runs"]
@@ -400,7 +400,7 @@ def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hund
     ):
         assert told[claim] is True, (claim, told)
     demos = ("two-checkpoints", "collapse-and-cure", "reward-search", "score-and-pick-best", "train-imagerefl", "trade-off-sweep")
-    demos += ("two-model-guidance", "optimise-noise")
+    demos += ("two-model-guidance", "optimise-noise", "train-on-preferences")
     for name in ("combined", *(f"demo-{demo}" for demo in demos)):
         assert told[name] == "execution_success", (name, told)
     assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told

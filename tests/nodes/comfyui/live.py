@@ -149,7 +149,10 @@ async def check(folder, process, port):
         short = changed(prompts["demo-train-imagerefl"], "ImageReFLTrainLora", train_steps=3, batch_size=2, preview_every=0)
         short = changed(changed(short, "ImageReFLDemoImages", count=8), "EmptyLatentImage", batch_size=1)
         noise = changed(prompts["demo-optimise-noise"], "ImageReFLOptimiseNoise", iterations=2)
-        for name, prompt in {**prompts, "demo-train-imagerefl": short, "demo-optimise-noise": noise}.items():
+        pairs = changed(changed(prompts["demo-train-on-preferences"], "KSampler", steps=2), "ImageReFLTrainAnyObjective", train_steps=2)
+        pairs = changed(changed(pairs, "ImageReFLTrainAnyObjective", preview_every=0), "ImageReFLFilterPairs", min_margin=0.0)
+        shorter = {"demo-train-imagerefl": short, "demo-optimise-noise": noise, "demo-train-on-preferences": pairs}
+        for name, prompt in {**prompts, **shorter}.items():
             if name.startswith("demo-") and name != "demo-combined-generation":
                 results[name] = (await client.run(prompt))["type"]
         saved = [p.read_bytes() for p in (folder / "output" / "loras").glob("*.safetensors")]
