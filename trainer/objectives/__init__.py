@@ -47,12 +47,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "smpo": SmPO,
     "diffusion-npo": DiffusionNPO,
     "self-npo": SelfNPO,
+    "dro": DRO,
     "tpo": TPO,
     "ddpo": DDPO,
     "flow-grpo": FlowGRPO,
     "awm": AWM,
     "diffusion-nft": DiffusionNFT,
-    "dro": DRO,
 }
 """Every objective by the name that configs use."""
 
