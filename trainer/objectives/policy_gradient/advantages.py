@@ -21,7 +21,7 @@ def equal(scores: Tensor) -> Tensor:
 
 
 def group_advantages(scores: Tensor, baseline: Baseline, least: float = _LEAST) -> Tensor:
-    """Advantages of scores (P,G) of P prompts with G images each; 0 in groups of equal scores.
+    """Advantages of scores (P,G) of P prompts with G images each; 0 where the compared scores are equal but for rounding.
 
     group: (r − mean)/std over the images of a prompt (GRPO, arXiv:2402.03300). group-mean: the mean of a prompt, the standard
     deviation of all (Flow-GRPO's `global_std`). round: both of all (DDPO without tracking). Standard deviations are of the population.
@@ -30,7 +30,7 @@ def group_advantages(scores: Tensor, baseline: Baseline, least: float = _LEAST) 
     if baseline != "group":
         std = scores.std(correction=0).expand_as(std)
     if baseline == "round":
-        return (scores - scores.mean()) / (std + least)
+        return torch.where(equal(scores.flatten()), 0.0, (scores - scores.mean()) / (std + least))
     return torch.where(equal(scores)[:, None], 0.0, (scores - mean) / (std + least))
 
 
@@ -44,14 +44,15 @@ class History:
     def advantages(self, prompts: Sequence[str], scores: Tensor) -> Tensor:
         """Advantages (N,) of scores (N,), by the mean and standard deviation of the prompt's last `size` scores, these included.
 
-        A prompt with fewer scores takes those of all N.
+        A prompt with fewer scores takes those of all N. Equal scores, but for rounding, give 0.
         """
         for prompt, score in zip(prompts, scores.tolist(), strict=True):
             self.scores[prompt] = [*self.scores.get(prompt, []), score][-self.size :]
         known = {prompt: torch.tensor(self.scores[prompt], dtype=scores.dtype) for prompt in dict.fromkeys(prompts)}
         compared = [known[prompt] if len(known[prompt]) == self.size else scores for prompt in prompts]
         mean = torch.stack([values.mean() for values in compared])
-        return (scores - mean) / (torch.stack([values.std(correction=0) for values in compared]) + _LEAST)
+        found = (scores - mean) / (torch.stack([values.std(correction=0) for values in compared]) + _LEAST)
+        return torch.where(torch.stack([equal(values) for values in compared]), 0.0, found)
 
 
 def above_auxiliaries(scores: Tensor, auxiliaries: Tensor, share: float) -> Tensor:

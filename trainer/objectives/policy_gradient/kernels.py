@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ...sampling import Kernel, Space
 
+_PURE_NOISE = 0.999  # of zero terminal SNR 4518.8/4519.8 in flow coordinates; Stable Diffusion's first level is 0.936
+
 
 def _in_flow(kernel: Kernel) -> Kernel:
     """A flow's kernel for both spaces."""
@@ -28,10 +30,10 @@ def _in_flow(kernel: Kernel) -> Kernel:
 
 
 def flow_sde(noise: float) -> Kernel:
-    """Flow-GRPO's step (Liu et al. 2025, arXiv:2505.05470, eq. 9): w = noise·√(σ/(1−σ)), at σ = 1 with 1 − σ' below the root."""
+    """Flow-GRPO's step (Liu et al. 2025, arXiv:2505.05470, eq. 9): w = noise·√(σ/(1−σ)), from pure noise with 1 − σ' below the root."""
 
     def kernel(sigma: Tensor, sigma_next: Tensor, space: Space) -> tuple[Tensor, Tensor]:
-        left = 1 - torch.where(sigma == 1, sigma_next, sigma)
+        left = 1 - torch.where(sigma > _PURE_NOISE, sigma_next, sigma)
         std = noise * (sigma / left * (sigma - sigma_next)).sqrt()
         return std, sigma_next - std.square() / (2 * sigma)
 

@@ -189,7 +189,10 @@ class Rounds(Loss):
         rows = order[torch.tensor(rng.indices) % samples]
         image, turn = rows // o.trained, rows % o.trained
         losses, logs = o.losses(self.run, self._part(rng, self.round, image, turn))
-        return losses.mean(), {**logs, "reward": self.round.scores[image], "advantage size": self.round.advantages[image].abs()}
+        size = self.round.advantages.abs()
+        idle = size.reshape(-1, o.group).amax(1) == 0
+        shown = {"reward": self.round.scores[image], "advantage size": size[image], "no advantage": idle[image // o.group].float()}
+        return losses.mean(), {**logs, **shown}
 
     def _part(self, rng: Rng, present: Round, image: Tensor, turn: Tensor) -> Selection:
         """The samples of images and turns (B,)."""
@@ -266,16 +269,19 @@ class Rounds(Loss):
             raise ValueError(
                 f"the reward of an image of {prompts[bad]!r} is {float(scores[bad])}: no advantage can be taken; check the reward"
             )
-        if bool(equal(scores)) and self.run.policy.device.type != "meta":  # a plan's scores have no values
-            said = f"all {len(scores)} images of the round have the reward {float(scores[0]):g}, and no advantage over each other"
+        if o.baseline == "history":
+            found = self.history.advantages(prompts, scores)
+        else:
+            apart, factors = (terms, weights) if o.separate_rewards else (scores[:, None], weights.new_ones(1))
+            each = [group_advantages(values.reshape(-1, o.group), o.baseline).flatten() for values in apart.T]
+            found = (torch.stack(each, 1) * factors).sum(1)
+        if not bool(found.any()) and self.run.policy.device.type != "meta":  # a plan's scores have no values
+            same = f"all {len(scores)} images of the round have the reward {float(scores[0]):g}"
+            said = f"{same if equal(scores) else 'the images of each prompt have one reward'}, and no advantage over each other"
             if self.round is None:
                 raise ValueError(f"{said}; choose a reward that tells them apart, or more steps or images")
             log.warning("%s", said)
-        if o.baseline == "history":
-            return self.history.advantages(prompts, scores)
-        apart, factors = (terms, weights) if o.separate_rewards else (scores[:, None], weights.new_ones(1))
-        found = [group_advantages(values.reshape(-1, o.group), o.baseline).flatten() for values in apart.T]
-        return (torch.stack(found, 1) * factors).sum(1)
+        return found
 
     def state(self) -> dict[str, Any]:
         """The round, its list of files and the scores of earlier ones."""
