@@ -134,6 +134,9 @@ def trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
         changes["batch_size"] = 2
     if method == "sqdf-black-box":
         changes |= {"features": reward_folder, "objective.queries": [2], "objective.epochs": 1}
+    if method in ("ddpo", "flow-grpo", "awm"):
+        changes |= {"objective.group": 2, "objective.prompts_per_round": 1, "objective.steps": 4}
+        changes |= {"objective.trained_count": 2} if method == "ddpo" else {}
     if "consistency" in values:
         changes["consistency"] = tmp_path / "lcm.safetensors"
         policy = load_policy(folder)
