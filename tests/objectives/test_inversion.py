@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -116,8 +116,46 @@ def test_smpo_softens_labels_by_the_reward():
     found = SmPO(beta=2.0, score_range=range_).strength(run, batch)
     torch.testing.assert_close(found, 2.0 * 10 * (2 * p - 1))
     assert float(found.min()) < 0 < float(found.max())
-    torch.testing.assert_close(SmPO(beta=2.0, score_range=range_, flip_labels=True).strength(run, batch), -found)
     assert SmPO().needs_reward and not SmPO().needs_gradient and not InPO().needs_reward
+
+
+@dataclass
+class Scaled:
+    """Towers' scores in standard deviations."""
+
+    std: float | None = 0.5
+    standardised: bool = True
+    differentiable: bool = True
+
+    def __call__(self, images, prompts):
+        return Towers()(images, prompts) / 0.5
+
+
+def smpo_loss(batch, reward, **given):
+    policy = Family()
+    objective = SmPO(beta=2.0, score_range=3.0, inversion_steps=3, **given)
+    loss, _ = objective.begin(RunContext(policy, reward))(batch)
+    return loss.detach(), gradient(policy, loss)
+
+
+def test_smpo_prefers_what_its_reward_prefers_whatever_the_data_say_and_the_reverse_with_flipped_labels():
+    batch = pairs()
+    turned = replace(batch, chosen=batch.rejected, rejected=batch.chosen)
+    plain, swapped, flipped = (smpo_loss(one, Towers(), flip_labels=flip) for one, flip in ((batch, False), (turned, False), (batch, True)))
+    torch.testing.assert_close(plain[0], swapped[0])
+    torch.testing.assert_close(plain[1], swapped[1], rtol=1e-6, atol=1e-9)
+    assert float((plain[1] + flipped[1]).norm()) < 0.3 * float((plain[1] - flipped[1]).norm()), "flipping turns the gradient"
+    for given in ({"safeguard": True}, {"sft_weight": 0.1}):
+        with pytest.raises(ValueError, match="the one that its reward prefers: leave both out, or take inpo"):
+            SmPO(**given)
+
+
+def test_smpos_range_is_in_the_raw_unit_also_of_a_standardised_reward():
+    raw, standardised = smpo_loss(pairs(), Towers()), smpo_loss(pairs(), Scaled())
+    torch.testing.assert_close(raw[0], standardised[0])
+    torch.testing.assert_close(raw[1], standardised[1])
+    with pytest.raises(ValueError, match="give standardise = false"):
+        SmPO().check(RunContext(Family(), Scaled(std=None)))
 
 
 def test_a_pair_of_equal_scores_teaches_nothing():

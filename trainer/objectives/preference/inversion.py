@@ -12,6 +12,7 @@ from torch import Tensor
 from ...data.batches import Pairs
 from ...denoiser import Denoiser, per_sample
 from ...policy import Policy
+from ...reward import Reward, ScaledReward
 from ...sampling import alpha, gaussian
 from ..base import RunContext
 from .dpo import DiffusionDPO
@@ -85,11 +86,11 @@ class InPO(DiffusionDPO):
 
 @dataclass(frozen=True)
 class SmPO(InPO):
-    """SmPO-Diffusion (Lu et al. 2025, arXiv:2506.02698): InPO with ReNoise, and a reward that says how much better the better image is.
+    """SmPO-Diffusion (Lu et al. 2025, arXiv:2506.02698): InPO with ReNoise, on pairs that a reward labels, softly.
 
     β of a pair is multiplied by 10·(2p − 1), p = σ((r_w − r_l)/range) of the rewards of both decoded images: small where they are alike,
-    negative where the reward disagrees with the label. Official, from code: PickScore with the range of its data, 16.7; 10 steps of
-    inversion (SDXL), 5 (SD1.5); β = 5000 and 2000; 200 steps of 1024 pairs.
+    negative where the reward disagrees with the data, so that only the reward decides which image is preferred. Official, from code:
+    PickScore with the range of its data, 16.7; 10 steps of inversion (SDXL), 5 (SD1.5); β = 5000 and 2000; 200 steps of 1024 pairs.
     """
 
     inversion_noise: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0, "help": "noise added between the steps of the inversion"})
@@ -99,13 +100,34 @@ class SmPO(InPO):
         default=16.7, metadata={"min": 1e-6, "help": "highest less lowest score of such images, in the reward's unit (16.7: PickScore)"}
     )
 
+    def __post_init__(self) -> None:
+        if self.safeguard or self.sft_weight:
+            raise ValueError(
+                "safeguard and sft_weight hold to the image that the data call better, and SmPO to the one that its reward prefers: "
+                "leave both out, or take inpo"
+            )
+
     @property
     def needs_reward(self) -> bool:
-        """How much better the better image is."""
+        """It labels the pairs."""
         return True
+
+    def check(self, context: RunContext) -> None:
+        """Refuse a reward without a raw unit, which `score_range` is in."""
+        self.unit(context.reward)
+
+    def unit(self, reward: Reward | None) -> float:
+        """Raw scores that one of the reward's is worth; ValueError for a sum of standardised rewards."""
+        if not isinstance(reward, ScaledReward) or not reward.standardised:
+            return 1.0
+        if reward.std is None:
+            raise ValueError(
+                "score_range is in the raw reward's unit, and a sum of standardised rewards has none: give standardise = false"
+            )
+        return reward.std
 
     @torch.no_grad()
     def strength(self, run: RunContext, batch: Pairs) -> Tensor:
-        """β of each pair (B,)."""
-        better, worse = (run.scores(latents.to(run.policy.device), batch.prompts) for latents in self.ordered(batch))
-        return self.beta * self.sharpness * torch.tanh((better - worse) / (2 * self.score_range))
+        """β of each pair (B,), of the better image by the data over the worse one."""
+        better, worse = (run.scores(latents.to(run.policy.device), batch.prompts) for latents in (batch.chosen, batch.rejected))
+        return self.beta * self.sharpness * torch.tanh(self.unit(run.reward) * (better - worse) / (2 * self.score_range))

@@ -18,8 +18,8 @@ def label_losses(gain: Tensor, liked: Tensor, beta: float, weights: tuple[float,
 
     z = max(0, mean of g) over the samples of all processes, without gradient; weights: w of liked and of disliked images.
     """
-    means = processes.exchange(float(gain.detach().mean()))
-    offset = max(0.0, sum(means) / len(means))
+    sums, counts = zip(*processes.exchange((float(gain.detach().sum()), len(gain))))
+    offset = max(0.0, sum(sums) / sum(counts))
     sign = torch.where(liked, 1.0, -1.0).to(gain)
     utility = torch.sigmoid(beta * sign * (gain - offset))
     weight = torch.where(liked, weights[0], weights[1]).to(gain)
