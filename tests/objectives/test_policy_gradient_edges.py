@@ -9,7 +9,7 @@ import torch
 from helpers.family import Family, Towers, gradient
 
 from trainer.data.batches import Prompts
-from trainer.objectives import DDPO, RunContext
+from trainer.objectives import AWM, DDPO, RunContext
 from trainer.objectives.policy_gradient.advantages import History, group_advantages
 from trainer.objectives.policy_gradient.kernels import flow_sde
 from trainer.rng import Rng
@@ -75,3 +75,14 @@ def test_scores_equal_but_for_rounding_have_no_advantage_by_any_baseline(baselin
     apart = near + torch.tensor([0.0, 1e-3, 0.0, 0.0])  # 50 times the tolerance
     found = History().advantages(["a", "b", "c", "d"], apart) if baseline == "history" else group_advantages(apart.reshape(2, 2), baseline)
     assert float(found.abs().max()) == pytest.approx(3**0.5, rel=1e-2)
+
+
+def test_awm_trains_errors_without_guidance_and_takes_one_pass(tmp_path):
+    policy, asked = Family("flow"), []
+    inner = policy.denoiser
+    policy.denoiser = lambda prompts, **given: asked.append(given["guidance_scale"]) or inner(prompts, **given)
+    loss = begun(AWM(steps=6, group=4, prompts_per_round=2, levels=3, guidance_scale=4.0), policy, tmp_path)
+    loss(batch())
+    assert asked[:-2] == [4.0] * len(asked[:-2]) != [] and asked[-2:] == [1.0, 1.0]
+    with pytest.raises(ValueError, match="passes = 2: AWM has no probability ratio"):
+        AWM(passes=2)

@@ -15,7 +15,7 @@ from ...rng import Rng, generator
 from ...sampling import Space, end_of, trajectory
 from ..base import Logs, RunContext
 from ..preference.errors import error_scale
-from ..reward_gradient.shared import rollout_noise, sampler_steps, training_guidance_scale
+from ..reward_gradient.shared import rollout_noise, sampler_steps
 from .rounds import PolicyGradient
 from .selection import Selection
 
@@ -50,13 +50,19 @@ class AWM(PolicyGradient):
     """
 
     steps: int = sampler_steps(14)
-    guidance_scale: float = training_guidance_scale(1.0, "official 1")
+    guidance_scale: float = field(
+        default=1.0,
+        metadata={"min": 0.0, "max": 30.0, "help": "guidance of the images that are drawn; their errors are trained without (official 1)"},
+    )
     group: int = field(
         default=24, metadata={"min": 1, "max": 1024, "help": "images of a prompt in a round, which are compared (24 official)"}
     )
     kl_weight: float = field(
         default=1e-3,
         metadata={"min": 0.0, "help": "weight of the squared distance to the base model's prediction (official 1e-3)"},
+    )
+    max_advantage: float = field(
+        default=5.0, metadata={"min": 1e-3, "max": 1000.0, "help": "advantages are clipped to ± this and divided by it (official 5)"}
     )
     levels: int = field(default=6, metadata={"min": 1, "max": 1000, "help": "noise levels that are trained of an image (official 6)"})
     weighting: Weighting = field(
@@ -69,6 +75,8 @@ class AWM(PolicyGradient):
         super().__post_init__()
         if self.steps < 3:
             raise ValueError(f"steps = {self.steps}: first and last step are not trained, give at least 3")
+        if self.passes > 1:
+            raise ValueError(f"passes = {self.passes}: AWM has no probability ratio to images of an earlier model; give 1")
 
     @property
     def trained(self) -> int:
@@ -102,14 +110,14 @@ class AWM(PolicyGradient):
         clean = part.states[:, 0]
         x = policy.add_noise(clean, part.rng.normal("matching noise", policy.latent_shape).to(clean), sigma)
         scale = per_sample(error_scale("model", sigma, policy.space), clean)
-        denoised = policy.denoiser(part.prompts, guidance_scale=self.guidance_scale)(x, sigma)
+        denoised = policy.denoiser(part.prompts, guidance_scale=1.0)(x, sigma)
         error = ((denoised - clean) * scale).square().flatten(1).mean(1)
         value = likelihood(error, sigma, policy.space, self.weighting, self.power)
         losses = -part.advantages.to(value) / self.max_advantage * (value - value.detach()).exp()
         logs = {"error": error.detach()}
         if self.kl_weight > 0:
             with torch.no_grad():
-                base = policy.denoiser(part.prompts, adapter="base", guidance_scale=self.guidance_scale)(x, sigma)
+                base = policy.denoiser(part.prompts, adapter="base", guidance_scale=1.0)(x, sigma)
             distance = ((denoised - base) * scale).square().flatten(1).mean(1)
             losses, logs = losses + self.kl_weight * distance * part.held.to(distance), {**logs, "distance": distance.detach()}
         return losses, logs
