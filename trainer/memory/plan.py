@@ -279,17 +279,16 @@ class _DryRun:
     @torch.no_grad()
     def evaluate(self) -> None:
         """What an evaluation generates and scores at once."""
-        watch = self.asked.watch
-        if not watch.every:
+        if not (watch := self.asked.watch).every:
             return
-        count, present = watch.count * watch.images, [c for c in self.held if c not in _BETWEEN]
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        present = [c for c in self.held if c not in _BETWEEN]
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(watch.count * watch.images)]
         if self.held[_TUNED]:  # which leaves before the rewards come
             with self._phase("evaluation", [*present, _TUNED]):
                 self._draw(prompts)
         with self._phase("evaluation", present):
             self._draw(prompts)
-            images = torch.empty(min(count, 32), 3, *self.policy.image_size, device=META)
+            images = torch.empty(min(len(prompts), 32), 3, *self.policy.image_size, device=META)
             self.tracker.attribute(self.held[_HELDOUT], _HELDOUT)
             for reward in (self.models.reward, self.models.heldout):
                 if reward is not None:
