@@ -9,7 +9,7 @@ import torch
 from helpers.family import Family, Towers, gradient
 
 from trainer.data.batches import Prompts
-from trainer.objectives import AWM, DDPO, RunContext
+from trainer.objectives import AWM, DDPO, FlowGRPO, RunContext
 from trainer.objectives.policy_gradient.advantages import History, group_advantages
 from trainer.objectives.policy_gradient.kernels import flow_sde
 from trainer.rng import Rng
@@ -86,3 +86,11 @@ def test_awm_trains_errors_without_guidance_and_takes_one_pass(tmp_path):
     assert asked[:-2] == [4.0] * len(asked[:-2]) != [] and asked[-2:] == [1.0, 1.0]
     with pytest.raises(ValueError, match="passes = 2: AWM has no probability ratio"):
         AWM(passes=2)
+
+
+def test_a_step_with_more_noise_than_the_next_level_holds_is_warned_of(caplog):
+    """Flow-GRPO's step as published, on the last levels of few steps."""
+    for kind, steps, warned in (("flow-grpo", 4, True), ("cps", 4, False), ("flow-grpo", 400, False)):
+        caplog.clear()
+        FlowGRPO(group=2, prompts_per_round=1, steps=steps, noise_kind=kind).check(RunContext(Family(), Towers()))
+        assert ("which stays in the images" in caplog.text) == warned, (kind, steps)

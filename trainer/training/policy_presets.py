@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .preset_types import Line, Method, Row, guidance, steps_of
 
+_SDXL = 4 * 128 * 128  # elements of a latent: no more are Stable Diffusion's, all flow models here have more channels
 _GROUPS = 8, 8  # images of a prompt, prompts of a round
 
 
@@ -27,6 +28,11 @@ def _flow_grpo(row: Row, name: str) -> list[Line]:
         guidance(row),
         *_rounds(24, 4),
         ("noise", "0.7", ""),
+        *(
+            [("noise_kind", '"cps"', "Flow-GRPO's own step adds more noise than Stable Diffusion's last levels have")]
+            if row.latent <= _SDXL
+            else []
+        ),
         ("clip", "1e-4", ""),
         ("kl_weight", "0.001", "the official 0.01 for PickScore leaves out the step's length, about 0.1"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,11 +11,13 @@ from torch import Tensor
 from ...policy import Policy
 from ...rng import Rng
 from ...sampling import Kernel
+from ..base import RunContext
 from ..reward_gradient.shared import sampler_steps, training_guidance_scale
 from .advantages import Baseline
 from .kernels import coefficient_preserving, constant_sde, flow_sde
 from .steps import StepGradient
 
+log = logging.getLogger(__name__)
 Noise = Literal["flow-grpo", "constant", "cps"]
 _KERNELS = {"flow-grpo": flow_sde, "constant": constant_sde, "cps": coefficient_preserving}
 
@@ -47,6 +50,19 @@ class FlowGRPO(StepGradient):
         super().__post_init__()
         if self.noise_kind == "cps" and self.noise > 1:
             raise ValueError(f"noise = {self.noise:g}: of noise_kind = cps it is at most 1")
+
+    def check(self, context: RunContext) -> None:
+        """As all; and warn of steps with more noise than the level that they lead to has: as published, images keep that noise
+        (arXiv:2509.05952)."""
+        super().check(context)
+        sigmas = context.policy.sigmas(self.steps).double()[:-1]
+        std, along = self.kernel(sigmas[:-1], sigmas[1:], context.policy.space)
+        if noisy := (along < 0).nonzero()[:, 0].tolist():
+            i = noisy[0]
+            log.warning(
+                f"noise = {self.noise:g}: step {i + 1} of {self.steps}, from σ = {float(sigmas[i]):.3g} to {float(sigmas[i + 1]):.3g}, "
+                f"adds noise of {float(std[i]):.3g}, which stays in the images that are scored; noise_kind = cps adds no more than the level has"
+            )
 
     @property
     def kernel(self) -> Kernel:
