@@ -61,7 +61,7 @@ class FlowGRPO(StepGradient):
             i = noisy[0]
             log.warning(
                 f"noise = {self.noise:g}: step {i + 1} of {self.steps}, from σ = {float(sigmas[i]):.3g} to {float(sigmas[i + 1]):.3g}, "
-                f"adds noise of {float(std[i]):.3g}, which stays in the images that are scored; noise_kind = cps adds no more than the level has"
+                f"adds noise of {float(std[i]):.3g}, which stays in the images; noise_kind = cps adds no more than the level has"
             )
 
     @property
