@@ -247,7 +247,7 @@ class Rounds(Loss):
         return Round(number, rng.step, scores, advantages.clamp(-o.max_advantage, o.max_advantage), log_probs, held)
 
     def _weights(self) -> Sequence[float]:
-        """Of the terms that are told apart."""
+        """Weights of the rewards of a sum, where each is needed by itself; (1,) for their total."""
         o, reward = self.objective, self.run.required_reward
         return reward.weights if (o.separate_rewards or o.gate > 0) and isinstance(reward, SummedReward) else (1.0,)
 
