@@ -27,9 +27,9 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_methods_are_named_one_by_one_or_by_what_they_learn_from():
-    assert compare.names_of(["pairs", "mapo", "refl"]) == ["diffusion-dpo", "dspo", "dmpo", "mapo", "refl"]
+    assert compare.names_of(["pairs", "mapo", "refl"]) == ["diffusion-dpo", "dspo", "dmpo", "inpo", "smpo", "mapo", "better-images", "refl"]
     assert compare.names_of(["all"]) == list(METHODS)
-    with pytest.raises(ConfigError, match="unknown method 'pair': use some of refl.*; or all, reward, pairs, labels, images$"):
+    with pytest.raises(ConfigError, match="unknown method 'pair': use some of refl.*; or all, reward, pairs, labels, good, images$"):
         compare.names_of(["pair"])
 
 
@@ -37,8 +37,8 @@ def test_a_method_trains_on_the_data_that_its_objective_asks_for(tmp_path):
     for name, method in METHODS.items():
         config = compare.train_config(name, tmp_path, TINY, 0)
         given = {key for key in ("images", "pairs", "labels") if getattr(config, key)}
-        assert given == {"images" if method.data == "reward" else method.data}, name
-        assert config.method.needs_reward == (method.data == "reward"), name
+        assert given == {method.data if method.data in ("pairs", "labels") else "images"}, name
+        assert config.method.needs_reward == (method.data == "reward" or name == "smpo"), name  # whose reward labels the pairs
 
 
 def test_every_method_has_settings_that_its_objective_takes(tmp_path):
@@ -84,7 +84,8 @@ def test_methods_are_trained_judged_and_left_alone_the_second_time(tmp_path, mon
     assert list(results["curves"]) == names and results["n"] == 4
     assert {(p["model"], p["k"]) for p in results["points"]} == {(f"{n}{b}", k) for n in names for b in ("", " best") for k in (0, 12)}
     assert {"base", "base_unguided", "points", "frontier", "seed", "n", "ci", "config", "curves", "seconds", "peak_rss_mb"} <= set(results)
-    assert all(c["calls"] >= TINY.budget for c in results["cost"].values()) and "kl" in results["cost"]["sqdf"]
+    assert all(c["calls"] >= TINY.budget and c["calls_without_gradient"] < c["calls"] for c in results["cost"].values())
+    assert all(c["images_decoded"] >= 2 * c["steps"] for c in results["cost"].values()) and "kl" in results["cost"]["sqdf"]
     page = (tmp_path / "report.html").read_text("utf-8")
     assert page.count("data:image/png;base64") == 2 + 2 + 2 * len(names) and "SRPO" in page and "quick comparison" in page
     written = json.loads((tmp_path / "results.json").read_text("utf-8"))

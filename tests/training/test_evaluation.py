@@ -114,6 +114,7 @@ def test_a_budget_of_denoiser_calls_ends_a_run(pipeline_folder, tmp_path):
     assert lines[-1]["calls"] >= 30 and all(line["calls"] < 30 for line in lines[:-1]) and len(lines) == len(log)
     # two samples: rollouts of 2 or 3 steps, one call with gradient and its backward
     assert all(2 * (2 + 3) <= b["calls"] - a["calls"] <= 2 * (3 + 3) for a, b in itertools.pairwise(lines))
+    assert all(line["calls"] - line["calls_without_gradient"] == 2 * 3 * line["step"] == 3 * line["images_decoded"] for line in lines)
     assert (tmp_path / "lora.safetensors").is_file()
 
 

@@ -11,9 +11,7 @@ from ..config import ConfigError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
-    methods = (
-        "names of objectives (refl, flowbp-sparse, diffusion-dpo …); `reward`, `pairs`, `labels`, `images`: all that learn from it; `all`"
-    )
+    methods = "objectives (refl, flowbp-sparse, diffusion-dpo …); `reward`, `pairs`, `labels`, `good`, `images`: all that take it; `all`"
     parser.add_argument("methods", nargs="+", metavar="METHOD", help=methods)
     parser.add_argument("--budget", type=int, metavar="N", help="denoiser calls that each method may spend on training (default 12000)")
     folder = "output folder; finished methods in it are kept, an interrupted one continues"

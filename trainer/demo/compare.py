@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from ..config import ConfigError, plain
-from ..data.samples import Samples
+from ..data.samples import Samples, encode_images
 from ..metrics.intervals import bootstrap
 from ..models.unet import UNetPolicy
 from ..reward import Reward
@@ -26,7 +26,7 @@ from ..rewards.base import RewardModel
 from ..training.config import TrainConfig
 from . import experiment, files, page, world
 from .experiment import OBJECTIVES, START, STEPS
-from .pairs import pairs_preferred, rated_samples
+from .pairs import pairs_preferred, rated_pairs, rated_samples
 
 SWITCHES = (0, START)
 SAMPLING_SEED = 1234  # the same test noise for every training seed
@@ -36,8 +36,8 @@ WORDS = (("crisp", "vivid", "shaded"), ("blurred", "pale", "flat"))  # control w
 BIAS = (("crisp", "shaded", "crisp"), ("vivid", "large", "black"))
 
 
-Data = Literal["reward", "pairs", "labels", "images"]
-"""What a method learns from: a reward, with captioned renders where it takes images; or without one, pairs, likes, captioned renders."""
+Data = Literal["reward", "pairs", "labels", "good", "images"]
+"""What a method learns from: a reward, and captioned renders where it takes images; pairs, likes, the pairs' better images, captioned renders."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Method:
     rate: float
     objective: dict[str, Any]
     data: Data = "reward"
+    accumulation: int = 1  # micro-batches of an optimizer step
 
 
 _PLAIN = {"guidance_scale": 1.0}
@@ -56,6 +57,7 @@ _GUIDED = {
 }  # of images: these methods train the unguided prediction, and their papers sample with guidance
 _CHAIN = {**_PLAIN, "recompute": False}
 _KNOWN = {**_PLAIN, "sigma_high": 0.95, "sigma_low": 0.4}  # the authors: 0.95 down to 0.4 suits most models
+_ROUNDS = {**_PLAIN, "steps": 8, "group": 8, "prompts_per_round": 4}
 METHODS: dict[str, Method] = {
     "refl": Method(18.5, 4e-3, OBJECTIVES["refl"]),
     "imagerefl": Method(9.8, 4e-3, OBJECTIVES["imagerefl"]),
@@ -72,11 +74,20 @@ METHODS: dict[str, Method] = {
     "srpo": Method(23, 2e-3, {**_KNOWN, "positive": WORDS[0], "negative": WORDS[1]}),
     "srpo-bias": Method(23, 4e-3, {**_KNOWN, "name": "srpo", "positive": BIAS[0], "negative": BIAS[1]}),
     "sqdf": Method(12, 8e-3, {**_PLAIN, "estimator": "consistency", "alpha": 1.0, "buffer_gb": 0.02, "collect_every": 4}),
+    # Policy gradients: rounds of 4 prompts × 8 images, one optimizer step each, as in docs/training.md
+    "ddpo": Method(8, 2e-3, {**_ROUNDS, "trained_count": 4, "window": "sliding", "window_every": 1000}, accumulation=8),
+    "flow-grpo": Method(8, 2e-3, {**_ROUNDS, "trained_count": 4, "noise_kind": "cps"}, accumulation=8),
+    "awm": Method(8, 2e-3, {**_ROUNDS, "levels": 4}, accumulation=8),
+    "diffusion-nft": Method(10, 2e-3, {**_ROUNDS, "steps": 5}, accumulation=8),
     "diffusion-dpo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dspo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dmpo": Method(8, 4e-4, _GUIDED, "pairs"),
+    "inpo": Method(24, 4e-4, _GUIDED, "pairs"),
+    "smpo": Method(30, 4e-4, _GUIDED, "pairs"),
     "mapo": Method(6, 4e-4, _GUIDED, "pairs"),
+    "better-images": Method(6, 4e-4, {**_GUIDED, "name": "mapo", "beta": 0.0}, "pairs"),  # MaPO without its margin: plain training
     "diffusion-kto": Method(4, 4e-4, _GUIDED, "labels"),
+    "dro": Method(20, 4e-4, _GUIDED, "good"),
     "tpo": Method(8, 4e-4, _GUIDED, "images"),
 }
 """Every method of the comparison. Steps are the embedded world's; training is without guidance, as in the demo.
@@ -134,8 +145,14 @@ def rewards() -> dict[str, Reward]:
 def train_config(name: str, out: Path, size: Size, seed: int, rate: float | None = None) -> TrainConfig:
     """One method's run, which the budget ends."""
     method = METHODS[name]
-    every = max(1, round(size.budget / (method.calls * size.batch) / size.points))
-    settings = {"batch_size": size.batch, "seed": seed, "steps": 100_000, "budget": size.budget}
+    every = max(1, round(size.budget / (method.calls * size.batch * method.accumulation) / size.points))
+    settings = {
+        "batch_size": size.batch,
+        "gradient_accumulation_steps": method.accumulation,
+        "seed": seed,
+        "steps": 100_000,
+        "budget": size.budget,
+    }
     config = experiment.train_config(out, name, method.objective, rate or method.rate, every=every, watched=size.watched, **settings)
     if method.data == "pairs":
         return replace(config, images="", pairs="demo")
@@ -146,6 +163,9 @@ def samples_of(data: Data, size: Size, seed: int) -> Samples:
     """What the methods of a kind train on: `size.real` renders, in pairs or with labels where they are rated."""
     if data in ("pairs", "labels"):
         return rated_samples(experiment.load_base(), size.real // 2, seed, labelled=data == "labels")
+    if data == "good":
+        better, _, texts = rated_pairs(size.real // 2, seed)
+        return encode_images(experiment.load_base(), better, texts)
     return experiment.renders(size.real, seed)
 
 
@@ -173,7 +193,7 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
         "config": {"quick": quick, "size": plain(size), "held_out_pairs": PAIRS, "methods": {name: plain(METHODS[name]) for name in names}},
         "curves": curves,
         "cost": {name: _cost(out / "runs" / name) for name in names},
-        "pairs": _preferred(policy, list(loras)) if samples.keys() & {"pairs", "labels"} else {},
+        "pairs": _preferred(policy, list(loras)) if samples.keys() & {"pairs", "labels", "good"} else {},
         "seconds": round(time.monotonic() - begin, 1),
     }
     summary = (
@@ -195,8 +215,9 @@ def _preferred(policy: UNetPolicy, adapters: Sequence[str]) -> dict[str, dict[st
 
 
 def _cost(folder: Path) -> dict[str, float]:
-    """Steps, calls, and the last eighth's mean KL where a method reports one."""
+    """Steps, calls, of them those without a gradient, decoded images, and the last eighth's mean KL where a method reports one."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
     last = lines[-max(1, len(lines) // 8) :]
     kl = [line["kl"] for line in last if "kl" in line]
-    return {"steps": lines[-1]["step"], "calls": lines[-1]["calls"], **({"kl": sum(kl) / len(kl)} if kl else {})}
+    spent = {name: lines[-1].get(name, 0) for name in ("calls", "calls_without_gradient", "images_decoded")}
+    return {"steps": lines[-1]["step"], **spent, **({"kl": sum(kl) / len(kl)} if kl else {})}

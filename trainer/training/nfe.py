@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +15,12 @@ class CountingPolicy:
     """A Policy that counts denoiser calls; the rest is the policy inside.
 
     A call is one image and forward, conditional and unconditional apart; a backward through it counts two more, and a
-    recomputed forward counts again.
+    recomputed forward counts again. `without_gradient` are those of them that no backward goes through: rollouts, references.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.calls = 0
+        self.calls = self.without_gradient = self.decoded = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.policy, name)
@@ -40,6 +40,21 @@ class CountingPolicy:
         )
         return self._counted(inner, adapter, guidance_scale)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """The policy's; images are counted."""
+        self.decoded += len(latents)
+        return self.policy.decode(latents)
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """What a log line says: all calls, those without a gradient, and the images decoded, which are those scored."""
+        return {"calls": self.calls, "calls_without_gradient": self.without_gradient, "images_decoded": self.decoded}
+
+    @spent.setter
+    def spent(self, given: Mapping[str, int]) -> None:
+        self.calls = given["calls"]
+        self.without_gradient, self.decoded = given.get("calls_without_gradient", 0), given.get("images_decoded", 0)  # 0.2.0 has neither
+
     def _counted(self, denoiser: Denoiser, adapter: str, guidance_scale: float) -> Denoiser:
         def denoise(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
             each = len(x) * (1 if guidance_scale == 1 else 2)
@@ -47,6 +62,8 @@ class CountingPolicy:
             output = denoiser(x, sigma)
             if output.requires_grad:
                 output.register_hook(lambda gradient: self._backward(each))  # pyright: ignore[reportUnknownLambdaType]
+            else:
+                self.without_gradient += each
             return output
 
         return WrappedDenoiser(denoiser, denoise)

@@ -99,17 +99,18 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint. All processes call this, at the same step."""
-        calls = self._calls()
+        spent = self._spent()
         if self.processes.main:
-            checkpoint.save(self._state(calls), self.checkpoint_path)
+            checkpoint.save(self._state(spent), self.checkpoint_path)
             self.loss.saved()
         self.processes.exchange(None)
 
-    def _calls(self) -> int:
-        """Function evaluations of all processes."""
-        return sum(self.processes.exchange(self.counted.calls))
+    def _spent(self) -> dict[str, int]:
+        """What the log says of calls and images, of all processes."""
+        every = self.processes.exchange(self.counted.spent)
+        return {name: sum(one[name] for one in every) for name in every[0]}
 
-    def _state(self, calls: int) -> dict[str, Any]:
+    def _state(self, spent: Mapping[str, int]) -> dict[str, Any]:
         return {
             "step": self.step,
             "adapter": {name: p.detach() for name, p in self.policy.named_parameters()},
@@ -117,7 +118,7 @@ class Run:
             "ema": self.ema.values if self.ema else {},
             "objective": self.loss.state(),
             "points": self.evaluation.points if self.evaluation else [],
-            "calls": calls,
+            **spent,
             "shared_draws": self.shared_draws,
             "settings": json.dumps(self.config.describe(), sort_keys=True),
             "base": self.bases[0],
@@ -144,7 +145,7 @@ class Run:
         self.step = state["step"]
         self.last = self._ends(state["calls"])
         if self.processes.main:
-            self.counted.calls = state["calls"]
+            self.counted.spent = state
             folder.trim_log(self.folder, self.step)
 
     def _ends(self, calls: int) -> bool:
@@ -181,12 +182,12 @@ class Run:
                 self.step = done.number
                 if self.ema:
                     self.ema.update(self.policy.named_parameters())
-                calls = self._calls()
-                self._log(done, calls, time.monotonic() - begin, tracker)
-                self.last = self._ends(calls)
+                spent = self._spent()
+                self._log(done, spent, time.monotonic() - begin, tracker)
+                self.last = self._ends(spent["calls"])
                 if self.evaluation and (self.last or done.number % c.watch.every == 0):
                     self._evaluate(tracker)
-                    self.last = self._ends(calls)
+                    self.last = self._ends(spent["calls"])
                 if c.snapshot_every and done.number % c.snapshot_every == 0 and self.processes.main:
                     self._write_result(folder.snapshot(self.result, done.number))  # before the checkpoint: a resumed run has them all
                 if self.last or done.number % c.save_every == 0:
@@ -212,11 +213,10 @@ class Run:
             processes=self.processes,
         )
 
-    def _log(self, done: Step, calls: int, seconds: float, tracker: Tracker | None) -> None:
+    def _log(self, done: Step, spent: Mapping[str, int], seconds: float, tracker: Tracker | None) -> None:
         if not self.processes.main:
             return
-        memory_gb = round(peak_gb(self.config.device), 3)
-        line = {"loss": done.loss, "grad_norm": done.grad_norm, "calls": calls, **done.logs, "memory_gb": memory_gb}
+        line = {"loss": done.loss, "grad_norm": done.grad_norm, **spent, **done.logs, "memory_gb": round(peak_gb(self.config.device), 3)}
         folder.append_log(self.folder, {"step": done.number, **line, "seconds": round(seconds, 3)})
         if tracker:
             tracker.log(line, done.number)
