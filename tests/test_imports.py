@@ -61,6 +61,7 @@ ORDER = (
     ("lora",),
     ("models",),
     ("rewards",),
+    ("taste",),
     ("noise",),
     ("metrics",),
     ("objectives",),

@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse image, and images with likes and dislikes, from tables, data sets, and folders `liked` and `disliked`."""
+"""Pairs of a better and a worse image, and images with likes and dislikes, from tables, files of choices, data sets, and folders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..text import CONTROL, is_file
-from .captions import caption_beside, is_listing, read_captions
+from .captions import caption_beside, is_listing
+from .choices import is_choices, label_rows, preference_rows
 from .hub import PREFIX, dataset_rows
-from .images import ImageSource, find
+from .images import ImageSource
+from .liked_folders import FOLDERS, labelled_folder, paired_folder
 from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS, SUFFIXES, prompt_in, prompt_of, resolve_image
 from .report import Report
 from .rows import Row, read_rows
@@ -22,19 +24,24 @@ _TWO_IMAGES = (("jpg_0", "image_0"), ("jpg_1", "image_1"))  # in data sets; Pick
 LABEL_COLUMNS = ("label", "liked", "vote")
 _LIKED = ("liked", "like", "1", "+1", "true", "yes", "good", "up")
 _DISLIKED = ("disliked", "dislike", "0", "-1", "false", "no", "bad", "down")
-_FOLDERS = ("liked", "disliked")
 
 
 def read_pairs(source: str, report: Report | None = None) -> Sequence[tuple[ImageSource, ImageSource, str]]:
     """Better image, worse image and prompt of each pair of a CSV or JSONL file, a data set `hf:PATH_OR_NAME[:split]`, or a folder.
 
-    In a folder `liked/a.png` and `disliked/a.png` are a pair. Raises ValueError with file and line for a pair that is not complete.
+    A JSONL file may be one of choices. In a folder `liked/a.png` and `disliked/a.png` are a pair. Raises ValueError with file and line
+    for a pair that is not complete.
     """
     report = Report() if report is None else report
     if source.startswith(PREFIX):
         return _dataset_pairs(source, report)
     path = _source(source, "pairs", report)
-    found = _paired(path, report) if path.is_dir() else [pair for row in _rows(path, report) if (pair := _pair(path, row, report))]
+    if is_choices(path):
+        found = preference_rows(path, report)
+    else:
+        found = (
+            paired_folder(path, report) if path.is_dir() else [pair for row in _rows(path, report) if (pair := _pair(path, row, report))]
+        )
     if not found:
         raise ValueError(f"{path} names no pair")
     _check_files(path, [image for better, worse, _ in found for image in (better, worse)])
@@ -54,7 +61,7 @@ def read_labels(source: str, report: Report | None = None) -> Sequence[tuple[Ima
         found += _dataset_labels(source, report)
     else:
         path = _source(source, "labels", report)
-        found += _labelled_folder(path, report) if path.is_dir() else _labelled_rows(path, report)
+        found += _labels_of(path, report)
         _check_files(path, [Path(str(image)) for image, _, _ in found])
     best: dict[tuple[ImageSource, str], float] = {}
     for image, prompt, label in found:
@@ -69,11 +76,17 @@ def read_labels(source: str, report: Report | None = None) -> Sequence[tuple[Ima
     return [(image, prompt, label) for (image, prompt), label in best.items()]
 
 
+def _labels_of(path: Path, report: Report) -> list[tuple[Path, str, float]]:
+    if path.is_dir():
+        return labelled_folder(path, report)
+    return label_rows(path, report) if is_choices(path) else _labelled_rows(path, report)
+
+
 def _source(source: str, key: str, report: Report) -> Path:
     report.source = source
     if not is_listing(Path(source)):
         raise ValueError(
-            f"{key} = {source}: give a folder with {' and '.join(_FOLDERS)}, a table ({', '.join(SUFFIXES)}), or {PREFIX}DATASET"
+            f"{key} = {source}: give a folder with {' and '.join(FOLDERS)}, a table ({', '.join(SUFFIXES)}), or {PREFIX}DATASET"
         )
     return Path(source)
 
@@ -247,52 +260,3 @@ def _dataset_labels(source: str, report: Report) -> list[tuple[ImageSource, str,
         found.append((image, prompt, 1.0 if word in _LIKED else -1.0))
     _check_words(words, label)
     return found
-
-
-# -- folders ------------------------------------------------------------------------------------------------------------
-
-
-def _halves(folder: Path) -> tuple[Path, Path]:
-    liked, disliked = (folder / name for name in _FOLDERS)
-    for half in (liked, disliked):
-        if not half.is_dir():
-            raise ValueError(f"{folder} has no folder {half.name}: put the better images in {liked.name}, the worse in {disliked.name}")
-    return liked, disliked
-
-
-def _labelled_folder(folder: Path, report: Report) -> list[tuple[Path, str, float]]:
-    found: list[tuple[Path, str, float]] = []
-    for half, label in zip(_halves(folder), (1.0, -1.0)):
-        one = Report()
-        found += [(Path(str(image)), caption, label) for image, caption in read_captions(str(half), one)]
-        report.left_out |= one.left_out
-        report.notes |= one.notes
-    return found
-
-
-def _paired(folder: Path, report: Report) -> list[tuple[Path, Path, str]]:
-    halves = _halves(folder)
-    names: list[dict[Path, Path]] = []
-    for half in halves:
-        images = find(half, report)
-        stems = {image.relative_to(half).with_suffix(""): image for image in images}
-        if len(stems) != len(images):
-            twice = next(image for image in images if stems[image.relative_to(half).with_suffix("")] != image)
-            raise ValueError(f"{twice} has the name of another image beside it: a pair is two files of one name, one in each folder")
-        names.append(stems)
-    report.taken.pop("images", None)
-    for mine, theirs, there in ((names[0], names[1], halves[1]), (names[1], names[0], halves[0])):
-        alone = [image for stem, image in mine.items() if stem not in theirs]
-        if alone:
-            more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
-            raise ValueError(f"{alone[0]}{more} has no image of its name in {there}: a pair needs both, or give the folder as labels")
-    return [(image, names[1][stem], _caption_of_both(image, names[1][stem], report)) for stem, image in names[0].items()]
-
-
-def _caption_of_both(better: Path, worse: Path, report: Report) -> str:
-    mine, theirs = caption_beside(better, report), caption_beside(worse, report)
-    if mine and theirs and mine != theirs:
-        raise ValueError(f"{better} and {worse} have different captions: a pair has one prompt, give equal ones or one of them")
-    if not (mine or theirs):
-        raise ValueError(f"{better} has no caption: write one into {better.stem}.txt beside it")
-    return mine or theirs or ""

@@ -1,0 +1,88 @@
+"""Writing the file of a person's choices and its images; `data.choices` holds the format and reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ..data.choices import OUTCOMES, VERSION, Choice, Choices, Like, Preference, ShownImage, is_choices, read_choices
+from ..runtime.files import replacing
+
+__all__ = ("Choice", "Choices", "Like", "Preference", "ShownImage", "append", "choice", "is_choices", "read_choices", "save_image", "undo")
+IMAGES = "images"
+NAME = "choices.jsonl"
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """SHA-256 of an 8-bit RGB image: of `WIDTHxHEIGHT`, a line end, and the rows of pixels from the top."""
+    image = image.convert("RGB")
+    return hashlib.sha256(f"{image.width}x{image.height}\n".encode() + image.tobytes()).hexdigest()
+
+
+def save_image(
+    folder: Path, image: Image.Image, seed: int | None = None, model: str | None = None, metadata: PngImagePlugin.PngInfo | None = None
+) -> ShownImage:
+    """The image as `images/<sha256>.png` below the folder of the choices, written once; without metadata unless given."""
+    image = image.convert("RGB")
+    sha256 = pixel_hash(image)
+    path = folder / IMAGES / f"{sha256}.png"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            image.save(partial, "PNG", compress_level=4, pnginfo=metadata)
+    return ShownImage(sha256, path, seed, model)
+
+
+def choice(
+    kind: str,
+    prompt: str,
+    images: Sequence[ShownImage],
+    outcome: str,
+    chosen: int | None = None,
+    order: Sequence[int] | None = None,
+    person: str = "",
+    number: str | None = None,
+) -> dict[str, Any]:
+    """A line of the file. order: that in which the images were shown, by default their own; number: the id, by default a new one."""
+    if outcome not in OUTCOMES[kind] or (outcome == "chosen") != (chosen is not None):
+        raise ValueError(f"a {kind} has no outcome {outcome} with chosen {chosen}: give {', '.join(OUTCOMES[kind])}")
+    rows = [{"sha256": image.sha256, "file": f"{IMAGES}/{image.file.name}", "seed": image.seed, "model": image.model} for image in images]
+    order = [*range(len(images))] if order is None else [*order]
+    said = {"prompt": prompt, "images": rows, "order": order, "chosen": chosen, "outcome": outcome, "person": person}
+    return _line(kind, number) | said
+
+
+def undo(undoes: str, person: str = "") -> dict[str, Any]:
+    """A line that takes the choice of that id back."""
+    return _line("undo") | {"undoes": undoes, "person": person}
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line by one write, forced to the disk; after a line that was cut off it begins a new one.
+
+    Raises OSError where the disk takes it in part; the part is a line that the reader leaves out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o644), "r+b", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size:
+            file.seek(size - 1)
+            data = data if file.read(1) == b"\n" else b"\n" + data
+        if file.write(data) != len(data):
+            raise OSError(f"cannot write {path}: the disk is full")
+        os.fsync(file.fileno())
+
+
+def _line(kind: str, number: str | None = None) -> dict[str, Any]:
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {"version": VERSION, "id": number or uuid.uuid4().hex, "time": now, "kind": kind}
