@@ -37,7 +37,7 @@ BIAS = (("crisp", "shaded", "crisp"), ("vivid", "large", "black"))
 
 
 Data = Literal["reward", "pairs", "labels", "good", "images"]
-"""What a method learns from: a reward, with captioned renders where it takes images; pairs, likes, better images alone, captioned renders."""
+"""What a method learns from: a reward, with captioned renders where it takes images; pairs, likes, better images, captioned renders."""
 
 
 @dataclass(frozen=True)
