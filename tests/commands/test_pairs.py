@@ -28,6 +28,7 @@ def here(tmp_path, monkeypatch):
     for i in range(10):
         Image.new("RGB", (16, 16), (25 * i, 0, 250 - 25 * (i * 3 % 10))).save(tmp_path / "in" / f"{i}.png")
         (tmp_path / "in" / f"{i}.txt").write_text(f"prompt {min(i // 2, 4) if i < 9 else 'alone'}")
+    (tmp_path / "q.csv").write_text("prompt,quality\na red star,3\n")
     (tmp_path / "prompts.txt").write_text("a red star\na large blue ring on a black background\n")
     return tmp_path
 
@@ -64,6 +65,7 @@ def written(folder):
         (["--min-margin", "2", "--max-margin", "1"], "max_margin = 1 is below min_margin = 2: give a range"),
         (["--min-agreement", "2"], "--min-agreement = 2.0"),
         (["--quality-weight", "1"], "--quality-weight needs the quality of each prompt: give --quality FILE"),
+        (["--quality-weight", "1", "--quality", "q.csv"], "1 prompts have no quality, such as 'a large blue ring on a black background'"),
         (["--quality", "q.csv"], "--quality has no effect without --quality-weight: give both"),
         (["--reward", "demo-gold", "--diversity-weight", "1"], "--diversity-weight measures distances of prompts: name a two-tower reward"),
         (["--from", "in", "--from-pairs", "in"], "--from and --from-pairs are both given"),
@@ -134,12 +136,17 @@ def test_a_stopped_run_scores_whole_batches_and_ends_with_the_same_bytes(here, m
     assert run(*given, "--resume") == 0 and written(here / "o") == written(here / "whole")
 
 
-def test_pairs_that_exist_are_filtered_and_keep_their_labels_or_get_others(here):
+def test_pairs_that_exist_are_filtered_and_keep_their_labels_or_get_others(here, capsys):
     (here / "human.csv").write_text("chosen,rejected,prompt\nin/0.png,in/1.png,p\nin/3.png,in/2.png,q\nin/5.png,in/4.png,r\n")
     given = ["--from-pairs", "human.csv", "--reward", "r.py", "--raw", "--split", "0"]
-    assert run(*given, "--label", "given") == 0
+    assert run(*given) == 0
     assert [int(one["chosen"][-5]) for one in rows(here / "o" / "pairs.jsonl")] == [3, 5]  # red contradicts the first
+    report = json.loads((here / "o" / "report.json").read_text())
+    assert report["settings"]["label"] == "given" and report["turned"] == {"pairs": 0}
+    assert report["dropped"] == {"rewards contradict the label": 1}
+    capsys.readouterr()
     assert run(*given, "--label", "sum", "--resume") == 0
+    assert "labels turned round by the rewards: 1 of 3 kept pairs" in capsys.readouterr().out
     assert [int(one["chosen"][-5]) for one in rows(here / "o" / "pairs.jsonl")] == [1, 3, 5]
 
 

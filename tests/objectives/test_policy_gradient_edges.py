@@ -9,7 +9,7 @@ import torch
 from helpers.family import Family, Towers, gradient
 
 from trainer.data.batches import Prompts
-from trainer.objectives import AWM, DDPO, FlowGRPO, RunContext
+from trainer.objectives import AWM, DDPO, DiffusionNFT, FlowGRPO, RunContext
 from trainer.objectives.policy_gradient.advantages import History, group_advantages
 from trainer.objectives.policy_gradient.kernels import flow_sde
 from trainer.rng import Rng
@@ -77,15 +77,52 @@ def test_scores_equal_but_for_rounding_have_no_advantage_by_any_baseline(baselin
     assert float(found.abs().max()) == pytest.approx(3**0.5, rel=1e-2)
 
 
-def test_awm_trains_errors_without_guidance_and_takes_one_pass(tmp_path):
+def test_awm_and_nft_train_errors_without_guidance_and_takes_one_pass(tmp_path):
     policy, asked = Family("flow"), []
     inner = policy.denoiser
     policy.denoiser = lambda prompts, **given: asked.append(given["guidance_scale"]) or inner(prompts, **given)
     loss = begun(AWM(steps=6, group=4, prompts_per_round=2, levels=3, guidance_scale=4.0), policy, tmp_path)
     loss(batch())
     assert asked[:-2] == [4.0] * len(asked[:-2]) != [] and asked[-2:] == [1.0, 1.0]
+    asked.clear()
+    policy.denoiser = lambda prompts, **given: asked.append(given.get("guidance_scale")) or inner(prompts, **given)
+    begun(DiffusionNFT(steps=6, group=4, prompts_per_round=2, guidance_scale=4.0), policy, tmp_path / "nft")(batch())
+    assert set(asked[:-3]) == {4.0} and asked[-3:] == [1.0, 1.0, 1.0]  # of the model before, now, and the base
     with pytest.raises(ValueError, match="passes = 2: AWM has no probability ratio"):
         AWM(passes=2)
+
+
+def test_awm_says_that_a_round_spans_optimizer_steps_and_what_to_give(caplog):
+    for size, accumulate, warned in ((4, 3, True), (4, 6, False), (4, 12, False), (8, 2, True)):
+        caplog.clear()
+        context = RunContext(Family(), Towers(), batch_size=size, step_samples=size * accumulate)
+        AWM(steps=6, group=4, prompts_per_round=2, levels=3).check(context)
+        wanted = f"takes {size * accumulate} of a round's 24 samples, and AWM has no probability ratio to images of an earlier model"
+        assert (f"{wanted}: give gradient_accumulation_steps = {24 // size}" in caplog.text) == warned == bool(caplog.text), (
+            size,
+            accumulate,
+        )
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_the_images_of_a_round_that_is_over_are_deleted_and_a_resumed_run_goes_on(steps, tmp_path):
+    """32 samples a round, of which an optimizer step takes half."""
+    objective, folder = DDPO(**SMALL), tmp_path / "rollouts"
+
+    def run(loss, first, last):
+        return [loss(batch(4 * step + micro, step=step))[0].item() for step in range(first, last) for micro in range(4)]
+
+    loss = begun(objective, Family(), tmp_path, step_samples=16)
+    run(loss, 0, steps)
+    state, images = loss.state(), len(list(folder.iterdir()))
+    killed = begun(objective, Family(), tmp_path, step_samples=16)
+    killed.restore(state)  # before files are deleted
+    loss.saved()
+    assert images > 0 and folder.exists() == (steps == 3) and bool(state["files"]) == (steps == 3)
+    again = begun(objective, Family(), tmp_path, step_samples=16)
+    again.restore(state)
+    whole = run(begun(objective, Family(), tmp_path / "whole", step_samples=16), 0, 6)
+    assert run(again, steps, 6) == whole[4 * steps :] and again.state()["files"] == []
 
 
 def test_a_step_with_more_noise_than_the_next_level_holds_is_warned_of(caplog):

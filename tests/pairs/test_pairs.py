@@ -72,7 +72,7 @@ def test_pairs_that_exist_keep_their_label_or_get_another():
     assert (kept.chosen, kept.margin, kept.agreement, kept.gaps, kept.heldout) == ("a", -1.0, 0.5, (-2.0, 1.0), 1.0)
     assert (new.chosen, new.margin, new.heldout) == ("b", 1.0, -1.0) and votes == []
     assert filtered(valued([kept], Filter(near_copies=0), None, None), Filter(), None, dropped := Counter()) == []
-    assert dropped == {"margin too small": 1}
+    assert dropped == {"rewards contradict the label": 1}
 
 
 def pair(chosen, rejected, margin=1.0, prompt="p", agreement=1.0, value=None):

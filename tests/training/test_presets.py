@@ -15,6 +15,7 @@ from trainer.memory.planner import Planner
 from trainer.models.load import MODELS, load_policy
 from trainer.models.meta import meta_policy
 from trainer.objectives import OBJECTIVES
+from trainer.objectives.policy_gradient.rounds import PolicyGradient
 from trainer.policy import Lora
 from trainer.runtime.processes import ALONE
 from trainer.training.config import TrainConfig
@@ -47,7 +48,12 @@ def test_every_cell_is_a_valid_run(tmp_path):
         for model, row in ROWS.items():
             config = build(TrainConfig, settings(method, model, tmp_path))
             assert type(config.method) is OBJECTIVES[method]
-            assert config.batch_size * config.gradient_accumulation_steps == METHODS[method].samples
+            whole = config.batch_size * config.gradient_accumulation_steps
+            if isinstance(config.method, PolicyGradient):  # an optimizer step ends with a round, or divides it
+                images, trained = config.method.group * config.method.prompts_per_round, config.method.trained_steps(0, 0).shape[1]
+                assert images * trained // whole in (1, 2) and images * trained % whole == 0, (method, model)
+            else:
+                assert whole == METHODS[method].samples
             assert config.method.steps <= (row.steps if row.few else 50) and config.method.guidance_scale <= (1 if row.few else 7.5)
             assert (
                 config.watch.heldout != config.reward and sum(map(bool, (config.images, config.pairs, config.labels, config.prompts))) == 1

@@ -13,7 +13,7 @@ from ..config import ConfigError, build, plain
 from ..data.manifest import PROMPT_COLUMNS
 from ..data.report import Report
 from ..data.rows import read_rows
-from ..pairs.filter import Filter, filtered, valued
+from ..pairs.filter import Filter, check_quality, filtered, valued
 from ..pairs.label import Label, Pair, Scored, candidates, relabelled
 from ..pairs.near_copies import Thumbnails
 from ..pairs.report import lines, report
@@ -40,8 +40,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--reward", action="append", metavar="NAME[=WEIGHT]", help="what ranks images; several times: each has a vote (default demo-proxy)")
     add("--heldout", metavar="NAME", help="a reward that ranks nothing, reported beside the others")
     add("--raw", action="store_true", help="raw scores, whose units margins then have, instead of standard deviations")
-    about = "better is: sum, the weighted sum of scores; majority, the rewards' votes; given, as --from-pairs says (default sum)"
-    add("--label", choices=_LABELS, default="sum", help=about)
+    about = "better is: sum, the weighted sum of scores (default); majority, the rewards' votes; given, as --from-pairs says (its default)"
+    add("--label", choices=_LABELS, help=about)
     add("--split", type=float, default=0.1, metavar="X", help="share of the pairs that is held out, prompts and images of its own (0.1)")
     add("--quality", type=Path, metavar="FILE", help="table with columns prompt and quality, for --quality-weight")
     add("--batch", type=int, default=32, metavar="N", help="images scored together (default 32)")
@@ -57,10 +57,13 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = _filter(args)
     _check(args, settings)
+    label = args.label or ("given" if args.from_pairs else "sum")
     judges = Judges.open(args, device_of(args))
     quality = _quality(args.quality) if args.quality else None
     judges.check_value(settings, quality)
     source = sources.source_of(args, judges.needs_prompt)
+    if settings.quality_weight:
+        check_quality(source.all_prompts, quality or {})
     folder = PairsFolder(args.out)
     facts = {**source.facts, **judges.facts}
     folder.begin(facts, resume=args.resume, overwrite=args.overwrite)
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     dropped: Counter[str] = Counter(source.dropped)
     if bad:
         dropped["images not scored"] = len(bad)
-    pairs = _labelled(args.label, source, scored, judges, dropped)
+    pairs = _labelled(label, source, scored, judges, dropped)
     thumbnails = Thumbnails()
     kept = filtered(valued(pairs, settings, judges.text_features, quality), settings, thumbnails, dropped)
     if not kept:
@@ -77,11 +80,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"no pair is left ({reasons}): with --resume other settings label and filter the same scores")
     train, heldout = split(kept, args.split, args.seed or 0, thumbnails, settings.near_copies)
     parts = {"pairs": train, "pairs-heldout": heldout} if heldout else {"pairs": train}
-    found = report(pairs, parts, dropped, judges.names, args.heldout or "")
-    used = {"label": args.label, "raw": args.raw, "split": args.split, "filter": plain(settings)}
+    found = report(pairs, parts, dropped, judges.names, args.heldout or "", source.given)
+    used = {"label": label, "raw": args.raw, "split": args.split, "filter": plain(settings)}
     names = folder.finish(parts, judges.names, {**found, "settings": used})
     print(
-        "\n".join(lines(found, "raw scores" if args.raw else "standard deviations, weighted" if args.label == "sum" else "median gap, σ"))
+        "\n".join(lines(found, "raw scores" if args.raw else "standard deviations, weighted" if label != "majority" else "median gap, σ"))
     )
     print(f"wrote {', '.join(names)} in {args.out}")
     return 1 if bad else 0

@@ -37,6 +37,11 @@ class Source:
     def provide(self, folder: PairsFolder) -> None:
         """Make the images that are not there yet."""
 
+    @property
+    def all_prompts(self) -> Sequence[str]:
+        """The prompt of every image, before it is there."""
+        return [item.prompt or "" for item in self.found]
+
     def items(self) -> Sequence[Item]:
         """Every image with its prompt, once `provide` has run."""
         return self.found
@@ -48,6 +53,11 @@ class Drawn(Source):
 
     arguments: argparse.Namespace = field(default_factory=argparse.Namespace)
     prompts: Sequence[str] = ()
+
+    @property
+    def all_prompts(self) -> Sequence[str]:
+        """See Source."""
+        return self.prompts
 
     def provide(self, folder: PairsFolder) -> None:
         """Draw what is missing; the run's settings say that it is the same run."""
@@ -62,6 +72,11 @@ class Exported(Source):
     """Pairs of a data set, whose images are written into the run's folder, named by their content."""
 
     rows: Sequence[tuple[ImageSource, ImageSource, str]] = ()
+
+    @property
+    def all_prompts(self) -> Sequence[str]:
+        """See Source."""
+        return [prompt for *_, prompt in self.rows]
 
     def provide(self, folder: PairsFolder) -> None:
         """Write what is missing."""

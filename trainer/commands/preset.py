@@ -65,6 +65,7 @@ def text_of(method: str, model: str, stem: str = "") -> str:
     if method not in METHODS:
         raise ConfigError(f"no objective {method!r}: use one of {', '.join(METHODS)}")
     settings, row = METHODS[method], ROWS[model_name(model)]
+    samples = settings.samples_of(row, method)
     stem = stem or f"{method}-{model}"
     data, batch = _DATA[settings.data], max(row.batch, settings.least)
     general: list[Line] = [
@@ -78,7 +79,7 @@ def text_of(method: str, model: str, stem: str = "") -> str:
         ("device", '"cuda"', ""),
         settings.steps,
         ("batch_size", str(batch), ""),
-        ("gradient_accumulation_steps", str(settings.samples // batch), ""),
+        ("gradient_accumulation_steps", str(samples // batch), ""),
         ("learning_rate", settings.rate, ""),
         *settings.more,
         *recomputed(method, row),

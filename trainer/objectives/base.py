@@ -42,6 +42,8 @@ class RunContext:
     prompts: tuple[str, ...] = ()
     batch_size: int = 0
     """Samples of a micro-batch, summed over all processes; 0 where it is not known."""
+    step_samples: int = 0
+    """Samples of an optimizer step, likewise."""
 
     @property
     def required_reward(self) -> Reward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,9 +60,7 @@ def valued(pairs: Sequence[Pair], settings: Filter, features: TextFeatures | Non
     if settings.quality_weight:
         if quality is None:
             raise ValueError("quality_weight is set: give the quality of each prompt, a table with columns prompt and quality")
-        lacking = [prompt for prompt in prompts if prompt not in quality]
-        if lacking:
-            raise ValueError(f"{len(lacking)} prompts have no quality, such as {lacking[0]!r}: give one of each")
+        check_quality(prompts, quality)
         bonus = {prompt: settings.quality_weight * quality[prompt] for prompt in prompts}
     if settings.diversity_weight and len(prompts) > 1:
         if features is None:
@@ -70,6 +68,13 @@ def valued(pairs: Sequence[Pair], settings: Filter, features: TextFeatures | Non
         for prompt, distance in zip(prompts, neighbour_distances(features(prompts), settings.neighbours)):
             bonus[prompt] += settings.diversity_weight * math.log(max(distance, 1e-6))
     return [replace(pair, value=_margin(pair) + bonus[pair.prompt]) for pair in pairs]
+
+
+def check_quality(prompts: Iterable[str], quality: Mapping[str, float]) -> None:
+    """ValueError where a prompt has none."""
+    lacking = [prompt for prompt in dict.fromkeys(prompts) if prompt not in quality]
+    if lacking:
+        raise ValueError(f"{len(lacking)} prompts have no quality, such as {lacking[0]!r}: give one of each")
 
 
 def neighbour_distances(features: Tensor, k: int) -> list[float]:
@@ -111,6 +116,8 @@ def filtered(pairs: Sequence[Pair], settings: Filter, thumbnails: Thumbnails, dr
 def _reason(pair: Pair, settings: Filter) -> str:
     """Why a pair is not kept, as far as its scores tell; "" where they do not."""
     margin = _margin(pair)
+    if margin < 0:
+        return "rewards contradict the label"
     if margin < settings.min_margin:
         return "margin too small"
     if settings.max_margin and margin > settings.max_margin:

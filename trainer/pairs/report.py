@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 
+from ..data.images import ImageSource
 from .label import WITHOUT, Pair
 
 
 def report(
-    candidates: Sequence[Pair], kept: Mapping[str, Sequence[Pair]], dropped: Mapping[str, int], rewards: Sequence[str], heldout: str
+    candidates: Sequence[Pair],
+    kept: Mapping[str, Sequence[Pair]],
+    dropped: Mapping[str, int],
+    rewards: Sequence[str],
+    heldout: str,
+    given: Sequence[tuple[ImageSource, ImageSource, str]] | None = None,
 ) -> dict[str, Any]:
     """Of all candidates and of the kept ones of each table, as plain values.
 
+    given: the pairs as they were labelled before, better image, worse image and prompt; `turned` counts those of the other label.
     `agreement` has of every two rewards the share of candidates that they order alike, of those that both order.
     """
     together = [pair for part in kept.values() for pair in part]
@@ -26,6 +33,10 @@ def report(
         "margins": {"candidates": _quantiles(candidates), "kept": _quantiles(together)},
         "agreement": {f"{a} and {b}": _alike(candidates, i, j) for i, a in enumerate(rewards) for j, b in enumerate(rewards) if i < j},
     }
+    if given is not None:
+        before = set(given)
+        turned = {name: [(p.rejected, p.chosen, p.prompt) in before for p in part] for name, part in kept.items()}
+        found["turned"] = {name: sum(each) for name, each in turned.items()}
     if heldout:
         found["heldout"] = {"reward": heldout, "candidates": _prefers(candidates), "kept": _prefers(together)}
     return found
@@ -39,6 +50,8 @@ def lines(found: Mapping[str, Any], unit: str) -> list[str]:
     said = [f"kept {sum(kept.values())} of {found['candidates']} pairs: {', '.join(parts)}"]
     if dropped:
         said.append(f"dropped: {', '.join(f'{number} {why}' for why, number in dropped.items())}")
+    if "turned" in found:
+        said.append(f"labels turned round by the rewards: {sum(found['turned'].values())} of {sum(kept.values())} kept pairs")
     for of, quantiles in found["margins"].items():
         if quantiles:
             low, middle, high = (f"{quantiles[key]:.3g}" for key in ("10%", "50%", "90%"))

@@ -46,7 +46,8 @@ class Parts:
     def context(self, config: TrainConfig, policy: Policy) -> RunContext:
         """The resources that an objective may use; policy: `self.policy`, or a wrapper of it."""
         prompts = tuple(dict.fromkeys(self.samples.prompts))
-        return RunContext(policy, self.reward, self.features, self.processes, Path(config.out), prompts, config.batch_size)
+        sizes = config.batch_size, config.batch_size * config.gradient_accumulation_steps
+        return RunContext(policy, self.reward, self.features, self.processes, Path(config.out), prompts, *sizes)
 
 
 def asks_reward(config: TrainConfig) -> bool:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from .preset_types import Line, Method, Row, guidance, steps_of
+from collections.abc import Callable
+from typing import cast
+
+from ..config import build, override
+from ..objectives import OBJECTIVES
+from ..objectives.policy_gradient.rounds import PolicyGradient
+from .preset_types import Line, Method, Row, guidance, quote
 
 _SDXL = 4 * 128 * 128  # elements of a latent: no more are Stable Diffusion's, all flow models here have more channels
 _GROUPS = 8, 8  # images of a prompt, prompts of a round
+
+
+def _share(parts: int) -> Callable[[Row, str], int]:
+    """Samples of an optimizer step of which `parts` train a round, whatever number of steps the model has."""
+
+    def samples(row: Row, name: str) -> int:
+        settings = override({}, [f"--{key}={value}" for key, value, _ in POLICY_GRADIENTS[name].objective(row, name)])
+        objective = cast(PolicyGradient, build(OBJECTIVES[name], settings))
+        return objective.images * objective.trained // parts
+
+    return samples
 
 
 def _rounds(group: int, prompts: int) -> list[Line]:
@@ -13,11 +30,14 @@ def _rounds(group: int, prompts: int) -> list[Line]:
 
 
 def _ddpo(row: Row, name: str) -> list[Line]:
+    steps = min(20, row.steps)
     return [
-        steps_of(row),
+        ("steps", str(steps), "the model's own few steps" if row.few else "drawn later with more"),
         guidance(row, 5.0),
         *_rounds(*_GROUPS),
-        ("trained_count", str(min(10, row.steps - 1)), "of the steps with noise, each image's own"),
+        ("trained_count", str(steps // 2), "the noisier half: the last steps' gradient is largest, decides nothing, and drowns the rest"),
+        ("window", quote("sliding"), "consecutive steps from the noisiest on; the others add no noise"),
+        ("window_every", "100000", "rounds, so many that the window stays there"),
         ("clip", "1e-4", ""),
     ]
 
@@ -29,7 +49,7 @@ def _flow_grpo(row: Row, name: str) -> list[Line]:
         *_rounds(24, 4),
         ("noise", "0.7", ""),
         *(
-            [("noise_kind", '"cps"', "Flow-GRPO's own step adds more noise than Stable Diffusion's last levels have")]
+            [("noise_kind", quote("cps"), "Flow-GRPO's own step adds more noise than Stable Diffusion's last levels have")]
             if row.latent <= _SDXL
             else []
         ),
@@ -62,10 +82,10 @@ _UNIT: Line = ("standardise", "false", "advantages have no unit")
 POLICY_GRADIENTS: dict[str, Method] = {
     "ddpo": Method(
         "DDPO",
-        "the official SD1.4 settings, but for a round of 64 images instead of 256, of which 10 steps are trained and not 50",
+        "the official SD1.4 settings, but for rounds of 64 images, not 256, and the noisier half of 20 steps, not all 50",
         _ddpo,
         steps=("steps", "200", "two to a round"),
-        samples=320,
+        samples=_share(2),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""),),
         standardise=_UNIT,
@@ -77,7 +97,7 @@ POLICY_GRADIENTS: dict[str, Method] = {
         "the official settings for SD3.5 medium, but for a round of 4 prompts instead of 48",
         _flow_grpo,
         steps=("steps", "300", ""),
-        samples=432,
+        samples=_share(2),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
         standardise=_UNIT,
@@ -89,7 +109,7 @@ POLICY_GRADIENTS: dict[str, Method] = {
         "the official settings for SD3.5 medium, but for a round of 4 prompts and no second KL",
         _awm,
         steps=("steps", "300", "one to a round"),
-        samples=576,
+        samples=_share(1),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.99", "")),
         standardise=_UNIT,
@@ -101,7 +121,7 @@ POLICY_GRADIENTS: dict[str, Method] = {
         "the official settings for SD3.5 medium, but for a round of 4 prompts instead of 48, and DDIM instead of DPM-Solver",
         _nft,
         steps=("steps", "300", "one to a round"),
-        samples=864,
+        samples=_share(1),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
         standardise=_UNIT,

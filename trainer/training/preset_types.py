@@ -39,14 +39,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """What a preset takes from the method; `samples` are those of one optimizer step, `least` of a micro-batch."""
+    """What a preset takes from the method; `samples` are those of one optimizer step, or a rule for them, `least` of a micro-batch."""
 
     title: str
     origin: str
     objective: Callable[[Row, str], list[Line]]
     data: str = "prompts"
     steps: Line = ("steps", "1000", "")
-    samples: int = 32
+    samples: int | Callable[[Row, str], int] = 32
     least: int = 1
     rate: str = "1e-4"
     more: tuple[Line, ...] = ()
@@ -55,6 +55,10 @@ class Method:
     heldout: str = "imagereward"
     every: int = 100
     save_every: int = 50
+
+    def samples_of(self, row: Row, name: str) -> int:
+        """Samples of an optimizer step of the method `name`."""
+        return self.samples if isinstance(self.samples, int) else self.samples(row, name)
 
 
 def quote(text: str) -> str:

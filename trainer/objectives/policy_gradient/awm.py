@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +20,15 @@ from ..reward_gradient.shared import rollout_noise, sampler_steps
 from .rounds import PolicyGradient
 from .selection import Selection
 
+log = logging.getLogger(__name__)
 Weighting = Literal["ghuber", "t2", "t", "none"]
 _TINY = 1e-10  # official: added before the root
+
+
+def drawing_guidance_scale() -> Any:
+    """Field `guidance_scale` of what trains denoising errors of own images: a guided prediction's error does not bound a likelihood."""
+    about = "guidance of the images that are drawn; their errors are trained without (official 1)"
+    return field(default=1.0, metadata={"min": 0.0, "max": 30.0, "help": about})
 
 
 def likelihood(error: Tensor, sigma: Tensor, space: Space, weighting: Weighting, power: float = 0.25) -> Tensor:
@@ -50,10 +58,7 @@ class AWM(PolicyGradient):
     """
 
     steps: int = sampler_steps(14)
-    guidance_scale: float = field(
-        default=1.0,
-        metadata={"min": 0.0, "max": 30.0, "help": "guidance of the images that are drawn; their errors are trained without (official 1)"},
-    )
+    guidance_scale: float = drawing_guidance_scale()
     group: int = field(
         default=24, metadata={"min": 1, "max": 1024, "help": "images of a prompt in a round, which are compared (24 official)"}
     )
@@ -77,6 +82,16 @@ class AWM(PolicyGradient):
             raise ValueError(f"steps = {self.steps}: first and last step are not trained, give at least 3")
         if self.passes > 1:
             raise ValueError(f"passes = {self.passes}: AWM has no probability ratio to images of an earlier model; give 1")
+
+    def check(self, context: RunContext) -> None:
+        """As all; and warn where a round trains more than one optimizer step."""
+        super().check(context)
+        whole = self.images * self.trained
+        if context.step_samples % whole:
+            log.warning(
+                f"an optimizer step takes {context.step_samples} of a round's {whole} samples, and AWM has no probability ratio to images "
+                f"of an earlier model: give gradient_accumulation_steps = {whole // context.batch_size}, one step a round"
+            )
 
     @property
     def trained(self) -> int:

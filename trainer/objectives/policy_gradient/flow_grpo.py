@@ -26,9 +26,10 @@ _KERNELS = {"flow-grpo": flow_sde, "constant": constant_sde, "cps": coefficient_
 class FlowGRPO(StepGradient):
     """Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): PPO on the noisy steps of a flow's SDE, few of them, with advantages within groups.
 
-    Official, from code, for SD3.5 medium: 10 steps, guidance 4.5, noise 0.7, groups of 24, clip 1e-4, the round's deviation; its KL leaves
-    the length |Δσ| of a step out of the width: its weights 0.01 to 0.04 are 0.001 to 0.004 here. DanceGRPO (arXiv:2505.07818):
-    noise_kind = constant, noise = 0.3, shared_start, 60 % of the steps as trained_count. MixGRPO (arXiv:2507.21802): window = sliding.
+    Official, from code, for SD3.5 medium: 10 steps, guidance 4.5, noise 0.7, groups of 24, clip 1e-4, the round's standard
+    deviation; its KL leaves the length |Δσ| of a step out of the width: its weights 0.01 to 0.04 are 0.001 to 0.004 here. DanceGRPO
+    (arXiv:2505.07818): noise_kind = constant, noise = 0.3, shared_start, 60 % of the steps as trained_count. MixGRPO (arXiv:2507.21802):
+    window = sliding.
     """
 
     steps: int = sampler_steps(10)
@@ -37,7 +38,7 @@ class FlowGRPO(StepGradient):
         default=24, metadata={"min": 1, "max": 1024, "help": "images of a prompt in a round, which are compared (official 24)"}
     )
     baseline: Baseline = field(
-        default="group-mean", metadata={"help": "as DDPO; group-mean: the mean of a prompt and the deviation of the round (official)"}
+        default="group-mean", metadata={"help": "as DDPO; group-mean: mean of a prompt, standard deviation of the round (official)"}
     )
     noise: float = field(default=0.7, metadata={"min": 1e-3, "max": 2.0, "help": "noise of a step (official 0.7; DanceGRPO 0.3)"})
     noise_kind: Noise = field(

@@ -15,9 +15,9 @@ from ...rng import Rng
 from ..base import Logs, Loss, RunContext
 from ..following import Following
 from ..preference.errors import error_scale
-from ..reward_gradient.shared import rollout_noise, sampler_steps, training_guidance_scale
+from ..reward_gradient.shared import rollout_noise, sampler_steps
 from .advantages import Baseline
-from .awm import own_images
+from .awm import drawing_guidance_scale, own_images
 from .rounds import PolicyGradient, Rounds
 from .selection import Round, Selection
 
@@ -32,14 +32,22 @@ class DiffusionNFT(PolicyGradient):
     """
 
     steps: int = sampler_steps(10)
-    guidance_scale: float = training_guidance_scale(1.0, "official 1")
+    guidance_scale: float = drawing_guidance_scale()
     group: int = field(default=24, metadata={"min": 1, "max": 1024, "help": "images of a prompt in a round (24 official)"})
     baseline: Baseline = field(
         default="group-mean",
-        metadata={"help": "of advantages, as in DDPO (official: group-mean, the prompt's mean, the round's deviation)"},
+        metadata={"help": "of advantages, as in DDPO (official: group-mean, the prompt's mean, the round's standard deviation)"},
     )
     kl_weight: float = field(
         default=1e-4, metadata={"min": 0.0, "help": "weight of the squared distance to the base model's prediction (official 1e-4)"}
+    )
+    max_advantage: float = field(
+        default=5.0,
+        metadata={
+            "min": 1e-3,
+            "max": 1000.0,
+            "help": "advantages are clipped to ± this, where r is 1 or 0; factor of the loss (official 5)",
+        },
     )
     beta: float = field(default=1.0, metadata={"min": 1e-3, "max": 10.0, "help": "share of the tuned model in D⁺ (official 1 or 0.1)"})
     decay_rate: float = field(default=0.001, metadata={"min": 0.0, "max": 1.0, "help": "growth of D_old's decay in an optimizer step"})
@@ -77,7 +85,7 @@ class DiffusionNFT(PolicyGradient):
         scale = per_sample(error_scale("model", sigma, policy.space), clean)
 
         def predicted(adapter: str) -> Tensor:
-            return policy.denoiser(part.prompts, adapter=adapter, guidance_scale=self.guidance_scale)(x, sigma)
+            return policy.denoiser(part.prompts, adapter=adapter, guidance_scale=1.0)(x, sigma)
 
         with torch.no_grad():
             old = predicted("old")

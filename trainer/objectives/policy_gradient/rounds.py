@@ -23,6 +23,7 @@ from ...runtime.files import free_bytes
 from ..base import Logs, Loss, Objective, RunContext
 from ..reward_gradient.shared import sampler_steps, training_guidance_scale
 from .advantages import HISTORY, Baseline, History, above_auxiliaries, equal, group_advantages, relative_distances
+from .scoring import Scoring
 from .selection import Round, Selection
 from .store import File, Rollouts
 
@@ -41,8 +42,8 @@ class PolicyGradient(Objective):
     baseline: Baseline = field(
         default="group",
         metadata={
-            "help": "(score − mean) / deviation: group: of the prompt's images; group-mean: its mean, the round's deviation; round: of all "
-            f"images; history: of the prompt's last {HISTORY}"
+            "help": "(score − mean) / standard deviation: group: of the prompt's images; group-mean: mean of these, standard deviation "
+            f"of the round; round: of all images; history: of the prompt's last {HISTORY}"
         },
     )
     max_advantage: float = field(
@@ -177,12 +178,14 @@ class Rounds(Loss):
         self.history = History()
         self.round: Round | None = None
         self._draws: tuple[int, tuple[list[str], Tensor]] | None = None
+        self._over = False  # whether the next optimizer step begins another round
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
         o, rng = self.objective, batch.rng
         samples = o.images * o.trained
         number = rng.indices[0] // (o.passes * samples)
+        self._over = self.run.step_samples > 0 and (rng.step + 1) * self.run.step_samples % (o.passes * samples) == 0
         if self.round is None or self.round.number != number:
             self.round = self._collect(rng, number, len(batch.prompts))
         order = torch.randperm(samples, generator=generator(rng.seed, "order", rng.indices[0] // samples))  # another one in each pass
@@ -193,6 +196,11 @@ class Rounds(Loss):
         idle = size.reshape(-1, o.group).amax(1) == 0
         shown = {"reward": self.round.scores[image], "advantage size": size[image], "no advantage": idle[image // o.group].float()}
         return losses.mean(), {**logs, **shown}
+
+    @property
+    def scoring(self) -> Scoring:
+        """What images are asked for."""
+        return Scoring(self.run, self.objective.separate_rewards or self.objective.gate > 0, self.objective.diversity_weighted)
 
     def _part(self, rng: Rng, present: Round, image: Tensor, turn: Tensor) -> Selection:
         """The samples of images and turns (B,)."""
@@ -230,12 +238,12 @@ class Rounds(Loss):
             rows = range(first, min(first + chunk, share.stop))
             part, seeds = prompts[rows.start : rows.stop], Rng(seed_of(rng.seed, "round"), number, tuple(rows))
             states, ends, log_probs = o.draw(run, part, seeds, index[rows.start : rows.stop], int(index.min()))
-            terms, features = self._judged(run.policy.decode(ends), part)
+            terms, features = self.scoring(run.policy.decode(ends), part)
             made.append((self.store.write(number, first, states), log_probs.cpu(), terms.float().cpu(), features.float().cpu()))
         files, *columns = zip(*(one for some in exchange(made) for one in some))
         self.store.replace(files)
         log_probs, terms, features = map(torch.cat, columns)
-        weights = torch.tensor(self._weights())
+        weights = torch.tensor(self.scoring.weights)
         scores = (terms * weights).sum(1)
         held = torch.ones(len(scores), dtype=torch.bool)
         if o.gate > 0:
@@ -245,21 +253,6 @@ class Rounds(Loss):
             distances = relative_distances(features.reshape(-1, o.group, features.shape[1])).flatten().to(advantages)
             advantages = torch.where(advantages > 0, advantages * distances, advantages)
         return Round(number, rng.step, scores, advantages.clamp(-o.max_advantage, o.max_advantage), log_probs, held)
-
-    def _weights(self) -> Sequence[float]:
-        """Weights of the rewards of a sum, where each is needed by itself; (1,) for their total."""
-        o, reward = self.objective, self.run.required_reward
-        return reward.weights if (o.separate_rewards or o.gate > 0) and isinstance(reward, SummedReward) else (1.0,)
-
-    def _judged(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The terms (B,R) of the reward of images (B,3,H,W), and features (B,D) where they are asked for."""
-        o, run, reward = self.objective, self.run, self.run.required_reward
-        if (o.separate_rewards or o.gate > 0) and isinstance(reward, SummedReward):
-            terms = reward.terms(images, prompts)
-        else:
-            terms = reward(images, prompts)[:, None]
-        features = run.features.image_features(images) if o.diversity_weighted and run.features else images.new_zeros(len(images), 0)
-        return terms, features
 
     def _advantages(self, prompts: Sequence[str], scores: Tensor, terms: Tensor, weights: Tensor) -> Tensor:
         """Advantages (N,) of scores (N,), or of terms (N,R) by weights (R,)."""
@@ -287,14 +280,18 @@ class Rounds(Loss):
         """The round, its list of files and the scores of earlier ones."""
         if self.round is None:
             return {}
-        return {"round": vars(self.round), "files": [list(file) for file in self.store.files], "history": self.history.scores}
+        files = [] if self._over else [list(file) for file in self.store.files]
+        return {"round": vars(self.round), "files": files, "history": self.history.scores}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by `state()`."""
         if state:
             self.round, self.history.scores = Round(**state["round"]), dict(state["history"])
             self.store.restore(state["files"])
+            self._over = not state["files"]
 
     def saved(self) -> None:
-        """Delete the files of rounds that no checkpoint needs."""
+        """Delete the files of rounds that no checkpoint needs, all of them where the round is over."""
+        if self._over:
+            self.store.replace(())
         self.store.saved()

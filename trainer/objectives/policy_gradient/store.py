@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,9 @@ class Rollouts:
         self._saved = {file.name for file in self.files}
         if self.folder.is_dir():
             self._delete({path.name for path in self.folder.iterdir()} - self._saved)
+        if self.deletes and not self._saved:
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def _delete(self, names: set[str]) -> None:
         for name in names if self.deletes else ():

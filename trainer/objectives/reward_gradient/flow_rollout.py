@@ -31,7 +31,7 @@ def rescaling(default: float, official: str) -> Any:
         metadata={
             "min": 0.0,
             "max": 10.0,
-            "help": f"1 scales the active steps' gradients up to the whole rollout's (g; official {official})",
+            "help": f"1 scales the active steps' gradients up to those of all steps that may be trained (g; official {official})",
         },
     )
 

@@ -36,7 +36,8 @@ class FlowBPSparse(Surrogate):
     the velocity v_θ(sg z_i) with gradient for K steps drawn for the micro-batch, and without for the others.
 
     The gradient of an active velocity is scaled by 1 + g·(Σ|Δs| / Σ_active|Δs| − 1). With all steps active it is that of DRaFT with K = T
-    but for the network's Jacobian in its input, which is left out. Checked against the official code (flowbp_sparse.py). Defaults: FLUX.1.
+    but for the Jacobian of the velocity in its state, which is left out. Checked against the official code (flowbp_sparse.py). Defaults
+    are for FLUX.1.
     """
 
     k: int = active_steps(3, "3 on FLUX.1, 4 on SD3.5 and klein")
