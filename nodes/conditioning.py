@@ -34,6 +34,11 @@ class Prompts:
             self.encoded[prompt] = comfy.sampler_helpers.convert_cond(copied)
         return list(self.encoded[prompt])
 
+    def alike(self, prompt: str, other: str) -> bool:
+        """Whether the text encoder gives two prompts the same tensors."""
+        one, two = ([c for cond in self.prepare(p) for c in (cond["cross_attn"], cond.get("pooled_output"))] for p in (prompt, other))
+        return len(one) == len(two) and all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, two))
+
     def grouped(self, prompts: Sequence[str], x: Tensor) -> list[tuple[list[int], dict[str, Any]]]:
         """The rows of `prompts` that one evaluation can take together, and the network's arguments for them.
 

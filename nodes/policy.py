@@ -62,6 +62,7 @@ class ComfyPolicy:
             wide = torch.bfloat16 if comfy.model_management.should_use_bf16(self.device) else torch.float32
             self.model.set_model_compute_dtype(wide)
         self.prompts = Prompts(self.model.model, condition, self.device)
+        self.reads_alike = self.prompts.alike
         self._sampling, self._levels = self.model.get_model_object("model_sampling"), dict[int, Tensor]()
         self.space: Space = "flow" if isinstance(self._sampling, comfy.model_sampling.CONST) else "ve"
         self.lora: Lora | None = None

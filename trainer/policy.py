@@ -58,6 +58,10 @@ class Policy(Protocol):
         """
         ...
 
+    def reads_alike(self, prompt: str, other: str) -> bool:
+        """Whether the text encoders see two prompts as one, such as texts that differ beyond their last token, or in case."""
+        ...
+
     def merged(self) -> AbstractContextManager[None]:
         """Around evaluations without gradient: merges the adapter into the weights where the policy can, so that it costs nothing.
 

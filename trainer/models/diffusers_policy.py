@@ -223,8 +223,7 @@ class DiffusersPolicy:
         """Text conditioning of n + weight·(c − n), on the CPU."""
         if weight == 1:
             return self.prompts.conditioning(prompts)
-        n = len(prompts)
-        empty = self.prompts.conditioning([negative] * n) if negative else self.unconditional(n)
+        empty = self.prompts.conditioning([negative] * len(prompts)) if negative else self.unconditional(len(prompts))
         if weight == 0:
             return empty
         given = self.prompts.conditioning(prompts)
@@ -233,6 +232,10 @@ class DiffusersPolicy:
                 f"prompt weight {weight:g}: {self.pipeline_name} masks its padding, so that two prompts have no sum; give 1 or 0"
             )
         return {key: (1 - weight) * empty[key] + weight * value if value.is_floating_point() else value for key, value in given.items()}
+
+    def reads_alike(self, prompt: str, other: str) -> bool:
+        """Whether all tokenizers cut two prompts to the same tokens."""
+        return self.prompts.tokens(prompt) == self.prompts.tokens(other)
 
     def merged(self) -> AbstractContextManager[None]:
         """See trainer.policy.Policy; `merge_rollouts` switches it on."""

@@ -125,6 +125,13 @@ class Prompts:
         self._embeddings.clear()
         self._recent.clear()
 
+    def tokens(self, prompt: str) -> list[Any]:
+        """What each tokenizer makes of a prompt, cut to what the encoders read."""
+        parts: dict[str, Any] = self.model.pipeline.components
+        tokenizers = [part for name, part in sorted(parts.items()) if "tokenizer" in name and part is not None]
+        limits = [min(t.model_max_length, self.model.max_tokens or t.model_max_length) for t in tokenizers]
+        return [t(prompt, max_length=limit, truncation=True, verbose=False).input_ids for t, limit in zip(tokenizers, limits)]
+
     def _embedding(self, prompt: str) -> Conditioning:
         if prompt not in self._embeddings:
             cache, key = self._cached[prompt]

@@ -39,12 +39,13 @@ _OPPOSITES = (
     "shaded flat", "background foreground",
 )  # fmt: skip
 _SYNONYMS = {"gray": "grey", "violet": "purple", "orange": "yellow", "pink": "purple", "turquoise": "cyan"}
+_READ = 200  # characters that even CLIP, of 77 tokens, reads
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
 
 def perturb(caption: str) -> str | None:
     """A caption with one word replaced by another of its class or by its opposite, or with two words of a class exchanged; None where
-    it has no such word. A function of the caption alone."""
+    it has no such word. A function of the caption alone. Words near its beginning are preferred: encoders cut long texts."""
     words = [(match.start(), match.end(), match.group()) for match in _WORD.finditer(caption)]
     found: list[tuple[tuple[int, int, str], ...]] = []
     for start, end, word in words:
@@ -55,7 +56,8 @@ def perturb(caption: str) -> str | None:
                 found.append(((one[0], one[1], two[2].lower()), (two[0], two[1], one[2].lower())))
     if not found:
         return None
-    return _replaced(caption, random.Random(seed_of("perturbed", caption)).choice(found))
+    early = [changes for changes in found if changes[0][1] <= _READ]
+    return _replaced(caption, random.Random(seed_of("perturbed", caption)).choice(early or found))
 
 
 @lru_cache(maxsize=8)

@@ -50,15 +50,30 @@ class TPO(DenoisingObjective):
         return [*prompts, *(wrong for wrong in self.perturbed(prompts).values() if wrong)]
 
     def check(self, context: RunContext) -> None:
-        """Refuse captions that cannot be perturbed."""
-        same = [prompt for prompt, wrong in self.perturbed(context.prompts).items() if wrong is None]
+        """Refuse captions that cannot be perturbed, or whose perturbed versions the model does not tell from them."""
+        captions = self.perturbed(context.prompts)
+        if self.captions_file and not read_perturbed(Path(self.captions_file)).keys() & captions.keys():
+            raise ValueError(
+                f"objective.captions_file = {self.captions_file}: it has none of the captions, which must be equal to the letter"
+            )
+        same = [prompt for prompt, wrong in captions.items() if wrong is None]
         if same:
-            more = f" (and {len(same) - 1} more)" if len(same) > 1 else ""
-            raise ValueError(f"no rule changes the caption {same[0]!r}{more}: give wrong captions in objective.captions_file")
+            raise ValueError(f"no rule changes the caption {_first(same)}: give wrong captions in objective.captions_file")
+        alike = [prompt for prompt, wrong in captions.items() if wrong and context.policy.reads_alike(prompt, wrong)]
+        if alike:
+            raise ValueError(
+                f"the model reads the caption {_first(alike)} and its wrong version alike: they differ beyond its last token, or in case; "
+                "give shorter captions, or other wrong ones in objective.captions_file"
+            )
 
     def begin(self, context: RunContext) -> Loss:
         """The loss of one run."""
         return _TextPreference(self, context)
+
+
+def _first(captions: Sequence[str]) -> str:
+    more = f" (and {len(captions) - 1} more)" if len(captions) > 1 else ""
+    return f"{captions[0] if len(captions[0]) <= 60 else captions[0][:57] + '…'!r}{more}"
 
 
 class _TextPreference(Loss):
