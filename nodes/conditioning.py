@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import comfy.sampler_helpers
@@ -15,7 +15,18 @@ from .autograd import ordinary
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 Conds = dict[str, Any]
 """ComfyUI's conds of one prompt, by the argument of the network."""
+# What a conditioning says of where, when and with what it counts, and what means always
+_PLACED = {
+    **dict.fromkeys(("area", "mask", "control", "gligen", "hooks")),
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+}
 _KEPT = 64  # prompts on the device: those of a captioned folder may be thousands
+
+
+def placed(conditioning: Iterable[tuple[Tensor, dict[str, Any]]]) -> list[str]:
+    """The keys by which a conditioning counts for a part of the image or of the steps, or with another model's help."""
+    return sorted({key for _, about in conditioning for key in _PLACED if about.get(key) not in (None, _PLACED[key])})
 
 
 class Prompts:
@@ -30,7 +41,10 @@ class Prompts:
     def prepare(self, prompt: str) -> list[dict[str, Any]]:
         """A prompt's conditioning, encoded once; call it for all prompts while the text encoder is loaded."""
         if prompt not in self.encoded:
-            copied = [[ordinary(cond), {k: ordinary(v) for k, v in extra.items()}] for cond, extra in self.condition(prompt)]
+            given = self.condition(prompt)
+            if keys := placed(given):
+                raise ValueError(f"the conditioning has {', '.join(keys)}, which training does not heed: connect a plain prompt")
+            copied = [[ordinary(cond), {k: ordinary(v) for k, v in extra.items()}] for cond, extra in given]
             self.encoded[prompt] = comfy.sampler_helpers.convert_cond(copied)
         return list(self.encoded[prompt])
 

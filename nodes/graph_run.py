@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from ..trainer.training.evaluation import Evaluation
 from ..trainer.training.loop import NonFinite
 from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
+from . import host
 from .folder import CaptionedFolder
 from .latents import pixels_per_latent
 from .lora import TrainedLora
@@ -42,6 +44,7 @@ from .sockets import image
 from .switch import ATTACHMENT
 from .training_data import TrainingData, training_data
 
+log = logging.getLogger(__name__)
 Rewards = tuple[Any, Any, Any]
 """What is trained on, features, and the held-out one; the last two may be None."""
 Preview = tuple[int, float]
@@ -59,6 +62,19 @@ def _fingerprint(model: Any, data: Any) -> str:
         digest.update(first.detach().float().cpu().flatten()[:4096].clone().numpy().tobytes())
     digest.update(data.detach().cpu().clone().numpy().tobytes() if isinstance(data, Tensor) else "\n".join(data).encode())
     return digest.hexdigest()
+
+
+def unheeded(model: Any) -> str:
+    """What the report says of a model's patches that training leaves out, with a line break before it; logged, too."""
+    patches = host.patches_around(model)
+    if not patches:
+        return ""
+    said = (
+        f"patches that work around the network ({', '.join(patches)}: guidance, density, caching) count in sampling and not in training; "
+        "LoRAs, the shift of the noise levels and attention patches count in both"
+    )
+    log.warning(said)
+    return f"\n{said}"
 
 
 def _condition(clip: Any, conditioning: Any) -> Any:
@@ -196,7 +212,7 @@ def train_in_graph(
         {"loss": log["loss"]},
         curves(log, evaluation),
         image(shown),
-        report + fitted + data.report(samples, vae, config.batch_size),
+        report + fitted + data.report(samples, vae, config.batch_size) + unheeded(model),
     )
 
 

@@ -21,17 +21,12 @@ from ..trainer.noise.settings import METHODS, NoiseOptimisation, optimisation_of
 from ..trainer.policy import Policy
 from ..trainer.sampling import METHODS as SAMPLERS
 from . import host
+from .conditioning import placed
 from .policy import ComfyPolicy
 from .rewards import Combined, check_prompt
 from .sockets import CATEGORY, Reward, draw_text, figure, schema, widgets
 
 _PROMPT = "positive"
-# What a conditioning says of where, when and with what it counts, and what means always
-_PLACED = {
-    **dict.fromkeys(("area", "mask", "control", "gligen", "hooks")),
-    "start_percent": 0.0,
-    "end_percent": 1.0,
-}
 
 
 def terms(reward: Any) -> list[tuple[float, Any]]:
@@ -56,9 +51,9 @@ def check_read(model: Any, latent_image: dict[str, Any], conditionings: Mapping[
     if bool((samples != samples.flatten()[0]).any()) or "noise_mask" in latent_image:
         raise ValueError("the latent holds an image or a mask, and noise is optimised from nothing: connect an empty latent")
     for name, parts in conditionings.items():
-        given = {key for _, about in parts or () for key in _PLACED if about.get(key) not in (None, _PLACED[key])}
+        given = placed(parts or ())
         if given:
-            raise ValueError(f"{name} has {', '.join(sorted(given))}, which noise optimisation does not heed: connect a plain prompt")
+            raise ValueError(f"{name} has {', '.join(given)}, which noise optimisation does not heed: connect a plain prompt")
 
 
 class OptimiseNoise(io.ComfyNode):

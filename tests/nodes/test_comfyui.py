@@ -224,6 +224,21 @@ def test_training_on_a_switch_or_with_nothing_to_recompute_is_refused(guards):
 
 @comfyui
 @pytest.mark.slow
+def test_what_a_sampler_heeds_and_training_does_not_is_refused_or_reported(guards):
+    """A ControlNet, an area or a range of steps in a conditioning; a model's patches around its network."""
+    told = {key: said for key, said in guards.items() if key.startswith("conditioning: ")}
+    assert told.pop("conditioning: plain") == told.pop("conditioning: start_percent") == ""
+    assert len(told) == 3
+    for key, said in told.items():
+        assert said == f"the conditioning has {key.split(': ')[1]}, which training does not heed: connect a plain prompt"
+    assert (
+        guards["patches"][0] == ""
+        and "network (sampler_cfg_function: guidance, density, caching) count in sampling and not in" in guards["patches"][1]
+    )
+
+
+@comfyui
+@pytest.mark.slow
 def test_kernels_without_a_gradient_are_off_while_training_and_on_again_after_it(guards):
     """The flag of ComfyUI's own trainer; before, inside, after, after an exception, after Cancel, and where it was set already."""
     assert guards["in_training"] == [False, True, False, False, False, True]

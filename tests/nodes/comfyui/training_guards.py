@@ -54,6 +54,15 @@ with torch.inference_mode():
 with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
     results["a switch"] = refused(lambda: policy_of(switch.switched(model, tuned, switch.Rule("step", 1)), vae))
 
+    plain = clip.encode_from_tokens_scheduled(clip.tokenize("a red star"))
+    marked = {"control": object(), "area": (8, 8, 0, 0), "end_percent": 0.5, "start_percent": 0.0}
+    for name, parts in (("plain", plain), *((key, [[plain[0][0], {**plain[0][1], key: value}]]) for key, value in marked.items())):
+        read = graph.ComfyPolicy(model, vae, lambda p, parts=parts: parts, (4, 8, 8)).prompts
+        results[f"conditioning: {name}"] = refused(lambda read=read: read.prepare("a red star"))
+    guided = model.clone()
+    guided.set_model_sampler_cfg_function(lambda args: args["cond"])
+    results["patches"] = [embedded.ours("nodes.graph_run").unheeded(one) for one in (model, guided)]
+
     policy = policy_of(model, vae)
     policy.add_lora(lora, 0)
     if not hasattr(management, "in_training"):
