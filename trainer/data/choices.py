@@ -79,11 +79,12 @@ class Like:
 
 @dataclass(frozen=True)
 class Choices:
-    """What `read_choices` found. cut: numbers and faults of the lines that were left out."""
+    """What `read_choices` found. cut: numbers and faults of the lines that were left out; ids: those of all choices, undone ones too."""
 
     path: Path
     records: tuple[Choice, ...]
     cut: tuple[tuple[int, str], ...]
+    ids: frozenset[str] = frozenset()
 
     def pairs(self) -> list[Preference]:
         """One row per pair, and n−1 per best of n; ties and skips give none. Raises ValueError for an image whose file is gone."""
@@ -138,10 +139,15 @@ def read_choices(path: Path) -> Choices:
     """
     if not is_file(path):
         raise ValueError(f"no file of choices {path}")
+    return parse_choices(path.read_bytes(), path)
+
+
+def parse_choices(data: bytes, path: Path) -> Choices:
+    """The content of a file as `read_choices` gives it; images are looked for beside `path`."""
     found: dict[str, Choice] = {}
     undone: set[str] = set()
     cut: list[tuple[int, str]] = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -153,7 +159,7 @@ def read_choices(path: Path) -> Choices:
                 found.setdefault(one.id, one)
         except ValueError as error:
             cut.append((number, CONTROL.sub(" ", str(error))))
-    return Choices(path, tuple(one for one in found.values() if one.id not in undone), tuple(cut))
+    return Choices(path, tuple(one for one in found.values() if one.id not in undone), tuple(cut), frozenset(found))
 
 
 def preference_rows(path: Path, report: Report) -> list[tuple[Path, Path, str]]:

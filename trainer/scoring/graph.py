@@ -50,6 +50,11 @@ def graph_prompt(graph: Mapping[str, Any], file_name: str = "") -> str:
     return _Graph(graph).prompt(file_name)
 
 
+def first_samplers(graph: Mapping[str, Any], node: str) -> frozenset[str]:
+    """The ids of the samplers that decided the layout of the images that reach a node."""
+    return _Graph(graph).solve(("samplers", node, 0))
+
+
 class _Graph:
     """Results are computed once per node, on a stack of its own: graphs may be thousands of nodes deep."""
 

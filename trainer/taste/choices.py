@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image, PngImagePlugin
 
 from ..data.choices import OUTCOMES, VERSION, Choice, Choices, Like, Preference, ShownImage, is_choices, read_choices
-from ..runtime.files import replacing
 
 __all__ = ("Choice", "Choices", "Like", "Preference", "ShownImage", "append", "choice", "is_choices", "read_choices", "save_image", "undo")
 IMAGES = "images"
@@ -34,10 +34,8 @@ def save_image(
     image = image.convert("RGB")
     sha256 = pixel_hash(image)
     path = folder / IMAGES / f"{sha256}.png"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            image.save(partial, "PNG", compress_level=4, pnginfo=metadata)
+    if path.is_symlink() or not path.is_file():
+        write_file(path, lambda file: image.save(file, "PNG", compress_level=4, pnginfo=metadata))
     return ShownImage(sha256, path, seed, model)
 
 
@@ -71,7 +69,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
     Raises OSError where the disk takes it in part; the part is a line that the reader leaves out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    data = line_of(record)
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags, 0o644), "r+b", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -81,6 +79,28 @@ def append(path: Path, record: dict[str, Any]) -> None:
         if file.write(data) != len(data):
             raise OSError(f"cannot write {path}: the disk is full")
         os.fsync(file.fileno())
+
+
+def line_of(record: dict[str, Any]) -> bytes:
+    """A record as a line of the file."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """A file whole or not at all, under a name that nobody has until it is renamed: a link in its place is replaced, not followed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(".partial", ".", path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def _line(kind: str, number: str | None = None) -> dict[str, Any]:

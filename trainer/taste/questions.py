@@ -1,0 +1,221 @@
+"""Questions that wait for a person's choice, in a folder beside the file of the choices; nothing outside the folder is touched.
+
+`choices.jsonl` has the choices, `images/` every image that was shown, `open.jsonl` the questions and `waiting.jsonl` images that have no
+partner yet, both as lines of the file of choices.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import uuid
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from ..data.choices import KINDS, MOST_IMAGES, Choice, Choices, ShownImage, parse_choices
+from .choices import IMAGES, NAME, append, choice, line_of, undo, write_file
+
+MOST_OPEN = 500
+MOST_BYTES = 1 << 26  # of the file of choices
+_OPEN, _WAITING = "open.jsonl", "waiting.jsonl"
+_IMAGE = re.compile(r"[0-9a-f]{64}\.png")
+_LOCK = RLock()
+
+
+class Stale(ValueError):
+    """A choice about a question that is no longer open, or an undo of a choice that is not the last."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What came of images: how many questions, how many were asked about before, how many found no place."""
+
+    questions: int
+    known: int
+    refused: int
+
+
+class Questions:
+    """The questions and choices of one name. Every method reads the folder's state anew: there may be several processes and tabs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / NAME
+        check_plain(folder, folder / IMAGES, *(folder / name for name in (NAME, _OPEN, _WAITING)))
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    def choices(self) -> Choices:
+        """The choices so far."""
+        return parse_choices(self._bytes(NAME), self.path)
+
+    def open(self, given: Choices | None = None) -> list[Choice]:
+        """The questions, the one to ask first at the head."""
+        answered = (given or self.choices()).ids
+        return [one for one in parse_choices(self._bytes(_OPEN), self.folder / _OPEN).records if one.id not in answered]
+
+    def state(self) -> dict[str, Any]:
+        """For a browser: the first question and the images of the second, how many there are, and what `undo` would take back."""
+        with _LOCK:
+            given = self.choices()
+            questions = self.open(given)
+            last = given.records[-1] if given.records else None
+            counts: dict[str, int] = {}
+            for one in given.records:
+                counts[one.outcome] = counts.get(one.outcome, 0) + 1
+            return {
+                "question": _shown(questions[0]) if questions else None,
+                "next": [image.sha256 for one in questions[1:2] for image in one.images],
+                "open": len(questions),
+                "waiting": len(self._waiting([*questions, *given.records])),
+                "counts": counts,
+                "last": last.id if last else None,
+                "left_out": len(given.cut),
+            }
+
+    def image(self, sha256: str) -> bytes:
+        """The PNG of an image that was shown; ValueError for other names, FileNotFoundError where it does not exist."""
+        if not _IMAGE.fullmatch(f"{sha256}.png"):
+            raise ValueError("sha256: give 64 hexadecimal digits")
+        return _read(self.folder / IMAGES / f"{sha256}.png")
+
+    # -- what changes it -----------------------------------------------------------------------------------------------
+
+    def add(self, images: Sequence[ShownImage], kind: str, prompt: str, size: int = 2, person: str = "") -> Added:
+        """Ask about images of one prompt: pairs, the best of `size`, or each one; those too few for a question wait for others.
+
+        An image that was asked about before under this prompt, by this person and in this way, is left out.
+        """
+        if kind not in KINDS or not 2 <= size <= MOST_IMAGES:
+            raise ValueError(f"kind {kind!r}, {size} images: give {', '.join(KINDS)}, and 2 to {MOST_IMAGES}")
+        size = {"pair": 2, "thumb": 1}.get(kind, size)
+        with _LOCK:
+            given = self.choices()
+            questions = self.open(given)
+            waiting = self._waiting([*questions, *given.records])
+            told = [one for one in (*questions, *given.records) if (one.kind, one.prompt, one.person) == (kind, prompt, person)]
+            mine = [one for one in waiting if (one.prompt, one.person) == (prompt, person)]
+            known = {image.sha256 for one in (*told, *(mine if kind != "thumb" else ())) for image in one.images}
+            fresh = [image for image in {image.sha256: image for image in images}.values() if image.sha256 not in known]
+            ready = [*(image for one in mine for image in one.images), *fresh] if kind != "thumb" else fresh
+            room = max(0, MOST_OPEN - len(questions))
+            number = min(len(ready) // size, room)
+            asked = [_question(kind, prompt, ready[i * size : (i + 1) * size], person) for i in range(number)]
+            left = ready[number * size :]
+            self._write(_OPEN, [*(_row(one) for one in questions), *asked])
+            if kind != "thumb":
+                others = [_row(one) for one in waiting if one not in mine]
+                self._write(_WAITING, [*others, *(choice("thumb", prompt, [image], "skip", person=person) for image in left[: size - 1])])
+            return Added(number, len(images) - len(fresh), max(0, len(left) - (size - 1)))
+
+    def answer(self, number: str, outcome: str, chosen: int | None) -> None:
+        """Write the choice of an open question; `Stale` where it is not open."""
+        with _LOCK:
+            questions = self.open()
+            asked = next((one for one in questions if one.id == number), None)
+            if asked is None:
+                raise Stale("that question was answered in another tab")
+            if chosen is not None and not 0 <= chosen < len(asked.images):
+                raise ValueError(f"chosen: give 0 to {len(asked.images) - 1}")
+            self._append(choice(asked.kind, asked.prompt, asked.images, outcome, chosen, asked.order, asked.person, number))
+            self._write(_OPEN, [_row(one) for one in questions if one is not asked])
+
+    def undo(self, undoes: str) -> None:
+        """Take the last choice back and ask again; `Stale` where another is the last."""
+        with _LOCK:
+            given = self.choices()
+            if not given.records or given.records[-1].id != undoes:
+                raise Stale("that is not the last choice")
+            last, questions = given.records[-1], self.open(given)
+            self._append(undo(undoes, last.person))
+            again = replace(last, id=uuid.uuid4().hex)  # an id counts once
+            self._write(_OPEN, [_row(again), *(_row(one) for one in questions)])
+
+    def delete(self) -> None:
+        """Remove the choices, the questions and the images; other files of the folder stay, and so does what a link leads to."""
+        with _LOCK:
+            for name in (NAME, _OPEN, _WAITING):
+                (self.folder / name).unlink(missing_ok=True)
+            inside = self.folder / IMAGES
+            for path in inside.iterdir() if inside.is_dir() else ():
+                if _IMAGE.fullmatch(path.name):
+                    path.unlink()
+            for path in (inside, self.folder):
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+    def export(self, target: Path) -> None:
+        """A ZIP of the choices and of the images that they name, as `pairs` and `labels` read them where it is unpacked."""
+        with _LOCK, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # PNGs are packed
+            given = self.choices()
+            archive.writestr(NAME, self._bytes(NAME))
+            for sha256 in {image.sha256: None for one in given.records for image in one.images}:
+                try:
+                    archive.writestr(f"{IMAGES}/{sha256}.png", self.image(sha256))
+                except FileNotFoundError:  # the reader says which
+                    continue
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def _waiting(self, told: Sequence[Choice]) -> list[Choice]:
+        """Images without a partner; those that a kill left here after they were asked about are dropped."""
+        asked = {(one.prompt, one.person, image.sha256) for one in told if one.kind != "thumb" for image in one.images}
+        rows = parse_choices(self._bytes(_WAITING), self.folder / _WAITING).records
+        return [one for one in rows if (one.prompt, one.person, one.images[0].sha256) not in asked]
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return _read(self.folder / name)
+        except FileNotFoundError:
+            return b""
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.path.is_file() and self.path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{self.path} is full: export it, and go on under another name")
+        append(self.path, record)
+
+    def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        data = b"".join(map(line_of, rows))
+        if data or (self.folder / name).exists():
+            write_file(self.folder / name, lambda file: file.write(data))
+
+
+def check_plain(*paths: Path) -> None:
+    """ValueError where one of the paths is a link: it could lead anywhere."""
+    for path in paths:
+        if path.is_symlink() or getattr(os.path, "isjunction", _no)(path):
+            raise ValueError(f"{path.name} is a link: put the files themselves there")
+
+
+def _no(_: Path) -> bool:
+    return False
+
+
+def _read(path: Path) -> bytes:
+    check_plain(path)
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        return file.read()
+
+
+def _question(kind: str, prompt: str, images: Sequence[ShownImage], person: str) -> dict[str, Any]:
+    """A question as the line of a choice that was skipped; the order of its images is drawn."""
+    order = list(range(len(images)))
+    _shuffle(order)
+    return choice(kind, prompt, images, "skip", order=order, person=person)
+
+
+_shuffle: Callable[[list[int]], None] = secrets.SystemRandom().shuffle
+
+
+def _row(one: Choice) -> dict[str, Any]:
+    return choice(one.kind, one.prompt, one.images, "skip", order=one.order, person=one.person, number=one.id)
+
+
+def _shown(one: Choice) -> dict[str, Any]:
+    """A question for a browser: its images in the order shown, each with its index."""
+    images = [{"index": i, "sha256": one.images[i].sha256} for i in one.order]
+    return {"id": one.id, "kind": one.kind, "prompt": one.prompt, "person": one.person, "images": images}
