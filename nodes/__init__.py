@@ -26,6 +26,7 @@ _MODULES = {
     "folder": (),
     "pairs": ("score images",),
     "pairs_files": (),
+    "taste": ("ask for choices",),
     "training": ("train", "load LoRAs", "score images"),
     "objectives": (),
     "judging": (),
@@ -51,8 +52,9 @@ class Extension(ComfyExtension):
                 continue
             said = [sentence for feature in features if (sentence := host.problem(feature))]
             problems |= dict.fromkeys(said)
-            if not said and hasattr(module, "register_folder"):
-                module.register_folder()
+            for register in ("register_folder", "register_routes"):
+                if not said and hasattr(module, register):
+                    getattr(module, register)()
             found += [_refusing(node, said[0]) for node in module.NODES] if said else module.NODES
         for sentence in problems:
             _LOG.warning(sentence)

@@ -7,6 +7,7 @@ import functools
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,96 +21,12 @@ import comfy.utils
 import comfyui_version
 import folder_paths
 import torch
+from comfy.cli_args import args
+
+from .needs import NEEDED
 
 TESTED = ("0.3.48", "0.3.64", "0.16.0", "0.33.0")
 
-# What nodes do and, for each, what it takes of ComfyUI that is private or may change: module:name, and parameters given by name
-_NEEDED = {
-    "switch models": (
-        "comfy.lora:calculate_weight",
-        "comfy.float:stochastic_rounding",
-        "comfy.utils:get_attr",
-        "comfy.weight_adapter:LoRAAdapter",
-        "comfy.weight_adapter:WeightAdapterBase",
-        "comfy.model_management:cast_to_device",
-        "comfy.model_base:BaseModel._apply_model",
-        "comfy.model_sampling:CONST",
-        "comfy.patcher_extension:WrappersMP.APPLY_MODEL",
-        "comfy.patcher_extension:WrappersMP.OUTER_SAMPLE",
-        "comfy.model_base:BaseModel.memory_required",
-        "comfy.model_management:get_free_memory",
-        "comfy.model_management:minimum_inference_memory",
-        "comfy.model_patcher:ModelPatcher.add_weight_wrapper",
-        "comfy.model_patcher:ModelPatcher.add_wrapper_with_key",
-        "comfy.model_patcher:ModelPatcher.get_wrappers",
-        "comfy.model_patcher:ModelPatcher.remove_wrappers_with_key",
-        "comfy.model_patcher:ModelPatcher.remove_attachments",
-        "comfy.model_patcher:ModelPatcher.set_additional_models",
-        "comfy.model_patcher:ModelPatcher.get_attachment",
-    ),
-    "sample": (
-        "comfy.samplers:sampling_function model_options seed",
-        "comfy.samplers:calc_cond_batch",
-        "comfy.samplers:cfg_function model_options cond uncond",
-        "comfy.samplers:CFGGuider.inner_set_conds",
-        "comfy.samplers:CFGGuider.sample denoise_mask callback disable_pbar seed",
-        "comfy.samplers:KSampler",
-        "comfy.samplers:Sampler.max_denoise",
-        "comfy.samplers:sampler_object",
-        "comfy.sample:fix_empty_latent_channels",
-        "comfy.sample:prepare_noise",
-        "latent_preview:prepare_callback",
-    ),
-    "search by reward": (
-        "comfy.samplers:KSAMPLER",
-        "comfy.samplers:KSamplerX0Inpaint",
-        "comfy.model_base:BaseModel.process_latent_out",
-        "comfy.model_base:BaseModel.memory_required",
-        "comfy.model_management:load_models_gpu memory_required",
-    ),
-    "guide by density": (
-        "comfy.patcher_extension:WrappersMP.PREDICT_NOISE",
-        "comfy.model_patcher:ModelPatcher.add_wrapper_with_key",
-        "comfy.model_sampling:CONST",
-        "comfy.model_sampling:EPS",
-    ),
-    "load LoRAs": (
-        "comfy.lora:model_lora_keys_unet",
-        "comfy.lora:load_lora log_missing",
-        "comfy.lora_convert:convert_lora",
-        "comfy.model_patcher:ModelPatcher.set_attachments",
-    ),
-    "score images": (
-        "comfy.model_management:load_models_gpu force_full_load",
-        "comfy.model_management:unet_offload_device",
-        "comfy.model_management:throw_exception_if_processing_interrupted",
-        "folder_paths:folder_names_and_paths",
-    ),
-    "train": (
-        "comfy.samplers:encode_model_conds",
-        "comfy.samplers:calculate_sigmas",
-        "comfy.sampler_helpers:convert_cond",
-        "comfy.conds:CONDRegular.process_cond batch_size device area",
-        "comfy.ldm.modules.attention:attention_pytorch",
-        "comfy.model_base:BaseModel.extra_conds",
-        "comfy.model_base:BaseModel.memory_required",
-        "comfy.model_management:load_models_gpu memory_required force_full_load",
-        "comfy.model_management:processing_interrupted",
-        "comfy.model_sampling:CONST",
-        "comfy.sd:load_lora_for_models",
-        "comfy.utils:unet_to_diffusers",
-        "comfy.utils:ProgressBar",
-    ),
-    "build the demo model": (
-        "comfy.utils:unet_to_diffusers",
-        "comfy.diffusers_convert:convert_vae_state_dict",
-        "comfy.supported_models:SD15",
-        "comfy.sd1_clip:SDClipModel",
-        "comfy.sd1_clip:SDTokenizer",
-        "comfy.sd:CLIP model_options",
-        "comfy.sd:VAE sd config dtype",
-    ),
-}
 _AROUND = (
     *("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function"),
     "model_function_wrapper",
@@ -180,6 +97,36 @@ def register_folder(name: str, *extensions: str) -> None:
     folder_paths.folder_names_and_paths[name] = ([*paths, *([] if ours in paths else [ours])], merged)
 
 
+def server() -> Any:
+    """The running PromptServer; None where a script calls the nodes."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def user_of(request: Any) -> str:
+    """The user that a request names in its header `comfy-user`, or `default` without --multi-user; KeyError for an unknown one."""
+    return server().user_manager.get_request_user_id(request)
+
+
+def has_users() -> bool:
+    """Whether ComfyUI was started with --multi-user."""
+    return bool(args.multi_user)
+
+
+def user_folder(user: str) -> Path:
+    """A user's folder, which the browser's settings lie in; KeyError for names that ComfyUI keeps from its routes."""
+    find = getattr(folder_paths, "get_public_user_directory", None)
+    root = Path(folder_paths.get_user_directory()).absolute()
+    folder = Path(find(user) or "") if find else root / user
+    if folder.absolute().parent != root:
+        raise KeyError(f"Unknown user: {user}")
+    return folder.absolute()
+
+
+def client() -> str | None:
+    """The id of the browser tab that queued what runs now; None for a script."""
+    return getattr(server(), "client_id", None)
+
+
 class _Reached(BaseException):
     """Ends a trial forward pass; no `except Exception` of a layer may swallow it."""
 
@@ -243,8 +190,8 @@ def _is_reached(trial: Any, stored: torch.Tensor) -> bool:
 
 
 def problem(feature: str) -> str | None:
-    """Why the pack cannot do this on this ComfyUI, in one sentence; None if it can. Features are those that `_NEEDED` lists."""
-    missing = [lacking for entry in _NEEDED[feature] if (lacking := _lacking(entry))]
+    """Why the pack cannot do this on this ComfyUI, in one sentence; None if it can. Features are those that `NEEDED` lists."""
+    missing = [lacking for entry in NEEDED[feature] if (lacking := _lacking(entry))]
     if feature == "switch models" and not missing:
         missing = _other_weight_patches()
     if not missing:
@@ -253,7 +200,7 @@ def problem(feature: str) -> str | None:
 
 
 def _lacking(entry: str) -> str | None:
-    """What of an entry of `_NEEDED` is not there."""
+    """What of an entry of `NEEDED` is not there."""
     name, *parameters = entry.split()
     shown = name.replace(":", ".")
     try:

@@ -17,6 +17,7 @@ from .folder import roots
 from .pairs import PAIRS_OUT, preview, sources
 from .preferences import PreferencePairs
 from .sockets import CATEGORY, PreferencePairsSocket, schema, show_text
+from .taste_sets import sets
 
 _DEPTH = 4  # levels below a root that are listed
 _TABLES = (".jsonl", ".csv", ".tsv")
@@ -24,8 +25,8 @@ _HALVES = {"liked", "disliked"}
 
 
 def choices() -> dict[str, Path]:
-    """Below ComfyUI's input and output: tables whose names have `pairs` in them, and folders with `liked` and `disliked`."""
-    found: dict[str, Path] = {}
+    """Files of choices, and below ComfyUI's input and output tables whose names have `pairs` in them and folders `liked`, `disliked`."""
+    found = sets()
     for label, root in roots():
         for folder, inner, files in os.walk(root):
             parts = Path(folder).relative_to(root).parts
@@ -45,7 +46,7 @@ def read(name: str) -> tuple[PreferencePairs, str]:
         raise ValueError(f"{name!r} is not in the list: choose a table or a folder below ComfyUI's input or output")
     report = Report()
     pairs, rewards = read_table(path, report)
-    allowed = [root.resolve() for _, root in roots()]
+    allowed = [root.resolve() for _, root in roots()] + [folder.parent.resolve() for folder in sets().values()]
     for image in sources(pairs):
         target = Path(os.path.realpath(str(image)))
         if not any(target.is_relative_to(root) for root in allowed):
@@ -102,15 +103,16 @@ class LoadPairs(io.ComfyNode):
             node_id="ImageReFLLoadPairs",
             display_name="Load Pairs",
             category=f"{CATEGORY}/training",
-            description="Pairs of a table (columns chosen, rejected, prompt, or Pick-a-Pic's) or of a folder with liked and disliked.",
+            description="Pairs of Collect Preferences, of a table (columns chosen, rejected, prompt, or Pick-a-Pic's) or of a folder with "
+            "liked and disliked.",
             search_aliases=["import preference data", "dpo dataset", "pick-a-pic"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "table",
                     options=list(choices()),
-                    tooltip="Tables named like pairs.jsonl, and folders with liked and disliked, below ComfyUI's input and output. A new "
-                    "one is listed after R.",
+                    tooltip="What Collect Preferences wrote; tables named like pairs.jsonl, and folders with liked and disliked, below "
+                    "ComfyUI's input and output. A new one is listed after R.",
                 )
             ],
             outputs=[

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.choices import is_choices
 from ..data.images import ImageSource
 from ..data.preferences import read_pairs
 from ..data.report import Report
@@ -38,7 +39,7 @@ def read_table(path: Path, report: Report) -> tuple[list[Pair], list[str]]:
     """The pairs of any source of files that training takes, and the names of the rewards of their gaps; of `write_pairs`, all it wrote."""
     found = read_pairs(str(path), report)
     own: list[dict[str, Any]] = []
-    if path.is_file() and path.suffix.lower() == SUFFIX:
+    if path.is_file() and path.suffix.lower() == SUFFIX and not is_choices(path):
         own = [json.loads(line) for line in lines(read_text(path)) if line.strip()]
     if len(own) != len(found) or any("margin" not in row for row in own):
         return [Pair(better, worse, prompt) for better, worse, prompt in found], []

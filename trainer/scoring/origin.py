@@ -21,7 +21,7 @@ _NO_FILES = {"", "none"}
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known; `unclear` says why there is no prompt. model: names of files, such as `sd15.safetensors + style.safetensors`."""
+    """What is known; `unclear` says why the prompt is missing. model: names of files, such as `sd15.safetensors + style.safetensors`."""
 
     prompt: str | None
     seed: int | None

@@ -20,6 +20,8 @@ from typing import Any
 from ..data.choices import KINDS, MOST_IMAGES, Choice, Choices, ShownImage, parse_choices
 from .choices import IMAGES, NAME, append, choice, line_of, undo, write_file
 
+FOLDER = "imagerefl_taste"
+"""Where ComfyUI keeps them, below a user's folder: one folder in it for each name."""
 MOST_OPEN = 500
 MOST_BYTES = 1 << 26  # of the file of choices
 _OPEN, _WAITING = "open.jsonl", "waiting.jsonl"
@@ -28,7 +30,7 @@ _LOCK = RLock()
 
 
 class Stale(ValueError):
-    """A choice about a question that is no longer open, or an undo of a choice that is not the last."""
+    """A choice about a question that was closed, or an undo of a choice that is not the last."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ class Questions:
             given = self.choices()
             questions = self.open(given)
             waiting = self._waiting([*questions, *given.records])
-            told = [one for one in (*questions, *given.records) if (one.kind, one.prompt, one.person) == (kind, prompt, person)]
+            before = [one for one in (*questions, *given.records) if (one.kind, one.prompt, one.person) == (kind, prompt, person)]
             mine = [one for one in waiting if (one.prompt, one.person) == (prompt, person)]
-            known = {image.sha256 for one in (*told, *(mine if kind != "thumb" else ())) for image in one.images}
+            known = {image.sha256 for one in (*before, *(mine if kind != "thumb" else ())) for image in one.images}
             fresh = [image for image in {image.sha256: image for image in images}.values() if image.sha256 not in known]
             ready = [*(image for one in mine for image in one.images), *fresh] if kind != "thumb" else fresh
             room = max(0, MOST_OPEN - len(questions))
@@ -161,9 +163,9 @@ class Questions:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def _waiting(self, told: Sequence[Choice]) -> list[Choice]:
+    def _waiting(self, before: Sequence[Choice]) -> list[Choice]:
         """Images without a partner; those that a kill left here after they were asked about are dropped."""
-        asked = {(one.prompt, one.person, image.sha256) for one in told if one.kind != "thumb" for image in one.images}
+        asked = {(one.prompt, one.person, image.sha256) for one in before if one.kind != "thumb" for image in one.images}
         rows = parse_choices(self._bytes(_WAITING), self.folder / _WAITING).records
         return [one for one in rows if (one.prompt, one.person, one.images[0].sha256) not in asked]
 
@@ -175,7 +177,7 @@ class Questions:
 
     def _append(self, record: dict[str, Any]) -> None:
         if self.path.is_file() and self.path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{self.path} is full: export it, and go on under another name")
+            raise ValueError("the file of choices is full: export it, and go on under another name")
         append(self.path, record)
 
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:

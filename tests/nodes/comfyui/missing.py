@@ -62,11 +62,11 @@ def refusals(nodes):
 
 whole, logged = load()
 results = {"as it is": logged, "each symbol": {}}
-for feature, entries in host._NEEDED.items():
+for feature, entries in host.NEEDED.items():
     for entry in entries:
         name = entry.split()[0]
         results["each symbol"][f"{feature}: {name}"] = without(name, lambda f=feature: host.problem(f))
-results["all there"] = [host.problem(feature) for feature in host._NEEDED]
+results["all there"] = [host.problem(feature) for feature in host.NEEDED]
 
 nodes, logged = without("comfy.samplers:encode_model_conds", load)
 results["no training"] = {"logged": logged, "refused": refusals(nodes), "absent": sorted(whole.keys() ^ nodes.keys())}
