@@ -29,6 +29,8 @@ def here(tmp_path, monkeypatch):
         Image.new("RGB", (16, 16), (25 * i, 0, 250 - 25 * (i * 3 % 10))).save(tmp_path / "in" / f"{i}.png")
         (tmp_path / "in" / f"{i}.txt").write_text(f"prompt {min(i // 2, 4) if i < 9 else 'alone'}")
     (tmp_path / "q.csv").write_text("prompt,quality\na red star,3\n")
+    (tmp_path / "nan.csv").write_text("prompt,quality\na red star,nan\n")
+    (tmp_path / "two.csv").write_text("prompt,quality\na red star,8\na red star,3\n")
     (tmp_path / "prompts.txt").write_text("a red star\na large blue ring on a black background\n")
     return tmp_path
 
@@ -62,10 +64,14 @@ def written(folder):
         (["--prompt", "x", "--split", "0.1"], None),
         (["--split", "1"], "--split 1: give a share from 0"),
         (["--label", "given"], "--label given keeps the labels of --from-pairs: give that, or --label sum or majority"),
-        (["--min-margin", "2", "--max-margin", "1"], "max_margin = 1 is below min_margin = 2: give a range"),
+        (["--min-margin", "2", "--max-margin", "1"], "error: --max-margin = 1 is below min-margin = 2: give a range"),
         (["--min-agreement", "2"], "--min-agreement = 2.0"),
         (["--quality-weight", "1"], "--quality-weight needs the quality of each prompt: give --quality FILE"),
         (["--quality-weight", "1", "--quality", "q.csv"], "1 prompts have no quality, such as 'a large blue ring on a black background'"),
+        (["--quality-weight", "1", "--quality", "nan.csv"], "nan.csv, line 2: quality is 'nan': give a number"),
+        (["--quality-weight", "1", "--quality", "two.csv"], "two.csv, line 3: the quality of 'a red star' is 8 above and 3 here: keep one"),
+        (["--from", "in", "-n", "7"], "-n has no effect on images that exist: leave it out, or --from and --from-pairs"),
+        (["--from", "in", "--prompts", "prompts.txt"], "--prompts has no effect on images that exist"),
         (["--quality", "q.csv"], "--quality has no effect without --quality-weight: give both"),
         (["--reward", "demo-gold", "--diversity-weight", "1"], "--diversity-weight measures distances of prompts: name a two-tower reward"),
         (["--from", "in", "--from-pairs", "in"], "--from and --from-pairs are both given"),
@@ -167,7 +173,7 @@ def test_drawn_images_become_pairs_of_their_prompts(here, capsys):
         bonus = 0.5 * (8 if "star" in row["prompt"] else 3)
         assert row["value"] - row["margin"] - bonus < math.log(2)  # log of the distance of two unit vectors
     before = written(here / "o")
-    assert run(*given, "--resume", "--seed", "1") == 2 and "settings.json: the run has other drawing" in capsys.readouterr().err
+    assert run(*given, "--resume", "--seed", "1") == 2 and "settings.json: the run has other seed, null, now 1" in capsys.readouterr().err
     assert written(here / "o") == before
 
 

@@ -369,6 +369,17 @@ def test_files_that_a_checkpoint_lists_outlive_their_round(tmp_path):
     assert len(names()) == 2 and float(again.read(2, 0)) == pytest.approx(0.2)
     with pytest.raises(FileNotFoundError, match="1 files of the present round's rollouts are missing"):
         again.restore([["000001-000000.safetensors", 0]])
+    store.replace([make(2, 0), make(2, 2)])
+    kept = [list(file) for file in store.files]
+    (store.folder / "mine.txt").write_text("a user's own")
+    (store.folder / "mine").mkdir()
+    store.saved()
+    assert names() == ["000002-000000.safetensors", "000002-000002.safetensors", "mine", "mine.txt"]
+    make(2, 2)  # the same content
+    again.restore(kept)
+    store.write(2, 2, torch.zeros(2, 1, 1, 1, 1))  # of another run, say
+    with pytest.raises(ValueError, match="000002-000002.safetensors is not as the run wrote it: put it back, or start again"):
+        again.restore(kept)
 
 
 @pytest.mark.parametrize("name", ["ddpo", "awm"])

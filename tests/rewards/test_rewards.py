@@ -377,8 +377,17 @@ def test_a_mistake_in_a_reward_of_ones_own_names_the_file_and_the_exception(tmp_
     from trainer.rewards.python_file import PythonReward
 
     path = tmp_path / "own.py"
-    path.write_text("def reward(images, prompts):\n    return {}['missing']\n")
-    with pytest.raises(ValueError, match=r"own.py: reward\(\) failed: KeyError: 'missing'"):
+    mistakes = {
+        "{}['missing']": "KeyError: 'missing'",
+        "images.view(7)": "RuntimeError: shape",
+        "exec('raise RuntimeError(5)')": "RuntimeError: 5",
+    }
+    for mistake, said in mistakes.items():
+        path.write_text(f"def reward(images, prompts):\n    return {mistake}\n")
+        with pytest.raises(ValueError, match=rf"own.py: reward\(\) failed: {said}"):
+            PythonReward.load(path)(torch.rand(1, 3, 8, 8), ["a"])
+    path.write_text("import torch\n\ndef reward(images, prompts):\n    raise torch.OutOfMemoryError('no memory')\n")
+    with pytest.raises(torch.OutOfMemoryError):
         PythonReward.load(path)(torch.rand(1, 3, 8, 8), ["a"])
 
 

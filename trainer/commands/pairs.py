@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from ..config import ConfigError, build, plain
 from ..data.manifest import PROMPT_COLUMNS
@@ -95,8 +95,10 @@ def _filter(args: argparse.Namespace) -> Filter:
     try:
         return build(Filter, given, "--")
     except ConfigError as error:
-        name = next((name for name in given if f"--{name}" in str(error)), "")
-        raise ConfigError(str(error).replace(name, name.replace("_", "-"))) from error
+        said = str(error).replace("--: ", "--")
+        for name in given:
+            said = said.replace(name, name.replace("_", "-"))
+        raise ConfigError(said) from error
 
 
 def _check(args: argparse.Namespace, settings: Filter) -> None:
@@ -104,6 +106,10 @@ def _check(args: argparse.Namespace, settings: Filter) -> None:
         raise ConfigError("--from and --from-pairs are both given: images, or pairs of them")
     if args.label == "given" and not args.from_pairs:
         raise ConfigError("--label given keeps the labels of --from-pairs: give that, or --label sum or majority")
+    if args.source or args.from_pairs:
+        unread = sources.drawing_given(args)
+        if unread:
+            raise ConfigError(f"{unread} has no effect on images that exist: leave it out, or --from and --from-pairs")
     if not 0 <= args.split < 1:
         raise ConfigError(f"--split {args.split:g}: give a share from 0 (none is held out) to below 1")
     if args.batch < 1:
@@ -128,9 +134,13 @@ def _quality(path: Path) -> dict[str, float]:
     """By prompt, the quality that a table says."""
     found: dict[str, float] = {}
     for row in read_rows(path, ("quality",), PROMPT_COLUMNS, Report()):
-        prompt: Any = next((row.values[column] for column in PROMPT_COLUMNS if row.values.get(column)), None)
+        prompt = str(next((row.values[column] for column in PROMPT_COLUMNS if row.values.get(column)), ""))
         try:
-            found[str(prompt or "")] = float(str(row.values.get("quality")))
-        except ValueError as error:
-            raise ValueError(f"{row.where}: quality is {str(row.values.get('quality'))[:40]!r}: give a number") from error
+            value = float(str(row.values.get("quality")))
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{row.where}: quality is {str(row.values.get('quality'))[:40]!r}: give a number")
+        if found.setdefault(prompt, value) != value:
+            raise ValueError(f"{row.where}: the quality of {prompt!r} is {found[prompt]:g} above and {value:g} here: keep one")
     return found

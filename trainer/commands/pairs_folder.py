@@ -34,9 +34,10 @@ class PairsFolder:
         if before is not None and not (resume or overwrite):
             raise ConfigError(f"{self.path} exists: add --resume to go on with its run, or --overwrite to start again")
         if before is not None and resume:
-            key = next((key for key in {**facts, **before} if before.get(key) != facts.get(key)), None)
+            then, now = _flat(before), _flat(facts)
+            key = next((key for key in {**now, **then} if then.get(key) != now.get(key)), None)
             if key is not None:
-                said = ("", "") if key == "weights" else (f", {_short(before.get(key))}", f", now {_short(facts.get(key))}")
+                said = ("", "") if key.startswith("weights") else (f", {_short(then.get(key))}", f", now {_short(now.get(key))}")
                 raise ConfigError(
                     f"{self.path / SETTINGS}: the run has other {key}{said[0]}{said[1]}: give the same, or --overwrite to start again"
                 )
@@ -86,6 +87,12 @@ class PairsFolder:
         if not isinstance(found, dict) or cast(dict[str, Any], found).get("command") != "pairs":
             raise ConfigError(f"{self.path} holds no run of `pairs`: give another folder")
         return cast(dict[str, Any], found)
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with those of `drawing` by their own names."""
+    drawing: Mapping[str, Any] = facts.get("drawing", {})
+    return {**{key: value for key, value in facts.items() if key != "drawing"}, **drawing}
 
 
 def _short(value: Any) -> str:

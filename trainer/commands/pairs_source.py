@@ -106,6 +106,15 @@ def source_of(args: argparse.Namespace, needs_prompt: bool) -> Source:
     return _pairs(args.from_pairs) if args.from_pairs else _drawn(args, needs_prompt)
 
 
+def drawing_given(args: argparse.Namespace) -> str:
+    """The first argument of those that say how images are drawn that differs from its default; "" where there is none."""
+    parser = argparse.ArgumentParser()
+    sample.add_drawing(parser)
+    read = ("device", "seed", "help")  # scoring has a device, and the split a seed
+    flags = {action.dest: action.option_strings[-1] for action in parser._actions if action.dest not in read}  # pyright: ignore[reportPrivateUsage]
+    return next((flag for name, flag in flags.items() if getattr(args, name) != parser.get_default(name)), "")
+
+
 def _drawn(args: argparse.Namespace, needs_prompt: bool) -> Source:
     if args.n < 2:
         raise ConfigError(f"-n {args.n}: a pair is two images of one prompt, give at least 2")

@@ -34,8 +34,8 @@ def report(
         "agreement": {f"{a} and {b}": _alike(candidates, i, j) for i, a in enumerate(rewards) for j, b in enumerate(rewards) if i < j},
     }
     if given is not None:
-        before = set(given)
-        turned = {name: [(p.rejected, p.chosen, p.prompt) in before for p in part] for name, part in kept.items()}
+        before = set(given)  # which may have a pair both ways
+        turned = {name: [(p.chosen, p.rejected, p.prompt) not in before for p in part] for name, part in kept.items()}
         found["turned"] = {name: sum(each) for name, each in turned.items()}
     if heldout:
         found["heldout"] = {"reward": heldout, "candidates": _prefers(candidates), "kept": _prefers(together)}

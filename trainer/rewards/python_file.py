@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.device import is_out_of_memory
 from .base import NotFiniteError, RewardModel
 
 # A file beside the reward never stands in for these; a script's folder comes first for Python, too, but they are in use here.
@@ -106,7 +107,9 @@ class PythonReward(RewardModel):
         try:
             with self._beside.importable():
                 scores = self.function(images, prompts)
-        except (LookupError, TypeError, AttributeError, NameError, ArithmeticError, ImportError, OSError) as error:  # a mistake in the file
+        except (Exception, SystemExit) as error:  # a mistake in the file, or what it asks is out of reach
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"{self.source}: reward() failed: {_said(error, Path(self.source).resolve())}") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(images),):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
