@@ -58,6 +58,15 @@ def test_a_consistency_adapter_is_planned_beside_the_trained_one(planned):
     assert more.components["denoiser weights"] - base.components["denoiser weights"] == extra > 0
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["pairs", "labels"])
+def test_a_reference_that_follows_is_one_more_adapter(kind, planned):
+    name = {"pairs": "diffusion-dpo", "labels": "diffusion-kto"}[kind]
+    base, more = (planned(config(objective={"name": name, **one}, **{kind: "demo"})) for one in ({}, {"reference_every": 5}))
+    grown = more.phases["training step"] - base.phases["training step"]
+    assert grown == base.components["adapter"] > 0 and "weights that follow" not in base.components
+
+
 @pytest.mark.parametrize("objective", [*OBJECTIVES, *(pytest.param(one, marks=pytest.mark.full) for one in MORE)])
 def test_the_plan_is_what_a_real_step_holds(objective, planned, tmp_path):
     c = config(**({"objective": objective} if objective else {}), out=str(tmp_path), merge_rollouts=False)

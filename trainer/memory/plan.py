@@ -239,6 +239,7 @@ class _DryRun:
         self.micro_batch = self._most_expensive()
         batch = self._batch(self.micro_batch)
         loss_of = self.config.method.begin(self.context)
+        self.held |= {"weights that follow": kept} if (kept := list(loss_of.held())) else {}
         with self._phase("training step", [c for c in self.held if c not in _BETWEEN]):
             if steps > 1:
                 for parameter in parameters:
@@ -255,8 +256,7 @@ class _DryRun:
             self.run.optimizer.zero_grad(set_to_none=True)
 
     def _batch(self, number: int) -> Any:
-        step, micro = divmod(number, self.config.gradient_accumulation_steps)
-        return self.run.batches(step, micro)
+        return self.run.batches(*divmod(number, self.config.gradient_accumulation_steps))
 
     def _most_expensive(self) -> int:
         """The micro-batch with the most denoiser calls with gradient, or among equals with the most calls."""

@@ -72,6 +72,10 @@ class Loss(ABC):
         """Restore a state returned by `state()`."""
         return
 
+    def held(self) -> Sequence[Tensor]:
+        """Tensors beside the model that stay on the device between steps, for the plan of a run's memory."""
+        return ()
+
     def saved(self) -> None:
         """Called after a checkpoint with the present state was written: files that only older ones need may be deleted."""
         return
@@ -128,11 +132,13 @@ class Stateless(Objective):
 
     def begin(self, context: RunContext) -> Loss:
         """`loss` of this run."""
-        return _Bound(self, context)
+        return Bound(self, context)
 
 
 @dataclass(frozen=True)
-class _Bound(Loss):
+class Bound(Loss):
+    """The loss of an objective that keeps nothing."""
+
     objective: Stateless
     run: RunContext
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..denoiser import Denoiser, WrappedDenoiser
 from ..policy import Policy
 
 
@@ -56,3 +57,23 @@ class Following:
     def restore(self, state: Mapping[str, Any]) -> None:
         """What `state` returned."""
         self._values = [kept.to(p.detach()) for kept, p in zip(state["values"], self.policy.parameters(), strict=True)]
+
+
+class WithFollowing:
+    """A policy whose adapter `name` is the trained parameters as they followed."""
+
+    def __init__(self, policy: Policy, following: Following, name: str) -> None:
+        self.policy, self.following, self.name = policy, following, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", **settings: Any) -> Denoiser:
+        """The policy's."""
+        if adapter != self.name:
+            return self.policy.denoiser(prompts, adapter=adapter, **settings)
+        return WrappedDenoiser(self.policy.denoiser(prompts, **settings), self._inside)
+
+    def _inside(self, denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
+        with self.following.inside():
+            return denoiser(x, sigma)

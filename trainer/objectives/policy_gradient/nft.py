@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, WrappedDenoiser, per_sample
+from ...denoiser import per_sample
 from ...policy import Policy
 from ...rng import Rng
 from ..base import Logs, Loss, RunContext
-from ..following import Following
+from ..following import Following, WithFollowing
 from ..preference.errors import error_scale
 from ..reward_gradient.shared import rollout_noise, sampler_steps
 from .advantages import Baseline
@@ -74,7 +74,7 @@ class DiffusionNFT(PolicyGradient):
 
     def draw(self, run: RunContext, prompts: Sequence[str], rng: Rng, index: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Images alone, by D_old."""
-        with cast(_WithOld, run.policy).old.inside():
+        with cast(WithFollowing, run.policy).following.inside():
             ends = own_images(run.policy, prompts, rng, self.steps, self.guidance_scale, self.eta)
         return ends[:, None], ends, torch.zeros(index.shape)
 
@@ -113,35 +113,19 @@ def _relative(prediction: Tensor, clean: Tensor) -> Tensor:
     return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)
 
 
-class _WithOld:
-    """A policy with one more adapter, `old`: the trained parameters as they followed."""
-
-    def __init__(self, policy: Policy, old: Following) -> None:
-        self.policy, self.old = policy, old
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.policy, name)
-
-    def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", **settings: Any) -> Denoiser:
-        """The policy's."""
-        if adapter != "old":
-            return self.policy.denoiser(prompts, adapter=adapter, **settings)
-        return WrappedDenoiser(self.policy.denoiser(prompts, **settings), self._inside)
-
-    def _inside(self, denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-        with self.old.inside():
-            return denoiser(x, sigma)
-
-
 class _FollowedRounds(Rounds):
     def __init__(self, objective: DiffusionNFT, run: RunContext) -> None:
         self.settings, self.old = objective, Following(run.policy)
-        super().__init__(objective, replace(run, policy=cast(Policy, _WithOld(run.policy, self.old))))
+        super().__init__(objective, replace(run, policy=cast(Policy, WithFollowing(run.policy, self.old, "old"))))
 
     def _collect(self, rng: Rng, number: int, chunk: int) -> Round:
         if self.round is not None:
             self.old.update(min(self.settings.decay_rate * rng.step, self.settings.max_decay))
         return super()._collect(rng, number, chunk)
+
+    def held(self) -> Sequence[Tensor]:
+        """D_old."""
+        return self.old.values
 
     def state(self) -> dict[str, Any]:
         """That of the rounds, and what follows."""

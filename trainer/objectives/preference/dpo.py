@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...data.batches import Batch, Pairs, Prompts
 from ...runtime.processes import Processes
-from ..base import Logs, RunContext, Stateless
+from ..base import Logs, RunContext
 from .errors import DenoisingObjective, Noised, Two, mean_square
 
 
@@ -48,7 +48,7 @@ def pair_losses(
 
 
 @dataclass(frozen=True)
-class PairObjective(DenoisingObjective, Stateless):
+class PairObjective(DenoisingObjective):
     """What objectives share that compare the margin of a pair with that of the base model."""
 
     beta: float = field(default=5000.0, metadata={"min": 0.0, "help": "how closely the tuned model keeps to the base; higher is closer"})

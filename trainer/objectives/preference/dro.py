@@ -12,7 +12,7 @@ from ...data.batches import Batch, Images, Prompts
 from ...denoiser import per_sample
 from ...policy import Policy
 from ...sampling import start_at, step
-from ..base import Logs, RunContext, Stateless
+from ..base import Logs, RunContext
 from .errors import GRID, DenoisingObjective, error_scale, mean_square
 
 
@@ -36,7 +36,7 @@ def own_states(policy: Policy, prompts: list[str], noise: Tensor, sigma: Tensor,
 
 
 @dataclass(frozen=True)
-class DRO(DenoisingObjective, Stateless):
+class DRO(DenoisingObjective):
     """Diffusion-DRO (Wu et al. 2025, arXiv:2510.18353): learn from good images until the model has left the base by as much.
 
     Loss max(0, (L − L_base of the image) − (L − L_base of an own state) + margin), both at one noise level. The target at an own state is

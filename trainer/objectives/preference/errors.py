@@ -6,9 +6,9 @@ so that a loss's β means the same at every resolution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from ...data.batches import Batch
 from ...denoiser import per_sample
 from ...policy import Policy
 from ...sampling import Space, alpha
-from ..base import Objective, RunContext
+from ..base import Bound, Logs, Loss, RunContext, Stateless
+from ..following import Following, WithFollowing
 from ..reward_gradient.shared import snr
 
 GRID = 999  # levels that training draws from: Stable Diffusion's timesteps 1 … 999
@@ -90,8 +91,11 @@ def mean_square(error: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DenoisingObjective(Objective):
+class DenoisingObjective(Stateless):
     """What the objectives on denoising errors share. They ask no reward: one that is named is shown by the watch alone."""
+
+    refers: ClassVar[bool] = True
+    """Whether errors are compared with those of a reference."""
 
     steps: int = field(
         default=50, metadata={"min": 1, "max": 1000, "help": "sampler steps of evaluations; training draws from all noise levels"}
@@ -110,6 +114,45 @@ class DenoisingObjective(Objective):
         default=0.0, metadata={"min": 0.0, "max": 1.0, "help": "share of samples that are trained under the empty prompt"}
     )
     sft_weight: float = field(default=0.0, metadata={"min": 0.0, "help": "weight of the plain denoising error of the better images"})
+    reference_every: int = field(
+        default=0,
+        metadata={
+            "min": 0,
+            "since": "0.2.0",
+            "help": "optimizer steps after which the reference follows the tuned model; 0: it stays the base model",
+        },
+    )
+    reference_decay: float = field(
+        default=0.0,
+        metadata={
+            "min": 0.0,
+            "max": 0.99999,
+            "since": "0.2.0",
+            "help": "share of the old reference that is kept then: 0 replaces it, 0.999 with reference_every = 1 averages (EMA)",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.reference_every and not self.refers:
+            raise ValueError("reference_every: this objective compares with no reference; leave it out")
+        if self.reference_decay and not self.reference_every:
+            raise ValueError("reference_decay is of a reference that follows: give reference_every, 1 say")
+        if self.reference_every == 1 and not self.reference_decay:
+            raise ValueError(
+                "reference_every = 1 with reference_decay = 0: the reference would be the tuned model itself; give more steps or a decay"
+            )
+
+    def begin(self, context: RunContext) -> Loss:
+        """The loss of one run, by the base model or by a reference that follows."""
+        if not self.reference_every:
+            return self.of_run(context)
+        following = Following(context.policy)
+        policy = cast(Policy, WithFollowing(context.policy, following, "base"))
+        return _FollowedReference(self, self.of_run(replace(context, policy=policy)), following)
+
+    def of_run(self, context: RunContext) -> Loss:
+        """The loss of one run."""
+        return Bound(self, context)
 
     @property
     def needs_gradient(self) -> bool:
@@ -138,3 +181,32 @@ class DenoisingObjective(Objective):
         """The prompts, some of them replaced by the empty one."""
         dropped = (batch.rng.uniform("prompt dropout") < self.prompt_dropout).tolist()
         return ["" if gone else prompt for prompt, gone in zip(prompts, dropped)]
+
+
+class _FollowedReference(Loss):
+    """A loss whose reference follows the tuned model: v ← decay·v + (1 − decay)·θ after every so many optimizer steps."""
+
+    def __init__(self, settings: DenoisingObjective, inner: Loss, following: Following) -> None:
+        self.settings, self.inner, self.following, self.step = settings, inner, following, -1
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
+        s, step = self.settings, batch.rng.step
+        if step != self.step:  # an optimizer step lies between
+            if step % s.reference_every == 0:
+                self.following.update(s.reference_decay)
+            self.step = step
+        return self.inner(batch)
+
+    def held(self) -> Sequence[Tensor]:
+        """The reference."""
+        return self.following.values
+
+    def state(self) -> dict[str, Any]:
+        """That of the loss, the reference, and the optimizer step that it follows."""
+        return {"inner": self.inner.state(), "reference": self.following.state(), "step": self.step}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """What `state` returned."""
+        self.inner.restore(state["inner"])
+        self.following.restore(state["reference"])
+        self.step = state["step"]

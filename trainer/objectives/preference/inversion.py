@@ -101,6 +101,7 @@ class SmPO(InPO):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.safeguard or self.sft_weight:
             raise ValueError(
                 "safeguard and sft_weight hold to the image that the data call better, and SmPO to the one that its reward prefers: "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...data.batches import Batch, Labels, Prompts
 from ...runtime.processes import Processes
-from ..base import Logs, RunContext, Stateless
+from ..base import Logs, RunContext
 from .errors import DenoisingObjective, mean_square
 
 
@@ -28,7 +28,7 @@ def label_losses(gain: Tensor, liked: Tensor, beta: float, weights: tuple[float,
 
 
 @dataclass(frozen=True)
-class DiffusionKTO(DenoisingObjective, Stateless):
+class DiffusionKTO(DenoisingObjective):
     """Diffusion-KTO (Li et al. 2024, arXiv:2404.04465): a utility of single images that are liked or disliked; no pairs are needed.
 
     Official, from code: β = 1000, the sigmoid utility, 20 % empty prompts, four liked images to one disliked. Here images come as often

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.batches import Batch, Pairs, Prompts
-from ..base import Logs, RunContext, Stateless
+from ..base import Logs, RunContext
 from .errors import DenoisingObjective, mean_square
 
 
@@ -21,12 +22,14 @@ def saturated(error: Tensor, scale: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MaPO(DenoisingObjective, Stateless):
+class MaPO(DenoisingObjective):
     """MaPO (Hong et al. 2024, arXiv:2406.06424): supervised loss on the better image plus a margin between the two, reference-free.
 
     It needs half the evaluations of Diffusion-DPO, and fits data whose style is far from the base model's. β = 0.1, s = 0.5 and
     T = 1000 are the official SDXL code's, with LoRA rank 8, learning rate 1e-5 and 16 pairs a step.
     """
+
+    refers: ClassVar[bool] = False
 
     sft_weight: float = field(default=1.0, metadata={"min": 0.0, "help": "weight of the plain denoising error of the better images"})
     beta: float = field(default=0.1, metadata={"min": 0.0, "help": "weight of the margin"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,10 @@ class _SelfNegative(Loss):
         x = policy.add_noise(x0, batch.rng.normal("start noise of the teacher", batch.shape(policy)).to(x0), sigmas[first])
         x = end_of(x, trajectory(denoiser, x, sigmas, lambda i: x0, "ddim", first, last, space=policy.space))
         return x, sigmas[last], denoiser(x, sigmas[last])
+
+    def held(self) -> Sequence[Tensor]:
+        """The teacher."""
+        return self.teacher.values
 
     def state(self) -> dict[str, Any]:
         """The teacher, and the optimizer step that it follows."""

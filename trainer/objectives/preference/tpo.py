@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
-from ..base import Logs, Loss, RunContext
+from ..base import Bound, Logs, Loss, RunContext
 from .dpo import pair_losses, safeguard
 from .errors import DenoisingObjective, mean_square
 from .kto import label_losses
@@ -66,9 +66,28 @@ class TPO(DenoisingObjective):
                 "give shorter captions, or other wrong ones in objective.captions_file"
             )
 
-    def begin(self, context: RunContext) -> Loss:
-        """The loss of one run."""
-        return _TextPreference(self, context)
+    def of_run(self, context: RunContext) -> Loss:
+        """The loss of one run, which a resumed one must share the wrong captions of."""
+        return _WithCaptions(self, context)
+
+    def loss(self, run: RunContext, batch: Batch) -> tuple[Tensor, Logs]:
+        """Loss () and logs of (B,)."""
+        if not isinstance(batch, Images):
+            raise ValueError("captions are compared on images: give `images`")
+        noised, right, changed = self.noised(run, batch), self.kept(batch, batch.prompts), self.perturbed(batch.prompts)
+        wrong = [(changed.get(prompt) or prompt) if kept else "" for prompt, kept in zip(batch.prompts, right)]
+        latents = batch.latents, batch.latents
+        tuned, reference = noised.two(latents, (right, wrong)), noised.two(latents, (right, wrong), "base")
+        error = mean_square(tuned[0])
+        if self.form == "dpo":
+            losses, logs = pair_losses(tuned, reference, self.beta, rejected_scale=safeguard(tuned, self.mu, run.processes))
+            return (losses + self.sft_weight * error).mean(), logs
+        gain = torch.cat([mean_square(theirs) - mean_square(ours) for ours, theirs in zip(tuned, reference)])
+        liked = torch.arange(len(gain), device=gain.device) < len(error)
+        losses, logs = label_losses(gain, liked, self.beta, (1.0, 1.0), run.processes)
+        good, bad = logs["gain"].chunk(2)
+        shown = {"margin": good - bad, "accuracy": (good > bad).float(), "error": error.detach()}
+        return losses.mean() + self.sft_weight * error.mean(), shown
 
 
 def _first(captions: Sequence[str]) -> str:
@@ -76,37 +95,13 @@ def _first(captions: Sequence[str]) -> str:
     return f"{captions[0] if len(captions[0]) <= 60 else captions[0][:57] + '…'!r}{more}"
 
 
-class _TextPreference(Loss):
-    """The loss with the wrong captions of the run, which a resumed one must share."""
-
-    def __init__(self, settings: TPO, run: RunContext) -> None:
-        self.settings, self.run, self.wrong = settings, run, settings.perturbed(run.prompts)
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
-        s, run = self.settings, self.run
-        if not isinstance(batch, Images):
-            raise ValueError("captions are compared on images: give `images`")
-        noised, right = s.noised(run, batch), s.kept(batch, batch.prompts)
-        wrong = [(self.wrong.get(prompt) or prompt) if kept else "" for prompt, kept in zip(batch.prompts, right)]
-        latents = batch.latents, batch.latents
-        tuned, reference = noised.two(latents, (right, wrong)), noised.two(latents, (right, wrong), "base")
-        error = mean_square(tuned[0])
-        if s.form == "dpo":
-            losses, logs = pair_losses(tuned, reference, s.beta, rejected_scale=safeguard(tuned, s.mu, run.processes))
-            return (losses + s.sft_weight * error).mean(), logs
-        gain = torch.cat([mean_square(theirs) - mean_square(ours) for ours, theirs in zip(tuned, reference)])
-        liked = torch.arange(len(gain), device=gain.device) < len(error)
-        losses, logs = label_losses(gain, liked, s.beta, (1.0, 1.0), run.processes)
-        good, bad = logs["gain"].chunk(2)
-        return losses.mean() + s.sft_weight * error.mean(), {
-            "margin": good - bad,
-            "accuracy": (good > bad).float(),
-            "error": error.detach(),
-        }
+class _WithCaptions(Bound):
+    """The loss of a run that remembers its wrong captions."""
 
     def state(self) -> dict[str, Any]:
         """A hash of the wrong captions."""
-        return {"captions": hashlib.sha256(repr(sorted(self.wrong.items())).encode()).hexdigest()}
+        changed = cast(TPO, self.objective).perturbed(self.run.prompts)
+        return {"captions": hashlib.sha256(repr(sorted(changed.items())).encode()).hexdigest()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Refuse a run that began with other wrong captions."""
