@@ -119,7 +119,7 @@ class CollectPreferences(io.ComfyNode):
         if not text:
             why = "it is empty" if prompt is not None else found.unclear or "the graph does not tell"
             raise ValueError(f"no prompt for these images ({why}): connect its text to prompt")
-        metadata = _metadata(cls.hidden) if save_metadata else None
+        metadata = _metadata(cls.hidden) if save_metadata and not host.args.disable_metadata else None
         made = [
             save_image(one.folder, to_pil(image), found.seed if seed is None else seed, found.model, metadata) for image in pixels(images)
         ]

@@ -242,7 +242,7 @@ class Panel {
     counts() {
         const state = this.state;
         if (!state) return "";
-        const words = { chosen: "chosen", liked: "liked", disliked: "disliked", tie: "ties", skip: "skipped" };
+        const words = { chosen: "chosen", liked: "liked", disliked: "disliked", tie: state.counts.tie === 1 ? "tie" : "ties", skip: "skipped" };
         const told = Object.keys(words).filter((key) => state.counts[key]).map((key) => `${state.counts[key]} ${words[key]}`);
         const damaged = state.left_out ? ` · ${state.left_out} damaged lines left out` : "";
         return `${state.open} open · ${told.join(", ") || "no choice yet"}${damaged}`;

@@ -46,6 +46,27 @@ def test_the_sampler_says_where_it_switched(told):
 
 
 @comfyui
+def test_preferences_are_asked_for_written_and_loaded(told):
+    found = told["choosing"]
+    assert found["passed on"] and found["said"] == ["2 new questions in mine", "0 new questions in mine; 5 images were asked about before"]
+    assert found["told"][0] == ["imagerefl.taste", {"name": "mine"}]
+    assert found["record"] == ["a red star", "ann", [5, 5], "sd15.safetensors"] and found["metadata"] == []
+    assert found["connected"] == ["another", [9] * 4, "best"] and found["kept metadata"] == ["prompt", "workflow"]
+    assert found["listed"] == ["taste: mine"]
+    assert found["loaded"] == ["a red star", True, "1 cut off, or not a JSON object (line 3), 1 ties (line 2)"]
+    refused = found["refused"]
+    assert "outside ComfyUI's input and output" in refused["link"] and "no sampler" in refused["no prompt"]
+    assert refused["empty prompt"] == "no prompt for these images (it is empty): connect its text to prompt"
+    assert refused["name"] == "name: give 1 to 64 letters, digits, _ and -" and "not finite" in refused["not finite"]
+
+
+@comfyui
+def test_with_several_users_choices_are_those_of_the_tab_that_queued(told):
+    unknown, own, listed, outside = told["choosing"]["users"]
+    assert "reload the page" in unknown and own and listed == [] and "Unknown user" in outside
+
+
+@comfyui
 def test_subgraph_blueprints_have_nodes_inputs_and_choices_that_exist(told):
     names = ["Combined Generation (Reward LoRA)", "Score and Pick Best", "Train, Save and Preview Both"]
     assert told["blueprints"] == {name: [] for name in names}

@@ -10,7 +10,8 @@ import sys
 import types
 from pathlib import Path
 
-import embedded  # first: it puts ComfyUI on the path
+import choosing  # first: it puts ComfyUI on the path
+import embedded
 import folder_paths
 import nodes as stock
 import torch
@@ -58,6 +59,7 @@ before = [lora.LoadRewardLora.fingerprint_inputs(lora_name="run: my run") for _ 
 (run / "lora.safetensors").write_bytes((run / "lora.safetensors").read_bytes() + b" ")
 results["fingerprints"] = [before[0] == before[1], before[0] == lora.LoadRewardLora.fingerprint_inputs(lora_name="run: my run")]
 
+results["choosing"] = choosing.results()
 drawn = []
 server = types.SimpleNamespace(send_progress_text=lambda text, node: drawn.append((text, node)))
 sys.modules["server"] = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
