@@ -1,6 +1,6 @@
 """Collect Preferences in ComfyUI's own frontend: keyboard and mouse, a reload, undo, two tabs.
 
-Needs Chromium, and playwright from `.[comfy]`. Usage: taste_browser.py COMFYUI PACK SCREENSHOTS classic|vue. Prints one JSON line. vue: Nodes 2.0.
+Needs Chromium, and playwright from `.[comfy]`. Usage: taste_browser.py COMFYUI PACK SCREENSHOTS classic|vue (Nodes 2.0).
 """
 
 import asyncio
@@ -45,7 +45,7 @@ KEY = "(panel, key) => panel.dispatchEvent(new KeyboardEvent('keydown', {key, bu
 ALONE = """() => { const node = app.graph.nodes.find(node => node.type === 'ImageReFLTaste')
     app.canvas.selectNode(node); app.extensionManager.command.execute('Comfy.Canvas.FitView') }"""
 BOX = """() => { const node = app.graph.nodes.find(node => node.type === 'ImageReFLTaste'), {scale, offset} = app.canvas.ds
-    app.canvas.deselectAll(); const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect()
     if (drawn) return [drawn.x, drawn.y, drawn.width, drawn.height]
     const canvas = app.canvas.canvas.getBoundingClientRect(), [x, y, w, h] = node.boundingRect ?? node.getBounding()
     return [canvas.left + (x + offset[0]) * scale, canvas.top + (y + offset[1]) * scale, w * scale, h * scale] }"""
@@ -64,6 +64,7 @@ def workflow(name, ask, seed):
             "flags": {},
             "order": i,
             "mode": 0,
+            "properties": {},
             "widgets_values": values,
             "inputs": [],
         }
@@ -73,7 +74,16 @@ def workflow(name, ask, seed):
             nodes[source - 1]["outputs"][slot]["links"].append(len(links))
             made["inputs"].append({"name": socket_, "type": type_, "link": len(links)})
         nodes.append(made)
-    return {"last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": [], "version": 0.4}
+    counted = {"last_node_id": len(nodes), "last_link_id": len(links), "revision": 0, "version": 0.4}
+    return {
+        "id": "5f0e0a4e-0000-4000-8000-000000000000",
+        **counted,
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+    }
 
 
 class Tab:
@@ -90,6 +100,7 @@ class Tab:
 
     async def show(self, name="taste", ask="pairs", seed=1):
         await self.page.evaluate("graph => app.loadGraphData(graph, true, true, 'choosing')", workflow(name, ask, seed))
+        await self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")  # away from messages in the corner
         await self.page.wait_for_timeout(2500)
 
     async def json(self, path, **query):
@@ -104,8 +115,13 @@ class Tab:
         """Queue, and wait for the end."""
         before = len(await self.json("/history"))
         await self.page.evaluate("() => app.queuePrompt(0)")
-        while len(history := await self.json("/history")) == before or not all(one["status"]["completed"] for one in history.values()):
+        for _ in range(600):
+            history = await self.json("/history")
+            if len(history) > before and all(one["status"]["completed"] for one in history.values()):
+                break
             await asyncio.sleep(0.2)
+        else:
+            raise TimeoutError(json.dumps([one["status"] for one in history.values()])[-2000:])
         await self.page.wait_for_timeout(1500)
 
     async def press(self, *keys, focus=True):
@@ -121,12 +137,13 @@ class Tab:
     async def shot(self, name):
         """The node alone, large."""
         await self.page.evaluate(ALONE)
+        await self.page.wait_for_timeout(2500)
+        await self.page.evaluate("() => app.canvas.deselectAll()")
         await self.page.wait_for_timeout(1500)
         x, y, width, height = await self.page.evaluate(BOX)
-        await self.page.wait_for_timeout(800)
         path, clip = screenshots / f"{name}.png", {"x": max(0, x - 12), "y": max(0, y - 12), "width": width + 24, "height": height + 24}
         await self.page.screenshot(path=path, clip=clip)
-        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 async def journey(tab, second):
@@ -190,7 +207,7 @@ async def main():
             tabs = []
             for settings in ({"Comfy.Minimap.Visible": False, **({"Comfy.VueNodes.Enabled": True} if look == "vue" else {})}, {}):
                 tab = Tab(await context.new_page(), base, session)
-                tab.page.on("pageerror", lambda error: wrong.append(str(error)[:300]))
+                tab.page.on("pageerror", lambda error: wrong.append(f"{error} {error.stack}"[:600]))
                 await tab.page.goto(base, wait_until="domcontentloaded")
                 await tab.ready()
                 for key, value in settings.items():
@@ -199,9 +216,13 @@ async def main():
                 tabs.append(tab)
             await tabs[0].page.reload(wait_until="domcontentloaded")
             await tabs[0].ready()
-            found = await journey(*tabs)
+            try:
+                found = await journey(*tabs)
+            except BaseException:
+                await tabs[0].page.screenshot(path=screenshots / "failed.png")
+                raise
         shutil.copy(folder / "user" / "default" / "imagerefl_taste" / "taste" / "choices.jsonl", screenshots / "taste-choices.jsonl")
-        print(json.dumps({**found, "page errors": wrong}))
+        print(json.dumps({**found, "page errors": [error for error in wrong if "taste.js" in error]}))  # not the frontend's own
     finally:
         process.terminate()
         process.wait(20)
