@@ -1,0 +1,148 @@
+"""Choices of any kind as comparisons of two images of one prompt: what a head is fitted to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from pathlib import Path
+
+from ..data.choices import Choice, is_choices, read_choices
+from ..data.preferences import read_pairs
+from ..data.report import Report
+from ..runtime.files import file_hash
+from .folds import Keys, plain
+
+FEWEST = 8
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image file, and the hash by which copies are one."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`better` was preferred to `worse` under a prompt, or tied with it."""
+
+    better: Image
+    worse: Image
+    prompt: str
+    tie: bool = False
+    person: str = ""
+    weight: float = 1.0
+    """Fewer than 1 where several comparisons say what one judgement said."""
+
+    @property
+    def keys(self) -> Keys:
+        """For folds."""
+        return Keys(self.prompt, (self.better.sha256, self.worse.sha256))
+
+
+@dataclass
+class Gathered:
+    """The comparisons of some files, and what was seen on the way."""
+
+    comparisons: list[Comparison] = field(default_factory=list[Comparison])
+    places: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """Of each choice whose images stood beside each other: the place of the chosen one, from 0, and their number."""
+    skipped: int = 0
+    thumbs: int = 0
+    alone: int = 0
+    """Thumbs of prompts whose images are all liked or all disliked: they say something of the prompt, nothing of its images."""
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def people(self) -> list[str]:
+        """Who judged."""
+        return sorted({one.person for one in self.comparisons})
+
+
+def gather(paths: Sequence[Path]) -> Gathered:
+    """Files of choices, and tables or folders of pairs. Damaged lines are noted and left out.
+
+    Raises ValueError in one line where they give fewer than FEWEST comparisons, or all choices are on one side.
+    """
+    found = Gathered()
+    for path in paths:
+        if is_choices(path):
+            read = read_choices(path)
+            if read.cut:
+                found.notes.append(read.cut_text())
+            _add(found, read.records, path)
+        else:
+            _add_table(found, path)
+    _check(found, ", ".join(map(str, paths)))
+    return found
+
+
+def _add_table(found: Gathered, path: Path) -> None:
+    report = Report()
+    for better, worse, prompt in read_pairs(str(path), report):
+        one, other = (Image(Path(str(image)), file_hash(Path(str(image)))) for image in (better, worse))
+        if one.sha256 == other.sha256:
+            raise ValueError(f"{path}: {one.path.name} and {other.path.name} are the same image: a choice is between two")
+        found.comparisons.append(Comparison(one, other, prompt))
+    found.notes.append(str(report))
+
+
+def _add(found: Gathered, records: Sequence[Choice], path: Path) -> None:
+    likes: dict[tuple[str, str, str], tuple[Image, bool]] = {}  # the last word on an image counts
+    for one in records:
+        images = [Image(shown.file, shown.sha256) for shown in one.images]
+        if one.outcome == "skip":
+            found.skipped += 1
+            continue
+        gone = next((image.path for image in images if not image.path.is_file()), None)
+        if gone is not None:
+            raise ValueError(f"{path}, line {one.line} names {gone}, which does not exist: put it back, or remove the line")
+        if one.kind == "thumb":
+            found.thumbs += 1
+            likes[one.person, plain(one.prompt), images[0].sha256] = (images[0], one.outcome == "liked")
+        elif one.chosen is None:
+            ties = list(combinations(images, 2))
+            weight = (len(images) - 1) / len(ties)
+            found.comparisons += [Comparison(a, b, one.prompt, True, one.person, weight) for a, b in ties]
+        else:
+            found.places.append((one.order.index(one.chosen), len(images)))
+            better = images[one.chosen]
+            found.comparisons += [Comparison(better, other, one.prompt, False, one.person) for other in images if other is not better]
+    _add_likes(found, likes)
+
+
+def _add_likes(found: Gathered, likes: dict[tuple[str, str, str], tuple[Image, bool]]) -> None:
+    """Each liked image is preferred to each disliked one of its prompt; n judged images weigh as n − 1 choices, as a best of n does."""
+    groups: dict[tuple[str, str], tuple[list[Image], list[Image]]] = {}
+    for (person, prompt, _), (image, liked) in likes.items():
+        groups.setdefault((person, prompt), ([], []))[not liked].append(image)
+    for (person, prompt), (liked, disliked) in groups.items():
+        if not liked or not disliked:
+            found.alone += len(liked) + len(disliked)
+            continue
+        weight = (len(liked) + len(disliked) - 1) / (len(liked) * len(disliked))
+        found.comparisons += [Comparison(a, b, prompt, False, person, weight) for a, b in product(liked, disliked)]
+
+
+def _check(found: Gathered, source: str) -> None:
+    sides = Counter((place == 0, place == number - 1) for place, number in found.places)
+    if found.alone and not found.comparisons:
+        raise ValueError(
+            f"{source}: {found.alone} images are judged, and under no prompt are some liked and others disliked: this would teach the "
+            "prompts alone; judge several images of one prompt"
+        )
+    if len(found.places) >= FEWEST and len(sides) == 1 and (side := next(iter(sides))) in ((True, False), (False, True)):
+        raise ValueError(
+            f"{source}: all {len(found.places)} choices are the image shown {'first' if side[0] else 'last'}: that is a place, no taste"
+        )
+    number = sum(not one.tie for one in found.comparisons)
+    if number < FEWEST:
+        more = (
+            f" ({found.skipped} skipped, {len(found.comparisons) - number} ties)"
+            if found.skipped or len(found.comparisons) > number
+            else ""
+        )
+        raise ValueError(f"{source} has {number} choices between two images{more}: give at least {FEWEST}, better 30")

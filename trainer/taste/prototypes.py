@@ -1,0 +1,125 @@
+"""Several people: each person's head is a convex combination of a few prototypes, as in PAL.
+
+PAL (Chen, Chen, Rege, Wang and Vinayak 2025, arXiv:2406.08469) gives user i the point u_i = Σ_k w_ik·p_k, w_i on the simplex by a softmax,
+and prefers x to y by σ(⟨f(x),u_i⟩ − ⟨f(y),u_i⟩). That is PAL-A with `Pw` and `angle` of the official program
+(github.com/RamyaLab/pluralistic-alignment, src/pal_rm_a, read at 2199690) without its learned f, temperature and normalisation: f is frozen
+here, and each p_k has the prior of `head`. A person of whom little is known gets the mean of the prototypes, and all get the tower where
+nothing is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .folds import Folds
+from .head import Design, Fold, log_loss
+
+MOST = 4  # prototypes
+PULL = 1.0  # precision of the prior on the softmax's logits, whose mean is equal weights
+ROUNDS, TOLERANCE = 60, 1e-8
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the report says of it."""
+
+    prototypes: int
+    loss: list[float]
+    """Cross-entropy of held-out choices with 1, 2, … prototypes."""
+    weights: dict[str, list[float]]
+    """Of each person's prototypes."""
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        if self.prototypes == 1:
+            return "one taste predicts these people's choices as well as several would"
+        return f"{self.prototypes} prototypes of taste; " + ", ".join(
+            f"{name or 'nameless'} {' / '.join(f'{w:.2f}' for w in weights)}" for name, weights in self.weights.items()
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Prototypes (K,r) in the design's basis, and each person's weights (U,K)."""
+
+    people: list[str]
+    prototypes: Tensor
+    weights: Tensor
+    held_out: Tensor
+    """Logits (n,) of each pair without its fold."""
+    summary: Mixture
+
+    def of(self, person: str) -> Tensor:
+        """A person's head (r,)."""
+        return self.weights[self.people.index(person)] @ self.prototypes
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the people's heads: every person counts the same, however many choices they made."""
+        return self.weights.mean(0) @ self.prototypes
+
+
+def fit_mixture(design: Design, persons: Sequence[str], of: Folds, precision: float) -> Fitted:
+    """The number of prototypes, 1 to MOST and no more than people, by the folds' cross-entropy; then the fit to all choices."""
+    people = sorted(set(persons))
+    who = torch.tensor([people.index(one) for one in persons])
+    numbers = range(1, min(MOST, len(people)) + 1) if math.isfinite(precision) else range(1, 2)
+    tested = [_held_out(design, who, len(people), of.parts, precision, k) for k in numbers]
+    losses = [float(log_loss(design, logits[:, None])) for logits in tested]
+    best = min(range(len(losses)), key=lambda i: (losses[i], i)) + 1
+    prototypes, weights = solve(design, who, len(people), torch.arange(len(design)), precision, best)
+    named = {name: weights[i].tolist() for i, name in enumerate(people)}
+    return Fitted(people, prototypes, weights, tested[best - 1], Mixture(best, losses, named))
+
+
+def _held_out(design: Design, who: Tensor, people: int, parts: Sequence[Fold], precision: float, k: int) -> Tensor:
+    """Logits (n,) of each pair without its fold; NaN where nothing is left to learn from."""
+    found = torch.full((len(design),), math.nan, dtype=torch.float64)
+    for train, test in parts:
+        if len(train):
+            prototypes, weights = solve(design, who, people, train, precision, k)
+            found[test] = design.offset[test] + (design.reduced[test] * (weights[who[test]] @ prototypes)).sum(1)
+    return found
+
+
+def solve(design: Design, who: Tensor, people: int, rows: Tensor, precision: float, k: int) -> tuple[Tensor, Tensor]:
+    """Prototypes (k,r) and weights (people,k) of the choices `rows`; with k = 1 the head of all together.
+
+    L-BFGS in float64 from the shared head: prototype j starts at the head of a person who is farthest from those before. The problem is
+    convex in either half and not in both, so this is a local optimum, the same one every time.
+    """
+    shared = design.fitted(precision, rows)
+    if k == 1:
+        return shared[None], torch.ones(people, 1, dtype=torch.float64)
+    own = torch.stack([design.fitted(precision, rows[who[rows] == i]) for i in range(people)])
+    chosen = [int((own - shared).square().sum(1).argmax())]
+    while len(chosen) < k:
+        chosen.append(int((own[:, None] - own[chosen]).square().sum(2).amin(1).argmax()))
+    prototypes = own[chosen].clone().requires_grad_()
+    nearest = (own[:, None] - own[chosen]).square().sum(2).argmin(1)
+    mixing = F.one_hot(nearest, k).double().requires_grad_()  # logits of the softmax
+    x, offset, outcome, weight = design.reduced[rows], design.offset[rows], design.outcome[rows], design.weight[rows]
+
+    def loss() -> Tensor:
+        heads = mixing.softmax(1) @ prototypes
+        logits = offset + (x * heads[who[rows]]).sum(1)
+        data = (weight * (F.softplus(logits) - outcome * logits)).sum()
+        return data + precision / 2 * prototypes.square().sum() + PULL / 2 * mixing.square().sum()
+
+    search = torch.optim.LBFGS([prototypes, mixing], max_iter=ROUNDS, tolerance_grad=TOLERANCE, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    search.step(closure)  # type: ignore[arg-type]
+    return prototypes.detach(), mixing.detach().softmax(1)
