@@ -10,6 +10,7 @@ COMMANDS: dict[str, str] = {
     "sample": "Generate images: base model first, tuned model from the switch on.",
     "score": "Score images by one or more rewards: folders, globs or manifests in, CSV and JSONL out.",
     "pairs": "Make pairs and likes to learn from: draw or read images, score, label, filter, split.",
+    "taste": "Fit a reward to a person's choices between images, and say which images to judge next.",
     "rewards": "List rewards with licence and source, download their weights, measure their statistics.",
     "evaluate": "Compare tuned models with their base: rewards, diversity, distances, frontier.",
     "compare": "Train several methods on the embedded model under one budget of denoiser calls and compare them.",

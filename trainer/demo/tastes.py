@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..rewards.base import RewardModel
 from . import rater, world
 from .architecture import Reader
 
@@ -36,3 +37,17 @@ def utility(person: str, images: Tensor, prompts: Sequence[str], reader: Reader)
 def choose(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
     """Whether a person prefers the first of each pair of utilities (B,): Bradley–Terry, P = σ(u₁ − u₂)."""
     return torch.rand(first.shape, generator=generator) < torch.sigmoid(first - second)
+
+
+class Person(RewardModel):
+    """A person's utility as a reward without a gradient: what a taste that was fitted to their choices should raise."""
+
+    differentiable = False
+
+    def __init__(self, name: str, reader: Reader) -> None:
+        super().__init__()
+        self.name, self.reader = name, reader
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B,3,64,64) in [0,1], B prompts -> (B,) float32."""
+        return utility(self.name, images, prompts, self.reader)

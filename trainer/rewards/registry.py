@@ -23,6 +23,7 @@ from .image_reward import ARCHITECTURE, ImageReward
 from .mps import MPS, SAFE
 from .preprocess import Fit
 from .python_file import PythonReward
+from .taste import TasteFile, TasteReward, taste_file
 from .two_tower import FILES as FOLDER_FILES
 from .two_tower import TwoTower
 from .weighted import RewardSpec, WeightedSum, parse_weights
@@ -164,8 +165,8 @@ class WeightFolders:
         name, at, file = name_or_path.partition("@")
         if Path(name_or_path).is_dir():
             return Path(name_or_path) / "statistics.json"
-        if name not in REWARDS and name_or_path.endswith(".py"):
-            return Path(name_or_path).with_suffix(".statistics.json")
+        if name not in REWARDS and name_or_path.endswith((".py", ".safetensors")):
+            return Path(file or name_or_path).with_suffix(".statistics.json")
         if at:
             return Path(file).with_suffix(".statistics.json")
         if name not in REWARDS or REWARDS[name].embedded:
@@ -197,7 +198,8 @@ def load(
     folders: WeightFolders | None = None,
     architecture: Mapping[str, Any] | None = None,
 ) -> RewardSpec:
-    """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, or a Python file.
+    """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, a Python file, or
+    `taste@FILE`, a fitted taste.
 
     Nothing is downloaded. `architecture` replaces the entry's, for models of another size in the same layout. On the meta device
     a named reward needs no file.
@@ -238,7 +240,14 @@ def _files(name_or_path: str, folders: WeightFolders) -> list[Path]:
         return list(locate(name, folders, Path(file) if at else None).values())
     if name_or_path.endswith(".py"):
         return [Path(name_or_path)]
+    if (taste := taste_file(name_or_path)) is not None:
+        return [taste, *_files(TasteFile.read(taste).tower, folders)]
     return [Path(name_or_path) / file for file in FOLDER_FILES]
+
+
+def tower_hash(name: str, folders: WeightFolders | None = None) -> str:
+    """SHA-256 of the files of the two-tower reward that a taste is fitted on."""
+    return files_hash(_files(name, folders or WeightFolders()))
 
 
 def _open(name_or_path: str, placement: Placement, folders: WeightFolders, architecture: Mapping[str, Any] | None) -> RewardModel:
@@ -255,9 +264,11 @@ def _open(name_or_path: str, placement: Placement, folders: WeightFolders, archi
             return entry.make(paths, architecture or entry.architecture, placement)
     if name_or_path.endswith(".py"):
         return PythonReward.load(Path(name_or_path))
+    if (taste := taste_file(name_or_path)) is not None:
+        return TasteReward.load(taste, lambda tower: _open(tower, placement, folders, None), lambda tower: tower_hash(tower, folders))
     if Path(name_or_path).is_dir():
         return TwoTower.load(Path(name_or_path), placement.device, placement.dtype)
-    raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, NAME@FILE, a reward folder, or a Python file")
+    raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, NAME@FILE, taste@FILE, a reward folder, or a Python file")
 
 
 def locate(name: str, folders: WeightFolders, weights: Path | None = None) -> dict[str, Path]:

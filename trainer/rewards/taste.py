@@ -68,7 +68,7 @@ class TasteFile:
 
     @staticmethod
     def read(path: Path) -> TasteFile:
-        """Raises FileNotFoundError, or ValueError in one line for what is no taste."""
+        """Raises FileNotFoundError, or ValueError in one line for another file."""
         if not path.is_file():
             raise FileNotFoundError(f"no taste file {path}")
         try:
@@ -88,6 +88,16 @@ class TasteFile:
             return TasteFile(**tensors, **values, agreement=tuple(agreement) if agreement else None)
         except Exception as error:  # safetensors raises errors of its own
             raise ValueError(f"{path} is not a taste: {' '.join(str(error).split())}; fit one with `python -m trainer taste`") from error
+
+
+def taste_file(name_or_path: str) -> Path | None:
+    """The file of `taste@FILE`, or of a safetensors file that is named as a reward; None of other names."""
+    name, _, file = name_or_path.partition("@")
+    if name == "taste":
+        if not file:
+            raise ValueError("taste needs the file of a fitted taste: write taste@FILE; `python -m trainer taste` makes it")
+        return Path(file)
+    return Path(name_or_path) if "@" not in name_or_path and name_or_path.endswith(SUFFIX) else None
 
 
 class TasteReward(RewardModel):
@@ -116,7 +126,7 @@ class TasteReward(RewardModel):
             )
         tower = tower_of(head.tower)
         if not isinstance(tower, TwoTower):
-            raise ValueError(f"{path} names {head.tower}, which is no two-tower reward")
+            raise ValueError(f"{path} names {head.tower}, which is not a two-tower reward")
         if head.weak:
             log.warning("%s: %s", path.name, head.weak)
         return TasteReward(tower, head)

@@ -62,10 +62,10 @@ class Gathered:
         return sorted({one.person for one in self.comparisons})
 
 
-def gather(paths: Sequence[Path]) -> Gathered:
+def gather(paths: Sequence[Path], fewest: int = FEWEST) -> Gathered:
     """Files of choices, and tables or folders of pairs. Damaged lines are noted and left out.
 
-    Raises ValueError in one line where they give fewer than FEWEST comparisons, or all choices are on one side.
+    Raises ValueError in one line where they give fewer than `fewest` comparisons, or all choices are on one side.
     """
     found = Gathered()
     for path in paths:
@@ -76,7 +76,7 @@ def gather(paths: Sequence[Path]) -> Gathered:
             _add(found, read.records, path)
         else:
             _add_table(found, path)
-    _check(found, ", ".join(map(str, paths)))
+    _check(found, ", ".join(map(str, paths)), fewest)
     return found
 
 
@@ -127,7 +127,7 @@ def _add_likes(found: Gathered, likes: dict[tuple[str, str, str], tuple[Image, b
         found.comparisons += [Comparison(a, b, prompt, False, person, weight) for a, b in product(liked, disliked)]
 
 
-def _check(found: Gathered, source: str) -> None:
+def _check(found: Gathered, source: str, fewest: int) -> None:
     sides = Counter((place == 0, place == number - 1) for place, number in found.places)
     if found.alone and not found.comparisons:
         raise ValueError(
@@ -136,13 +136,13 @@ def _check(found: Gathered, source: str) -> None:
         )
     if len(found.places) >= FEWEST and len(sides) == 1 and (side := next(iter(sides))) in ((True, False), (False, True)):
         raise ValueError(
-            f"{source}: all {len(found.places)} choices are the image shown {'first' if side[0] else 'last'}: that is a place, no taste"
+            f"{source}: all {len(found.places)} choices are the image shown {'first' if side[0] else 'last'}: that is a place, not a taste"
         )
     number = sum(not one.tie for one in found.comparisons)
-    if number < FEWEST:
+    if number < fewest:
         more = (
             f" ({found.skipped} skipped, {len(found.comparisons) - number} ties)"
             if found.skipped or len(found.comparisons) > number
             else ""
         )
-        raise ValueError(f"{source} has {number} choices between two images{more}: give at least {FEWEST}, better 30")
+        raise ValueError(f"{source} has {number} choices between two images{more}: give at least {fewest}, better 30")
