@@ -101,7 +101,7 @@ def place_parts(config: TrainConfig, parts: Parts, device: str) -> None:
     """Encode the prompts, and move what the training steps need to the device."""
     assert isinstance(parts.policy, DiffusersPolicy)
     evaluated = parts.evaluation.prompts if parts.evaluation else []
-    parts.policy.prompts.prepare([*config.method.captions(parts.samples.prompts), "", *evaluated], _cache(config), parts.processes)
+    parts.policy.prompts.prepare([*config.method.captions(parts.samples.texts), "", *evaluated], _cache(config), parts.processes)
     place_models(config, parts.policy, parts.evaluation, device)  # after encoding: encoders and denoiser need not fit in together
     place_rewards(config, parts, device)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,15 @@ from ..policy import Policy
 from ..rng import Rng
 from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import progress_bar
-from .batches import Batch, Images, Labels, Pairs, Prompts
+from .batches import Batch, Details, Images, Labels, Pairs, Prompts
 from .buckets import Size, micro_batch, nearest
 from .cache import TensorCache, Tensors, key_of
 from .captions import read_captions, read_prompts
 from .fingerprint import Fingerprint, fingerprint
 from .images import ImageSource, load, size_of
 from .latents import CachedLatents, Latents, LatentsInMemory
-from .preferences import read_labels, read_pairs
+from .listed import NOTHING, Detail, Listed, mask_of
+from .preferences import list_labels, list_pairs
 from .report import Report
 
 Sized = tuple[ImageSource, Size]
@@ -47,6 +48,15 @@ class Samples:
     labels: Tensor | None = None
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
     """Of what was read, {} where nothing was."""
+    details: Sequence[Detail] = ()
+    """Of each sample (N), or none."""
+    masks: Sequence[tuple[Tensor, ...]] = ()
+    """Of each sample's images (N), weights (1,h,w) of errors, or none."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts, and the captions of images that have their own."""
+        return [*self.prompts, *(caption for detail in self.details for caption in detail.captions)]
 
     @property
     def data(self) -> type[Prompts]:
@@ -73,12 +83,20 @@ class Samples:
         prompts = tuple(self.prompts[r] for r in rows)
         if self.latents is None:
             return Prompts(prompts, rng, number)
-        latents = self._drawn(rows if self.image is None else self.image[rows].tolist(), rng)
+        latents, details = self._drawn(rows if self.image is None else self.image[rows].tolist(), rng), self._details(rows)
         if self.rejected is not None:
-            return Pairs(prompts, rng, number, latents, self._drawn(self.rejected[rows].tolist(), rng))
+            return Pairs(prompts, rng, number, latents, self._drawn(self.rejected[rows].tolist(), rng), details=details)
         if self.labels is not None:
-            return Labels(prompts, rng, number, latents, self.labels[rows])
+            return Labels(prompts, rng, number, latents, self.labels[rows], details=details)
         return Images(prompts, rng, number, latents)
+
+    def _details(self, rows: Sequence[int]) -> Details:
+        """Of the samples of a batch, as far as one of them has any."""
+        some = [self.details[r] for r in rows] if self.details else []
+        captions = tuple(zip(*(d.captions or (self.prompts[r],) * 2 for d, r in zip(some, rows)))) if any(d.captions for d in some) else ()
+        least = torch.tensor([d.least for d in some], dtype=torch.float64) if any(d.least for d in some) else None
+        masks = tuple(torch.stack(of_image) for of_image in zip(*(self.masks[r] for r in rows))) if any(d.masks for d in some) else ()
+        return Details(captions, masks, least)
 
     def _drawn(self, images: Sequence[int], rng: Rng) -> Tensor:
         """Latents (B,C,h,w) of images, one posterior sample each; both images of a pair get one draw."""
@@ -107,14 +125,6 @@ class Encoder(Protocol):
         ...
 
 
-class Listed(NamedTuple):
-    """One sample before it is encoded: its images, of a pair the better one first, its caption, and a label where there is one."""
-
-    images: tuple[ImageSource, ...]
-    caption: str
-    label: float | None = None
-
-
 def check_sources(prompts: str, images: str, pairs: str = "", labels: str = "") -> None:
     """Raise ValueError unless there is one source of samples and, where it is a prompt file, it is readable: before a model is loaded."""
     given = [name for name, value in (("images", images), ("pairs", pairs), ("labels", labels)) if value]
@@ -129,9 +139,9 @@ def check_sources(prompts: str, images: str, pairs: str = "", labels: str = "") 
 def list_samples(images: str, pairs: str, labels: str, report: Report | None = None) -> list[Listed]:
     """The samples of a source that has images."""
     if pairs:
-        return [Listed((better, worse), caption) for better, worse, caption in read_pairs(pairs, report)]
+        return list_pairs(pairs, report)
     if labels:
-        return [Listed((image,), caption, label) for image, caption, label in read_labels(labels, report)]
+        return list_labels(labels, report)
     return [Listed((image,), caption) for image, caption in read_captions(images, report)]
 
 
@@ -181,6 +191,9 @@ def encoded_samples(
     labelled = [one.label for one in listed if one.label is not None]
     if labelled:
         kinds["labels"] = [str(label) for label in labelled]
+    details = [one.detail for one in listed] if any(one.detail != NOTHING for one in listed) else []
+    if details:
+        kinds["details"] = [" ".join([d.described(), *(content_hash(m) for m in d.masks if m != Path())]) for d in details]
     return Samples(
         captions,
         latents,
@@ -188,7 +201,16 @@ def encoded_samples(
         rows[:, 1] if pairs else None,
         torch.tensor(labelled) if labelled else None,
         fingerprint(len(listed), **kinds, captions=captions),
+        details,
+        [_masks(one, sized, latents, index) for one, sized in zip(listed, wanted)] if any(d.masks for d in details) else [],
     )
+
+
+def _masks(one: Listed, sized: Sequence[Sized], latents: Latents, index: Mapping[Sized, int]) -> tuple[Tensor, ...]:
+    """Weights (1,h,w) of the errors of each of a sample's images."""
+    paths = one.detail.masks or (Path(),) * len(sized)
+    shapes = [latents.shapes[index[image]] for image in sized]
+    return tuple(mask_of(path, *image, (shape[1], shape[2])) for path, image, shape in zip(paths, sized, shapes))
 
 
 def _encoded(

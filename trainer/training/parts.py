@@ -11,6 +11,7 @@ from ..data.fingerprint import Fingerprint
 from ..data.samples import Samples
 from ..objectives import OBJECTIVES, RunContext
 from ..objectives.base import ImageFeatures
+from ..objectives.preference.errors import GRID
 from ..policy import Policy, Trainable
 from ..reward import Reward
 from ..rewards.registry import weights_hashes
@@ -74,6 +75,7 @@ def check_settings(config: TrainConfig, parts: Parts) -> None:
     if not issubclass(parts.samples.data, config.method.data):
         wanted, given = config.method.data.__name__.lower(), parts.samples.data.__name__.lower()
         raise ConfigError(f"{name} trains on {wanted} with these settings, and the data are {given}: give `{wanted}`, or other settings")
+    _check_levels(parts)
     if config.watch.every and parts.evaluation is None:
         raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
     if config.watch.tuned_model and (config.tune == "full" or parts.processes.sharded):
@@ -94,6 +96,17 @@ def check_settings(config: TrainConfig, parts: Parts) -> None:
         config.method.check(parts.context(config, parts.policy))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _check_levels(parts: Parts) -> None:
+    """ConfigError where a sample's least noise level is above all that the model is trained at."""
+    least = max((detail.least for detail in parts.samples.details), default=0.0)
+    if not least:
+        return
+    highest = float(parts.policy.sigmas(GRID)[0])
+    highest = highest if parts.policy.space == "flow" else highest / (1 + highest)
+    if least > highest:
+        raise ConfigError(f"least_noise = {least:g}: the model's highest level is {highest:.3g}, in flow units; give at most that")
 
 
 def prepare(policy: Trainable, config: TrainConfig, processes: Processes) -> None:

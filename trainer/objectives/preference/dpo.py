@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,11 +66,11 @@ class PairObjective(DenoisingObjective):
         """Pairs."""
         return Pairs
 
-    def ordered(self, batch: Pairs) -> Two:
-        """The latents (B,C,h,w) to prefer, and those to prefer them to."""
-        return batch.chosen, batch.rejected
+    def ordered(self, batch: Pairs) -> Pairs:
+        """The pairs, the image to prefer as `chosen`."""
+        return batch
 
-    def states(self, run: RunContext, batch: Pairs, latents: Two, prompts: list[str]) -> Noised:
+    def states(self, run: RunContext, batch: Pairs, prompts: Sequence[Sequence[str]]) -> Noised:
         """The noise levels and the noise at which errors are compared."""
         return self.noised(run, batch)
 
@@ -85,10 +86,11 @@ class PairObjective(DenoisingObjective):
         """Loss () and logs of (B,)."""
         if not isinstance(batch, Pairs):
             raise ValueError("preferences are learnt from pairs of images: give `pairs`")
-        latents, prompts = self.ordered(batch), self.kept(batch, batch.prompts)
-        noised = self.states(run, batch, latents, prompts)
-        tuned = noised.two(latents, (prompts, prompts))
-        reference = noised.two(latents, (prompts, prompts), "base")
+        ordered = self.ordered(batch)
+        latents, prompts = (ordered.chosen, ordered.rejected), self.read(ordered, 2)
+        noised = self.states(run, ordered, prompts)
+        tuned = noised.two(latents, prompts)
+        reference = noised.two(latents, prompts, "base")
         scale = safeguard(tuned, self.mu, run.processes) if self.safeguard else 1.0
         losses, logs = self.losses(tuned, reference, self.strength(run, batch), scale)
         return (losses + self.sft_weight * mean_square(tuned[0])).mean(), logs
@@ -106,9 +108,9 @@ class DiffusionDPO(PairObjective):
     label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "max": 0.5, "help": "probability that the label of a pair is wrong"})
     flip_labels: bool = field(default=False, metadata={"help": "learn to prefer the worse image, as the negative model of Diffusion-NPO"})
 
-    def ordered(self, batch: Pairs) -> Two:
-        """Better and worse images, or the reverse."""
-        return (batch.rejected, batch.chosen) if self.flip_labels else (batch.chosen, batch.rejected)
+    def ordered(self, batch: Pairs) -> Pairs:
+        """As the data say, or the reverse."""
+        return batch.swapped if self.flip_labels else batch
 
     def losses(self, tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: float) -> tuple[Tensor, Logs]:
         """`pair_losses` with the share of wrong labels."""

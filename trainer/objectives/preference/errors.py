@@ -67,6 +67,8 @@ class Noised:
     sigma: Tensor
     noise: Tensor
     target: Target
+    masks: tuple[Tensor, ...] = ()
+    """(B,1,h,w) of each of what is compared: weights of its errors, of mean 1."""
 
     def errors(self, latents: Sequence[Tensor], prompts: Sequence[Sequence[str]], adapter: str = "tuned") -> list[Tensor]:
         """Error of the prediction (B,C,h,w), in units of the target, for each of `latents` (B,C,h,w) under its prompts; one evaluation."""
@@ -77,9 +79,10 @@ class Noised:
         with torch.set_grad_enabled(adapter == "tuned" and torch.is_grad_enabled()):
             denoised = self.policy.denoiser([prompt for some in prompts for prompt in some], adapter=adapter)(x, sigma)
             scale = error_scale(self.target, sigma, self.policy.space)
-            return list(((denoised - clean) * per_sample(scale, clean)).chunk(len(latents)))
+            errors = (denoised - clean) * per_sample(scale, clean)
+            return list((errors * torch.cat(self.masks).to(errors).sqrt() if self.masks else errors).chunk(len(latents)))
 
-    def two(self, latents: Two, prompts: tuple[Sequence[str], Sequence[str]], adapter: str = "tuned") -> Two:
+    def two(self, latents: Two, prompts: Sequence[Sequence[str]], adapter: str = "tuned") -> Two:
         """`errors` of two latents."""
         first, second = self.errors(latents, prompts, adapter)
         return first, second
@@ -173,9 +176,18 @@ class DenoisingObjective(Stateless):
         policy = run.policy
         sigmas = policy.sigmas(GRID)[:-1]
         cumulative = level_weights(self.levels, self.target, sigmas, policy.space).cumsum(0)
-        index = torch.searchsorted(cumulative / cumulative[-1], batch.rng.uniform("noise level"), right=True)
+        drawn, last = batch.rng.uniform("noise level"), torch.tensor(len(sigmas) - 1)
+        if batch.details.least is not None:  # of the levels that are high enough; the noisiest comes first
+            flow = sigmas if policy.space == "flow" else sigmas / (1 + sigmas)
+            last = (flow.double()[None] >= batch.details.least.to(flow.device)[:, None]).sum(1).clamp(min=1) - 1
+            drawn = drawn.to(cumulative) * cumulative[last] / cumulative[-1]
+        index = torch.searchsorted(cumulative / cumulative[-1], drawn, right=True)
         noise = batch.rng.normal("diffusion noise", batch.shape(policy))
-        return Noised(policy, sigmas[index.clamp(max=len(sigmas) - 1)], noise, self.target)
+        return Noised(policy, sigmas[index.minimum(last)], noise, self.target, batch.details.masks)
+
+    def read(self, batch: Batch, images: int = 1) -> list[list[str]]:
+        """The prompts of each of so many compared images, some of them replaced by the empty one, for all images alike."""
+        return [self.kept(batch, one) for one in batch.details.captions or (batch.prompts,) * images]
 
     def kept(self, batch: Batch, prompts: Sequence[str]) -> list[str]:
         """The prompts, some of them replaced by the empty one."""

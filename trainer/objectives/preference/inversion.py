@@ -16,7 +16,7 @@ from ...reward import Reward, ScaledReward
 from ...sampling import alpha, gaussian
 from ..base import RunContext
 from .dpo import DiffusionDPO
-from .errors import Noised, Two
+from .errors import Noised
 
 
 @torch.no_grad()
@@ -71,16 +71,16 @@ class InPO(DiffusionDPO):
     )
     renoise: bool = field(default=False, metadata={"help": "refine each step once (ReNoise), at twice the evaluations"})
 
-    def states(self, run: RunContext, batch: Pairs, latents: Two, prompts: list[str]) -> Noised:
+    def states(self, run: RunContext, batch: Pairs, prompts: Sequence[Sequence[str]]) -> Noised:
         """The drawn levels, and the noise found in each image."""
         drawn, shape = self.noised(run, batch), batch.shape(run.policy)
 
         def noise_at(i: int) -> Tensor:
             return self.inversion_noise * torch.cat([batch.rng.normal(f"inversion {i}, image {k}", shape) for k in range(2)])
 
-        x0 = torch.cat([one.to(run.policy.device) for one in latents])
+        x0 = torch.cat([one.to(run.policy.device) for one in (batch.chosen, batch.rejected)])
         noisy = noise_at if self.inversion_noise > 0 else None
-        found = inverted(run.policy, x0, prompts * 2, drawn.sigma.repeat(2), self.inversion_steps, self.renoise, noisy)
+        found = inverted(run.policy, x0, [*prompts[0], *prompts[1]], drawn.sigma.repeat(2), self.inversion_steps, self.renoise, noisy)
         return replace(drawn, noise=found)
 
 

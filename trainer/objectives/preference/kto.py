@@ -53,7 +53,7 @@ class DiffusionKTO(DenoisingObjective):
         """Loss () and logs of (B,)."""
         if not isinstance(batch, Labels):
             raise ValueError("likes are learnt from labelled images: give `labels`")
-        noised, prompts = self.noised(run, batch), [self.kept(batch, batch.prompts)]
+        noised, prompts = self.noised(run, batch), self.read(batch)
         tuned = mean_square(noised.errors([batch.latents], prompts)[0])
         reference = mean_square(noised.errors([batch.latents], prompts, "base")[0])
         liked = batch.labels.to(tuned.device) > 0

@@ -45,8 +45,7 @@ class MaPO(DenoisingObjective):
         """Loss () and logs of (B,)."""
         if not isinstance(batch, Pairs):
             raise ValueError("preferences are learnt from pairs of images: give `pairs`")
-        prompts = self.kept(batch, batch.prompts)
-        tuned = self.noised(run, batch).two((batch.chosen, batch.rejected), (prompts, prompts))
+        tuned = self.noised(run, batch).two((batch.chosen, batch.rejected), self.read(batch, 2))
         chosen, rejected = mean_square(tuned[0]), mean_square(tuned[1])
         margin = self.margin_scale * (saturated(chosen, self.scale) - saturated(rejected, self.scale))
         losses = self.sft_weight * chosen - self.beta * F.logsigmoid(margin)
