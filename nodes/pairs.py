@@ -94,6 +94,8 @@ class MakePairs(io.ComfyNode):
         every = prompts_of(prompts, images, per_line=True)
         finite, fit = usable(images)
         texts = [every[i] for i in places(fit)]
+        if not all(text.strip() for text in texts):
+            raise ValueError("an image has no prompt: images are compared under one prompt, which training needs too; write one")
         alone = sorted({text for text in texts if texts.count(text) < 2})
         if len(alone) == len(set(texts)):
             raise ValueError(f"prompt {alone[0]!r} has one image, as each prompt has: a pair is two images of one prompt")

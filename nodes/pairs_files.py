@@ -139,7 +139,7 @@ class LoadPairs(io.ComfyNode):
 
 def _new_folder(name: str) -> Path:
     """output/imagerefl_pairs/NAME, or NAME_2, NAME_3, …"""
-    plain = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ") or "pairs"
+    plain = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ")[:80] or "pairs"
     home, number = Path(folder_paths.get_output_directory()) / "imagerefl_pairs", 1
     while (folder := home / (plain if number == 1 else f"{plain}_{number}")).exists():
         number += 1

@@ -149,6 +149,7 @@ def test_pairs_are_made_filtered_saved_and_loaded(pairs):
         ("outside", "input/out pairs.csv names "),
         ("not listed", "'../secret/pairs.csv' is not in the list"),
         ("alone", "prompt 'a' has one image, as each prompt has: a pair is two images of one prompt"),
+        ("no prompt", "an image has no prompt: images are compared under one prompt, which training needs too"),
         ("twice", "reward demo-proxy is connected twice"),
         ("held out", "heldout is demo-proxy, which ranks the images too"),
         ("copies", "no pair: 1 images alone under their prompt, 9 equal scores"),

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from PIL import Image
 
 from trainer.data.preferences import read_labels, read_pairs
+from trainer.data.report import Report
 from trainer.pairs.filter import Filter, filtered, neighbour_distances, valued
 from trainer.pairs.label import Pair, Scored, candidates, labelled, relabelled
 from trainer.pairs.near_copies import Thumbnails
 from trainer.pairs.report import lines, report
 from trainer.pairs.split import split
-from trainer.pairs.tables import labels_of, write_labels, write_pairs
+from trainer.pairs.tables import labels_of, read_table, write_labels, write_pairs
 
 
 def scored(name, *scores, prompt="p", heldout=None):
@@ -213,6 +215,19 @@ def test_tables_are_what_training_reads(images, tmp_path):
     assert line["chosen"] == "0.png" and line["gaps"] == {"hps": 1.0} and line["margin"] == 1.0
     write_pairs(pairs, ["hps"], tmp_path / "elsewhere.jsonl")
     assert read_pairs(str(tmp_path / "elsewhere.jsonl"))[0][0] == found[0]
+    again, rewards = read_table(home / "pairs.jsonl", Report())
+    assert rewards == ["hps"] and [replace(one, value=None) for one in again] == [replace(one, value=None) for one in pairs]
+    for bad, message in {
+        '"margin": NaN': "pair 2: margin is 'nan': give a finite number, or leave it out",
+        '"margin": "big"': "pair 2: margin is 'big'",
+        '"margin": 1, "gaps": [1]': "pair 2: gaps are of other rewards than in the first pair",
+        '"margin": 1, "gaps": {"hps": 1, "clip": 1}': "pair 2: gaps are of other rewards",
+        '"margin": 1, "gaps": {"hps": null}': "pair 2: hps is 'None'",
+    }.items():
+        rows = [json.dumps(line), f'{{"chosen": "1.png", "rejected": "2.png", "prompt": "p", {bad}}}']
+        (home / "bad.jsonl").write_text("\n".join(rows))
+        with pytest.raises(ValueError, match=message):
+            read_table(home / "bad.jsonl", Report())
 
 
 def test_the_report_counts_agreement():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..data.choices import is_choices
 from ..data.images import ImageSource
@@ -43,18 +44,20 @@ def read_table(path: Path, report: Report) -> tuple[list[Pair], list[str]]:
         own = [json.loads(line) for line in lines(read_text(path)) if line.strip()]
     if len(own) != len(found) or any("margin" not in row for row in own):
         return [Pair(better, worse, prompt) for better, worse, prompt in found], []
-    rewards = list(own[0].get("gaps", {}))
-    scored = zip(found, own)
-    return [Pair(*images, **_scores(row, rewards)) for images, row in scored], rewards
+    rewards = list(next((row["gaps"] for row in own if row.get("gaps")), {}))
+    return [Pair(*images, **_scores(row, rewards, f"{path}, pair {i}")) for i, (images, row) in enumerate(zip(found, own), 1)], rewards
 
 
-def _scores(row: Mapping[str, Any], rewards: Sequence[str]) -> dict[str, Any]:
-    known = {
-        key: row.get(name)
-        for key, name in (("margin", "margin"), ("agreement", "agreement"), ("value", "value"), ("heldout", "heldout_gap"))
-    }
-    gaps = row.get("gaps") or {}
-    return {**known, "gaps": tuple(gaps[name] for name in rewards if name in gaps)}
+def _scores(row: Mapping[str, Any], rewards: Sequence[str], where: str) -> dict[str, Any]:
+    names = {"margin": "margin", "agreement": "agreement", "value": "value", "heldout": "heldout_gap"}
+    known, gaps = {key: row.get(name) for key, name in names.items()}, row.get("gaps") or {}
+    if gaps and (not isinstance(gaps, dict) or cast(dict[str, Any], gaps).keys() != set(rewards)):
+        raise ValueError(f"{where}: gaps are of other rewards than in the first pair: give numbers of the same ones, or no gaps")
+    given = {**{names[key]: value for key, value in known.items() if value is not None}, **gaps}
+    bad = next((name for name, value in given.items() if type(value) not in (int, float) or not math.isfinite(value)), None)
+    if bad is not None:
+        raise ValueError(f"{where}: {bad} is {str(given[bad])[:40]!r}: give a finite number, or leave it out")
+    return {**known, "gaps": tuple(gaps[name] for name in rewards if gaps)}
 
 
 def labels_of(pairs: Sequence[Pair]) -> dict[tuple[ImageSource, str], str]:

@@ -126,6 +126,7 @@ with torch.inference_mode():
     ask("outside", lambda: N["LoadPairs"].execute(table="input/out pairs.csv"))
     ask("not listed", lambda: N["LoadPairs"].execute(table="../secret/pairs.csv"))
     ask("alone", lambda: make(images[:2], prompts=["a\nb"]))
+    ask("no prompt", lambda: make(images, prompts=[""]))
     ask("twice", lambda: make(images, reward_b=[load("demo-proxy")]))
     ask("held out", lambda: make(images, heldout=[load("demo-proxy")]))
     ask("copies", lambda: make(images[:1].repeat(10, 1, 1, 1)))
