@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import io
 import json
+import shutil
 import sys
 import types
 import zipfile
@@ -266,13 +267,13 @@ def test_bodies_that_are_no_choice_are_refused(place):
     assert place.one.state()["open"] == 2 and not place.one.path.exists()
 
 
-@pytest.mark.parametrize("name", ["choices.jsonl", "open.jsonl", "waiting.jsonl", "images", ""])
+@pytest.mark.parametrize("name", ["choices.jsonl", "open.jsonl", "waiting.jsonl", "images", ".", ".."])
 def test_links_in_the_folder_are_not_followed(place, name):
-    path = place.one.folder / name if name else place.one.folder
+    path = {".": place.one.folder, "..": place.one.folder.parent}.get(name, place.one.folder / name)
     if path.exists():
-        path.rename(path.with_name("before"))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     target = place.root / "user" / "other" / FOLDER / "taste"
-    path.symlink_to(target / "choices.jsonl" if name.endswith("l") else target)
+    path.symlink_to({".jsonl": target / "choices.jsonl", "": target.parent if name == ".." else target}[path.suffix])
 
     async def visit(session, base):
         found = [
