@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ EVENT = "imagerefl.taste"
 KINDS = {"pairs": "pair", "best of n": "best", "like or dislike": "thumb"}
 _USERS: OrderedDict[str, str] = OrderedDict()  # by tab, where there are several users
 _MOST_TABS = 1000
+_DELETIONS: Counter[str] = Counter()  # by name
 
 
 def register_routes() -> None:
@@ -33,13 +34,17 @@ def register_routes() -> None:
     server = host.server()
     if server is not None:
         temporary = Path(folder_paths.get_temp_directory())
-        add_routes(server.routes, Access(host.user_of, host.user_folder, lambda: temporary, _changed, _seen))
+        add_routes(server.routes, Access(host.user_of, host.user_folder, lambda: temporary, _changed, _deleted, _seen))
 
 
 def _changed(name: str) -> None:
     server = host.server()
     if server is not None:
         server.send_sync(EVENT, {"name": name})
+
+
+def _deleted(name: str) -> None:
+    _DELETIONS[name] += 1
 
 
 def _seen(client: str, user: str) -> None:
@@ -100,6 +105,11 @@ class CollectPreferences(io.ComfyNode):
             ],
             outputs=[io.Image.Output("images_out", display_name="images", tooltip="The images, unchanged.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str = "", **_: Any) -> int:
+        """Asks again about the same images where the choices of this name were deleted."""
+        return _DELETIONS[name]
 
     @classmethod
     def execute(

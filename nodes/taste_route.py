@@ -32,12 +32,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @dataclass(frozen=True)
 class Access:
     """What the routes ask of ComfyUI: the user of a request (KeyError: unknown), the user's folder, where to write temporary files, to
-    tell all tabs that a set changed, and to remember whose tab it is."""
+    tell all tabs that a set changed, to forget what was made of a set that was deleted, and to remember whose tab it is."""
 
     user_of: Callable[[web.Request], str]
     folder_of: Callable[[str], Path]
     temporary: Callable[[], Path]
     changed: Callable[[str], None]
+    deleted: Callable[[str], None]
     seen: Callable[[str, str], None]
 
 
@@ -192,6 +193,7 @@ async def _delete(request: web.Request, access: Access) -> web.StreamResponse:
     if body.get("confirm") != body.get("name"):
         raise ValueError("confirm: give the name again")
     await _apart(one.delete)
+    access.deleted(one.folder.name)
     return await _changed(one, access)
 
 

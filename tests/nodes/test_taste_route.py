@@ -42,7 +42,7 @@ class Place:
 
     def __init__(self, route, root):
         self.route, self.root, self.user = route, root, root / "user" / "default"
-        self.told, self.tabs = [], {}
+        self.told, self.deleted, self.tabs = [], [], {}
         (root / "user" / "other" / FOLDER / "taste").mkdir(parents=True)
         (root / "temp").mkdir()
         for name in ("secret.txt", "user/secret.txt", "user/other/secret.txt", f"user/other/{FOLDER}/taste/choices.jsonl"):
@@ -87,7 +87,7 @@ class Place:
         return asyncio.run(run())
 
     def listeners(self):
-        return self.told.append, self.tabs.__setitem__
+        return self.told.append, self.deleted.append, self.tabs.__setitem__
 
     def number(self):
         return self.one.state()["question"]["id"]
@@ -126,7 +126,7 @@ def test_a_choice_an_undo_an_export_and_a_deletion(place):
         assert (status, after["open"]) == (200, 0) and not place.one.folder.exists()
 
     place.use(visit)
-    assert place.told == ["taste"] * 3 and place.tabs == {"tab": "default"}
+    assert place.told == ["taste"] * 3 and place.deleted == ["taste"] and place.tabs == {"tab": "default"}
 
 
 NAMES = ["..", "../other", "%2e%2e", "%2e%2e%2fother", "..%2fother", "/etc", "C:\\x", "a/b", "a\\b", "", ".", "a\0b", "a%00", "ä", "x" * 65]

@@ -197,6 +197,13 @@ def test_pairs_and_labels_of_training_data_are_read_from_it(file, shown):
 
 
 def test_what_training_cannot_use_is_refused_in_one_line(file, shown):
+    write(file, undo("of nothing"))
+    with pytest.raises(ValueError, match=r"choices\.jsonl holds no choice yet"):
+        read_pairs(str(file))
+    write(file, choice("thumb", "p", shown[:1], "liked"))
+    with pytest.raises(ValueError, match=r"likes and dislikes alone: give it as labels"):
+        read_pairs(str(file))
+    file.unlink()
     write(file, choice("pair", "", shown[:2], "chosen", chosen=0))
     with pytest.raises(ValueError, match=r"choices\.jsonl, line 1: no prompt"):
         read_pairs(str(file))

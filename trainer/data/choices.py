@@ -171,7 +171,13 @@ def preference_rows(path: Path, report: Report) -> list[tuple[Path, Path, str]]:
             report.leave_out(why, f"line {one.line}")
         else:
             _check_prompt(path, one)
-    return [(pair.chosen, pair.rejected, pair.prompt) for pair in found.pairs()]
+    rows = [(pair.chosen, pair.rejected, pair.prompt) for pair in found.pairs()]
+    if not rows:
+        thumbs = any(one.kind == "thumb" for one in found.records)
+        raise ValueError(
+            f"{path} holds {'likes and dislikes alone: give it as labels, or choose between images' if thumbs else 'no choice yet'}"
+        )
+    return rows
 
 
 def label_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:

@@ -143,7 +143,7 @@ class Tab:
         x, y, width, height = await self.page.evaluate(BOX)
         path, clip = screenshots / f"{name}.png", {"x": max(0, x - 12), "y": max(0, y - 12), "width": width + 24, "height": height + 24}
         await self.page.screenshot(path=path, clip=clip)
-        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+        Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 async def journey(tab, second):
