@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 from helpers.comfyui import PLACES, comfyui, run_inside
 
+from trainer.__main__ import main
 from trainer.taste.choices import read_choices
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -19,7 +20,7 @@ browser = pytest.mark.skipif(not (CHROMIUM and find_spec("playwright")), reason=
 @browser
 @pytest.mark.full
 @pytest.mark.parametrize("look", ["classic", "vue"])
-def test_choosing_by_keyboard_and_mouse_a_reload_undo_and_two_tabs(look, tmp_path):
+def test_choosing_by_keyboard_and_mouse_a_reload_undo_and_two_tabs(look, tmp_path, capsys):
     found = run_inside(PLACES[0], "taste_browser.py", tmp_path / "shots", look, cwd=tmp_path)
     assert found["asked"] == {
         "said": "4 open · no choice yet",
@@ -37,5 +38,10 @@ def test_choosing_by_keyboard_and_mouse_a_reload_undo_and_two_tabs(look, tmp_pat
     assert found["others"] == [{"chosen": 1, "open": 1}, {"liked": 1, "disliked": 1, "skip": 1, "open": 5}]
     assert found["deleted"] == {"open": 0} and found["page errors"] == []
     assert found["saved with the graph"] == ["likes", "like or dislike", 4, "", False]
+    assert found["red"] == {"chosen": 20, "open": 0}
     choices = read_choices(tmp_path / "shots" / "taste-choices.jsonl")
     assert [one.outcome for one in choices.records] == ["chosen", "tie", "chosen", "chosen"] and len(choices.ids) == 5 and not choices.cut
+    # the head that they fit; 20 choices between 40 stars, of which the redder was always taken
+    red = tmp_path / "shots" / f"taste-{look}-red" / "choices.jsonl"
+    assert main(["taste", str(red), "--tower=demo-proxy", f"--out={tmp_path / 'red.safetensors'}"]) == 0
+    assert (tmp_path / "red.safetensors").is_file() and capsys.readouterr().out.count("20")

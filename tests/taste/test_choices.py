@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,3 +219,8 @@ def test_what_training_cannot_use_is_refused_in_one_line(file, shown):
 def test_ids_and_times_follow_each_other(shown):
     records = [choice("pair", "p", shown[:2], "tie") for _ in range(5)]
     assert len({record["id"] for record in records}) == 5 and all(a["time"] <= b["time"] for a, b in pairwise(records))
+
+
+def test_the_example_of_the_documentation_is_read():
+    found = read_choices(Path(__file__).parents[2] / "docs" / "images" / "taste-choices.jsonl")
+    assert [one.outcome for one in found.records] == ["chosen", "tie", "chosen", "chosen"] and len(found.ids) == 5 and not found.cut

@@ -4,6 +4,7 @@ Needs Chromium, and playwright from `.[comfy]`. Usage: taste_browser.py COMFYUI 
 """
 
 import asyncio
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import live
-from PIL import Image
+from PIL import Image, ImageStat
 from playwright.async_api import async_playwright
 
 screenshots, look = Path(sys.argv[3]).resolve(), sys.argv[4]
@@ -51,11 +52,12 @@ BOX = """() => { const node = app.graph.nodes.find(node => node.type === 'ImageR
     return [canvas.left + (x + offset[0]) * scale, canvas.top + (y + offset[1]) * scale, w * scale, h * scale] }"""
 
 
-def workflow(name, ask, seed):
+def workflow(name, ask, seed, batch):
     """The demo model's images at a Taste node, as the browser saves it."""
     nodes, links = [], []
     for i, (kind, at, size, widgets, sockets, outputs) in enumerate(NODES, 1):
-        values = [name, ask, *widgets[2:]] if kind == "ImageReFLTaste" else [seed, *widgets[1:]] if kind == "KSampler" else widgets
+        own = {"ImageReFLTaste": [name, ask, *widgets[2:]], "KSampler": [seed, *widgets[1:]], "EmptyLatentImage": [64, 64, batch]}
+        values = own.get(kind, widgets)
         made = {
             "id": i,
             "type": kind,
@@ -98,8 +100,8 @@ class Tab:
         await self.page.keyboard.press("Escape")  # the dialog of a first start
         await self.page.wait_for_timeout(1000)
 
-    async def show(self, name="taste", ask="pairs", seed=1):
-        await self.page.evaluate("graph => app.loadGraphData(graph, true, true, 'choosing')", workflow(name, ask, seed))
+    async def show(self, name="taste", ask="pairs", seed=1, batch=8):
+        await self.page.evaluate("graph => app.loadGraphData(graph, true, true, 'choosing')", workflow(name, ask, seed, batch))
         await self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")  # away from messages in the corner
         await self.page.wait_for_timeout(2500)
 
@@ -130,6 +132,20 @@ class Tab:
         for key in keys:
             await self.page.keyboard.press(key)
             await self.page.wait_for_timeout(900)
+
+    async def redness(self, name, sha256):
+        """Mean red minus mean blue of an image of a question."""
+        async with self.session.get(f"{self.base}/imagerefl/taste/image", params={"name": name, "sha256": sha256}) as answer:
+            red, _, blue = ImageStat.Stat(Image.open(io.BytesIO(await answer.read()))).mean
+            return red - blue
+
+    async def choose_the_redder(self, name, pairs):
+        """By keyboard, a person who likes red."""
+        await self.page.locator(f"{PANEL} .prompt").click()
+        for _ in range(pairs):
+            asked = (await self.json("/imagerefl/taste", name=name))["question"]["images"]
+            red = [await self.redness(name, one["sha256"]) for one in asked]
+            await self.press("ArrowLeft" if red[0] > red[1] else "ArrowRight", focus=False)
 
     async def state(self):
         return await self.page.evaluate(STATE)
@@ -187,6 +203,10 @@ async def journey(tab, second):
     await second.page.locator("[role=dialog] button", has_text="Delete").last.click()
     await second.page.wait_for_timeout(1500)
     found["deleted"] = await tab.counts("likes")
+    await tab.show("red", "pairs", 4, 40)
+    await tab.run()
+    await tab.choose_the_redder("red", 20)
+    found["red"] = await tab.counts("red")
     found["saved with the graph"] = await second.page.evaluate("() => app.graph.serialize().nodes.at(-1).widgets_values")
     return found
 
@@ -221,7 +241,9 @@ async def main():
             except BaseException:
                 await tabs[0].page.screenshot(path=screenshots / "failed.png")
                 raise
-        shutil.copy(folder / "user" / "default" / "imagerefl_taste" / "taste" / "choices.jsonl", screenshots / "taste-choices.jsonl")
+        own = folder / "user" / "default" / "imagerefl_taste"
+        shutil.copy(own / "taste" / "choices.jsonl", screenshots / "taste-choices.jsonl")
+        shutil.copytree(own / "red", screenshots / f"taste-{look}-red", dirs_exist_ok=True)
         print(json.dumps({**found, "page errors": [error for error in wrong if "taste.js" in error]}))  # not the frontend's own
     finally:
         process.terminate()
