@@ -209,7 +209,7 @@ class LoadReward(io.ComfyNode):
             display_name="Load Reward Model",
             category=f"{CATEGORY}/rewards",
             description="A model that scores how much people would like an image under a prompt.",
-            search_aliases=["hps", "hpsv2", "hpsv2.1", "pickscore", "imagereward", "mps", "aesthetic", "preference model"],
+            search_aliases=["hps", "hpsv2", "hpsv2.1", "pickscore", "imagereward", "mps", "ict", "aesthetic", "preference model"],
             inputs=[
                 io.Combo.Input(
                     "name",

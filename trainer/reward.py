@@ -8,6 +8,10 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 
+class RewardUnavailable(ValueError):
+    """A reward outside this process gave no score, or none that can be used. A run that is stopped by it keeps its state."""
+
+
 class Reward(Protocol):
     """A score of images under prompts; higher is better."""
 

@@ -1,4 +1,4 @@
-"""HPS, PickScore, CLIP score and the aesthetic predictor over transformers' CLIPModel."""
+"""HPS, PickScore, CLIP score, ICT, HP and the aesthetic predictor over transformers' CLIPModel."""
 
 from __future__ import annotations
 
@@ -106,3 +106,22 @@ def write_aesthetic(folder: Path, architecture: Mapping[str, Any]) -> Any:
     save_file(as_open_clip(model), folder / "open_clip_model.safetensors")
     torch.save(head, folder / "aesthetic-model.pth")
     return lambda images, prompts: apply_head(head, image_features(model, pixel_batch(images, size)))
+
+
+def write_ict(folder: Path, architecture: Mapping[str, Any]) -> Any:
+    model, size = transformers_clip(architecture, 6), architecture["vision_cfg"]["image_size"]
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return lambda images, prompts: (image_features(model, pixel_batch(images, size)) * text_features(model, prompts)).sum(-1)
+
+
+def write_hp(folder: Path, architecture: Mapping[str, Any]) -> Any:
+    model, size = transformers_clip(architecture, 7), architecture["vision_cfg"]["image_size"]
+    head = random_head(architecture["embed_dim"], 8)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(head, folder / "mlp_pytorch_model.bin")
+
+    def score(images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        features = model.visual_projection(model.vision_model(pixel_values=pixel_batch(images, size)).pooler_output)
+        return 1 / (1 + torch.exp(-apply_head(head, features)))
+
+    return score

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parity.clip import write_aesthetic, write_clip, write_hps, write_pickscore
+from tests.parity.clip import write_aesthetic, write_clip, write_hp, write_hps, write_ict, write_pickscore
 from tests.parity.image_reward import write_image_reward
 from tests.parity.mps import write_mps
 from tests.parity.pixels import natural_images, pillow_error
@@ -65,6 +65,8 @@ CASES: dict[str, Case] = {
     "imagereward": Case(write_image_reward, SMALL_BLIP, ARCHITECTURE, "transformers' BLIP vision and text models"),
     "mps": Case(write_mps, SMALL_CLIP, _H, "transformers' CLIPModel and a cross model written out head by head"),
     "aesthetic": Case(write_aesthetic, {**SMALL_CLIP, "quick_gelu": True}, ARCHITECTURES["ViT-L-14"], "transformers' CLIPModel"),
+    "ict": Case(write_ict, SMALL_CLIP, _H, "transformers' CLIPModel"),
+    "hp": Case(write_hp, SMALL_CLIP, _H, "transformers' CLIPModel"),
 }
 
 

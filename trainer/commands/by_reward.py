@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,8 @@ class Judges:
 def load_judges(args: argparse.Namespace, prompts: Sequence[str]) -> Judges:
     """The rewards of the arguments; ConfigError where one reads a prompt and there is none."""
     device = check_device(args.device)
-    judges = Judges(
-        load_reward(",".join(args.reward), not args.raw, device), load_reward(args.heldout, not args.raw, device) if args.heldout else None
-    )
+    load = partial(load_reward, standardise=not args.raw, device=device, allow_remote=args.allow_remote)
+    judges = Judges(load(",".join(args.reward)), load(args.heldout) if args.heldout else None)
     for one, name in ((judges.reward, "--reward"), (judges.heldout, "--heldout")):
         if one is not None and one.needs_prompt and not all(prompts):
             raise ConfigError(f"{name} scores an image under its prompt, and a prompt is empty: write one, or give another reward")
@@ -65,7 +65,8 @@ def load_judges(args: argparse.Namespace, prompts: Sequence[str]) -> Judges:
 def facts(args: argparse.Namespace) -> dict[str, Any]:
     """The rewards that the images depend on."""
     names = [*args.reward, *([args.heldout] if args.heldout else [])]
-    return {"reward": args.reward, "heldout": args.heldout, "raw": args.raw, "rewards_sha256": weights_hashes(names)}
+    hashes = weights_hashes(names, allow_remote=args.allow_remote)
+    return {"reward": args.reward, "heldout": args.heldout, "raw": args.raw, "rewards_sha256": hashes}
 
 
 def folder_beside(images: ImageFolder, name: str, args: argparse.Namespace) -> Path:

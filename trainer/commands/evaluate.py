@@ -32,7 +32,7 @@ from ..rewards.registry import weights_hashes
 from ..runtime.files import file_hash, files_hash, write_text
 from .checkpoints import Checkpoint, checkpoints, split_name
 from .judges import judges_of, photos_of, real_features
-from .options import add_generation, device_of, generation_of, policy_of, prompts_of
+from .options import add_generation, add_remote, device_of, generation_of, policy_of, prompts_of
 from .parts import base_hash
 from .two_parts import add_conditioning, conditioning
 
@@ -56,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--real", type=Path, metavar="FOLDER", help="real images to compare with by FID, KID, LogCov (default: the base model's images)")
     add("--dino", type=Path, metavar="FILE", help="DINO ViT-S/16 weights (default: those of `rewards download dino`)")
     add("--inception", type=Path, metavar="FILE", help="network of the published FID (default: that of `rewards download inception`)")
+    add_remote(add)
     add("--raw", action="store_true", help="raw scores: needs no mean and standard deviation, and they are then on the rewards' own scales")
     files = f"LPIPS weights (default: {' and '.join(LPIPS)} in models/rewards/lpips)"
     add("--lpips", type=Path, nargs=2, metavar=("ALEXNET", "HEADS"), help=files)

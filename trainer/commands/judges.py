@@ -27,7 +27,7 @@ from ..rewards.weights import Placement
 def judges_of(args: argparse.Namespace, device: str) -> Judges:
     """The rewards; features of the embedded extractor and reader, of CLIP or else the first two-tower reward, of DINO; LPIPS."""
     placement, folders = Placement(device), weight_folders()
-    rewards = {name: load_reward(name, not args.raw, device) for name in args.reward}
+    rewards = {name: load_reward(name, not args.raw, device, allow_remote=args.allow_remote) for name in args.reward}
     towers = {name: r.raw.image_features for name, r in rewards.items() if isinstance(r.raw, TwoTower)}
     features: dict[str, Features] = {}
     if args.model == "demo":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +23,11 @@ from ..text import lines, valid
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, mps or xpu (default cpu)")
+
+
+def add_remote(add: Callable[..., object]) -> None:
+    """Add `--allow-remote` by a parser's or a group's `add_argument`."""
+    add("--allow-remote", action="store_true", help="let a judge that is named by its URL be on another machine: images are sent there")
 
 
 def device_of(args: argparse.Namespace) -> str:

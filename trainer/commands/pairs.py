@@ -20,7 +20,7 @@ from ..pairs.report import lines, report
 from ..pairs.split import split
 from . import pairs_source as sources
 from . import sample
-from .options import device_of
+from .options import add_remote, device_of
 from .pairs_folder import PairsFolder
 from .pairs_rewards import Judges
 
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--from-pairs", metavar="SOURCE", help="score these pairs instead of drawing: as `train --pairs` takes them")
     add("--reward", action="append", metavar="NAME[=WEIGHT]", help="what ranks images; several times: each has a vote (default demo-proxy)")
     add("--heldout", metavar="NAME", help="a reward that ranks nothing, reported beside the others")
+    add_remote(add)
     add("--raw", action="store_true", help="raw scores, whose units margins then have, instead of standard deviations")
     about = "better is: sum, the weighted sum of scores (default); majority, the rewards' votes; given, as --from-pairs says (its default)"
     add("--label", choices=_LABELS, help=about)

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ class Judges:
         if without is not None:
             raise ConfigError(f"--reward {without}=0 ranks nothing: leave it out, or name it in --heldout")
         if args.heldout is not None:
-            _check_apart([name for name, _ in weights], args.heldout)
-        parts = tuple(replace(load(name, device), weight=weight) for name, weight in weights)
-        heldout = load(args.heldout, device) if args.heldout else None
+            _check_apart([name for name, _ in weights], args.heldout, args.allow_remote)
+        opened = partial(load, device=device, allow_remote=args.allow_remote)
+        parts = tuple(replace(opened(name), weight=weight) for name, weight in weights)
+        heldout = opened(args.heldout) if args.heldout else None
         check_names([*parts, *([heldout] if heldout else [])])
         for part in parts if not args.raw else ():
             if part.std is None:
@@ -173,12 +175,12 @@ def _without_graph(tower: TwoTower) -> TextFeatures:
     return features
 
 
-def _check_apart(names: Sequence[str], heldout: str) -> None:
+def _check_apart(names: Sequence[str], heldout: str, allow_remote: bool) -> None:
     """ConfigError where the held-out reward is one that ranks, under this name or another."""
     (name, _), *others = parse_weights(heldout)
     if others or name != heldout:
         raise ConfigError(f"--heldout {heldout}: give one reward, without a weight")
-    hashes = weights_hashes([*names, heldout]) if heldout not in names else {}
+    hashes = weights_hashes([*names, heldout], allow_remote=allow_remote) if heldout not in names else {}
     same = next((name for name in names if name == heldout or (heldout in hashes and hashes.get(name) == hashes[heldout])), None)
     if same is not None:
         raise ConfigError(f"--heldout {heldout} is the reward that ranks, {same}: a held-out reward is another one")

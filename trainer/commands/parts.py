@@ -54,7 +54,7 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
         raise ConfigError("watch.every is set: name the held-out reward in watch.heldout")
     aside = "cpu" if offloads(config) else device  # encoding prompts and images needs the device's memory
     asked = asks_reward(config)
-    reward = load_reward(config.reward, config.standardise, aside, DTYPES[config.reward_dtype]) if asked else None
+    reward = _reward(config, config.reward, aside, config.reward_dtype) if asked else None
     if reward is not None and config.gradient_checkpointing_reward:
         if not reward.supports_gradient_checkpointing:
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
@@ -75,6 +75,10 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     now, earlier = denoiser_hashes(config.model)
     data = _data(config, samples, evaluation)
     return replace(parts, base_hash=now, earlier_base_hash=earlier, weights=weights_of(config), data=data)
+
+
+def _reward(config: TrainConfig, spec: str, device: str, dtype: str = "float32") -> RewardModel:
+    return load_reward(spec, config.standardise, device, DTYPES[dtype], config.allow_remote)
 
 
 def _data(config: TrainConfig, samples: Samples, evaluation: Evaluation | None) -> dict[str, Fingerprint]:
@@ -138,7 +142,7 @@ def _evaluation(
     """The evaluations of a run; diversity is measured in features of the held-out reward or, where it has none, of the training reward."""
     if not config.watch.every or reward is None:
         return None
-    heldout = load_reward(config.watch.heldout, config.standardise, device)
+    heldout = _reward(config, config.watch.heldout, device)
     towers = [r.raw for r in (heldout, reward) if isinstance(r.raw, TwoTower)]
     if not towers:
         raise ConfigError("the watch measures diversity in image features: train on a two-tower reward, or name one in watch.heldout")

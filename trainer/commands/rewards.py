@@ -12,8 +12,10 @@ from ..metrics.dino import DINO
 from ..metrics.inception import INCEPTION
 from ..rewards.calibrate import measure, write
 from ..rewards.files import WeightFile, download, state, weight_folders
+from ..rewards.http_judge import capabilities_of
+from ..rewards.judge_client import is_url
 from ..rewards.registry import REWARDS, WeightFolders, load
-from .options import add_device, device_of
+from .options import add_device, add_remote, device_of
 
 EXTRACTORS: dict[str, tuple[WeightFile, str, str]] = {
     "dino": (DINO, "Apache-2.0 (card)", "for `evaluate`"),
@@ -52,12 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("name", metavar="NAME", help=f"name of a reward, or {' or '.join(EXTRACTORS)}")
     fetch.add_argument("--folder", type=Path, help="where to (default: ComfyUI's models/rewards, or the user's cache)")
     calibrate = actions.add_parser("calibrate", help="measure a reward's mean and standard deviation on images of the base model")
-    calibrate.add_argument("name", metavar="NAME", help="name of a reward, or a Python file")
+    calibrate.add_argument("name", metavar="NAME", help="name of a reward, a Python file, or a judge's URL")
     calibrate.add_argument("paths", nargs="+", metavar="PATH", help="image folders, images, globs or manifests, as for `score`")
     calibrate.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
     calibrate.add_argument(
         "--prompt-column", default="", metavar="NAME", help="the manifest's column of prompts (default prompt, caption or text)"
     )
+    add_remote(calibrate.add_argument)
     add_device(calibrate)
 
 
@@ -101,11 +104,13 @@ def _calibrate(args: argparse.Namespace) -> None:
     from ..scoring.scorer import score
 
     device = device_of(args)
+    if is_url(args.name):
+        capabilities_of(args.name, args.allow_remote)  # which names the place of its statistics
     path = WeightFolders().statistics(args.name)
     report = Report()
     items = find_items(args.paths, args.prompt, args.prompt_column, report)
     report.show()
-    spec = load(args.name, device)
+    spec = load(args.name, device, allow_remote=args.allow_remote)
     scores: list[float] = []
     for row in score(items, [spec], device):
         if row.error:

@@ -23,7 +23,7 @@ from ..scoring.journal import Journal
 from ..scoring.ray_engine import named_parts
 from ..scoring.scorer import ScoredImage, score
 from ..scoring.table import Table
-from .options import add_device
+from .options import add_device, add_remote
 from .score_shards import add_shards, run_on_ray
 
 TIMEOUT = timedelta(days=7)  # a process with large images may keep the others waiting longer than the default half hour
@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--top-folder", type=Path, default=Path("best"), metavar="FOLDER", help="folder for --top (default best)")
     add("--link", action="store_true", help="link the best images instead of copying them")
     add("--batch", type=int, default=32, metavar="N", help="images per batch (default 32)")
+    add_remote(add)
     add_device(parser)
     add_shards(parser)
 
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     if args.batch < 1 or args.top < 0 or args.size < 0:
         raise ConfigError("--batch needs at least 1; --top and --size at least 0")
     if args.engine == "ray":
-        parts = named_parts(parse_weights(args.reward or ["demo-proxy"]))
+        parts = named_parts(parse_weights(args.reward or ["demo-proxy"]), args.allow_remote)
         check_names(parts)
         return run_on_ray(args, parts, _settings(args, parts))
     outs = [Path(out) for out in args.out or ()]
@@ -73,7 +74,8 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
     if processes.count > 1 and not outs:
         raise ConfigError("several processes write to a file: give --out")
     device = processes.device(args.device)
-    opened = [(load(name, device), weight) for name, weight in parse_weights(args.reward or ["demo-proxy"])]
+    named = parse_weights(args.reward or ["demo-proxy"])
+    opened = [(load(name, device, allow_remote=args.allow_remote), weight) for name, weight in named]
     parts = [replace(part, weight=weight, size=args.size or part.size) for part, weight in opened]
     check_names(parts)
     table = Table(parts, args.raw)

@@ -38,7 +38,7 @@ def run_on_ray(args: argparse.Namespace, parts: Sequence[RewardSpec], settings: 
     shards = find_shards(args.paths, size, report, args.prompt_column)
     report.show()
     rewards = tuple((part.name, part.weight) for part in parts)
-    shared = {key: getattr(args, key) for key in ("form", "raw", "size", "prompt", "prompt_column", "batch", "device")}
+    shared = {key: getattr(args, key) for key in ("form", "raw", "size", "prompt", "prompt_column", "batch", "device", "allow_remote")}
     shared["prompt"] = None if args.prompt is None else valid(args.prompt)
     scoring = Scoring(rewards, args.out[0], **shared)
     found = score_shards(shards, scoring, settings, on_ray(args.workers), resume=args.resume, overwrite=args.overwrite)

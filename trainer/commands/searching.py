@@ -28,7 +28,7 @@ from ..search.plan import check, cost, fitted, rounds_of
 from ..search.settings import FIELDS, METHODS, Search, search_of
 from .by_reward import Judges, add_settings, facts, folder_beside, given_settings, load_judges
 from .image_folder import ImageFolder
-from .options import finite
+from .options import add_remote, finite
 
 _PREFIX = "search_"
 _LOOKAHEAD = "lookahead"  # name of the adapter
@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--reward", action="append", metavar="NAME[=WEIGHT]", help="what the search maximises; several times: a sum")
     add("--heldout", metavar="NAME", help="a reward that the search does not see, reported beside it")
     add("--raw", action="store_true", help="search by raw scores: needs no mean and standard deviation")
+    add_remote(add)
     add("--budget", type=int, default=0, metavar="N", help="model calls per prompt: as many particles or children as they allow")
     add("--diversity", type=finite, default=0.0, metavar="X", help="return images greedily by reward + X·distance (default 0)")
     add("--image", type=Path, metavar="FILE", help="start from this image, noised, instead of from noise")

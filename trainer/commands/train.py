@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `train`, and to its help the settings."""
-    parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--plan] [--vram GB] [--key=value ...]"
+    parser.usage = "python -m trainer train [CONFIG.toml] [--resume] [--overwrite] [--plan] [--vram GB] [--allow-remote] [--key=value ...]"
     parser.add_argument("config", type=Path, nargs="?", help="TOML file of settings; --key=value replaces those in it, or all")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
     parser.add_argument("--plan", action="store_true", help="print the predicted peak memory and what reduces it; train nothing")
+    parser.add_argument("--allow-remote", action="store_true", help="the setting allow_remote")
     parser.add_argument("--vram", type=float, metavar="GB", help="the setting vram")
     tables = {"model": ("model_options", ModelOptions), "adapter": ("lora", Lora), "watch": ("watch", Watch)}
     lines = ["settings:", *_settings(TrainConfig, "", {"objective", *(key for key, _ in tables.values())})]
@@ -75,6 +76,8 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
     values = override(read_toml(args.config) if args.config else {}, args.settings)
     if args.vram is not None:
         values["vram"] = args.vram
+    if args.allow_remote:
+        values["allow_remote"] = True
     if args.plan and not args.resume:
         values.setdefault("out", ".")  # a plan writes nothing
     config = build(TrainConfig, values)

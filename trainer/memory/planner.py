@@ -15,6 +15,7 @@ from ..models.diffusers_policy import DiffusersPolicy
 from ..models.open import DTYPES, open_consistency, open_gradient_vae, open_policy, open_training_adapter
 from ..models.quantisation import read_bytes
 from ..rewards.base import RewardModel
+from ..rewards.judge_client import is_url
 from ..rewards.registry import load, load_features
 from ..rewards.weighted import RewardSpec, WeightedSum, parse_weights
 from ..runtime.processes import ALONE, Processes
@@ -132,7 +133,10 @@ def host_bytes(config: TrainConfig, models: MetaModels) -> int:
 def meta_reward(spec: str, dtype: str = "float32") -> RewardModel:
     """A reward, or a weighted sum, without weights."""
     names = [name for name, _ in parse_weights(spec)]
-    specs = [RewardSpec(n, UntrackedReward()) if n.endswith(".py") else load(n, "meta", DTYPES[dtype]) for n in names]
+    untracked = [n.endswith(".py") or is_url(n) for n in names]
+    specs = [
+        RewardSpec(n, UntrackedReward()) if other else load(n, "meta", DTYPES[dtype]) for n, other in zip(names, untracked, strict=True)
+    ]
     reward = specs[0].reward if len(specs) == 1 else WeightedSum(specs, raw=True)
     reward.std = 1.0  # weights in its unit need some number
     return reward

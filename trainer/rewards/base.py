@@ -23,6 +23,7 @@ class RewardModel(nn.Module):
 
     differentiable: bool = True  # gradients reach the pixels
     needs_prompt: bool = True  # the score depends on the prompt
+    external: bool = False  # a program outside this process scores: it may be gone at any moment
     takes_prefixes: bool = False  # `scores` is implemented: one encoding of an image serves several prompts
     supports_gradient_checkpointing: bool = False
     fit: Fit | None = None  # how images of any size become the square input; None: they are taken as they are

@@ -14,7 +14,7 @@ from typing import Any
 from ..runtime.files import file_hash, replacing, write_text
 
 # File names that many repositories use: only looked for in a folder of the reward's name.
-_GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt"}
+_GENERIC = {"model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "vocab.txt", "mlp_pytorch_model.bin"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The head that ImageReward and LAION's aesthetic predictor share."""
+"""The head that ImageReward, LAION's aesthetic predictor and HP share."""
 
 from __future__ import annotations
 

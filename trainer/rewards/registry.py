@@ -13,13 +13,17 @@ from typing import Any, Literal
 import torch
 
 from ..runtime.files import files_hash
+from . import sources
 from .aesthetic import Aesthetic
 from .base import RewardModel
 from .calibrate import StatisticsError, checked_statistics
 from .clip import ARCHITECTURES, load_clip, temperature, tokenizer
 from .compressibility import JpegSize
 from .files import WeightFile, find, verify, weight_folders
+from .high_preference import HighPreference
+from .http_judge import HttpJudge, capabilities_of, folder_of
 from .image_reward import ARCHITECTURE, ImageReward
+from .judge_client import is_url
 from .mps import MPS, SAFE
 from .preprocess import Fit
 from .python_file import PythonReward
@@ -76,43 +80,11 @@ def _demo(name: str) -> Entry:
     return Entry(make, "Apache-2.0 (this package)", "the demo's 64×64 images", embedded=True)
 
 
-_FILE, _NAMES = "open_clip_model.safetensors", ("model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")
-_OPEN_CLIP = "open_clip 3.3: pretrained.py, constants.py"
-_B32 = WeightFile("timm/vit_base_patch32_clip_224.openai", _FILE, "ab5b8ef490e86faa07d3523926b842c765de1de5", _NAMES)
-_L14 = WeightFile("timm/vit_large_patch14_clip_224.openai", _FILE, also=_NAMES, folder="clip-l14", named_in=_OPEN_CLIP)
-_H14 = WeightFile("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", _FILE, also=_NAMES, named_in=_OPEN_CLIP)
-_PICKSCORE = WeightFile(
-    "yuvalkirstain/PickScore_v1",
-    "model.safetensors",
-    "a4e4367c6dfa7288a00c550414478f865b875800",
-    ("PickScore_v1.safetensors", "pytorch_model.bin"),
-)
-_IMAGE_REWARD = WeightFile(
-    "THUDM/ImageReward",
-    "ImageReward.pt",
-    "c63dec8373b5c3728b1d250865c402c9546be210",
-    ("ImageReward.safetensors", "model.safetensors"),
-)
-_VOCABULARY = WeightFile(
-    "google-bert/bert-base-uncased", "vocab.txt", "1a30f9711976fc1bd9879517ef1075cd161924fa", ("bert-base-uncased-vocab.txt",)
-)
-_MPS = WeightFile(
-    "RE-N-Y/mpsv1",
-    "model.safetensors",
-    also=("MPS_overall_checkpoint_diffsynth.safetensors", "MPS_overall_checkpoint.pth"),
-    folder="mps",
-)
-_AESTHETIC = WeightFile(
-    "trl-lib/ddpo-aesthetic-predictor",
-    "aesthetic-model.pth",
-    "7f639699bec8126062148a47ecb1a4312d8e6688",
-    ("sac+logos+ava1-l14-linearMSE.safetensors", "sac+logos+ava1-l14-linearMSE.pth"),
-)
-
-
 def _mps(threshold: float) -> Entry:
     source = f"arXiv:2405.14705, github.com/Kwai-Kolors/MPS; {SAFE}"
-    return Entry(partial(MPS.load, threshold=threshold), "MIT (code; card: none)", source, {"weights": _MPS}, ARCHITECTURES["ViT-H-14"])
+    return Entry(
+        partial(MPS.load, threshold=threshold), "MIT (code; card: none)", source, {"weights": sources.MPS}, ARCHITECTURES["ViT-H-14"]
+    )
 
 
 # Licences: "card" is what the repository of the weights says, "code" what the authors' code says.
@@ -124,20 +96,20 @@ REWARDS: dict[str, Entry] = {
     "hpsv2": _hps("HPS_v2_compressed.pt"),
     "pickscore": _clip(
         "ViT-H-14",
-        _PICKSCORE,
+        sources.PICKSCORE,
         "MIT (code; card: none)",
         "arXiv:2305.01569, huggingface.co/yuvalkirstain/PickScore_v1",
         scaled=True,
         repair=False,
     ),
-    "clip": _clip("ViT-B-32", _B32, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
-    "clip-l14": _clip("ViT-L-14", _L14, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
-    "clip-h14": _clip("ViT-H-14", _H14, "MIT (code)", "arXiv:2212.07143, github.com/mlfoundations/open_clip"),
+    "clip": _clip("ViT-B-32", sources.B32, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
+    "clip-l14": _clip("ViT-L-14", sources.L14, "Apache-2.0 (card)", "arXiv:2103.00020, github.com/openai/CLIP"),
+    "clip-h14": _clip("ViT-H-14", sources.H14, "MIT (code)", "arXiv:2212.07143, github.com/mlfoundations/open_clip"),
     "imagereward": Entry(
         ImageReward.load,
         "Apache-2.0 (card, code)",
         "arXiv:2304.05977, huggingface.co/THUDM/ImageReward",
-        {"weights": _IMAGE_REWARD, "vocabulary": _VOCABULARY},
+        {"weights": sources.IMAGE_REWARD, "vocabulary": sources.VOCABULARY},
         ARCHITECTURE,
     ),
     "mps": _mps(0.3),
@@ -146,8 +118,16 @@ REWARDS: dict[str, Entry] = {
         Aesthetic.load,
         "Apache-2.0 (code; card: none)",
         "github.com/christophschuhmann/improved-aesthetic-predictor",
-        {"weights": _AESTHETIC, "clip": _L14},
+        {"weights": sources.AESTHETIC, "clip": sources.L14},
         ARCHITECTURES["ViT-L-14"],
+    ),
+    "ict": _clip("ViT-H-14", sources.ICT, "MIT (code; card: not read)", "arXiv:2507.19002, github.com/BarretBa/ICTHP"),
+    "hp": Entry(
+        HighPreference.load,
+        "MIT (code; card: not read)",
+        "arXiv:2507.19002, github.com/BarretBa/ICTHP",
+        {"weights": sources.HP, "backbone": sources.HP_BACKBONE},
+        ARCHITECTURES["ViT-H-14"],
     ),
     "compressibility": Entry(lambda *_: JpegSize(-1), "none needed", "arXiv:2305.13301"),
     "incompressibility": Entry(lambda *_: JpegSize(1), "none needed", "arXiv:2305.13301"),
@@ -162,6 +142,8 @@ class WeightFolders:
 
     def statistics(self, name_or_path: str) -> Path:
         """The file with a reward's measured mean and standard deviation: in its folder, or beside a user's own file."""
+        if is_url(name_or_path):
+            return folder_of(name_or_path, capabilities_of(name_or_path)) / "statistics.json"
         name, at, file = name_or_path.partition("@")
         if Path(name_or_path).is_dir():
             return Path(name_or_path) / "statistics.json"
@@ -197,22 +179,33 @@ def load(
     dtype: torch.dtype = torch.float32,
     folders: WeightFolders | None = None,
     architecture: Mapping[str, Any] | None = None,
+    allow_remote: bool = False,
 ) -> RewardSpec:
-    """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, a Python file, or
-    `taste@FILE`, a fitted taste.
+    """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, a Python file,
+    `taste@FILE`, a fitted taste, or the URL of a judge, which is asked what it is; one on another machine only where that is allowed.
 
     Nothing is downloaded. `architecture` replaces the entry's, for models of another size in the same layout. On the meta device
     a named reward needs no file.
     """
     folders = folders or WeightFolders()
-    reward = _open(name_or_path, Placement(device, dtype), folders, architecture)
+    if is_url(name_or_path):
+        reward = HttpJudge.connect(name_or_path, allow_remote)
+    else:
+        reward = _open(name_or_path, Placement(device, dtype), folders, architecture)
     mean, reward.std = folders.read_statistics(name_or_path) or reward.statistics or (None, None)
     return RewardSpec(name_or_path, reward, 1.0, mean, reward.std)
 
 
-def load_reward(spec: str, standardise: bool, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RewardModel:
+def load_reward(
+    spec: str,
+    standardise: bool,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_remote: bool = False,
+) -> RewardModel:
     """A reward, or a weighted sum of several: `hpsv2.1`, or `hpsv2.1=1, pickscore=0.5`."""
-    specs = [replace(load(name, device, dtype), weight=weight) for name, weight in parse_weights(spec)]
+    parts = parse_weights(spec)
+    specs = [replace(load(name, device, dtype, allow_remote=allow_remote), weight=weight) for name, weight in parts]
     if len(specs) == 1 and specs[0].weight == 1:
         return specs[0].standardised if standardise else specs[0].reward
     return WeightedSum(specs, raw=not standardise)
@@ -226,9 +219,14 @@ def load_features(name: str, device: str | torch.device = "cpu") -> TwoTower:
     return reward
 
 
-def weights_hashes(spec: str | Sequence[str], folders: WeightFolders | None = None) -> dict[str, str]:
-    """By name, SHA-256 of the files that the scores of each reward of a sum depend on (`files_hash`); those without files are left out."""
-    hashes = {name: files_hash(_files(name, folders or WeightFolders())) for name, _ in parse_weights(spec)}
+def weights_hashes(spec: str | Sequence[str], folders: WeightFolders | None = None, allow_remote: bool = False) -> dict[str, str]:
+    """By name, SHA-256 of the files that the scores of each reward of a sum depend on (`files_hash`); those without files are left out.
+
+    Of a judge, SHA-256 of its name and version.
+    """
+    folders = folders or WeightFolders()
+    names = [name for name, _ in parse_weights(spec)]
+    hashes = {name: capabilities_of(name, allow_remote).digest if is_url(name) else files_hash(_files(name, folders)) for name in names}
     return {name: value for name, value in hashes.items() if value}
 
 
@@ -268,7 +266,8 @@ def _open(name_or_path: str, placement: Placement, folders: WeightFolders, archi
         return TasteReward.load(taste, lambda tower: _open(tower, placement, folders, None), lambda tower: tower_hash(tower, folders))
     if Path(name_or_path).is_dir():
         return TwoTower.load(Path(name_or_path), placement.device, placement.dtype)
-    raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, NAME@FILE, taste@FILE, a reward folder, or a Python file")
+    own = "NAME@FILE, taste@FILE, a reward folder, a Python file, or a judge's URL"
+    raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, {own}")
 
 
 def locate(name: str, folders: WeightFolders, weights: Path | None = None) -> dict[str, Path]:

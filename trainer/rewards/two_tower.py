@@ -1,4 +1,4 @@
-"""Rewards of two towers: the cosine of an image's and a prompt's CLIP features (CLIPScore, HPS, PickScore and ours)."""
+"""Rewards of two towers: the cosine of an image's and a prompt's CLIP features (CLIPScore, HPS, PickScore, ICT and ours)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class TwoTower(PromptCachedReward[Tensor]):
     """scale·cos(f_image, f_text) of an open_clip model.
 
     CLIPScore (Hessel et al. 2021, arXiv:2104.08718, without its weight and its clipping at 0), HPSv2 (Wu et al. 2023,
-    arXiv:2306.09341, eq. 1 without the temperature), PickScore (Kirstain et al. 2023, arXiv:2305.01569, eq. 1).
+    arXiv:2306.09341, eq. 1 without the temperature), PickScore (Kirstain et al. 2023, arXiv:2305.01569, eq. 1), ICT (Ba et al. 2025,
+    arXiv:2507.19002).
     """
 
     takes_prefixes = True
@@ -91,4 +92,9 @@ class TwoTower(PromptCachedReward[Tensor]):
 
 def encode_images(visual: Any, images: Tensor) -> Tensor:
     """Images (B,3,S,S) in [0,1] through an open_clip image tower -> unit vectors (B,D) float32."""
-    return F.normalize(visual(normalise(images).to(visual.conv1.weight.dtype)).float(), dim=-1)
+    return F.normalize(embed_images(visual, images), dim=-1)
+
+
+def embed_images(visual: Any, images: Tensor) -> Tensor:
+    """Images (B,3,S,S) in [0,1] through an open_clip image tower -> its projection (B,D) float32."""
+    return visual(normalise(images).to(visual.conv1.weight.dtype)).float()

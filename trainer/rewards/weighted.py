@@ -22,7 +22,7 @@ class Standardised(RewardModel):
     def __init__(self, reward: RewardModel, mean: float, std: float) -> None:
         super().__init__()
         self.reward, self.mean, self.std, self._unit = reward, mean, std, std
-        self.differentiable, self.needs_prompt = reward.differentiable, reward.needs_prompt
+        self.differentiable, self.needs_prompt, self.external = reward.differentiable, reward.needs_prompt, reward.external
         self.takes_prefixes, self.fit = reward.takes_prefixes, reward.fit
         self.supports_gradient_checkpointing = reward.supports_gradient_checkpointing
 
@@ -82,6 +82,7 @@ class WeightedSum(RewardModel):
         self.rewards = nn.ModuleList(spec.reward if raw else spec.standardised for spec in specs)
         self.differentiable = all(spec.reward.differentiable for spec in specs)
         self.needs_prompt = any(spec.reward.needs_prompt for spec in specs)
+        self.external = any(spec.reward.external for spec in specs)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B,3,H,W) in [0,1], B prompts -> (B,)."""
@@ -106,6 +107,8 @@ def parse_weights(spec: str | Sequence[str]) -> list[tuple[str, float]]:
     endless = next((name for name, weight in parsed if not math.isfinite(weight)), None)
     if endless is not None:
         raise ValueError(f"the weight of {endless} is not a finite number")
+    if parsed and all(weight == 0 for _, weight in parsed):
+        raise ValueError(f"the weight of {' and of '.join(names)} is 0, so that every score would be 0: give another weight")
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ValueError(f"reward {sorted(repeated)[0]} is given twice")

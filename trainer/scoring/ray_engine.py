@@ -38,6 +38,7 @@ class Scoring:
     prompt_column: str = ""
     batch: int = 32
     device: str = "cpu"
+    allow_remote: bool = False
 
 
 class Folder:
@@ -83,7 +84,8 @@ class Worker:
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring, self.folder = scoring, Folder(scoring.out)
-        parts = [replace(load(name, scoring.device), weight=weight) for name, weight in scoring.rewards]
+        opened = [(load(name, scoring.device, allow_remote=scoring.allow_remote), weight) for name, weight in scoring.rewards]
+        parts = [replace(part, weight=weight) for part, weight in opened]
         self.parts = [replace(part, size=scoring.size or part.size) for part in parts]
         self.table = Table(self.parts, scoring.raw)
 
@@ -239,6 +241,9 @@ class _Actor:
         return {"name": [shard.name for shard in shards], "reason": [self.worker(shard) for shard in shards]}
 
 
-def named_parts(rewards: Sequence[tuple[str, float]]) -> list[RewardSpec]:
+def named_parts(rewards: Sequence[tuple[str, float]], allow_remote: bool = False) -> list[RewardSpec]:
     """The rewards without weights' values, for their names and columns; those of Python files as they are."""
-    return [replace(load(name, "cpu" if name.endswith(".py") else "meta"), weight=weight) for name, weight in rewards]
+    places = [("cpu" if name.endswith(".py") else "meta") for name, _ in rewards]
+    return [
+        replace(load(name, place, allow_remote=allow_remote), weight=weight) for (name, weight), place in zip(rewards, places, strict=True)
+    ]

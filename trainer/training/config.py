@@ -84,7 +84,9 @@ class TrainConfig:
     model: str = field(default="demo", metadata={"help": "diffusers folder, or `demo` for the embedded model"})
     reward: str = field(
         default="demo-proxy",
-        metadata={"help": "a name of `rewards list`, NAME@FILE, a reward folder, a Python file, or a sum: hpsv2.1=1, pickscore=0.5"},
+        metadata={
+            "help": "a name of `rewards list`, NAME@FILE, a folder, a Python file, a judge's URL, or a sum: hpsv2.1=1, pickscore=0.5"
+        },
     )
     standardise: bool = field(default=True, metadata={"help": "(reward − mean) / std, with the statistics of the base model's images"})
     images: str = field(
@@ -179,6 +181,9 @@ class TrainConfig:
     watch: Watch = field(
         default_factory=Watch, metadata={"help": "table: evaluation by a held-out reward, best checkpoint, early stopping"}
     )
+    allow_remote: bool = field(
+        default=False, metadata={"help": "let a judge that is named by its URL be on another machine: images are sent there"}
+    )
     tracker: TrackerName = field(default="", metadata={"help": "tensorboard or wandb, beside log.jsonl"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, mps or xpu"})
 
@@ -202,7 +207,7 @@ class TrainConfig:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in NEUTRAL}
 
 
-_FILES = ("out", "save_every", "snapshot_every", "tracker", "device", "cache")
+_FILES = ("out", "save_every", "snapshot_every", "tracker", "device", "cache", "allow_remote")
 _MEMORY = ("vram", "vae_slicing", "offload_encoders", *(f"gradient_checkpointing_{part}" for part in ("denoiser", "vae", "reward")))
 _SPEED = ("merge_rollouts", "channels_last", "compile", "deterministic")
 NEUTRAL = frozenset((*_FILES, *_MEMORY, *_SPEED))

@@ -146,6 +146,11 @@ def _moments(batches: Iterable[Tensor]) -> tuple[Moments, Moments]:
     return plain, unit
 
 
+def is_owed(points: Sequence[Point], step: int, every: int, last: bool) -> bool:
+    """Whether the evaluation at `step` was not taken: before training, or because a reward outside this process stopped the run."""
+    return not points or ((last or step % every == 0) and points[-1]["step"] < step)
+
+
 def best_point(points: Sequence[Point], diversity: float) -> Point:
     """The highest held-out reward among points with at least `diversity` of the first one's diversity."""
     enough = [p for p in points if p["diversity"] >= diversity * points[0]["diversity"]]

@@ -7,10 +7,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from ..config import ConfigError, build, plain, present_names
@@ -258,3 +261,12 @@ def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def _per_step(config: TrainConfig) -> int:
     return config.batch_size * config.gradient_accumulation_steps
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on; a graph has torch alone."""
+    found = {"torch": str(torch.__version__)}
+    for package in ("diffusers", "peft"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

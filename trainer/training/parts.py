@@ -63,7 +63,7 @@ def weights_of(config: TrainConfig) -> dict[str, dict[str, str]]:
         "watch.heldout": config.watch.heldout if config.watch.every else "",
         "features": config.features,
     }
-    return {key: weights_hashes(spec) for key, spec in specs.items() if spec}
+    return {key: weights_hashes(spec, allow_remote=config.allow_remote) for key, spec in specs.items() if spec}
 
 
 def check_settings(config: TrainConfig, parts: Parts) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from ..runtime.device import peak_gb
 from ..runtime.files import write_text
 from . import checkpoint, folder
 from .config import TrainConfig
-from .evaluation import Point, best_point, over_optimised
+from .evaluation import Point, best_point, is_owed, over_optimised
+from .external import or_saved, saving
 from .loop import Ema, Step, train
 from .nfe import CountingPolicy
 from .optimizers import build_optimizer
@@ -30,6 +31,8 @@ from .parts import Parts, check_settings, prepare
 from .tracker import Tracker
 
 log = logging.getLogger(__name__)
+Before = tuple[dict[str, Any], dict[str, int]]
+"""The loss's state and what was spent before a step that did not end."""
 
 
 class Run:
@@ -97,12 +100,13 @@ class Run:
             folder.write_config(self.config, self.folder)
         self.processes.exchange(None)
 
-    def save(self) -> None:
+    def save(self, before: Before | None = None) -> None:
         """Write the checkpoint. All processes call this, at the same step."""
-        spent = self._spent()
+        spent = self._spent() if before is None else before[1]
         if self.processes.main:
-            checkpoint.save(self._state(spent), self.checkpoint_path)
-            self.loss.saved()
+            checkpoint.save(self._state(spent) | ({} if before is None else {"objective": before[0]}), self.checkpoint_path)
+            if before is None:
+                self.loss.saved()
         self.processes.exchange(None)
 
     def _spent(self) -> dict[str, int]:
@@ -176,9 +180,11 @@ class Run:
             tracker = Tracker(c.tracker, self.folder) if c.tracker and self.processes.main else None
             if tracker:
                 stack.callback(tracker.close)
-            if self.evaluation and not self.evaluation.points:
+            if self.evaluation and is_owed(self.evaluation.points, self.step, c.watch.every, self.last):
                 self._evaluate(None)  # before training: the reference of `watch.diversity`
-            for done in () if self.last else self._optimizer_steps():  # a kill may leave the last checkpoint without its result
+                self.last = self.last or self._ends(self._spent()["calls"])
+            # a kill may leave the last checkpoint without its result
+            for done in () if self.last else or_saved(self, self._optimizer_steps()):
                 self.step = done.number
                 if self.ema:
                     self.ema.update(self.policy.named_parameters())
@@ -251,7 +257,7 @@ class Run:
         """Add an evaluation; write the weights where it is the best so far."""
         assert self.evaluation is not None
         if self.processes.main or self.processes.sharded:  # sharded, a forward needs all processes
-            with self._averaged():
+            with saving(self), self._averaged():
                 point = self.evaluation.run(self.step)
             if self.processes.main:
                 log.info("evaluation: %s", ", ".join(f"{name} {value:.3f}" for name, value in point.items()))
@@ -282,12 +288,6 @@ class Run:
 
     def metadata(self) -> dict[str, Any]:
         """What the result's file records; `sample --switch auto` and the nodes take the switch from `switch_sigma`."""
-        from importlib.metadata import PackageNotFoundError, version
-
-        versions = {"torch": str(torch.__version__)}
-        for package in ("diffusers", "peft"):  # a graph has neither
-            with suppress(PackageNotFoundError):
-                versions[package] = version(package)
         method = self.config.method
         return {
             "base": self.bases[0],
@@ -296,5 +296,5 @@ class Run:
             "step": self.step,
             "switch_sigma": method.recommended_sigma(self.policy.sigmas(method.steps)),
             "tuned_guidance": method.guidance_scale,
-            "versions": versions,
+            "versions": folder.versions(),
         }
