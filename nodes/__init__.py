@@ -21,6 +21,7 @@ _MODULES = {
     "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),
     "rewards": ("score images",),
+    "http_judge": ("score images",),
     "download": (),
     "scoring": ("score images",),
     "folder": (),

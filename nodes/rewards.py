@@ -67,6 +67,11 @@ class Loaded:
         return self.reward.needs_prompt
 
     @property
+    def external(self) -> bool:
+        """Whether a program outside this process scores."""
+        return self.reward.external
+
+    @property
     def standardised(self) -> bool:
         """Whether a call gives standard deviations above the mean."""
         return self.mean is not None and self.std is not None
@@ -119,6 +124,11 @@ class Combined:
     def needs_prompt(self) -> bool:
         """Whether the score of any part depends on the prompt."""
         return any(getattr(part, "needs_prompt", False) for part, _ in self.parts)
+
+    @property
+    def external(self) -> bool:
+        """Whether a program outside this process scores any part."""
+        return any(getattr(part, "external", False) for part, _ in self.parts)
 
     @property
     def standardised(self) -> bool:
@@ -193,6 +203,8 @@ def hashes(reward: Any) -> dict[str, str]:
     """SHA-256 of the weights of a reward and its parts, by name; those of an unknown source are left out."""
     if isinstance(reward, Combined):
         return {name: value for part, _ in reward.parts for name, value in hashes(part).items()}
+    if digest := getattr(getattr(reward, "reward", None), "digest", ""):
+        return {reward.name: digest}
     source: str = getattr(reward, "source", "")
     found = weights_hashes(source, WeightFolders(roots())) if source else {}
     return {reward.name: found[source]} if found else {}
