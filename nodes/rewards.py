@@ -279,6 +279,8 @@ class CombineRewards(io.ComfyNode):
     def execute(cls, normalise: bool, **inputs: Any) -> io.NodeOutput:
         """Combine."""
         given = [(inputs[f"reward_{x}"], inputs[f"weight_{x}"]) for x in "abcd" if inputs.get(f"reward_{x}") is not None]
+        if all(weight == 0 for _, weight in given):
+            raise ValueError("every weight is 0, so that every score would be 0: give one another value")
         unknown = [part.name for part, _ in given if isinstance(part, Loaded) and part.std is None]
         if normalise and unknown:
             raise ValueError(

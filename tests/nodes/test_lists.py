@@ -124,3 +124,16 @@ def test_the_folder_of_rewards_keeps_what_another_pack_registered(told):
     assert told["folder, theirs"] == [2, "/theirs", [".bin", ".pt", ".safetensors"]]
     assert told["folder, any"] == [2, "/theirs", []]  # no extension: ComfyUI takes any
     assert told["folder, new"] == [1, [".safetensors"]]
+
+
+@comfyui
+def test_an_http_judge_scores_and_is_cancelled_while_it_hangs(told):
+    found = told["judged"]
+    scores, expected = found["scores"]
+    assert scores == pytest.approx(expected, abs=3e-3) and len(set(scores)) == 4  # Pillow rounds the grey of each pixel
+    assert found["is"] == ["brightness", False, True, True, ["brightness", "demo-proxy"]]
+    assert found["fingerprint"] and found["gone"] and found["empty"].startswith("url is empty: start a judge")
+    assert found["remote"].endswith("forward its port to 127.0.0.1, or start ComfyUI with IMAGEREFL_ALLOW_REMOTE=1")
+    assert found["zero"].startswith("every weight is 0")
+    seconds, still = found["cancelled"]
+    assert seconds < 5 and not still

@@ -289,6 +289,13 @@ def test_a_reward_given_twice_is_refused():
         parse_weights("a=1,a=2")
 
 
+@pytest.mark.parametrize("spec", ["hpsv2.1=0", "hpsv2.1=0, pickscore=-0"])
+def test_weights_that_are_all_zero_are_refused(spec):
+    with pytest.raises(ValueError, match="the weight of hpsv2.1.* is 0, so that every score would be 0"):
+        parse_weights(spec)
+    assert parse_weights(spec + ", clip=1")[-1] == ("clip", 1.0)  # beside another, a weight of 0 is a column
+
+
 def test_compressibility_is_the_size_of_the_jpeg():
     noisy, flat = squares(1, 64), torch.full((1, 3, 64, 64), 0.5)
     buffer = io.BytesIO()
@@ -389,7 +396,7 @@ def test_a_mistake_in_a_reward_of_ones_own_names_the_file_and_the_exception(tmp_
     }
     for mistake, said in mistakes.items():
         path.write_text(f"def reward(images, prompts):\n    return {mistake}\n")
-        with pytest.raises(ValueError, match=rf"own.py: reward\(\) failed: {said}"):
+        with pytest.raises(ValueError, match=rf"own.py: reward\(\) failed: {said}.* \(line 2\)$"):
             PythonReward.load(path)(torch.rand(1, 3, 8, 8), ["a"])
     path.write_text("import torch\n\ndef reward(images, prompts):\n    raise torch.OutOfMemoryError('no memory')\n")
     with pytest.raises(torch.OutOfMemoryError):

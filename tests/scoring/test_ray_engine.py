@@ -113,7 +113,7 @@ def test_what_the_cluster_or_a_worker_lacks_is_one_line(folder, capfd):
     (folder / "bad.py").write_text("import sys\nif 'default_worker' in sys.argv[0]:\n    raise ImportError('no such thing')\n" + SLOW)
     assert main(ray_score(folder / "out", "--overwrite", reward="bad.py")) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line]
-    assert line == "error: --engine ray: ValueError: bad.py fails when it is imported: ImportError: no such thing"
+    assert line == "error: --engine ray: ValueError: bad.py fails when it is imported: ImportError: no such thing (line 3)"
 
 
 def test_a_killed_worker_is_replaced_and_the_table_is_the_same(folder, capfd):

@@ -440,7 +440,7 @@ def test_a_process_that_fails_ends_the_others_with_one_error_line(folder):
     (folder / "failing.py").write_text(failing + "    return images.mean((1, 2, 3))\n")
     assert finish(start(2, score_in_process, folder)) == [2, 2]
     assert [line for rank in (0, 1) for line in said(folder, rank) if not line.startswith("read ")] == [
-        f"error: {folder / 'failing.py'}: reward() failed: OSError: disk gone"
+        f"error: {folder / 'failing.py'}: reward() failed: OSError: disk gone (line 4)"
     ]
     assert not (folder / "s.csv").exists() and (folder / "s.csv.0.partial").exists()
 

@@ -92,6 +92,14 @@ def test_rows_of_an_object_store_are_the_scorers_bit_for_bit(store, bright, tmp_
     assert [(ours[key].prompt, ours[key].raw) for key in keys] == [(row.prompt, row.raw) for row in expected]
 
 
+def test_other_fields_of_a_sample_are_not_images_of_their_own(bright, store):
+    files = [("a.png", png(1)), ("a.seg.png", png(2)), ("a.depth.jpg", png(3)), ("a.txt", b"a"), ("b.thumb.png", png(4)), ("b.txt", b"b")]
+    store.pipe_file("/masks/x.tar", tar_of(files))
+    (shard,) = find_shards(["memory://masks/x.tar"], 32, Report())
+    rows = list(Worker(Scoring(((bright, 1.0),), "memory://scores", "csv")).rows(shard))
+    assert [row.path.rpartition("/")[2] for row in rows] == ["a.png", "b.thumb.png"]  # b has no image but that
+
+
 def test_a_shard_whose_table_is_there_is_not_scored_again(store, bright):
     scored = []
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.processes import Asked, log_of, toy_run, trained
 
+from trainer.config import ConfigError
 from trainer.reward import RewardUnavailable
 from trainer.training import run as running
 from trainer.training.config import Watch
@@ -54,6 +55,11 @@ def test_a_run_that_loses_its_reward_resumes_to_the_same_bits(case, tmp_path):
                 pass
         assert torch.equal(trained(case, out, resume=True, reward=Distant(), save_every=100)["weight"], weight), last
         assert log_of(out) == log_of(tmp_path / "whole"), last
+
+
+def test_objectives_on_the_rewards_gradient_refuse_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no gradient: use an objective that needs none \(.*ddpo.*sqdf-black-box"):
+        toy_run("refl", tmp_path, reward=Distant())
 
 
 def test_an_evaluation_that_was_not_taken_is_taken_after_resuming():

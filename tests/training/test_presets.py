@@ -165,3 +165,20 @@ def test_a_preset_trains(method, model, family_folder, reward_folder, image_fold
 @pytest.mark.parametrize(("method", "model"), CELLS)
 def test_every_cell_trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
     trains(method, model, family_folder, reward_folder, image_folder, tmp_path)
+
+
+def test_commands_in_messages_quote_paths_with_blanks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["preset", "refl", "--model", "sd15", "--out", "my runs/refl-sd15.toml"]) == 0
+    assert capsys.readouterr().out.strip().endswith('python -m trainer train "my runs/refl-sd15.toml"')
+    assert command_for(Path("my runs/refl-sd15.toml")).endswith('--out "my runs/refl-sd15.toml"')
+    assert command_for(Path("runs/refl-sd15.toml")).endswith("--out runs/refl-sd15.toml")
+
+
+def test_the_current_folder_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["preset", "refl", "--model", "sd15", "--out", "."]) == 2
+    assert capsys.readouterr().err == f"error: --out {tmp_path} is a folder: give a file, such as refl-sd15.toml\n"
+    (tmp_path / "mine.txt").touch()
+    assert main(["train", "--out=.", "--model=demo"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} exists: add --overwrite to replace its run")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..data.images import to_pil
-from ..runtime.files import replacing, write_text
+from ..runtime.files import named, replacing, write_text
 
 SHEET_IMAGES, SHEET_PIXELS = 256, 256  # images on a contact sheet at most, and pixels of each one's longer side at most
 SETTINGS, _MARK = "settings.json", "imagerefl"
@@ -44,7 +44,7 @@ class ImageFolder:
         if overwrite or not self._used():
             return
         if not resume:
-            raise ConfigError(f"{self.path} exists: add --overwrite to write into it, or --resume to go on with its run")
+            raise ConfigError(f"{named(self.path)} exists: add --overwrite to write into it, or --resume to go on with its run")
         self._settings()
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 
 from ..config import ConfigError
-from ..runtime.files import write_text
+from ..runtime.files import named, quoted, write_text
 from ..training.preset_types import Line, Row, guidance, quote
 from ..training.presets import METHODS, ROWS, SHORT, recomputed
 
@@ -43,11 +43,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text, end="")
         return 0
+    if args.out.is_dir():
+        raise ConfigError(f"--out {named(args.out)} is a folder: give a file, such as {args.method}-{args.model}.toml")
     if args.out.exists() and not args.overwrite:
         raise ConfigError(f"{args.out} exists: --overwrite replaces it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(text, args.out)
-    print(f"wrote {args.out}: set model, data and rewards in it, then python -m trainer train {args.out}")
+    print(f"wrote {args.out}: set model, data and rewards in it, then python -m trainer train {quoted(args.out)}")
     return 0
 
 
@@ -136,5 +138,5 @@ def command_for(path: Path) -> str:
     for method in METHODS:
         prefix, _, model = path.stem.partition(f"{method}-")
         if path.suffix == ".toml" and not prefix and (model in ROWS or model in SHORT):
-            return f"python -m trainer preset {method} --model {model} --out {path}"
+            return f"python -m trainer preset {method} --model {model} --out {quoted(path)}"
     return ""

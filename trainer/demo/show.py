@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, plain
+from ..runtime.files import named
 from . import page, verdict, world
 from .experiment import OBJECTIVES, evaluate, load_tuned, renders, rewards, switched, train, train_config
 
@@ -35,7 +36,7 @@ def show(out: Path, *, quick: bool = False, seed: int = 0, overwrite: bool = Fal
     """Run the demo into `out`; returns what `results.json` holds."""
     begin, size = time.monotonic(), QUICK if quick else FULL
     if out.exists() and any(out.iterdir()) and not overwrite and not resume:
-        raise ConfigError(f"{out} exists: add --overwrite to replace it, or --resume to continue")
+        raise ConfigError(f"{named(out)} exists: add --overwrite to replace it, or --resume to continue")
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
     samples, judges = renders(size.real, seed), rewards()

@@ -87,7 +87,7 @@ class Endpoint:
     ) -> Any:
         """The JSON that a GET, or with `content` a POST, is answered by; `retries` times again, after `pause` s, then 2·, 4·, ….
 
-        Each try ends after `seconds`. `waiting` is called all the while, and may raise. RewardUnavailable where there is no answer.
+        Each try ends after `seconds`. `waiting` is called all the while, and may raise. RewardUnavailable where none comes.
         """
         body, why = None if content is None else json.dumps(content, separators=(",", ":")).encode(), ""
         for attempt in range(retries + 1):

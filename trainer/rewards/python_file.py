@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
@@ -123,7 +124,8 @@ class PythonReward(RewardModel):
 
 def _said(error: BaseException, path: Path) -> str:
     """An exception of a user's file in one line, with the remedy for a path that is meant from that file's folder."""
-    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}{f' (line {places[-1]})' if places else ''}"
     name = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(name, str) and not Path(name).is_absolute() and (path.parent / name).exists():
         return f"{line}: paths start in the current folder; for the file beside the reward write Path(__file__).parent / {name!r}"

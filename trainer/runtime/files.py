@@ -41,6 +41,16 @@ def write_text(text: str, path: Path) -> None:
         partial.write_text(text, "utf-8")
 
 
+def named(path: Path) -> str:
+    """A path as messages name it: the current folder by its own name."""
+    return str(path if path.name else path.resolve())
+
+
+def quoted(path: Path) -> str:
+    """A path as part of a command: in double quotes, which every shell reads, where it holds a blank."""
+    return f'"{path}"' if any(letter.isspace() for letter in str(path)) else str(path)
+
+
 def free_bytes(folder: Path) -> int:
     """Free space of the disk on which `folder` lies or would lie."""
     while not folder.exists():

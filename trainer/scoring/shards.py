@@ -253,8 +253,9 @@ def _sample(path: str, sample: Mapping[str, tuple[str, bytes]], prompt_column: s
     if ".json" in sample and (prompt is None or prompt_column):
         values: Any = json.loads(sample[".json"][1])
         prompt = _prompt(values if isinstance(values, dict) else {}, f"{path}/{sample['.json'][0]}", prompt_column) or prompt
+    plain = any(suffix in SUFFIXES for suffix in sample)  # then x.seg.png is another field of the sample, as in the webdataset library
     for suffix, (name, data) in sample.items():
-        if suffix.endswith(SUFFIXES):
+        if suffix in SUFFIXES or (not plain and suffix.endswith(SUFFIXES)):
             yield _Image(f"{path}/{name}", data, f".{suffix.rpartition('.')[2]}", prompt)
 
 

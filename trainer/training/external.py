@@ -5,16 +5,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Protocol
 
-from ..reward import RewardUnavailable
+from ..objectives.base import Loss
+from ..reward import Reward, RewardUnavailable
+from ..runtime.processes import Processes
 from .loop import Step
+from .nfe import CountingPolicy
 
-if TYPE_CHECKING:
-    from .run import Before, Run
+Before = tuple[dict[str, Any], dict[str, int]]
+"""The loss's state and what was spent before a step that did not end."""
 
 
-def or_saved(run: Run, steps: Iterator[Step]) -> Iterator[Step]:
+class Saved(Protocol):
+    """What a run that can be saved has."""
+
+    reward: Reward | None
+    loss: Loss
+    counted: CountingPolicy
+    processes: Processes
+    step: int
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """The resumable state."""
+        ...
+
+    def save(self, before: Before | None = None) -> None:
+        """Write it."""
+        ...
+
+
+def or_saved(run: Saved, steps: Iterator[Step]) -> Iterator[Step]:
     """The optimizer steps; where an external reward gives no score, the state before that step is saved.
 
     The loss may have changed within the step, so its state is copied before each.
@@ -30,7 +53,7 @@ def or_saved(run: Run, steps: Iterator[Step]) -> Iterator[Step]:
 
 
 @contextmanager
-def saving(run: Run, before: Before | None = None) -> Generator[None]:
+def saving(run: Saved, before: Before | None = None) -> Generator[None]:
     """Inside, RewardUnavailable saves the run, with the loss's state and what was spent `before` where these are given.
 
     Of several processes none can save while the others wait for it: their last checkpoint stays.

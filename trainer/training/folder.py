@@ -20,7 +20,7 @@ from ..config import ConfigError, build, plain, present_names
 from ..data.fingerprint import Fingerprint, difference
 from ..policy import ATTENTION
 from ..rewards.weighted import parse_weights
-from ..runtime.files import check_weights, free_bytes, write_text
+from ..runtime.files import check_weights, free_bytes, named, write_text
 from .config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
         if not (folder / CHECKPOINT).is_file():
             raise ConfigError(f"nothing to resume: no {folder / CHECKPOINT}")
     elif not overwrite and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
-        raise ConfigError(f"{folder} exists: add --overwrite to replace its run, or --resume to go on")
+        raise ConfigError(f"{named(folder)} exists: add --overwrite to replace its run, or --resume to go on")
 
 
 def claim(folder: Path, *, overwrite: bool, resume: bool) -> FileLock:

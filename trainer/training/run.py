@@ -23,7 +23,7 @@ from ..runtime.files import write_text
 from . import checkpoint, folder
 from .config import TrainConfig
 from .evaluation import Point, best_point, is_owed, over_optimised
-from .external import or_saved, saving
+from .external import Before, or_saved, saving
 from .loop import Ema, Step, train
 from .nfe import CountingPolicy
 from .optimizers import build_optimizer
@@ -31,8 +31,6 @@ from .parts import Parts, check_settings, prepare
 from .tracker import Tracker
 
 log = logging.getLogger(__name__)
-Before = tuple[dict[str, Any], dict[str, int]]
-"""The loss's state and what was spent before a step that did not end."""
 
 
 class Run:

@@ -4,10 +4,17 @@ Usage: lists.py COMFYUI PACK. Prints one JSON line: what each node gave, or the 
 """
 
 import asyncio
+import importlib.util
 import inspect
 import json
 import math
+import os
+import threading
+import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+
+os.environ["HOME"] = str(Path("home").resolve())  # what a judge's scores are kept in
 
 import embedded  # first: it puts ComfyUI on the path
 import execution
@@ -217,5 +224,53 @@ async def executed():
     return [[list(one.size) for one in saved], [json.loads(one.text["score"])["r"] for one in saved], stopped]
 
 
+def judged():
+    """HTTP Judge: a score, refusals, the weights' place in a run's metadata, and Cancel while it hangs."""
+    import comfy.model_management as management
+
+    spec = importlib.util.spec_from_file_location("judge_server", Path(embedded.pack) / "tools" / "judge_server.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    hangs, done = threading.Event(), threading.Event()
+
+    class Judge(reference.Judge):
+        def do_POST(self):
+            if hangs.is_set():
+                threading.Timer(0.2, management.interrupt_current_processing).start()
+                done.wait(10)
+            else:
+                super().do_POST()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    url, node = f"http://127.0.0.1:{server.server_port}", N["HTTPJudge"]
+    judge = node.execute(url, 0.0).result[0]
+    scores = N["Score"].execute([batch], [judge], ["a"], [False]).result[0]
+    both = combine(False, reward_a=judge, weight_a=2.0, reward_b=proxy, weight_b=1.0).result[0]
+    found = {
+        "scores": [scores, [float(one.mul(255).round().mean((0, 1)) @ torch.tensor([0.299, 0.587, 0.114])) / 255 for one in batch]],
+        "is": [judge.name, judge.differentiable, judge.external, both.external, list(rewards.hashes(both))],
+        "fingerprint": node.fingerprint_inputs(url=url) == node.fingerprint_inputs(url=url) == judge.reward.digest,
+        "empty": embedded.refused(lambda: node.execute(" ", 0.0)),
+        "remote": embedded.refused(lambda: node.execute("http://judge.example.com", 0.0)),
+        "zero": embedded.refused(lambda: combine(False, reward_a=judge, weight_a=0.0)),
+        "gone": node.fingerprint_inputs(url="http://127.0.0.1:1") != node.fingerprint_inputs(url="http://127.0.0.1:1"),
+    }
+    hangs.set()
+    begin = time.monotonic()
+    try:
+        judge.raw(torch.rand(1, 3, 8, 8), ["a"])
+        found["cancelled"] = "no"
+    except management.InterruptProcessingException:
+        found["cancelled"] = [time.monotonic() - begin, management.processing_interrupted()]
+    done.set()
+    server.shutdown()
+    return found
+
+
+case("judged", judged)
 case("executed", lambda: asyncio.run(executed()))
 print(json.dumps(results))
