@@ -69,7 +69,7 @@ class Loaded:
     @property
     def external(self) -> bool:
         """Whether a program outside this process scores."""
-        return self.reward.external
+        return getattr(self.reward, "external", False)
 
     @property
     def standardised(self) -> bool:

@@ -126,7 +126,7 @@ def test_a_search_from_an_image_stays_near_it(tmp_path):
         ),
         (
             ["--search", "best-of-n", "--reward", "demo-proxy", "--image", "none.png"],
-            "--image none.png: there is no such file: give an image",
+            "--image none.png does not exist: give an image",
         ),
         (["--image-strength", "0.5"], "--image-strength belongs to a search: give --search best-of-n|svdd"),
         (["--search", "best-of-n", "--reward", "nothing"], "unknown reward 'nothing'"),

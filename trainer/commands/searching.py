@@ -89,7 +89,7 @@ def given(args: argparse.Namespace) -> Search | None:
     if args.budget < 0 or args.diversity < 0:
         raise ConfigError("--budget and --diversity: give 0 or more")
     if args.image is not None and not args.image.is_file():
-        raise ConfigError(f"--image {args.image}: there is no such file: give an image")
+        raise ConfigError(f"--image {args.image} does not exist: give an image")
     if args.image_strength is not None and args.image is None:
         raise ConfigError("--image-strength is of --image: give --image FILE")
     if args.budget and METHODS[args.search].grows in values:

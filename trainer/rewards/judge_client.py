@@ -226,4 +226,6 @@ def one_line(text: str) -> str:
 def _said(error: Exception) -> str:
     if isinstance(error, http.client.IncompleteRead):
         return "the answer was cut off"
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(error.strerror)
     return one_line(str(error) or type(error).__name__)
