@@ -10,11 +10,7 @@ from comfy_api.latest import io
 from ..trainer.objectives import OBJECTIVES
 from .sockets import CATEGORY, Objective, collected, schema, widgets
 
-# Methods whose papers write them otherwise than the classes here, and other words for which people search
-_TITLES = {"DRaFTK": "DRaFT-K", "DRaFTLV": "DRaFT-LV", "DirectAlign": "Direct-Align", "BlackBoxSQDF": "SQDF (black box)"}
-_TITLES |= {"DiffusionDPO": "Diffusion-DPO", "DiffusionKTO": "Diffusion-KTO", "DiffusionNPO": "Diffusion-NPO"}
-_TITLES |= {"FlowBPSparse": "FlowBP-Sparse", "FlowBPBridge": "FlowBP-Bridge", "FlowBPLagrange": "FlowBP-Lagrange"}
-_TITLES |= {"FlowGRPO": "Flow-GRPO", "SelfNPO": "Self-NPO"}
+# Other words for which people search
 _ALIASES = ["reward gradient", "reward fine-tuning", "rlhf", "preference optimization", "policy gradient"]
 
 
@@ -27,7 +23,7 @@ def objective_node(name: str, objective: type[Any]) -> type[io.ComfyNode]:
             """Sockets and texts."""
             return schema(
                 node_id=f"ImageReFLObjective{objective.__name__}",
-                display_name=f"Objective: {_TITLES.get(objective.__name__, objective.__name__)}",
+                display_name=f"Objective: {objective.title}",
                 category=f"{CATEGORY}/training",
                 description=" ".join(inspect.cleandoc(objective.__doc__ or "").split()),
                 search_aliases=[objective.__name__, *_ALIASES],

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.batches import Images
 from trainer.data.samples import encode_images
 from trainer.demo import files
 from trainer.demo.world import real_images
 from trainer.models.open import open_policy
-from trainer.objectives import OBJECTIVES, RunContext
+from trainer.objectives import OBJECTIVES, BlackBoxSQDF, RunContext
+from trainer.objectives.policy_gradient.rounds import PolicyGradient
 from trainer.policy import Lora
 
 BATCH = 8
@@ -42,14 +44,8 @@ def main():
     tower = files.load_tower("proxy")
     print("| objective | relative difference |\n|---|---|")
     for name, kind in OBJECTIVES.items():
-        if name in (
-            "sqdf-black-box",
-            "ddpo",
-            "flow-grpo",
-            "awm",
-            "diffusion-nft",
-        ):  # whose queries and rounds are shared by processes, not by halves
-            continue
+        if not issubclass(Images, kind().data) or issubclass(kind, (BlackBoxSQDF, PolicyGradient)):
+            continue  # other data; and queries and rounds, which are shared by processes, not by halves
         known = {f.name for f in fields(kind)}
         objective = kind(**({"buffer_gb": 0.0} if "buffer_gb" in known else {}))
         whole = gradient(policy, objective, samples, tower, range(BATCH))

@@ -7,23 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.family import Family, Towers, gradient
+from helpers.rounds import PROMPTS, SMALL, batch, begun
 
-from trainer.data.batches import Prompts
 from trainer.objectives import AWM, DDPO, DiffusionNFT, FlowGRPO, RunContext
 from trainer.objectives.policy_gradient.advantages import History, group_advantages
 from trainer.objectives.policy_gradient.kernels import flow_sde
-from trainer.rng import Rng
-
-PROMPTS = ("a", "bb", "ccc")
-SMALL = {"steps": 5, "guidance_scale": 1.0, "group": 4, "prompts_per_round": 2, "clip": 0.2}
-
-
-def batch(number=0, n=4, step=0):
-    return Prompts(tuple("a" * n), Rng(3, step, tuple(range(number * n, number * n + n)), number), number)
-
-
-def begun(objective, policy, folder, reward=None, **more):
-    return objective.begin(RunContext(policy, reward or Towers(), folder=folder, prompts=PROMPTS, **more))
 
 
 def test_the_flow_sde_adds_no_more_noise_than_the_next_level_where_the_first_is_that_of_zero_terminal_snr():

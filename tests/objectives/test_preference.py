@@ -26,9 +26,8 @@ from helpers.processes import log_of, toy_run, trained
 from trainer.config import ConfigError
 from trainer.objectives import TPO, DiffusionDPO, DiffusionKTO, DiffusionNPO, MaPO, RunContext
 from trainer.objectives.preference.dpo import safeguard
-from trainer.objectives.preference.errors import error_scale, level_weights
 from trainer.objectives.preference.mapo import saturated
-from trainer.objectives.preference.perturb import perturb, read_perturbed
+from trainer.objectives.preference.perturb import perturb
 from trainer.runtime.processes import ALONE
 from trainer.training.nfe import CountingPolicy
 
@@ -179,98 +178,6 @@ def test_prompt_dropout_takes_both_halves_of_a_pair():
     assert share == pytest.approx(0.4, abs=0.15)
     loss_and_gradient(TPO(prompt_dropout=1.0), images(), policy=Empty())
     assert seen[-1] == [""] * 2 * N
-
-
-# -- noise levels ----------------------------------------------------------------------------------------------------------
-
-
-def test_noise_levels_are_drawn_as_described():
-    sigmas = Family().sigmas(999)[:-1].double()
-    snr = sigmas**-2
-    weights = {name: level_weights(name, "epsilon", sigmas, "ve") for name in ("uniform", "early", "logit-normal", "min-snr", "debiased")}
-    torch.testing.assert_close(weights["min-snr"], snr.clamp(max=5) / snr)
-    torch.testing.assert_close(weights["debiased"], snr**-0.5)
-    assert float(weights["early"][-1] / weights["early"][0]) == pytest.approx(0.9 ** (50 * 998 / 999))
-    normal = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([0.1, 0.3, 0.8]).logit())
-    cumulative = (weights["logit-normal"].cumsum(0) / weights["logit-normal"].sum())[[99, 299, 799]]
-    torch.testing.assert_close(cumulative.float(), normal, atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize("space", ["ve", "flow"])
-def test_a_weight_is_one_weight_of_the_prediction_whatever_the_target(space):
-    sigmas = (Family().sigmas(50) if space == "ve" else Family("flow").sigmas(50))[:-1]
-    for name in ("min-snr", "debiased"):
-        of_x0 = [
-            level_weights(name, target, sigmas, space) * error_scale(target, sigmas, space).square()
-            for target in ("x0", "epsilon", "velocity", "model")
-        ]
-        assert all(torch.allclose(one, of_x0[0]) for one in of_x0)
-
-
-def test_drawn_levels_have_the_expected_gradient_of_the_weights():
-    """E of an error over the draws = the weighted mean of errors over the grid."""
-    policy, objective = Family(), DiffusionDPO(levels="min-snr")
-    sigmas = policy.sigmas(999)[:-1]
-    drawn = torch.cat([objective.noised(RunContext(policy), pairs(number)).sigma for number in range(150)])
-    weights = level_weights("min-snr", "model", sigmas, "ve")
-    mean = float((weights * sigmas).sum() / weights.sum())
-    assert float(drawn.mean()) == pytest.approx(mean, abs=4 * float(drawn.std()) / len(drawn) ** 0.5)
-
-
-# -- captions -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("caption", "allowed"),
-    [
-        ("a red cube and a blue ball", "a (red|blue|yellow|green|cyan|purple|white|grey|black|brown) [a-z]+ and a [a-z]+ ball"),
-        ("An orange cat", "A [a-z]+ cat|An orange [a-z]+"),
-        ("Two men on the LEFT", "(One|Three|Four|Five|Six) men on the LEFT|Two women on the LEFT|Two men on the Right"),
-        ("ein Haus am Meer", None),
-        ("", None),
-    ],
-)
-def test_a_rule_changes_one_thing(caption, allowed):
-    import re
-
-    found = perturb(caption)
-    assert found == perturb(caption)
-    if allowed is None:
-        assert found is None
-    else:
-        assert found != caption and re.fullmatch(allowed, found), found
-
-
-def test_captions_that_cannot_be_perturbed_are_refused_or_given(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"no rule changes the caption 'ein Haus' \(and 1 more\): give wrong captions in objective.captions_"
-    ):
-        TPO().check(RunContext(Family(), prompts=("a red star", "ein Haus", "")))
-    table = tmp_path / "wrong.csv"
-    table.write_text("prompt,perturbed\nein Haus,ein Schiff\na red star,a red ring\n", "utf-8")
-    objective = TPO(captions_file=str(table))
-    objective.check(RunContext(Family(), prompts=("a red star", "ein Haus")))
-    assert objective.captions(["ein Haus", "a red star"]) == ["ein Haus", "a red star", "ein Schiff", "a red ring"]
-    table.write_text("prompt,perturbed\nein Haus,ein Haus\n", "utf-8")
-    read_perturbed.cache_clear()
-    with pytest.raises(ValueError, match=r"wrong.csv, line 2: give a prompt, and another text in the column perturbed"):
-        objective.captions(["ein Haus"])
-
-
-def test_a_resumed_run_refuses_other_wrong_captions(tmp_path):
-    prompts = ("ein Haus",)
-    states = []
-    for other in ("Schiff", "Boot"):
-        table = tmp_path / f"{other}.csv"
-        table.write_text(f"prompt,perturbed\nein Haus,ein {other}\n", "utf-8")
-        loss = TPO(captions_file=str(table)).begin(RunContext(Family(), prompts=prompts))
-        states.append(loss.state())
-    loss.restore(states[1])
-    with pytest.raises(ValueError, match="holds other captions than when the run began"):
-        loss.restore(states[0])
-
-
-# -- runs ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["diffusion-dpo", "diffusion-kto"])

@@ -22,8 +22,8 @@ from trainer.lora.file import save_lora
 from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.load import load_policy
 from trainer.objectives import SQDF, ImageReFL, ReFL, RunContext
-from trainer.objectives.reward_gradient.shared import Sampler
 from trainer.objectives.reward_gradient.sqdf import rollouts
+from trainer.objectives.shared import Sampler
 from trainer.policy import Lora
 from trainer.rng import Rng
 from trainer.training import checkpoint

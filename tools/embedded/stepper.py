@@ -20,7 +20,7 @@ from trainer.models.diffusers_policy import DiffusersPolicy
 from trainer.models.tiny_decoder import load_tiny_decoder
 from trainer.models.unet import UNetPolicy
 from trainer.objectives import ImageReFL, ReFL, RunContext
-from trainer.objectives.reward_gradient.shared import Sampler
+from trainer.objectives.shared import Sampler
 from trainer.policy import Lora
 from trainer.rewards.base import RewardModel
 from trainer.rewards.two_tower import TwoTower

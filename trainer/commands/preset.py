@@ -7,9 +7,10 @@ import difflib
 from pathlib import Path
 
 from ..config import ConfigError
+from ..objectives import OBJECTIVES
 from ..runtime.files import named, quoted, write_text
-from ..training.preset_types import Line, Row, guidance, quote
-from ..training.presets import METHODS, ROWS, SHORT, recomputed
+from ..training.preset_types import Line, Row, quote
+from ..training.presets import METHODS, ROWS, SHORT
 
 _COMMENTS_AT = 40
 _DATA: dict[str, Line] = {
@@ -32,8 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print or write a preset; returns the exit status."""
     if args.list:
-        for title, rows in (("METHOD", METHODS), ("FAMILY", ROWS)):
-            print(title, *(f"  {name:<16} {row.title}" for name, row in rows.items()), sep="\n")
+        titles = {name: OBJECTIVES[name].title for name in METHODS}, {name: row.title for name, row in ROWS.items()}
+        for heading, rows in zip(("METHOD", "FAMILY"), titles):
+            print(heading, *(f"  {name:<16} {title}" for name, title in rows.items()), sep="\n")
         return 0
     if not args.method or not args.model:
         raise ConfigError("give METHOD and --model FAMILY, or --list")
@@ -67,42 +69,37 @@ def text_of(method: str, model: str, stem: str = "") -> str:
     if method not in METHODS:
         raise ConfigError(f"no objective {method!r}: use one of {', '.join(METHODS)}")
     settings, row = METHODS[method], ROWS[model_name(model)]
-    samples = settings.samples_of(row, method)
+    samples = settings.samples_of(row)
     stem = stem or f"{method}-{model}"
     data, batch = _DATA[settings.data], max(row.batch, settings.least)
     general: list[Line] = [
         ("out", quote(f"runs/{stem}"), ""),
         ("model", quote(f"models/{row.folder}"), row.file),
         data,
-        *([("consistency", quote(f"models/loras/{row.consistency}.safetensors"), "")] if method == "sqdf" and row.consistency else []),
+        *settings.inputs(row),
         ("reward", quote(settings.reward), f"python -m trainer rewards download {settings.reward}"),
         settings.standardise,
-        *([("features", '"clip-l14"', "read by the surrogate of the reward")] if method == "sqdf-black-box" else []),
         ("device", '"cuda"', ""),
         settings.steps,
         ("batch_size", str(batch), ""),
         ("gradient_accumulation_steps", str(samples // batch), ""),
         ("learning_rate", settings.rate, ""),
         *settings.more,
-        *recomputed(method, row),
+        *settings.recomputed(row),
         ("save_every", str(settings.save_every), ""),
     ]
     watch: list[Line] = [
         ("every", str(settings.every), ""),
         ("heldout", quote(settings.heldout), f"python -m trainer rewards download {settings.heldout}"),
     ]
-    if method == "imagerefl":
-        watch += [
-            ("switch", quote(f"{row.start / row.chain:.1%}".replace(".0%", "%")), "the base model draws until there"),
-            guidance(row),
-        ]
+    watch += settings.watch(row)
     tables = {
         "model_options": [("dtype", '"bfloat16"', "of the frozen weights; the adapter is float32")],
-        "objective": [("name", quote(method), ""), *settings.objective(row, method)],
+        "objective": [("name", quote(method), ""), *settings.objective(row)],
         "lora": [("rank", str(row.rank), ""), ("alpha", f"{row.rank:.1f}", "")],
         "watch": [*watch, ("patience", "3", "")],
     }
-    lines = [f"# {settings.title} on {row.title}: {settings.origin}.", *_warning(row), *map(_written, general)]
+    lines = [f"# {OBJECTIVES[method].title} on {row.title}: {settings.origin}.", *_warning(row), *map(_written, general)]
     lines.insert(-len(general) + 3, f"# image_size = {row.size} pixels, the model's own, where none is given")
     for name, table in tables.items():
         note = "                                  # judged by a reward that is not trained on; without its weights, delete this table"

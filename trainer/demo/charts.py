@@ -12,39 +12,15 @@ from torch import Tensor
 from ..data.images import grid, to_pil
 from ..metrics.frontier import SHARE, Curves
 from ..metrics.study import BASE, Point
+from ..objectives import OBJECTIVES
 from .experiment import START
 
-TITLES = {
+TITLES = {name: cls.title for name, cls in OBJECTIVES.items()} | {
     "base": "base",
     "base_unguided": "base, unguided",
-    "refl": "ReFL",
-    "imagerefl": "ImageReFL",
     "draft-k": "DRaFT-8",
-    "draft-lv": "DRaFT-LV",
-    "alignprop": "AlignProp",
-    "drtune": "DRTune",
-    "flowbp-sparse": "FlowBP-Sparse",
-    "flowbp-bridge": "FlowBP-Bridge",
-    "flowbp-lagrange": "FlowBP-Lagrange",
-    "leapalign": "LeapAlign",
-    "direct-align": "Direct-Align",
-    "srpo": "SRPO",
     "srpo-bias": "SRPO, bias named",
-    "sqdf": "SQDF",
-    "ddpo": "DDPO",
-    "flow-grpo": "Flow-GRPO",
-    "awm": "AWM",
-    "diffusion-nft": "DiffusionNFT",
-    "diffusion-dpo": "Diffusion-DPO",
-    "dspo": "DSPO",
-    "dmpo": "DMPO",
-    "inpo": "InPO",
-    "smpo": "SmPO",
-    "mapo": "MaPO",
     "better-images": "better images alone",
-    "dro": "DRO",
-    "diffusion-kto": "Diffusion-KTO",
-    "tpo": "TPO",
 }
 AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
 INK = "#7b838c"

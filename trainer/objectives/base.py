@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -84,8 +84,15 @@ class Loss(ABC):
 class Objective(ABC):
     """A frozen dataclass whose fields are the config keys, the CLI flags and the node widgets."""
 
+    title: ClassVar[str]
+    """As pages, nodes and presets write it; the name of the class where it says nothing else."""
     steps: int
     guidance_scale: float
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "title" not in cls.__dict__:
+            cls.title = cls.__name__
 
     @property
     def data(self) -> type[Prompts]:
@@ -121,6 +128,28 @@ class Objective(ABC):
     @abstractmethod
     def begin(self, context: RunContext) -> Loss:
         """The loss of one run."""
+
+
+class WithoutRewardGradient(Objective):
+    """An objective that trains every noise level, and never asks for a reward's gradient."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Never."""
+        return False
+
+    def recommended_sigma(self, sigmas: Tensor) -> float:
+        """Every level is trained."""
+        return float(sigmas[0])
+
+
+class WithoutReward(WithoutRewardGradient):
+    """An objective that asks no reward: one that is named is shown by the watch alone."""
+
+    @property
+    def needs_reward(self) -> bool:
+        """None is asked."""
+        return False
 
 
 class Stateless(Objective):

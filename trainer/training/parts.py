@@ -11,7 +11,7 @@ from ..data.fingerprint import Fingerprint
 from ..data.samples import Samples
 from ..objectives import OBJECTIVES, RunContext
 from ..objectives.base import ImageFeatures
-from ..objectives.preference.errors import GRID
+from ..objectives.shared import GRID
 from ..policy import Policy, Trainable
 from ..reward import Reward
 from ..rewards.registry import weights_hashes

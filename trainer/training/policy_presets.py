@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from ..config import build, override
-from ..objectives import OBJECTIVES
+from ..objectives import AWM, DDPO, DiffusionNFT, FlowGRPO
 from ..objectives.policy_gradient.rounds import PolicyGradient
 from .preset_types import Line, Method, Row, guidance, quote
 
@@ -14,22 +13,11 @@ _SDXL = 4 * 128 * 128  # elements of a latent: no more are Stable Diffusion's, a
 _GROUPS = 8, 8  # images of a prompt, prompts of a round
 
 
-def _share(parts: int) -> Callable[[Row, str], int]:
-    """Samples of an optimizer step of which `parts` train a round, whatever number of steps the model has."""
-
-    def samples(row: Row, name: str) -> int:
-        settings = override({}, [f"--{key}={value}" for key, value, _ in POLICY_GRADIENTS[name].objective(row, name)])
-        objective = cast(PolicyGradient, build(OBJECTIVES[name], settings))
-        return objective.images * objective.trained // parts
-
-    return samples
-
-
 def _rounds(group: int, prompts: int) -> list[Line]:
     return [("group", str(group), "images of a prompt, which are compared"), ("prompts_per_round", str(prompts), "")]
 
 
-def _ddpo(row: Row, name: str) -> list[Line]:
+def _ddpo(row: Row) -> list[Line]:
     steps = min(20, row.steps)
     return [
         ("steps", str(steps), "the model's own few steps" if row.few else "drawn later with more"),
@@ -42,7 +30,7 @@ def _ddpo(row: Row, name: str) -> list[Line]:
     ]
 
 
-def _flow_grpo(row: Row, name: str) -> list[Line]:
+def _flow_grpo(row: Row) -> list[Line]:
     return [
         ("steps", str(min(10, row.steps)), "the model's own few steps" if row.few else "drawn later with more"),
         guidance(row),
@@ -58,7 +46,7 @@ def _flow_grpo(row: Row, name: str) -> list[Line]:
     ]
 
 
-def _awm(row: Row, name: str) -> list[Line]:
+def _awm(row: Row) -> list[Line]:
     return [
         ("steps", str(min(14, row.steps)), "the model's own few steps" if row.few else "drawn later with more"),
         ("guidance_scale", "1.0", "none, which training makes up for"),
@@ -68,7 +56,7 @@ def _awm(row: Row, name: str) -> list[Line]:
     ]
 
 
-def _nft(row: Row, name: str) -> list[Line]:
+def _nft(row: Row) -> list[Line]:
     return [
         ("steps", str(min(10, row.steps)), "the model's own few steps" if row.few else "drawn later with more"),
         ("guidance_scale", "1.0", "none, which training makes up for"),
@@ -78,14 +66,23 @@ def _nft(row: Row, name: str) -> list[Line]:
     ]
 
 
+def _share(objective: type[PolicyGradient], settings: Callable[[Row], list[Line]], parts: int) -> Callable[[Row], int]:
+    """Samples of an optimizer step of which `parts` train a round, whatever number of steps the model has."""
+
+    def samples(row: Row) -> int:
+        one = build(objective, override({}, [f"--{key}={value}" for key, value, _ in settings(row)]))
+        return one.images * one.trained // parts
+
+    return samples
+
+
 _UNIT: Line = ("standardise", "false", "advantages have no unit")
 POLICY_GRADIENTS: dict[str, Method] = {
     "ddpo": Method(
-        "DDPO",
         "the official SD1.4 settings, but for rounds of 64 images, not 256, and the noisier half of 20 steps, not all 50",
         _ddpo,
         steps=("steps", "200", "two to a round"),
-        samples=_share(2),
+        samples=_share(DDPO, _ddpo, 2),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""),),
         standardise=_UNIT,
@@ -93,11 +90,10 @@ POLICY_GRADIENTS: dict[str, Method] = {
         save_every=10,
     ),
     "flow-grpo": Method(
-        "Flow-GRPO",
         "the official settings for SD3.5 medium, but for a round of 4 prompts instead of 48",
         _flow_grpo,
         steps=("steps", "300", ""),
-        samples=_share(2),
+        samples=_share(FlowGRPO, _flow_grpo, 2),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
         standardise=_UNIT,
@@ -105,11 +101,10 @@ POLICY_GRADIENTS: dict[str, Method] = {
         save_every=10,
     ),
     "awm": Method(
-        "AWM",
         "the official settings for SD3.5 medium, but for a round of 4 prompts and no second KL",
         _awm,
         steps=("steps", "300", "one to a round"),
-        samples=_share(1),
+        samples=_share(AWM, _awm, 1),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.99", "")),
         standardise=_UNIT,
@@ -117,11 +112,10 @@ POLICY_GRADIENTS: dict[str, Method] = {
         save_every=10,
     ),
     "diffusion-nft": Method(
-        "DiffusionNFT",
         "the official settings for SD3.5 medium, but for a round of 4 prompts instead of 48, and DDIM instead of DPM-Solver",
         _nft,
         steps=("steps", "300", "one to a round"),
-        samples=_share(1),
+        samples=_share(DiffusionNFT, _nft, 1),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
         standardise=_UNIT,

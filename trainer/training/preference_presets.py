@@ -13,7 +13,7 @@ def _levels(row: Row) -> list[Line]:
     return [steps_of(row, "of evaluations; training draws from all noise levels"), guidance(row)]
 
 
-def _dpo(row: Row, name: str) -> list[Line]:
+def _dpo(row: Row) -> list[Line]:
     large = row.size > 512
     return [
         *_levels(row),
@@ -23,84 +23,87 @@ def _dpo(row: Row, name: str) -> list[Line]:
     ]
 
 
-def _kto(row: Row, name: str) -> list[Line]:
+def _kto(row: Row) -> list[Line]:
     return [*_levels(row), ("beta", "1000.0", ""), ("prompt_dropout", "0.2", "")]
 
 
-def _mapo(row: Row, name: str) -> list[Line]:
+def _mapo(row: Row) -> list[Line]:
     return [*_levels(row), ("beta", "0.1", ""), ("scale", "0.5", ""), ("margin_scale", "1000.0", "")]
 
 
-def _npo(row: Row, name: str) -> list[Line]:
+def _npo(row: Row) -> list[Line]:
     return [*_levels(row), ("beta", "2000.0" if row.size > 512 else "1000.0", "")]
 
 
-def _dmpo(row: Row, name: str) -> list[Line]:
+def _dmpo(row: Row) -> list[Line]:
     large = row.size > 512
     beta: Line = ("beta", "6000.0" if large else "2000.0", "SDXL's" if large else "SD1.5's")
     return [*_levels(row), beta, ("alpha", "0.01", ""), ("mu", "0.6" if large else "0.9", ""), ("prompt_dropout", "0.2", "")]
 
 
-def _dspo(row: Row, name: str) -> list[Line]:
+def _dspo(row: Row) -> list[Line]:
     return [*_levels(row), ("beta", "0.001", "SD1.5's, whose loss this is"), ("mu", "0.2", ""), ("prompt_dropout", "0.2", "")]
 
 
-def _inpo(row: Row, name: str) -> list[Line]:
+def _inverting(row: Row) -> list[Line]:
     large = row.size > 512
     beta: Line = ("beta", "5000.0" if large else "2000.0", "SDXL's" if large else "SD1.5's, after supervised training on the better images")
-    if name == "smpo":
-        return [*_levels(row), beta, ("inversion_steps", "10" if large else "5", ""), ("score_range", "16.7", "PickScore's, on Pick-a-Pic")]
-    return [*_levels(row), beta, ("inversion_steps", "10", ""), ("inversion_noise", "0.1", "")]
+    return [*_levels(row), beta]
 
 
-def _dro(row: Row, name: str) -> list[Line]:
+def _inpo(row: Row) -> list[Line]:
+    return [*_inverting(row), ("inversion_steps", "10", ""), ("inversion_noise", "0.1", "")]
+
+
+def _smpo(row: Row) -> list[Line]:
+    steps: Line = ("inversion_steps", "10" if row.size > 512 else "5", "")
+    return [*_inverting(row), steps, ("score_range", "16.7", "PickScore's, on Pick-a-Pic")]
+
+
+def _dro(row: Row) -> list[Line]:
     return [*_levels(row), ("margin", "0.001", ""), ("rollout_steps", "20", ""), ("prompt_dropout", "0.2", "")]
 
 
-def _self_npo(row: Row, name: str) -> list[Line]:
+def _self_npo(row: Row) -> list[Line]:
     w: Line = ("anti_guidance", "-5.0", "SDXL's") if row.size > 512 else ("anti_guidance", "-1.0", "SD1.5's: the unconditional prediction")
     return [*_levels(row), w, ("levels", "25", ""), ("rollout_steps", "5", ""), ("decay", "0.999", "")]
 
 
-def _tpo(row: Row, name: str) -> list[Line]:
+def _tpo(row: Row) -> list[Line]:
     return [*_levels(row), ("form", '"dpo"', 'or "kto" with beta = 1000'), ("beta", "5000.0", "Diffusion-DPO's")]
 
 
 _SHOWN: Line = ("standardise", "false", "the reward is shown by the watch, and not trained on")
 
 
-def _on(data: str, title: str, origin: str, objective: Callable[[Row, str], list[Line]], **more: Any) -> Method:
+def _on(data: str, origin: str, objective: Callable[[Row], list[Line]], **more: Any) -> Method:
     """A method on pairs, labels or images; 2000 steps of 64 at a LoRA's rate where nothing else is said."""
-    usual = Method(title, origin, objective, data, ("steps", "2000", ""), 64, rate="1e-5", standardise=_SHOWN, every=200)
+    usual = Method(origin, objective, data, ("steps", "2000", ""), 64, rate="1e-5", standardise=_SHOWN, every=200)
     return replace(usual, **more)
 
 
 PREFERENCES: dict[str, Method] = {
     "diffusion-dpo": _on(
         "pairs",
-        "Diffusion-DPO",
         "β of the official code and μ of SDPO's, for all weights and 2048 pairs a step; rate and number of pairs are a LoRA's",
         _dpo,
     ),
     "diffusion-kto": _on(
-        "labels", "Diffusion-KTO", "β of the official code, for all weights of SD1.5; rate and number of images are a LoRA's", _kto, least=4
+        "labels", "β of the official code, for all weights of SD1.5; rate and number of images are a LoRA's", _kto, least=4
     ),
-    "mapo": _on("pairs", "MaPO", "the official SDXL settings, but for the rank of 8", _mapo, samples=16),
+    "mapo": _on("pairs", "the official SDXL settings, but for the rank of 8", _mapo, samples=16),
     "dspo": _on(
         "pairs",
-        "DSPO",
         "β of the official SD1.5 script and μ of SDPO's code, for all weights and 2048 pairs a step; rate and number are a LoRA's",
         _dspo,
     ),
     "dmpo": _on(
         "pairs",
-        "DMPO",
         "the settings of SDPO's code, for all weights of SD1.5 and SDXL and 2048 pairs a step; rate and number are a LoRA's",
         _dmpo,
     ),
     "inpo": _on(
         "pairs",
-        "InPO",
         "the official settings, for all weights and 1024 pairs a step; rate and number of pairs are a LoRA's",
         _inpo,
         steps=("steps", "400", ""),
@@ -108,9 +111,8 @@ PREFERENCES: dict[str, Method] = {
     ),
     "smpo": _on(
         "pairs",
-        "SmPO",
         "the official settings, for all weights and 1024 pairs a step; rate and number of pairs are a LoRA's",
-        _inpo,
+        _smpo,
         steps=("steps", "200", ""),
         reward="pickscore",
         standardise=("standardise", "false", "score_range is in the reward's own unit"),
@@ -118,14 +120,12 @@ PREFERENCES: dict[str, Method] = {
     ),
     "diffusion-npo": _on(
         "pairs",
-        "Diffusion-NPO",
         "the official settings for SD1.5 and SDXL, but for the rank of 8; the result is the negative model of the guide npo",
         _npo,
         rate="5e-6",
     ),
     "self-npo": _on(
         "images",
-        "Self-NPO",
         "the official settings for all weights; rate and number of images are a LoRA's; the result is the negative model of the guide npo",
         _self_npo,
         steps=("steps", "1000", ""),
@@ -134,12 +134,11 @@ PREFERENCES: dict[str, Method] = {
     ),
     "dro": _on(
         "images",
-        "Diffusion-DRO",
         "the official settings for all weights of SD1.5: 1600 steps on 500 images of the highest rewards",
         _dro,
         steps=("steps", "1600", ""),
         rate="1e-4",
     ),
-    "tpo": _on("images", "TPO", "from the paper, with Diffusion-DPO's β; rate and number of images are a LoRA's", _tpo),
+    "tpo": _on("images", "from the paper, with Diffusion-DPO's β; rate and number of images are a LoRA's", _tpo),
 }
 """By the name of an objective."""

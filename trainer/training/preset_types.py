@@ -26,6 +26,8 @@ class Row:
     consistency: str = ""
     few: bool = False
     guidance_note: str = ""
+    line: str = ""
+    """`flux1`, `klein` or `sd35`, of which some methods publish settings."""
     training_adapter: str = ""
     """Of a few-step model: the published LoRA that undoes its distillation."""
     turbo: tuple[str, int] = ("", 0)
@@ -37,16 +39,25 @@ class Row:
         return self.steps if self.few else 40
 
 
+def nothing(row: Row) -> list[Line]:
+    """No lines."""
+    return []
+
+
+def everything(row: Row) -> list[Line]:
+    """Denoiser, decoder and reward are recomputed."""
+    return [(f"gradient_checkpointing_{part}", "true", "") for part in ("denoiser", "vae", "reward")]
+
+
 @dataclass(frozen=True)
 class Method:
     """What a preset takes from the method; `samples` are those of one optimizer step, or a rule for them, `least` of a micro-batch."""
 
-    title: str
     origin: str
-    objective: Callable[[Row, str], list[Line]]
+    objective: Callable[[Row], list[Line]]
     data: str = "prompts"
     steps: Line = ("steps", "1000", "")
-    samples: int | Callable[[Row, str], int] = 32
+    samples: int | Callable[[Row], int] = 32
     least: int = 1
     rate: str = "1e-4"
     more: tuple[Line, ...] = ()
@@ -55,10 +66,16 @@ class Method:
     heldout: str = "imagereward"
     every: int = 100
     save_every: int = 50
+    inputs: Callable[[Row], list[Line]] = nothing
+    """Files that it reads beside the data and the reward."""
+    watch: Callable[[Row], list[Line]] = nothing
+    """How its evaluations differ from others."""
+    recomputed: Callable[[Row], list[Line]] = everything
+    """What the backward pass recomputes."""
 
-    def samples_of(self, row: Row, name: str) -> int:
-        """Samples of an optimizer step of the method `name`."""
-        return self.samples if isinstance(self.samples, int) else self.samples(row, name)
+    def samples_of(self, row: Row) -> int:
+        """Samples of an optimizer step."""
+        return self.samples if isinstance(self.samples, int) else self.samples(row)
 
 
 def quote(text: str) -> str:

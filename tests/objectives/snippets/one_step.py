@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trainer.data.batches import Batch
 from trainer.objectives.base import Logs, RunContext, Stateless
-from trainer.objectives.reward_gradient.shared import sampler_steps, training_guidance_scale
+from trainer.objectives.shared import sampler_steps, training_guidance_scale
 
 
 @dataclass(frozen=True)

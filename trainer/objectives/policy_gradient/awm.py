@@ -15,8 +15,7 @@ from ...policy import Policy
 from ...rng import Rng, generator
 from ...sampling import Space, end_of, trajectory
 from ..base import Logs, RunContext
-from ..preference.errors import error_scale
-from ..reward_gradient.shared import rollout_noise, sampler_steps
+from ..shared import error_scale, rollout_noise, sampler_steps
 from .rounds import PolicyGradient
 from .selection import Selection
 

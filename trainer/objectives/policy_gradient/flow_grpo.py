@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from ...policy import Policy
 from ...rng import Rng
 from ...sampling import Kernel
 from ..base import RunContext
-from ..reward_gradient.shared import sampler_steps, training_guidance_scale
+from ..shared import sampler_steps, training_guidance_scale
 from .advantages import Baseline
 from .kernels import coefficient_preserving, constant_sde, flow_sde
 from .steps import StepGradient
@@ -32,6 +32,7 @@ class FlowGRPO(StepGradient):
     window = sliding.
     """
 
+    title: ClassVar[str] = "Flow-GRPO"
     steps: int = sampler_steps(10)
     guidance_scale: float = training_guidance_scale(4.5, "official 4.5 for SD3.5")
     group: int = field(

@@ -14,8 +14,7 @@ from ...policy import Policy
 from ...rng import Rng
 from ..base import Logs, Loss, RunContext
 from ..following import Following, WithFollowing
-from ..preference.errors import error_scale
-from ..reward_gradient.shared import rollout_noise, sampler_steps
+from ..shared import error_scale, rollout_noise, sampler_steps
 from .advantages import Baseline
 from .awm import drawing_guidance_scale, own_images
 from .rounds import PolicyGradient, Rounds

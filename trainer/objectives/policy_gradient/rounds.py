@@ -20,8 +20,8 @@ from ...policy import Policy
 from ...reward import SummedReward
 from ...rng import Rng, generator, seed_of
 from ...runtime.files import free_bytes
-from ..base import Logs, Loss, Objective, RunContext
-from ..reward_gradient.shared import sampler_steps, training_guidance_scale
+from ..base import Logs, Loss, RunContext, WithoutRewardGradient
+from ..shared import sampler_steps, training_guidance_scale
 from .advantages import HISTORY, Baseline, History, above_auxiliaries, equal, group_advantages, relative_distances
 from .scoring import Scoring
 from .selection import Round, Selection
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PolicyGradient(Objective):
+class PolicyGradient(WithoutRewardGradient):
     """Rounds of rollouts. A subclass says which steps it trains, how it draws, and the losses of a part."""
 
     steps: int = sampler_steps(50)
@@ -83,11 +83,6 @@ class PolicyGradient(Objective):
             raise ValueError("group · prompts_per_round = 1 image: give at least 2, which are compared")
 
     @property
-    def needs_gradient(self) -> bool:
-        """Rewards are never differentiated."""
-        return False
-
-    @property
     def images(self) -> int:
         """N, the images of a round."""
         return self.group * self.prompts_per_round
@@ -96,10 +91,6 @@ class PolicyGradient(Objective):
     @abstractmethod
     def trained(self) -> int:
         """W, the trained steps of an image."""
-
-    def recommended_sigma(self, sigmas: Tensor) -> float:
-        """All levels are trained."""
-        return float(sigmas[0])
 
     def check(self, context: RunContext) -> None:
         """Refuse micro-batches that do not divide a round, and a disk that a round does not fit on."""

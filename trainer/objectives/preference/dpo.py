@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class DiffusionDPO(PairObjective):
     are those of both repositories' code; β for flow models is not published.
     """
 
+    title: ClassVar[str] = "Diffusion-DPO"
     label_smoothing: float = field(default=0.0, metadata={"min": 0.0, "max": 0.5, "help": "probability that the label of a pair is wrong"})
     flip_labels: bool = field(default=False, metadata={"help": "learn to prefer the worse image, as the negative model of Diffusion-NPO"})
 
@@ -125,6 +127,7 @@ class DiffusionNPO(DiffusionDPO):
     script; its SD1.5 script leaves out the ½ and has 500, here 1000. Officially without a safeguard.
     """
 
+    title: ClassVar[str] = "Diffusion-NPO"
     beta: float = field(default=2000.0, metadata={"min": 0.0, "help": "how closely the tuned model keeps to the base (1000 SD1.5)"})
     safeguard: bool = field(default=False, metadata={"help": "as Diffusion-DPO, for the images that this model is to prefer"})
     flip_labels: bool = field(default=True, metadata={"help": "learn to prefer the worse image; false is Diffusion-DPO"})

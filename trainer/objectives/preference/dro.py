@@ -13,7 +13,8 @@ from ...denoiser import per_sample
 from ...policy import Policy
 from ...sampling import start_at, step
 from ..base import Logs, RunContext
-from .errors import GRID, DenoisingObjective, error_scale, mean_square
+from ..shared import GRID, error_scale
+from .errors import DenoisingObjective, mean_square
 
 
 @torch.no_grad()

@@ -16,25 +16,14 @@ from torch import Tensor
 from ...data.batches import Batch
 from ...denoiser import per_sample
 from ...policy import Policy
-from ...sampling import Space, alpha
-from ..base import Bound, Logs, Loss, RunContext, Stateless
+from ...sampling import Space
+from ..base import Bound, Logs, Loss, RunContext, Stateless, WithoutReward
 from ..following import Following, WithFollowing
-from ..reward_gradient.shared import snr
+from ..shared import GRID, Target, error_scale, snr
 
-GRID = 999  # levels that training draws from: Stable Diffusion's timesteps 1 … 999
 Levels = Literal["uniform", "logit-normal", "early", "min-snr", "debiased"]
-Target = Literal["model", "epsilon", "velocity", "x0"]
 Two = tuple[Tensor, Tensor]
 """Of a better and of a worse image, or of an image under a right and a wrong caption."""
-
-
-def error_scale(target: Target, sigma: Tensor, space: Space) -> Tensor:
-    """By what an error of the x0-prediction is multiplied in units of the target: ε, v = αε − σx0 (VP) or ε − x0 (flow), x0."""
-    if target == "x0":
-        return torch.ones_like(sigma)
-    if target == "epsilon" or (target == "model" and space == "ve"):
-        return alpha(sigma, space) / sigma
-    return 1 / sigma if space == "flow" else (1 + sigma.square()).sqrt() / sigma
 
 
 def level_weights(levels: Levels, target: Target, sigmas: Tensor, space: Space) -> Tensor:
@@ -94,8 +83,8 @@ def mean_square(error: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DenoisingObjective(Stateless):
-    """What the objectives on denoising errors share. They ask no reward: one that is named is shown by the watch alone."""
+class DenoisingObjective(WithoutReward, Stateless):
+    """What the objectives on denoising errors share."""
 
     refers: ClassVar[bool] = True
     """Whether errors are compared with those of a reference."""
@@ -156,20 +145,6 @@ class DenoisingObjective(Stateless):
     def of_run(self, context: RunContext) -> Loss:
         """The loss of one run."""
         return Bound(self, context)
-
-    @property
-    def needs_gradient(self) -> bool:
-        """No reward is asked."""
-        return False
-
-    @property
-    def needs_reward(self) -> bool:
-        """No reward is asked."""
-        return False
-
-    def recommended_sigma(self, sigmas: Tensor) -> float:
-        """Every level is trained."""
-        return float(sigmas[0])
 
     def noised(self, run: RunContext, batch: Batch) -> Noised:
         """The draws of a micro-batch."""

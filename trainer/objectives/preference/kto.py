@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class DiffusionKTO(DenoisingObjective):
     as the data have them: `liked_weight` and `disliked_weight` are the λ of its loss, 1 each.
     """
 
+    title: ClassVar[str] = "Diffusion-KTO"
     beta: float = field(default=1000.0, metadata={"min": 0.0, "help": "steepness of the utility: how soon an image counts as learnt"})
     liked_weight: float = field(default=1.0, metadata={"min": 0.0, "help": "weight of liked images"})
     disliked_weight: float = field(default=1.0, metadata={"min": 0.0, "help": "weight of disliked images"})

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
 from ...denoiser import per_sample
 from ...sampling import alpha, end_of, trajectory
-from ..base import Logs, Loss, Objective, RunContext
+from ..base import Logs, Loss, RunContext, WithoutReward
 from ..following import Following
-from .errors import GRID
+from ..shared import GRID
 
 
 @dataclass(frozen=True)
-class SelfNPO(Objective):
+class SelfNPO(WithoutReward):
     """Self-NPO (Wang et al. 2025, arXiv:2505.11777): learn the x0-predictions c + w·(c − u) of a teacher that follows, w below 0.
 
     An image is noised to one of `levels` sampler levels, the teacher takes a few DDIM steps, and predicts x0 there with c conditional and
@@ -27,6 +27,7 @@ class SelfNPO(Objective):
     all weights.
     """
 
+    title: ClassVar[str] = "Self-NPO"
     steps: int = field(default=50, metadata={"min": 1, "max": 1000, "help": "sampler steps of evaluations"})
     guidance_scale: float = field(
         default=7.5, metadata={"min": 0.0, "max": 30.0, "help": "classifier-free guidance of evaluations; training has `anti_guidance`"}
@@ -43,20 +44,6 @@ class SelfNPO(Objective):
     def data(self) -> type[Prompts]:
         """Images."""
         return Images
-
-    @property
-    def needs_gradient(self) -> bool:
-        """No reward is asked."""
-        return False
-
-    @property
-    def needs_reward(self) -> bool:
-        """No reward is asked."""
-        return False
-
-    def recommended_sigma(self, sigmas: Tensor) -> float:
-        """Every level is trained."""
-        return float(sigmas[0])
 
     def begin(self, context: RunContext) -> Loss:
         """The loss of one run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class BlackBoxSQDF(SQDF):
     labels so far, and trains on its optimistic prediction. The replay buffer starts anew with each loop.
     """
 
+    title: ClassVar[str] = "SQDF (black box)"
     queries: tuple[int, ...] = field(
         default=(1024, 2048, 4096, 8192), metadata={"help": "oracle calls of each outer loop (official: 15360 in four)"}
     )

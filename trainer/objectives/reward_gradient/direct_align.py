@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ...denoiser import per_sample
 from ...reward import PrefixReward, Reward
 from ...sampling import Space, alpha
 from ..base import Logs, RunContext, Stateless
-from .shared import Sampler, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
+from ..shared import Sampler, rollout_noise, sampler_steps, training_guidance_scale, weight_of_reward
 
 Branch = Literal["denoise", "inversion", "both"]
 Source = Literal["online", "offline"]
@@ -51,6 +51,7 @@ class DirectAlign(Stateless):
     gradient. Noise levels are in flow units for every model; a σ in [0,1) means σ/(1−σ) on SD1.5 and SDXL.
     """
 
+    title: ClassVar[str] = "Direct-Align"
     steps: int = sampler_steps(25)
     source: Source = field(default="online", metadata={"help": "x0: own samples (online) or real images (offline)"})
     sigma_high: float = field(default=0.95, metadata={"min": 0.0, "max": 0.999, "help": "highest noise level, flow units (official 0.964)"})

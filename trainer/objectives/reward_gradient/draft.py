@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ...denoiser import Denoise
 from ...rng import generator
 from ...sampling import end_of
 from ..base import Logs, RunContext, Stateless
-from .shared import Sampler, reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
+from ..shared import Sampler, reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
 
 
 def recomputation() -> Any:
@@ -75,6 +75,7 @@ class DRaFTK(Chain):
     K = 1 is DRaFT-1; K = T differentiates the whole chain. Memory is one denoiser call and K latents with `recompute`.
     """
 
+    title: ClassVar[str] = "DRaFT-K"
     steps: int = sampler_steps(50)
     k: int = field(default=1, metadata={"min": 1, "max": 1000, "help": "last steps K that carry the gradient"})
     guidance_scale: float = training_guidance_scale(7.5, "paper 7.5")
@@ -103,6 +104,7 @@ class DRaFTLV(DRaFTK):
     The finished image is noised again to the last level n times; each is denoised with gradient and scored.
     """
 
+    title: ClassVar[str] = "DRaFT-LV"
     samples: int = field(default=2, metadata={"min": 1, "max": 64, "help": "extra noise draws n at the last level (paper 2)"})
 
     def score(self, run: RunContext, batch: Batch, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:

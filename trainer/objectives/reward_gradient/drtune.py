@@ -11,8 +11,8 @@ from ...data.batches import Batch
 from ...denoiser import Denoise, per_sample
 from ...sampling import Space, alpha, last_of
 from ..base import Logs, RunContext, Stateless
+from ..shared import Sampler, reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
 from .draft import recomputation, recomputed
-from .shared import Sampler, reward_threshold, rollout_noise, sampler_steps, shaped, training_guidance_scale, weight_of_reward
 
 
 @dataclass(frozen=True)

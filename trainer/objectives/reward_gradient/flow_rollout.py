@@ -20,8 +20,8 @@ from ...data.batches import Batch
 from ...rng import generator
 from ...sampling import alpha, end_of
 from ..base import RunContext, Stateless
+from ..shared import Known, Sampler, reward_threshold, sampler_steps, training_guidance_scale, weight_of_reward
 from .draft import recomputation, recomputed
-from .shared import Known, Sampler, reward_threshold, sampler_steps, training_guidance_scale, weight_of_reward
 
 
 def rescaling(default: float, official: str) -> Any:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ...data.batches import Batch
 from ..base import Logs, RunContext
+from ..shared import shaped
 from .flow_rollout import FlowRollout, Surrogate, coupling, rescaled, rescaling
-from .shared import shaped
 
 
 def active_steps(default: int, official: str) -> Any:
@@ -40,6 +40,7 @@ class FlowBPSparse(Surrogate):
     are for FLUX.1.
     """
 
+    title: ClassVar[str] = "FlowBP-Sparse"
     k: int = active_steps(3, "3 on FLUX.1, 4 on SD3.5 and klein")
     late_bias: float = late_bias("2, 1 on SD3.5")
     rescale: float = rescaling(1.0, "1 on FLUX.1, 0.5 on SD3.5, 0 on klein")
@@ -77,6 +78,7 @@ class FlowBPBridge(FlowBPSparse):
     draws, counted from its start. α = 0 is FlowBP-Sparse with other draws. Checked against the official code (flowbp_bridge.py).
     """
 
+    title: ClassVar[str] = "FlowBP-Bridge"
     k: int = active_steps(5, "5, 3 on klein")
     late_bias: float = late_bias("2 on FLUX.1, 4 on SD3.5 and klein")
     rescale: float = rescaling(1.0, "1 on FLUX.1, 0 on SD3.5, 0.5 on klein")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...data.batches import Batch
 from ..base import Logs, RunContext
+from ..shared import shaped
 from .flow_rollout import FlowRollout, Surrogate, coupling, gradient_alone, rescaled, rescaling
-from .shared import shaped
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class FlowBPLagrange(LeapAlign):
     Checked against the official code (flowbp_lagrange.py). Defaults: FLUX.1.
     """
 
+    title: ClassVar[str] = "FlowBP-Lagrange"
     alpha: float = coupling(0.1, "0.1")
     tau: float = field(
         default=0.2,

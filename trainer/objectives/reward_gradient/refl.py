@@ -17,7 +17,7 @@ from ...denoiser import per_sample
 from ...reward import Reward, ScaledReward
 from ...sampling import Space, alpha, end_of
 from ..base import Logs, RunContext, Stateless
-from .shared import (
+from ..shared import (
     Known,
     Sampler,
     distance_to_base,

@@ -1,21 +1,19 @@
 """A replay buffer of rollouts on disk: one file each, oldest out first, within a stated size.
 
-What a checkpoint needs is the list of trajectories. Their files are never changed, and one that left the list is deleted
-only when a checkpoint without it has been written, so that a kill at any moment resumes to the same tensors.
+What a checkpoint needs is the list of trajectories; see `state_files`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ..state_files import StateFiles
 
 Sampling = Literal["uniform", "prioritised", "newest"]
 
@@ -38,7 +36,8 @@ class Replay:
     def __init__(self, folder: Path, capacity: int, deletes: bool = True) -> None:
         if capacity < 1:
             raise ValueError("a replay buffer must hold at least one trajectory")
-        self.folder, self.capacity, self.deletes = folder, capacity, deletes
+        self.capacity = capacity
+        self.store = StateFiles(folder, r"\d{9,}\.(safetensors(\.partial)?|partial)", "trajectories of the replay buffer", deletes)
         self.trajectories: list[Trajectory] = []
         self.count = 0  # ever added
 
@@ -49,25 +48,14 @@ class Replay:
         """
         new = Trajectory(self.count, prompt, reward)
         if states is not None:
-            self._keep(self._path(new), states)
+            self.store.write(_name(new), states.cpu().half())
         self.count += 1
         self.trajectories = [*self.trajectories, new][-self.capacity :]
         return new
 
-    def _keep(self, path: Path, states: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        try:
-            save_file({"states": states.cpu().half().contiguous()}, partial)
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"cannot write {path}: {error}; the last checkpoint is intact") from error
-
     def read(self, trajectory: Trajectory, index: int) -> Tensor:
         """State `index` (C,h,w) of a trajectory, float32."""
-        with safe_open(self._path(trajectory), framework="pt") as file:
-            return file.get_slice("states")[index].float()
+        return self.store.read(_name(trajectory), index).float()
 
     def probabilities(self, sampling: Sampling, steps: int, gamma: float) -> Tensor:
         """Chance (n,T) float64 of every state of every trajectory.
@@ -109,27 +97,19 @@ class Replay:
     def restore(self, state: Mapping[str, Any]) -> None:
         """The list of a checkpoint; files of later trajectories are deleted, a missing one is an error."""
         self.count, self.trajectories = state["count"], [Trajectory(**t) for t in state["held"]]
-        lost = [t for t in self.trajectories if not self._path(t).is_file()]
-        if lost:
-            raise FileNotFoundError(
-                f"{len(lost)} trajectories of the replay buffer are missing in {self.folder}, first {self._path(lost[0]).name}"
-            )
-        self.saved()
+        self.store.restore([_name(t) for t in self.trajectories])
 
     def saved(self) -> None:
         """The list is in a checkpoint: delete the files that are not on it."""
-        if self.deletes and self.folder.is_dir():
-            names = {self._path(t).name for t in self.trajectories}
-            for path in self.folder.iterdir():
-                if path.name not in names:
-                    path.unlink()
+        self.store.saved([_name(t) for t in self.trajectories])
 
     def clear(self) -> None:
         """Empty the list; files are deleted with the next checkpoint."""
         self.trajectories = []
 
-    def _path(self, trajectory: Trajectory) -> Path:
-        return self.folder / f"{trajectory.number:09d}.safetensors"
+
+def _name(trajectory: Trajectory) -> str:
+    return f"{trajectory.number:09d}.safetensors"
 
 
 def trajectory_bytes(steps: int, latent_shape: tuple[int, int, int]) -> int:

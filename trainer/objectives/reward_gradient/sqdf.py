@@ -20,8 +20,8 @@ from ...rng import Rng
 from ...runtime.files import free_bytes
 from ...sampling import Space, step, trajectory
 from ..base import Logs, Loss, Objective, RunContext
+from ..shared import sampler_steps, snr, training_guidance_scale, weight_of_reward
 from .replay import Replay, Sampling, trajectory_bytes
-from .shared import sampler_steps, snr, training_guidance_scale, weight_of_reward
 
 Estimator = Literal["base", "consistency"]
 

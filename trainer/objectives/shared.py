@@ -1,19 +1,22 @@
-"""What reward-gradient objectives share: fields, the sampler of a micro-batch, and the shaping of scores."""
+"""What objectives of several kinds share: fields, units of errors, the sampler of a micro-batch, and the shaping of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ...data.batches import Batch
-from ...denoiser import Denoise, per_sample
-from ...policy import Policy
-from ...sampling import Space, Transition, alpha, end_of, trajectory
-from ..base import RunContext
+from ..data.batches import Batch
+from ..denoiser import Denoise, per_sample
+from ..policy import Policy
+from ..sampling import Space, Transition, alpha, end_of, trajectory
+from .base import RunContext
+
+GRID = 999  # levels that training draws from: Stable Diffusion's timesteps 1 … 999
+Target = Literal["model", "epsilon", "velocity", "x0"]
 
 # -- fields, so that default and range are said once per meaning ----------------------------------------------------------
 
@@ -105,3 +108,12 @@ def distance_to_base(policy: Policy, batch: Batch, x: Tensor, sigma: Tensor, den
 def snr(sigma: Tensor, space: Space) -> Tensor:
     """(α(σ)/σ)²."""
     return (alpha(sigma, space) / sigma).square()
+
+
+def error_scale(target: Target, sigma: Tensor, space: Space) -> Tensor:
+    """By what an error of the x0-prediction is multiplied in units of the target: ε, v = αε − σx0 (VP) or ε − x0 (flow), x0."""
+    if target == "x0":
+        return torch.ones_like(sigma)
+    if target == "epsilon" or (target == "model" and space == "ve"):
+        return alpha(sigma, space) / sigma
+    return 1 / sigma if space == "flow" else (1 + sigma.square()).sqrt() / sigma
