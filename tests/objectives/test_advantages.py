@@ -79,6 +79,11 @@ def test_the_gate_takes_images_that_the_reward_ranks_above_what_the_auxiliary_re
     assert above_auxiliaries(scores, others, 1.0).tolist() == [e > 0 for e in excess]
     assert above_auxiliaries(scores, others, 0.1).tolist() == [True, False, False, False, False]
     assert not above_auxiliaries(scores, scores[:, None], 1.0).any()
+    rng = torch.Generator().manual_seed(0)
+    passed, order = (torch.rand(16, generator=rng) > 0.5).float(), torch.randperm(16, generator=rng)  # equal scores have no order
+    random = torch.rand(16, 2, generator=rng).round(decimals=1)
+    assert torch.equal(above_auxiliaries(passed, random, 0.3)[order], above_auxiliaries(passed[order], random[order], 0.3))
+    assert not above_auxiliaries(torch.ones(16), torch.ones(16, 1), 1.0).any()
     loss = begun(DDPO(**SMALL, kl_weight=0.5, gate=0.4), Family(), tmp_path, Several())
     value, logs, part = part_of(loss, batch())
     assert 0 < float(loss.round.held.sum()) < 8 and torch.equal(part.held, loss.round.held.float()[_images(loss, batch())])

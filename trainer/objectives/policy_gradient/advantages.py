@@ -58,14 +58,16 @@ class History:
 def above_auxiliaries(scores: Tensor, auxiliaries: Tensor, share: float) -> Tensor:
     """Which of N images a reward ranks above what other rewards do (GARDO, arXiv:2512.24138): scores (N,), auxiliaries (N,R) -> (N,) bool.
 
-    An image's excess is its rank by the reward less the mean of its ranks by the auxiliary ones, 0 the worst. Of positive excesses the
-    highest `share` is taken: signs of exploitation. The released code counts ranks from the best one, which takes the opposite images.
+    An image's excess is its rank by the reward less the mean of its ranks by the auxiliary ones, 0 the worst; equal scores share the mean
+    of their ranks. Of positive excesses the highest `share` is taken: signs of exploitation. The released code counts ranks from the best
+    one, which takes the opposite images.
     """
 
     def ranks(values: Tensor) -> Tensor:
-        return values.argsort(dim=0, stable=True).argsort(dim=0).double()
+        _, place, counts = values.unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts + 1) / 2)[place].double()
 
-    excess = ranks(scores) - ranks(auxiliaries).mean(1)
+    excess = ranks(scores) - sum(ranks(column) for column in auxiliaries.T) / max(1, auxiliaries.shape[1])
     positive = excess[excess > 0]
     if len(positive) == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
