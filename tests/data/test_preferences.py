@@ -48,6 +48,8 @@ def test_tables_of_pick_a_pic_leave_ties_out(table, folder):
     rows = "image_0,image_1,label_0,caption\n0.png,1.png,1,p\n0.png,1.png,0,q\n0.png,1.png,0.5,r\n"
     assert read_pairs(str(table(rows)), report) == [(folder / "0.png", folder / "1.png", "p"), (folder / "1.png", folder / "0.png", "q")]
     assert "2 pairs" in str(report) and "1 ties (line 4)" in str(report)
+    with pytest.raises(ValueError, match="table.csv names no pair: all of its 2 rows are ties, or unlabelled"):
+        read_pairs(str(table("image_0,image_1,label_0,caption\n0.png,1.png,0.5,p\n0.png,1.png,0.5,q\n")))
 
 
 def test_a_row_of_pick_a_pic_without_a_verdict_is_no_pair(table, folder):
@@ -109,6 +111,8 @@ def test_folders_of_pairs(halves):
         read_pairs(str(halves / "liked"))
     with pytest.raises(ValueError, match=r"pairs = nowhere: give a folder with liked and disliked, a table"):
         read_pairs("nowhere")
+    with pytest.raises(ValueError, match=r"pairs = ~/pairs.csv: there is no such file; write the folder instead of ~"):
+        read_pairs("~/pairs.csv")
 
 
 @pytest.mark.parametrize("words", [("liked", "disliked"), ("1", "0"), ("1", "-1"), ("True", "False"), ("1.0", "0.0"), ("up", "down")])

@@ -94,18 +94,25 @@ def test_a_run_resumes_to_the_same_bits(name, tmp_path):
 
 
 class Fixed(Towers):
-    """The same score for every image."""
+    """The same score for every image, or the same scores for every few of them."""
 
     def __init__(self, score):
         self.score = score
 
     def __call__(self, images, prompts):
-        return torch.full((len(images),), self.score)
+        return torch.as_tensor(self.score).expand(8)[: len(images)]
 
 
 @pytest.mark.parametrize(
     ("score", "message"),
-    [(0.25, "all 8 images of the round have the reward 0.25, and no advantage"), (math.nan, "the reward of an image of '.*' is nan")],
+    [
+        (0.25, "all 8 images of the round have the reward 0.25, and no advantage"),
+        (
+            torch.arange(8) * 1e-8,
+            "rewards of the round have a standard deviation of 1.1e-08, and hardly an advantage: 1e-06 is added to it",
+        ),
+        (math.nan, "the reward of an image of '.*' is nan"),
+    ],
 )
 def test_scores_without_an_advantage_are_refused_before_any_step(score, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -58,7 +58,8 @@ def list_pairs(source: str, report: Report | None = None) -> list[Listed]:
     else:
         found = [pair for row in _rows(path, report) if (pair := _pair(path, row, report))]
     if not found:
-        raise ValueError(f"{path} names no pair")
+        ties = len(report.left_out.get("ties", ()))
+        raise ValueError(f"{path} names no pair{f': all of its {ties} rows are ties, or unlabelled' if ties else ''}")
     _check_files(path, [Path(str(image)) for one in found for image in one.images])
     report.take("pairs", len(found))
     return found
@@ -108,8 +109,10 @@ def _labels_of(path: Path, report: Report) -> list[Listed]:
 
 
 def _source(source: str, key: str, report: Report) -> Path:
-    report.source = source
-    if not is_listing(Path(source)):
+    report.source, path = source, Path(source)
+    if path.suffix.lower() in SUFFIXES and not path.is_file():
+        raise ValueError(f"{key} = {source}: there is no such file{'; write the folder instead of ~' if source.startswith('~') else ''}")
+    if not is_listing(path):
         raise ValueError(
             f"{key} = {source}: give a folder with {' and '.join(FOLDERS)}, a table ({', '.join(SUFFIXES)}), or {PREFIX}DATASET"
         )

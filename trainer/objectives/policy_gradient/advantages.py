@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 Baseline = Literal["group", "group-mean", "round", "history"]
 HISTORY = 16  # DDPO's per-prompt buffer, and the number of scores from which it is used
-_LEAST = 1e-6  # DDPO's code: added to a standard deviation
+LEAST = 1e-6  # DDPO's code: added to a standard deviation
 
 
 def equal(scores: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def equal(scores: Tensor) -> Tensor:
     return spread <= 1e-6 * scores.abs().amax(-1)
 
 
-def group_advantages(scores: Tensor, baseline: Baseline, least: float = _LEAST) -> Tensor:
+def group_advantages(scores: Tensor, baseline: Baseline, least: float = LEAST) -> Tensor:
     """Advantages of scores (P,G) of P prompts with G images each; 0 where the compared scores are equal but for rounding.
 
     group: (r − mean)/std over the images of a prompt (GRPO, arXiv:2402.03300). group-mean: the mean of a prompt, the standard
@@ -51,7 +51,7 @@ class History:
         known = {prompt: torch.tensor(self.scores[prompt], dtype=scores.dtype) for prompt in dict.fromkeys(prompts)}
         compared = [known[prompt] if len(known[prompt]) == self.size else scores for prompt in prompts]
         mean = torch.stack([values.mean() for values in compared])
-        found = (scores - mean) / (torch.stack([values.std(correction=0) for values in compared]) + _LEAST)
+        found = (scores - mean) / (torch.stack([values.std(correction=0) for values in compared]) + LEAST)
         return torch.where(torch.stack([equal(values) for values in compared]), 0.0, found)
 
 

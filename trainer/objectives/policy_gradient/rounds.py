@@ -22,7 +22,7 @@ from ...rng import Rng, generator, seed_of
 from ...runtime.files import free_bytes
 from ..base import Logs, Loss, RunContext, WithoutRewardGradient
 from ..shared import sampler_steps, training_guidance_scale
-from .advantages import HISTORY, Baseline, History, above_auxiliaries, equal, group_advantages, relative_distances
+from .advantages import HISTORY, LEAST, Baseline, History, above_auxiliaries, equal, group_advantages, relative_distances
 from .scoring import Scoring
 from .selection import Round, Selection
 from .store import File, Rollouts
@@ -259,11 +259,15 @@ class Rounds(Loss):
             apart, factors = (terms, weights) if o.separate_rewards else (scores[:, None], weights.new_ones(1))
             each = [group_advantages(values.reshape(-1, o.group), o.baseline).flatten() for values in apart.T]
             found = (torch.stack(each, 1) * factors).sum(1)
-        if not bool(found.any()) and self.run.policy.device.type != "meta":  # a plan's scores have no values
+        said, spread = "", float(scores.std(correction=0))
+        if not bool(found.any()):
             same = f"all {len(scores)} images of the round have the reward {float(scores[0]):g}"
             said = f"{same if equal(scores) else 'the images of each prompt have one reward'}, and no advantage over each other"
+        elif spread < LEAST:
+            said = f"rewards of the round have a standard deviation of {spread:.2g}, and hardly an advantage: {LEAST:g} is added to it"
+        if said and self.run.policy.device.type != "meta":  # a plan's scores have no values
             if self.round is None:
-                raise ValueError(f"{said}; choose a reward that tells them apart, or more steps or images")
+                raise ValueError(f"{said}; choose a reward that tells them apart, or a larger unit, more steps or images")
             log.warning("%s", said)
         return found
 
