@@ -53,6 +53,15 @@ def test_an_image_is_asked_about_once_for_each_prompt_person_and_kind(folder):
         assert one.add(three, kind, prompt, person=person).questions == {"pair": 1, "thumb": 2}[kind]
 
 
+def test_prompts_of_any_characters_are_known_again_and_endless_ones_refused(folder):
+    one, two = Questions(folder), images(folder, 2)
+    for prompt in ("\ud800 half a pair", "line\nend \u2028 \0", '{"json"}', "x" * (1 << 20)):
+        assert [one.add(two, "pair", prompt).questions for _ in range(2)] == [1, 0]
+    with pytest.raises(ValueError, match="at most 1048576 characters"):
+        one.add(two, "pair", "x" * (1 << 20) + "x")
+    assert one.state()["open"] == 4
+
+
 def test_a_choice_is_written_as_it_was_shown(folder):
     one = Questions(folder)
     one.add(images(folder, 4), "best", "a cat", 4, "ann")

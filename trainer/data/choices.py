@@ -25,6 +25,7 @@ SUFFIX = ".jsonl"
 KINDS = ("pair", "best", "thumb")
 OUTCOMES = {"pair": ("chosen", "tie", "skip"), "best": ("chosen", "tie", "skip"), "thumb": ("liked", "disliked", "skip")}
 MOST_IMAGES = 64  # of one choice
+LONGEST_PROMPT, LONGEST_PERSON = 1 << 20, 256  # characters
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LEADS_OUT = re.compile(r"[\\:\x00-\x1f\x7f]")
 
@@ -238,8 +239,8 @@ def _choice(row: Mapping[str, Any], folder: Path, number: int) -> Choice:
     order = row.get("order")
     if not isinstance(order, list) or sorted(map(repr, cast(list[Any], order))) != sorted(map(repr, range(len(images)))):
         raise ValueError(f"order {_short(order)} does not name each of {len(images)} images once")
-    texts = (_text(row, "id", 64), _text(row, "time", 64), kind, valid(_text(row, "prompt", 1 << 20, empty=True)))
-    person = valid(_text(row, "person", 256, empty=True)) if row.get("person") is not None else ""
+    texts = (_text(row, "id", 64), _text(row, "time", 64), kind, valid(_text(row, "prompt", LONGEST_PROMPT, empty=True)))
+    person = valid(_text(row, "person", LONGEST_PERSON, empty=True)) if row.get("person") is not None else ""
     return Choice(*texts, images, tuple(cast(list[int], order)), index, str(outcome), person, number)
 
 

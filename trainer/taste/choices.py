@@ -14,7 +14,19 @@ from typing import IO, Any
 
 from PIL import Image, PngImagePlugin
 
-from ..data.choices import OUTCOMES, VERSION, Choice, Choices, Like, Preference, ShownImage, is_choices, read_choices
+from ..data.choices import (
+    LONGEST_PERSON,
+    LONGEST_PROMPT,
+    OUTCOMES,
+    VERSION,
+    Choice,
+    Choices,
+    Like,
+    Preference,
+    ShownImage,
+    is_choices,
+    read_choices,
+)
 
 __all__ = ("Choice", "Choices", "Like", "Preference", "ShownImage", "append", "choice", "is_choices", "read_choices", "save_image", "undo")
 IMAGES = "images"
@@ -52,6 +64,8 @@ def choice(
     """A line of the file. order: that in which the images were shown, by default their own; number: the id, by default a new one."""
     if outcome not in OUTCOMES[kind] or (outcome == "chosen") != (chosen is not None):
         raise ValueError(f"a {kind} has no outcome {outcome} with chosen {chosen}: give {', '.join(OUTCOMES[kind])}")
+    if len(prompt) > LONGEST_PROMPT or len(person) > LONGEST_PERSON:
+        raise ValueError(f"prompt: at most {LONGEST_PROMPT} characters, person: {LONGEST_PERSON}")
     rows = [{"sha256": image.sha256, "file": f"{IMAGES}/{image.file.name}", "seed": image.seed, "model": image.model} for image in images]
     order = [*range(len(images))] if order is None else [*order]
     said = {"prompt": prompt, "images": rows, "order": order, "chosen": chosen, "outcome": outcome, "person": person}

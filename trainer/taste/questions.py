@@ -18,6 +18,7 @@ from threading import RLock
 from typing import Any
 
 from ..data.choices import KINDS, MOST_IMAGES, Choice, Choices, ShownImage, parse_choices
+from ..text import valid
 from .choices import IMAGES, NAME, append, choice, line_of, undo, write_file
 
 FOLDER = "imagerefl_taste"
@@ -94,7 +95,7 @@ class Questions:
         """
         if kind not in KINDS or not 2 <= size <= MOST_IMAGES:
             raise ValueError(f"kind {kind!r}, {size} images: give {', '.join(KINDS)}, and 2 to {MOST_IMAGES}")
-        size = {"pair": 2, "thumb": 1}.get(kind, size)
+        size, prompt, person = {"pair": 2, "thumb": 1}.get(kind, size), valid(prompt), valid(person)
         with _LOCK:
             given = self.choices()
             questions = self.open(given)
