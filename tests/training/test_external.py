@@ -46,7 +46,7 @@ def calls_of(case, folder):
 def test_a_run_that_loses_its_reward_resumes_to_the_same_bits(case, tmp_path):
     calls, weight = calls_of(case, tmp_path / "whole")
     assert calls >= 3
-    for last in sorted({1, 2, calls // 2, calls - 1, calls}):
+    for last in sorted({2, calls // 2, calls}):
         out = tmp_path / str(last)
         run = toy_run(case, out, reward=Distant(last), save_every=100)
         run.open_folder(overwrite=False, resume=False)
@@ -80,7 +80,7 @@ def test_a_held_out_reward_that_is_gone_while_it_judges_stops_the_run_and_its_ev
             def run(self, step):
                 if step == gone:
                     raise RewardUnavailable("the judge is gone")
-                point = {"step": float(step), "reward": 0.0, "heldout": float(run.policy.weight.sum()), "diversity": 1.0}
+                point = {"step": float(step), "reward": 0.0, "heldout": float(run.policy.weight.detach().sum()), "diversity": 1.0}
                 self.points = [*(p for p in self.points if p["step"] < step), point]
                 return point
 
