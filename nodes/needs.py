@@ -60,6 +60,7 @@ NEEDED = {
         "comfy.model_management:load_models_gpu force_full_load",
         "comfy.model_management:unet_offload_device",
         "comfy.model_management:throw_exception_if_processing_interrupted",
+        "comfy.model_management:InterruptProcessingException",
         "folder_paths:folder_names_and_paths",
     ),
     "train": (
