@@ -111,7 +111,7 @@ def test_folders_of_pairs(halves):
         read_pairs(str(halves / "liked"))
     with pytest.raises(ValueError, match=r"pairs = nowhere: give a folder with liked and disliked, a table"):
         read_pairs("nowhere")
-    with pytest.raises(ValueError, match=r"pairs = ~/pairs.csv: there is no such file; write the folder instead of ~"):
+    with pytest.raises(ValueError, match=r"pairs = ~/pairs.csv: the file does not exist; write the folder instead of ~"):
         read_pairs("~/pairs.csv")
 
 

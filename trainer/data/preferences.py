@@ -111,7 +111,7 @@ def _labels_of(path: Path, report: Report) -> list[Listed]:
 def _source(source: str, key: str, report: Report) -> Path:
     report.source, path = source, Path(source)
     if path.suffix.lower() in SUFFIXES and not path.is_file():
-        raise ValueError(f"{key} = {source}: there is no such file{'; write the folder instead of ~' if source.startswith('~') else ''}")
+        raise ValueError(f"{key} = {source}: the file does not exist{'; write the folder instead of ~' if source.startswith('~') else ''}")
     if not is_listing(path):
         raise ValueError(
             f"{key} = {source}: give a folder with {' and '.join(FOLDERS)}, a table ({', '.join(SUFFIXES)}), or {PREFIX}DATASET"
