@@ -11,10 +11,11 @@ from helpers.images import SQUARE, Encoder
 from PIL import Image
 
 from trainer.config import ConfigError, build
-from trainer.data.batches import Details
+from trainer.data.batches import Details, Images
 from trainer.data.preferences import read_pairs
 from trainer.data.report import Report
 from trainer.data.samples import load_samples
+from trainer.objectives import OBJECTIVES
 from trainer.training.config import TrainConfig
 from trainer.training.parts import Parts, check_settings
 
@@ -77,6 +78,19 @@ def test_labels_have_masks_and_levels(here):
     prompts, details = details_by_prompt(found)
     p = prompts.index("p")
     assert float(details.masks[0][p].amax()) == 2.0 and float(details.masks[0][1 - p].amin()) == 1.0 and float(details.least[p]) == 0.5
+
+
+def test_images_have_masks_and_levels_where_the_objective_reads_them(here):
+    (here / "images.csv").write_text("image,prompt,mask,least_noise\n0.png,p,left.png,0.5\n1.png,q,,\n")
+    found, plain = (load_samples(Encoder(), "", "images.csv", SQUARE, details=read) for read in (True, False))
+    prompts, details = details_by_prompt(found)
+    p = prompts.index("p")
+    assert float(details.masks[0][p].amax()) == 2.0 and details.least[[p, 1 - p]].tolist() == [0.5, 0.0]
+    assert details_by_prompt(plain)[1] == Details() and "details" not in plain.fingerprint
+    assert {name for name, cls in OBJECTIVES.items() if cls().data is Images and cls.reads_details} == {"tpo", "dro"}
+    (here / "images.csv").write_text("image,prompt,least_noise\n0.png,p,2\n")
+    with pytest.raises(ValueError, match="line 2: least_noise is '2': give a noise level from 0 to below 1"):
+        load_samples(Encoder(), "", "images.csv", SQUARE, details=True)
 
 
 @pytest.mark.parametrize(

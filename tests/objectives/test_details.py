@@ -9,8 +9,8 @@ import torch
 from helpers.family import STATES, as4, gradient
 from helpers.preference import PROMPTS, Captioned, by_dpo, by_kto
 
-from trainer.data.batches import Details, Labels, Pairs
-from trainer.objectives import DSPO, DiffusionDPO, DiffusionKTO, DiffusionNPO, MaPO, RunContext
+from trainer.data.batches import Details, Images, Labels, Pairs
+from trainer.objectives import DSPO, TPO, DiffusionDPO, DiffusionKTO, DiffusionNPO, MaPO, RunContext
 from trainer.rng import Rng
 
 SHAPE = (3, 4, 2)
@@ -106,6 +106,22 @@ def test_labels():
     hand = by_kto(theirs - ours, (batch.labels > 0).tolist(), 20.0).mean()
     loss, _, _ = loss_of(DiffusionKTO(beta=20.0), batch, policy)
     assert float(loss.detach()) == pytest.approx(float(hand.detach()), rel=1e-9)
+
+
+def test_wrong_captions_share_the_mask_of_their_image():
+    policy, details = Captioned(), Details(masks=(mask(5),), least=torch.tensor([0.0, 0.4, 0.7, 0.85], dtype=torch.float64))
+    batch = Images(PROMPTS, Rng(3, 0, (0, 1, 2, 3)), 0, 0.7 * drawn(1, 4, *SHAPE), details=details)
+    sigma, objective = levels(batch, "ve", details.least), TPO(beta=20.0, mu=0.0)
+    wrong = [objective.perturbed(PROMPTS)[prompt] for prompt in PROMPTS]
+    right, other = (
+        [
+            (details.masks[0] * error(policy, batch, batch.latents, prompts, w, sigma).square()).mean((1, 2, 3))
+            for w in (policy.weight, STATES["base"])
+        ]
+        for prompts in (PROMPTS, wrong)
+    )
+    loss, _, _ = loss_of(objective, batch, policy)
+    assert float(loss.detach()) == pytest.approx(float(by_dpo(policy, objective, right, other).mean().detach()), rel=1e-9)
 
 
 def test_drawn_levels_never_lie_below_the_least_and_reach_it():

@@ -133,7 +133,7 @@ def _samples(config: TrainConfig, policy: DiffusersPolicy, processes: Processes)
     size = config.image_size or policy.image_size[-1]
     sizes = bucket_sizes(size, policy.unit) if config.buckets else ((size, size),)
     source = (config.prompts, config.images, sizes, _cache(config), processes)
-    return load_samples(policy, *source, pairs=config.pairs, labels=config.labels)
+    return load_samples(policy, *source, pairs=config.pairs, labels=config.labels, details=config.method.reads_details)
 
 
 def _evaluation(

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from ..text import CONTROL, is_file
 from .buckets import Size
 from .images import ImageSource, load, size_of
-from .manifest import resolve_image
+from .manifest import IMAGE_COLUMNS, PROMPT_COLUMNS, SUFFIXES, resolve_image
 from .preference_columns import short
 from .report import Report
-from .rows import Row
+from .rows import Row, read_rows
 
 _NO_MASK = Path()
 
@@ -64,6 +64,14 @@ def detail_of(row: Row, folder: Path, sides: Sequence[str], report: Report) -> D
     levels = [_level(value("least_noise", side), row.where) for side in sides or ("",)]
     masks = [_mask(value("mask", side), folder, row.where, report) for side in sides or ("",)]
     return Detail(tuple(captions) if any(captions) else (), max(levels), tuple(masks) if any(m != _NO_MASK for m in masks) else ())
+
+
+def details_of(path: Path) -> list[Detail]:
+    """What a table of images says of each row's image; nothing of other sources."""
+    if path.suffix.lower() not in SUFFIXES or not path.is_file():
+        return []
+    aside = Report()  # rows have been reported
+    return [detail_of(row, path.parent, (), aside) for row in read_rows(path, IMAGE_COLUMNS, PROMPT_COLUMNS, aside)]
 
 
 def _level(value: object, where: str) -> float:

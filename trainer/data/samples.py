@@ -24,7 +24,7 @@ from .captions import read_captions, read_prompts
 from .fingerprint import Fingerprint, fingerprint
 from .images import ImageSource, load, size_of
 from .latents import CachedLatents, Latents, LatentsInMemory
-from .listed import NOTHING, Detail, Listed, mask_of
+from .listed import NOTHING, Detail, Listed, details_of, mask_of
 from .preferences import list_labels, list_pairs
 from .report import Report
 
@@ -88,7 +88,7 @@ class Samples:
             return Pairs(prompts, rng, number, latents, self._drawn(self.rejected[rows].tolist(), rng), details=details)
         if self.labels is not None:
             return Labels(prompts, rng, number, latents, self.labels[rows], details=details)
-        return Images(prompts, rng, number, latents)
+        return Images(prompts, rng, number, latents, details=details)
 
     def _details(self, rows: Sequence[int]) -> Details:
         """Of the samples of a batch, as far as one of them has any."""
@@ -136,13 +136,15 @@ def check_sources(prompts: str, images: str, pairs: str = "", labels: str = "") 
         read_prompts(Path(prompts))
 
 
-def list_samples(images: str, pairs: str, labels: str, report: Report | None = None) -> list[Listed]:
-    """The samples of a source that has images."""
+def list_samples(images: str, pairs: str, labels: str, report: Report | None = None, details: bool = False) -> list[Listed]:
+    """The samples of a source that has images. details: masks and least noise levels are read from a table of images, too."""
     if pairs:
         return list_pairs(pairs, report)
     if labels:
         return list_labels(labels, report)
-    return [Listed((image,), caption) for image, caption in read_captions(images, report)]
+    found = read_captions(images, report)
+    said = details_of(Path(images)) if details else []
+    return [Listed((image,), caption, None, detail) for (image, caption), detail in zip(found, said or [NOTHING] * len(found), strict=True)]
 
 
 def load_samples(
@@ -155,8 +157,9 @@ def load_samples(
     *,
     pairs: str = "",
     labels: str = "",
+    details: bool = False,
 ) -> Samples:
-    """Samples from captioned images (see `read_captions`), pairs or labelled images (`data.preferences`), or from a prompt file where there
+    """Samples from captioned images (see `list_samples`), pairs or labelled images (`data.preferences`), or from a prompt file where there
     are none.
 
     Each image is cropped to that of `sizes` whose aspect ratio is nearest, both images of a pair to that of the better one. With a cache
@@ -164,7 +167,7 @@ def load_samples(
     """
     check_sources(prompts, images, pairs, labels)
     report = Report()
-    listed = list_samples(images, pairs, labels, report) if images or pairs or labels else []
+    listed = list_samples(images, pairs, labels, report, details) if images or pairs or labels else []
     alone = [] if listed else read_prompts(Path(prompts), report)
     if processes.main:
         report.show()

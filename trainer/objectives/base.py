@@ -86,6 +86,8 @@ class Objective(ABC):
 
     title: ClassVar[str]
     """As pages, nodes and presets write it; the name of the class where it says nothing else."""
+    reads_details: ClassVar[bool] = False
+    """Whether it heeds `data.batches.Details`."""
     steps: int
     guidance_scale: float
 

@@ -69,7 +69,9 @@ class Noised:
             denoised = self.policy.denoiser([prompt for some in prompts for prompt in some], adapter=adapter)(x, sigma)
             scale = error_scale(self.target, sigma, self.policy.space)
             errors = (denoised - clean) * per_sample(scale, clean)
-            return list((errors * torch.cat(self.masks).to(errors).sqrt() if self.masks else errors).chunk(len(latents)))
+            if self.masks:  # of each image, or one for an image that is compared with itself
+                errors = errors * torch.cat(self.masks * (len(latents) // len(self.masks))).to(errors).sqrt()
+            return list(errors.chunk(len(latents)))
 
     def two(self, latents: Two, prompts: Sequence[Sequence[str]], adapter: str = "tuned") -> Two:
         """`errors` of two latents."""
@@ -88,6 +90,7 @@ class DenoisingObjective(WithoutReward, Stateless):
 
     refers: ClassVar[bool] = True
     """Whether errors are compared with those of a reference."""
+    reads_details: ClassVar[bool] = True
 
     steps: int = field(
         default=50, metadata={"min": 1, "max": 1000, "help": "sampler steps of evaluations; training draws from all noise levels"}
