@@ -396,6 +396,28 @@ def test_score_and_calibrate_by_a_judge(image_folder, tmp_path, capsys):
         assert (folder_of(url, spec.reward.capabilities) / "statistics.json").is_file()
 
 
+def test_scoring_goes_on_where_a_judge_was_lost(image_folder, tmp_path, capsys):
+    left, scored = [2], []
+
+    def scoring(items):
+        left[0] -= 1
+        if left[0] < 0:
+            return reply({"error": "out of memory"}, "503 Busy")
+        scored.extend(item["id"] for item in items)
+        return good(items)
+
+    with raw(judge_that(scoring)) as (url, _):
+        command = ["score", str(image_folder), "--reward", url, "--batch", "2", "--out", str(tmp_path / "s.csv")]
+        assert main(command) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert (
+            error.endswith(f"the scores so far are in {tmp_path / 's.csv.0.partial'}: --resume goes on") and "503 (out of memory)" in error
+        )
+        left[0] = 99
+        assert main([*command, "--resume"]) == 0
+    assert len(scored) == len(set(scored)) == 8 and len((tmp_path / "s.csv").read_text().splitlines()) == 9
+
+
 def test_remote_judges_need_the_flag(image_folder, tmp_path, capsys):
     url = "http://judge.example.com"
     for command in (

@@ -85,6 +85,7 @@ def _list() -> None:
     print("\nfiles, and the source of their names; a file without a revision is not pinned:")
     for file in dict.fromkeys(file for name in rows for file in files_of(name)):
         print(f"  {file.repository} {file.path} at {file.revision[:12]}: {file.read_at}")
+    print("a judge in an environment of its own is named by its URL, such as http://127.0.0.1:8077: docs/judges.md")
     print(f"weights are looked for in {', '.join(map(str, weight_folders()))}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import ConfigError
 from ..data.report import Report
+from ..reward import RewardUnavailable
 from ..rewards.registry import load, weights_hashes
 from ..rewards.weighted import RewardSpec, parse_weights
 from ..runtime.processes import Processes, joined
@@ -162,8 +163,11 @@ def _score_all(
         journal.clear()
     processes.exchange(None)
     own = left[processes.rank :: processes.count]
-    for _ in bar(journal.append(score(own, parts, device, args.batch)), total=len(own)):
-        pass
+    try:
+        for _ in bar(journal.append(score(own, parts, device, args.batch)), total=len(own)):
+            pass
+    except RewardUnavailable as error:
+        raise RewardUnavailable(f"{error}; the scores so far are in {journal.path}: --resume goes on") from error
     processes.exchange(None)
     return journal.finished() if processes.main else []
 
