@@ -31,9 +31,20 @@ def test_images_of_one_prompt_become_pairs_and_the_last_waits_for_the_next_run(f
     one = Questions(folder)
     assert one.add(images(folder, 3), "pair", "p") == module.Added(1, 0, 0)
     assert one.add(images(folder, 1, 10), "pair", "another").questions == 0
-    assert one.add(images(folder, 2, 3), "pair", "p") == module.Added(2 - 1, 0, 0)
-    assert asked(one) == [[0, 1], [2, 3]] and one.state()["waiting"] == 2
+    assert one.add(images(folder, 2, 3), "pair", "p") == module.Added(1, 0, 0)
+    assert one.add(images(folder, 1, 5), "pair", "p") == module.Added(1, 0, 0)
+    assert asked(one) == [[0, 1], [3, 4], [2, 5]] and one.state()["waiting"] == 1
     assert {question.prompt for question in one.open()} == {"p"}
+
+
+def test_images_that_were_shown_are_asked_about_in_other_pairs(folder):
+    """As for pairs that an earlier choice made worth asking about."""
+    one, four = Questions(folder), images(folder, 5)
+    one.add(four[:3], "pair", "p")
+    assert one.add([four[1], four[2], four[0], four[3]], "pair", "p") == module.Added(2, 0, 0)
+    assert asked(one) == [[0, 1], [1, 2], [0, 3]] and one.state()["waiting"] == 0  # 2 has a partner now
+    assert one.add([four[3], four[0], four[4], four[1], four[2]], "pair", "p") == module.Added(1, 3, 0)
+    assert asked(one)[3:] == [[4, 1]]
 
 
 def test_the_best_of_n_and_thumbs(folder):

@@ -89,9 +89,9 @@ class Questions:
     # -- what changes it -----------------------------------------------------------------------------------------------
 
     def add(self, images: Sequence[ShownImage], kind: str, prompt: str, size: int = 2, person: str = "") -> Added:
-        """Ask about images of one prompt: pairs, the best of `size`, or each one; those too few for a question wait for others.
+        """Ask about images of one prompt: pairs, the best of `size`, or each one, in their order; what is left over waits for the next.
 
-        An image that was asked about before under this prompt, by this person and in this way, is left out.
+        A question that was asked before under this prompt, of this person, is left out, and so is an image left over that was shown.
         """
         if kind not in KINDS or not 2 <= size <= MOST_IMAGES:
             raise ValueError(f"kind {kind!r}, {size} images: give {', '.join(KINDS)}, and 2 to {MOST_IMAGES}")
@@ -100,20 +100,21 @@ class Questions:
             given = self.choices()
             questions = self.open(given)
             waiting = self._waiting([*questions, *given.records])
-            before = [one for one in (*questions, *given.records) if (one.kind, one.prompt, one.person) == (kind, prompt, person)]
             mine = [one for one in waiting if (one.prompt, one.person) == (prompt, person)]
-            known = {image.sha256 for one in (*before, *(mine if kind != "thumb" else ())) for image in one.images}
-            fresh = [image for image in {image.sha256: image for image in images}.values() if image.sha256 not in known]
-            ready = [*(image for one in mine for image in one.images), *fresh] if kind != "thumb" else fresh
-            room = max(0, MOST_OPEN - len(questions))
-            number = min(len(ready) // size, room)
-            asked = [_question(kind, prompt, ready[i * size : (i + 1) * size], person) for i in range(number)]
-            left = ready[number * size :]
-            self._write(_OPEN, [*(_row(one) for one in questions), *asked])
+            before = [one for one in (*questions, *given.records) if (one.kind, one.prompt, one.person) == (kind, prompt, person)]
+            fresh, rest = _cut(images, size, before, mine)
+            taken = {image.sha256 for part in fresh for image in part}
+            ready = [image for one in mine for image in one.images if image.sha256 not in taken] + rest if kind != "thumb" else []
+            parts = [*fresh, *(ready[i : i + size] for i in range(0, len(ready) - size + 1, size))]
+            asked = parts[: max(0, MOST_OPEN - len(questions))]
+            placed = {image.sha256 for part in asked for image in part}
+            left = [image for image in (*(image for part in fresh for image in part), *ready) if image.sha256 not in placed]
+            self._write(_OPEN, [*map(_row, questions), *(_question(kind, prompt, part, person) for part in asked)])
             if kind != "thumb":
                 others = [_row(one) for one in waiting if one not in mine]
                 self._write(_WAITING, [*others, *(choice("thumb", prompt, [image], "skip", person=person) for image in left[: size - 1])])
-            return Added(number, len(images) - len(fresh), max(0, len(left) - (size - 1)))
+            known = len(images) - len(taken) - len(rest)
+            return Added(len(asked), known, max(0, len(left) - (size - 1)))
 
     def answer(self, number: str, outcome: str, chosen: int | None) -> None:
         """Write the choice of an open question; `Stale` where it is not open."""
@@ -202,6 +203,19 @@ def _read(path: Path) -> bytes:
     check_plain(path)
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
         return file.read()
+
+
+def _cut(
+    images: Sequence[ShownImage], size: int, before: Sequence[Choice], waiting: Sequence[Choice]
+) -> tuple[list[list[ShownImage]], list[ShownImage]]:
+    """Images as questions of `size` that were not asked before, and those left over that were not shown and do not wait."""
+    unique = [*{image.sha256: image for image in images}.values()]
+    whole = len(unique) // size * size
+    asked = {frozenset(image.sha256 for image in one.images) for one in before}
+    parts = [unique[i : i + size] for i in range(0, whole, size)]
+    shown = {image.sha256 for one in (*before, *waiting) for image in one.images}
+    fresh = [part for part in parts if frozenset(image.sha256 for image in part) not in asked]
+    return fresh, [image for image in unique[whole:] if image.sha256 not in shown]
 
 
 def _question(kind: str, prompt: str, images: Sequence[ShownImage], person: str) -> dict[str, Any]:
