@@ -100,9 +100,8 @@ class _Csv:
         if not fitting:
             there = ", ".join(max(splits.values(), key=len))[:200]
             where = f"{self.path}, line {self.first + 1}"
-            raise ValueError(
-                f"{where}: no column {', '.join(needed)}; there are {there.strip()}: begin with the columns, such as path,prompt"
-            )
+            such = "chosen,rejected,prompt" if "chosen" in needed else "path,prompt"
+            raise ValueError(f"{where}: no column {', '.join(needed)}; there are {there.strip()}: begin with the columns, such as {such}")
         best = max(fitting, key=lambda d: len(splits[d]))
         return best, splits[best]
 
