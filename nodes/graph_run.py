@@ -190,7 +190,7 @@ def train_in_graph(
     folder = run_folder(name, resume)
     same = _same(model, images, data, None if resume == NEW else folder)
     config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient():
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, data.size), gradient_vae)
         policy.add_lora(config.lora, config.seed)
         data.check(policy)

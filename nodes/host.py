@@ -8,6 +8,8 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
+from ..trainer.runtime.device import set_cudnn_attention
 from .needs import NEEDED
 
 TESTED = ("0.3.48", "0.3.64", "0.16.0", "0.33.0")
@@ -84,6 +87,19 @@ def patches_around(model: Any) -> list[str]:
     """What of a MODEL acts around its network while a guider samples, by the names that ComfyUI has for it."""
     options = [key for key, value in model.model_options.items() if key in _AROUND and value]
     return options + [kind for kind, by_key in getattr(model, "wrappers", {}).items() if any(by_key.values())]
+
+
+@contextmanager
+def attention_with_gradient() -> Generator[None]:
+    """Inside, attention is not cuDNN's, which ComfyUI prefers on CUDA: see `set_cudnn_attention`."""
+    order = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", [])  # there with CUDA alone
+    before, allowed = list(order), set_cudnn_attention(False)
+    order[:] = [backend for backend in order if backend.name != "CUDNN_ATTENTION"]
+    try:
+        yield
+    finally:
+        order[:] = before
+        set_cudnn_attention(allowed)
 
 
 def register_folder(name: str, *extensions: str) -> None:

@@ -132,7 +132,7 @@ class OptimiseNoise(io.ComfyNode):
         if len(latent) != 1 or len(sigmas) < 2 or float(sigmas[-1]) != 0:
             raise ValueError("connect one latent, and sigmas of at least one step down to 0")
         shape = (latent.shape[1], latent.shape[-2], latent.shape[-1])
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient():
             conditions = {_PROMPT: positive, "": negative}
             policy = ComfyPolicy(model, vae, lambda name: conditions[name], shape, gradient_vae)
             generation = Generation(steps=len(sigmas) - 1, method=cast(Any, sampler), seed=seed, guidance_scale=cfg)

@@ -29,6 +29,14 @@ def test_what_comes_out_is_the_cpus(told, part):
 
 
 @comfyui
+def test_attention_with_a_gradient_is_not_cudnns(told):
+    """Which ComfyUI asks for first where there is CUDA."""
+    with_gradient = [rest for gradient, *rest in told["attention"] if gradient]
+    assert with_gradient == [["MATH", False]], told["attention"]
+    assert told["order afterwards"] == "CUDNN_ATTENTION"
+
+
+@comfyui
 def test_a_sampling_run_waits_for_the_device_once_per_step(told):
     """For the level of the step, which decides whose step it is; and a few times per run, for the plan, the switch and the result."""
     assert told["reads in the loop"] == 6

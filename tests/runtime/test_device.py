@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.runtime.device import peak_gb, set_precision
+from trainer.runtime.device import peak_gb, set_cudnn_attention, set_precision
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
@@ -25,3 +25,17 @@ def test_a_gpu_multiplies_in_tf32_unless_the_run_is_deterministic(monkeypatch):
         set_precision(device, deterministic=deterministic)
         assert calls == expected
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_gpu_has_neither_cudnns_attention_nor_tf32_where_float32_is_asked_for(monkeypatch):
+    """cuDNN's attention has NaN gradients on an H100, and PyTorch's default is TF32 in convolutions alone."""
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
+    before = set_cudnn_attention(True)
+    try:
+        set_precision("cpu", deterministic=True)
+        assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cudnn.allow_tf32
+        set_precision("cuda", deterministic=True)
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
+    finally:
+        set_cudnn_attention(before)

@@ -50,15 +50,30 @@ def set_precision(device: str, *, deterministic: bool = False) -> None:
     """Float32 matrix products in TF32 on CUDA, which keeps 10 bits of the mantissa and is several times faster from Ampere on.
 
     deterministic: float32 in full, and PyTorch's deterministic algorithms, so that a run repeats bit for bit on one machine; an
-    operation that has no such algorithm is an error. A CPU repeats without.
+    operation that has no such algorithm is an error. A CPU repeats without. Attention is never cuDNN's.
     """
     if device.startswith("cpu"):
         return
+    set_cudnn_attention(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default is True: convolutions alone are TF32
     elif device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
+
+
+def set_cudnn_attention(on: bool) -> bool:
+    """Whether PyTorch may take cuDNN's attention, which it prefers on an H100; returns what was set before.
+
+    The gradient of cuDNN 9's attention in 16 bits is NaN at some lengths (pytorch/pytorch#196678).
+    """
+    cuda: Any = torch.backends.cuda
+    if not hasattr(cuda, "enable_cudnn_sdp"):  # before PyTorch 2.4
+        return False
+    before: bool = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(on)
+    return before
 
 
 def peak_gb(device: str) -> float:

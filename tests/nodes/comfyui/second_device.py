@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")  # or matrix products round by where a weight lies in memory
 import embedded  # first: it puts ComfyUI on the path
 import comfy.model_management as management
+import comfy.ops
 import folder_paths
 import psutil
 import torch
@@ -26,6 +27,20 @@ folder_paths.set_output_directory(str(Path("output").resolve()))
 nodes = asyncio.run(asyncio.run(embedded.module.comfy_entrypoint()).get_node_list())
 N = {node.define_schema().node_id.removeprefix("ImageReFL"): node for node in nodes}
 STEPS, ROWS = 6, 2
+
+
+# As where there is CUDA; what the list holds while an output has a gradient, which it has in training alone
+comfy.ops.SDPA_BACKEND_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+plain_attention, attended = comfy.ops.scaled_dot_product_attention, set()
+
+
+def attention(*arguments, **keywords):
+    output = plain_attention(*arguments, **keywords)
+    attended.add((output.requires_grad, comfy.ops.SDPA_BACKEND_PRIORITY[0].name, torch.backends.cuda.cudnn_sdp_enabled()))
+    return output
+
+
+comfy.ops.scaled_dot_product_attention = attention
 
 
 def call(node, *arguments, **keywords):
@@ -92,6 +107,8 @@ print(
         {
             "errors": {key: error(found[key].float(), expected[key].float()) for key in expected},
             "device": on_device,
+            "attention": sorted(attended),
+            "order afterwards": comfy.ops.SDPA_BACKEND_PRIORITY[0].name,
             "reads in the loop": len(levels),
             "other reads": [str(t)[:200] for t in other],
         }
