@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # One worker per core of a small machine; a file stays with its worker, whose fixtures it shares
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo demo-quick demo-images test test-ladder test-all check setup benchmark bench-gpu gpu-report verify-large
+.PHONY: demo demo-quick demo-images test test-ladder test-all check setup benchmark bench-gpu gpu-report test-gpu verify-large
 
 demo: .venv/train
 	$(PY) -m trainer demo --out demo --overwrite
@@ -45,6 +45,10 @@ benchmark: .venv/train
 # SD1.5 at 512 and SDXL at 1024 pixels with HPSv2.1's architecture, random weights; says so where there is no CUDA device
 bench-gpu: .venv/test
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(PY) tests/large/bench.py $(BENCH)
+
+# The tests of the second device on a card, in its place, against the CPU: every objective, the families, the commands
+test-gpu: .venv/test
+	OMP_NUM_THREADS=1 TEST_DEVICE=$${TEST_DEVICE:-cuda:0} $(PY) -m pytest tests/fake_device -m "" -n 4
 
 # Everything that the project wants to know of a card, in one file to paste: gpu-report.md
 gpu-report: .venv/test

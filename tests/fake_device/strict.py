@@ -29,6 +29,10 @@ REBINDING = (
     *(aten.set_.source_Tensor, aten.lift_fresh.default, aten.set_data.default),
     *(getattr(aten, name).default for name in ("_has_compatible_shallow_copy_type",) if hasattr(aten, name)),
 )
+# Operators of our code and of reward preprocessing that have no deterministic form on CUDA, or none backward (PyTorch's list).
+RANDOM = ("median", "nanmedian", "kthvalue", "histc", "put_", "scatter_reduce", "index_reduce", "replication_pad2d_backward")
+RANDOM += ("reflection_pad2d_backward", "_adaptive_avg_pool2d_backward", "upsample_bicubic2d_backward", "grid_sampler_2d_backward")
+RANDOM += ("_upsample_bicubic2d_aa_backward", "_upsample_bilinear2d_aa_backward", "cumsum", "cumprod", "bincount")
 # Operators whose result or its size the host must know: the device is waited for.
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive")
 
@@ -108,6 +112,7 @@ class Strict(TorchDispatchMode):
         tensors = list(_tensors((*args, *kwargs.values())))
         if any(_fake(t) for t in tensors):
             self._check_devices(func, args, tensors)
+            self._check_determinism(func, tensors)
             if self.mps:
                 self._check_fused_copy(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -133,6 +138,15 @@ class Strict(TorchDispatchMode):
             joined = [t for t in joined if t.ndim or _fake(t)]  # a CPU scalar may join
         if len({str(t.device) for t in joined}) > 1:
             self._refuse(f"{func}: tensors on several devices: " + ", ".join(f"{t.device} {tuple(t.shape)}" for t in joined))
+
+    def _check_determinism(self, func: Any, tensors: list[torch.Tensor]) -> None:
+        """`median` of a whole tensor gives no index, and sums of integers are exact: these CUDA allows."""
+        name = func.overloadpacket.__name__
+        exact = name in ("cumsum", "cumprod", "bincount") and not any(t.is_floating_point() for t in tensors)
+        if name not in RANDOM or exact or (name == "median" and func._overloadname == "default"):
+            return
+        if torch.are_deterministic_algorithms_enabled():
+            self._refuse(f"{func}: has no deterministic form on CUDA")
 
     def _check_fused_copy(self, func: Any, args: Any, kwargs: Any) -> None:
         """A copy to the CPU that also converts is done on the GPU: it has no float64, and views with an offset are read wrongly."""
@@ -185,9 +199,9 @@ class Strict(TorchDispatchMode):
 def strict(mode: Literal["cuda", "mps"] = "cuda") -> Strict:
     """Inside, operators on `fake:0` and `fake:1` raise Refused where CUDA (or MPS) would raise, or read the wrong memory.
 
-    `cuda`: tensors of several devices in one operator, but for CPU scalars in pointwise ones and CPU indices; CPU
-    generators that draw on the device. `mps`: the same, float64 on the device, and copies to the CPU that convert on the way.
-    `region()` counts transfers inside a block.
+    `cuda`: tensors of several devices in one operator, but for CPU scalars in pointwise ones and CPU indices; CPU generators
+    that draw on the device; where PyTorch's deterministic algorithms are asked for, operators that have none. `mps`: the same,
+    float64 on the device, and copies to the CPU that convert on the way. `region()` counts transfers inside a block.
     """
     install()
     return Strict(mode)

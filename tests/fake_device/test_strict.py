@@ -25,6 +25,20 @@ def block(x, weight, kernel):
     return F.interpolate(F.gelu(seen[:, :, ::2]).unfold(1, 2, 2).mean(-1)[:, None], scale_factor=2).cumsum(-1)
 
 
+def test_an_operator_without_a_deterministic_form_is_refused_where_one_is_asked_for():
+    x = torch.rand(3, 5).to(HERE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with strict("cuda"):
+            assert torch.equal(x.sort(1).values[:, 2].cpu(), x.cpu().median(1).values) and x.median().ndim == 0
+            assert (x > 0).cumsum(1).max() == 5
+        for refused in (lambda: x.median(1), lambda: x.cumsum(1)):
+            with pytest.raises(Refused, match="no deterministic form"), strict("cuda"):
+                refused()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_values_and_gradients_are_those_of_the_cpu():
     draws = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=draws) for shape in ((2, 4, 6, 6), (8, 8), (8, 4, 3, 3))]

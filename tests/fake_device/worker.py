@@ -25,21 +25,23 @@ def start() -> None:
     """Prepare the process: the device is there, also for the commands."""
     os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")  # or matrix products round by where a weight lies in memory
     torch.set_num_threads(1)
+    if os.environ.get("TEST_DEVICE"):
+        return
     install()
     from trainer.runtime import device
 
     device.KINDS = (*device.KINDS, NAME)
 
 
-def call(file: str, function: str, arguments: dict[str, Any]) -> str:
-    """Run one test of a file; the traceback and all that was printed where it fails, else nothing."""
+def call(file: str, function: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Run one test of a file: the traceback where it fails, and the end of what was printed."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             getattr(_module(file), function)(**arguments)
     except Exception:
-        return f"{traceback.format_exc()}\n{printed.getvalue()[-5000:]}"
-    return ""
+        return f"{traceback.format_exc()}\n{printed.getvalue()[-5000:]}", ""
+    return "", printed.getvalue()[-5000:]
 
 
 @cache
