@@ -49,12 +49,12 @@ def trainer(*arguments):
     return done.stdout
 
 
-def save_random(family, folder):
+def save_random(family, folder, device):
     """A diffusers folder of the family with random weights; FLUX has fewer blocks."""
     sys.path.insert(0, str(ROOT / "tests" / "large"))
     from verify import build
 
-    build(family, folder / "parts").pipeline.save_pretrained(folder / family)
+    build(family, folder / "parts", device).pipeline.save_pretrained(folder / family)
     return folder / family
 
 
@@ -62,7 +62,7 @@ def training_steps(family, device, folder):
     """Three ReFL steps: a row of planned and measured memory and of seconds per step."""
     (folder / "brightness.py").write_text(REWARD)
     (folder / "prompts.txt").write_text("a red star\na blue ring\n")
-    model = "demo" if family == "demo" else save_random(family, folder)
+    model = "demo" if family == "demo" else save_random(family, folder, device)
     given = [f"--model={model}", f"--out={folder / 'run'}", f"--prompts={folder / 'prompts.txt'}", f"--device={device}"]
     given += ["--objective.name=refl", f"--reward={folder / 'brightness.py'}", "--standardise=false"]
     given += ["--steps=3", "--batch_size=1", "--gradient_checkpointing_denoiser=true", "--gradient_checkpointing_vae=true"]
@@ -98,6 +98,8 @@ def sections(arguments):
         return "\n".join(rows)
 
     yield "Three training steps, planned and measured memory", families
+    if arguments.planned:
+        yield "Training at published sizes", lambda: script("tests/large/planned.py", "--device", arguments.device, *arguments.planned)
     if arguments.bench:
         yield "What each saving costs", lambda: script("tests/large/bench.py", "--device", arguments.device, "--models", *arguments.bench)
     place = chosen()
@@ -110,12 +112,13 @@ def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--families", nargs="*", default=["demo", "sd15", "sdxl", "sd35-medium", "flux-dev"], choices=list(SIZES))
+    parser.add_argument("--planned", nargs="*", default=["sd15", "sdxl", "sd35-medium"], help="cases of planned.py")
     parser.add_argument("--bench", nargs="*", default=["sd15", "sdxl"], help="models whose savings are measured")
     parser.add_argument("--cost", nargs=4, default=["true", "64", "8", "3"], help="model, latent side, steps, pairs")
     parser.add_argument("--out", type=Path, default=Path("gpu-report.md"))
     arguments = parser.parse_args(given)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device was found: nothing was measured (--device cpu --families demo --bench shows the form)")
+        print("no CUDA device was found: nothing was measured (--device cpu --families demo --planned --bench shows the form)")
         return 0
     arguments.out.write_text("# GPU report\n", "utf-8")
     for title, section in sections(arguments):

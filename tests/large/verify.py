@@ -115,16 +115,16 @@ def letters():
     return tokenizer
 
 
-def random_network(kind, config):
-    """A network of that class in bfloat16: matrices of spread 1/√fan-in, norms at one, biases at zero."""
+def random_network(kind, config, device="cpu"):
+    """A network of that class in bfloat16, made on the device: matrices of spread 1/√fan-in, norms at one, biases at zero."""
     import diffusers
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):  # what is computed, as tables of positions, keeps its values
         network = getattr(diffusers, kind)(**config)
     computed = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    network = network.to(torch.bfloat16).to_empty(device="cpu")
-    rng = torch.Generator().manual_seed(0)
+    network = network.to(torch.bfloat16).to_empty(device=device)
+    rng = torch.Generator(device).manual_seed(0)
     for name, p in network.named_parameters():
         with torch.no_grad():
             if p.ndim > 1:
@@ -146,7 +146,7 @@ def build(name, folder, device="cpu", dtype=torch.bfloat16, size=SIZE):
     parts = {}
     for part, ((library, kind), config) in model.parts.items():
         config = {**config, **MODELS[name]} if part in ("unet", "transformer") else config
-        parts[part] = random_network(kind, config) if library == "diffusers" else tiny_text(kind, config)
+        parts[part] = random_network(kind, config, device) if library == "diffusers" else tiny_text(kind, config)
     for i, part in enumerate(p for p in model.parts if p.startswith("text_encoder")):
         clip = model.parts[part][0][1].startswith("CLIP")
         parts[part.replace("text_encoder", "tokenizer")] = clip_tokenizer(folder / f"words{i}") if clip else letters()

@@ -82,7 +82,7 @@ class Planner:
         found = self(config)
         lines = [f"predicted memory at the peak ({found.moment}), GB:"]
         rows = sorted(((size, name) for name, size in found.components.items() if size >= 0.0005 * GB), reverse=True)
-        beside = "Python, libraries, 5 % slack" if config.device.startswith("cpu") else "context, workspaces, 6 % fragmentation"
+        beside = "Python, libraries, 5 % slack" if config.device.startswith("cpu") else "context, 14 % for workspaces and fragmentation"
         rows += [(found.allowance, f"allowance: {beside}"), (found.total, "total")]
         lines += [f"  {name:<50}{size / GB:>9.3f}" for size, name in rows]
         lines.append("peak of each phase, GB: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in found.phases.items()))

@@ -72,7 +72,7 @@ SHORT = {"sd35": "sd35-medium", "flux": "flux-dev", "klein": "flux2-klein-4b"}
 def _decoder(row: Row) -> list[Line]:
     """The decoder alone where that fits 24 GB, which is faster; `--vram` adds the rest."""
     if row.size == 512:
-        return [("gradient_checkpointing_vae", "true", "takes 20 GB; on a smaller card add --vram=12, which recomputes more")]
+        return [("gradient_checkpointing_vae", "true", "takes 21 GB; on a smaller card add --vram=12, which recomputes more")]
     return everything(row)
 
 
