@@ -56,7 +56,7 @@ def written(folder):
         ),
         (["--reward", "r.py", "--heldout", "same.py", "--raw"], "--heldout same.py is the reward that ranks, r.py"),
         (["--heldout", "demo-heldout=2"], "--heldout demo-heldout=2: give one reward, without a weight"),
-        (["--reward", "r.py=0"], "--reward r.py=0 ranks nothing"),
+        (["--reward", "r.py=0", "--reward", "demo-proxy"], "--reward r.py=0 ranks nothing"),
         (["--reward", "r.py"], "--reward r.py has no mean and standard deviation, in which margins are measured: run `python -m trainer"),
         (["--reward", "broken.py", "--raw"], "reward broken.py cannot score an image: broken.py"),
         (["--n", "1"], "unknown argument --n"),
