@@ -104,6 +104,14 @@ def test_no_import_goes_in_a_circle():
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def test_kinds_of_objectives_do_not_import_one_another():
+    kinds = {path.parent.name for path in (ROOT / "trainer" / "objectives").glob("*/__init__.py")}
+    assert kinds == {"preference", "policy_gradient", "reward_gradient"}
+    for path in (ROOT / "trainer" / "objectives").glob("*/*.py"):
+        others = {f"trainer.objectives.{kind}" for kind in kinds - {path.parent.name}}
+        assert not any(name.startswith(tuple(others)) for name in imports(path)), path
+
+
 def test_nothing_but_the_demo_knows_the_embedded_world():
     for path in (ROOT / "trainer").rglob("*.py"):
         if "demo" not in path.parts and "commands" not in path.parts:
