@@ -28,6 +28,7 @@ _MODULES = {
     "pairs": ("score images",),
     "pairs_files": (),
     "taste": ("ask for choices",),
+    "taste_fit": ("score images", "ask for choices"),
     "training": ("train", "load LoRAs", "score images"),
     "objectives": (),
     "judging": (),

@@ -20,6 +20,8 @@ from . import host
 from .sockets import CATEGORY, Reward, schema
 
 _FOLDER = "rewards"
+TASTES = "taste"
+"""The folder in models/rewards that Fit Taste writes to."""
 
 
 def register_folder() -> None:
@@ -30,7 +32,8 @@ def register_folder() -> None:
 def names() -> list[str]:
     """What Load Reward Model offers: the embedded rewards, the known ones, and reward folders of one's own in models/rewards."""
     own = [p.parent.name for root in roots() for p in sorted(root.glob("*/merges.txt.gz"))]
-    return [*REWARDS, *(name for name in dict.fromkeys(own) if name not in REWARDS)]
+    tastes = [f"{TASTES}/{p.stem}" for root in roots() for p in sorted((root / TASTES).glob("*.safetensors"))]
+    return [*REWARDS, *(name for name in dict.fromkeys(own) if name not in REWARDS), *dict.fromkeys(tastes)]
 
 
 def roots() -> list[Path]:
@@ -174,13 +177,16 @@ class Combined:
 def load(name: str, dtype: torch.dtype = torch.float32) -> Loaded:
     """A reward by the name that `names` lists."""
     with torch.inference_mode(False):  # its weights must be able to carry gradients to the pixels later
-        folder = next((root / name for root in roots() if (root / name / "merges.txt.gz").is_file()), None)
-        spec = load_spec(str(folder or name), dtype=dtype, folders=WeightFolders(roots()))
+        source = str(next((root / name for root in roots() if (root / name / "merges.txt.gz").is_file()), name))
+        if name.startswith(f"{TASTES}/"):
+            path = next((file for root in roots() if (file := root / f"{name}.safetensors").is_file()), Path(f"{name}.safetensors"))
+            source = f"taste@{path}"
+        spec = load_spec(source, dtype=dtype, folders=WeightFolders(roots()))
     management = comfy.model_management
     devices = management.get_torch_device(), management.unet_offload_device()
     has_weights = any(True for _ in spec.reward.parameters())
     patchers = (comfy.model_patcher.ModelPatcher(spec.reward, *devices),) if has_weights else ()
-    return Loaded(name, spec.reward, spec.mean, spec.std, patchers, str(folder or name))
+    return Loaded(name, spec.reward, spec.mean, spec.std, patchers, source)
 
 
 def check_prompt(prompt: str, *judges: Any) -> None:
@@ -226,7 +232,8 @@ class LoadReward(io.ComfyNode):
                 io.Combo.Input(
                     "name",
                     options=names(),
-                    tooltip="demo-*: the embedded world's own, for the demo model. Others: weights in models/rewards/<name>.",
+                    tooltip="demo-*: the embedded world's own, for the demo model. taste/*: what Fit Taste made. Others: weights in "
+                    "models/rewards/<name>.",
                 )
             ],
             outputs=[Reward.Output("reward", display_name="REWARD_MODEL", tooltip="For scoring, training and judging.")],
@@ -235,7 +242,8 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name: str, **_: Any) -> str:
         """Files of a reward may change under its name, its measured statistics too."""
-        found = [path for root in roots() for path in sorted((root / name).glob("*")) if path.is_file()]
+        places = [path for root in roots() for path in (root / f"{name}.safetensors", *sorted((root / name).glob("*")))]
+        found = [path for path in places if path.is_file()]
         return " ".join(f"{path} {path.stat().st_mtime_ns}" for path in found)
 
     @classmethod

@@ -54,7 +54,7 @@ def _seen(client: str, user: str) -> None:
         _USERS.popitem(last=False)
 
 
-def _mine(name: str) -> Questions:
+def mine(name: str) -> Questions:
     """The set of a name, of the user whose tab queued what runs now."""
     user = _USERS.get(host.client() or "") if host.has_users() else DEFAULT_USER
     if user is None:
@@ -124,7 +124,7 @@ class CollectPreferences(io.ComfyNode):
         seed: int | None = None,
     ) -> io.NodeOutput:
         """Save the images, ask, and pass them on."""
-        one, found = _mine(name), _origin(cls.hidden)
+        one, found = mine(name), _origin(cls.hidden)
         text = (prompt if prompt is not None else found.prompt or "").strip()
         if not text:
             why = "it is empty" if prompt is not None else found.unclear or "the graph does not tell"

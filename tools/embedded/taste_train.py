@@ -1,15 +1,16 @@
 """A LoRA trained on a fitted taste: does the person whose choices taught it like its images better?
 
-Usage: PYTHONPATH=. python tools/embedded/taste_train.py WORK PERSON CHOICES SEED [UPDATES]. A simulated person of `trainer.demo.tastes`
-makes CHOICES choices in WORK/pool.pt (`taste_pool.py`), the command `taste` fits a head to the file, and ImageReFL is trained on it with
-the settings of docs/results.md. Judged are the LoRA alone and combined from step 12 on, against the base of the same prompts and noise, on
-captions that no choice was about; the person's own utility is what no part of the training saw.
+Usage: PYTHONPATH=. python tools/embedded/taste_train.py WORK PERSON CHOICES SEED [RATE UPDATES…]. A simulated person of
+`trainer.demo.tastes` makes CHOICES choices in WORK/pool.pt (`taste_pool.py`), the command `taste` fits a head to the file, and ImageReFL is
+trained on it. Judged are the LoRAs after each of UPDATES, alone and combined from step 12 on, against the base of the same prompts and
+noise, on captions that no choice was about; the person's own utility is what no part of the training saw.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from trainer.__main__ import main as command
 from trainer.data.images import to_pil
 from trainer.demo import experiment, files, tastes, world
 from trainer.demo.experiment import IMAGEREFL, START, generation, load_tuned
-from trainer.guidance import combined
-from trainer.metrics.study import BASE
+from trainer.guidance import Mix, combined
+from trainer.lora.file import save_lora
+from trainer.metrics.study import BASE, Point
 from trainer.metrics.summary import intervals
 from trainer.rewards.registry import load_reward
 from trainer.rng import generator
 from trainer.taste.choices import NAME, append, choice, save_image
+from trainer.training.run import Run
 
-RATE, BATCH, UPDATES = 4e-3, 16, 60  # docs/results.md's
+RATE, BATCH, UPDATES = 1e-3, 16, (5, 10, 20)
 PROMPTS, PER_PROMPT = 48, 4
 FIGURES = ("taste", "person", "heldout", "gold", "diversity", "match")
 
@@ -47,7 +50,7 @@ def judge_pairs(work: Path, person: str, number: int) -> Path:
     return path
 
 
-def main(root: Path, person: str, number: int, seed: int, updates: int = UPDATES) -> None:
+def main(root: Path, person: str, number: int, seed: int, rate: float = RATE, *updates: int) -> None:
     """Judge, fit, train, evaluate; print a table and write figures beside the LoRA."""
     work = root / f"{person}-{number}"
     work.mkdir(parents=True, exist_ok=True)
@@ -57,31 +60,41 @@ def main(root: Path, person: str, number: int, seed: int, updates: int = UPDATES
     known = set(torch.load(root / "pool.pt", weights_only=True)["prompts"])
     captions = [c for c in world.captions(4 * PROMPTS, "taste, held out") if c.text not in known][:PROMPTS]
     rewards = {"taste": reward, "person": tastes.Person(person, files.load_reader()), **experiment.rewards()}
-    out = work / f"seed{seed}-{updates}"
+    steps = updates or UPDATES
+    out = work / f"seed{seed}-{rate:g}"
+    kept = {f"{step} updates": out / f"{step:04d}.safetensors" for step in steps}
     config = experiment.train_config(
-        out, "imagerefl", IMAGEREFL, RATE, every=updates, watched=8, batch_size=BATCH, seed=seed, steps=updates
+        out, "imagerefl", IMAGEREFL, rate, every=max(steps), watched=8, batch_size=BATCH, seed=seed, steps=max(steps)
     )
+
+    def keep(run: Run) -> None:
+        if run.step in steps:
+            save_lora(run.policy, kept[f"{run.step} updates"], run.metadata())
+
     watched = [c.text for c in world.captions(8, "validation")]
-    experiment.train(config, experiment.renders(1024, seed), watched, experiment.rewards(), reward=reward)
+    experiment.train(config, experiment.renders(1024, seed), watched, experiment.rewards(), keep, reward=reward)
     settings = generation(7)
-    mixes = {("tuned", k): combined(settings.base, settings.tuned("tuned"), k) for k in (0, START)}
-    policy = load_tuned({"tuned": out / "lora.safetensors"})
-    found = experiment.evaluate(out, policy, mixes, captions, PER_PROMPT, rewards, settings.seed)
-    base, rows = found.judged[BASE], dict[str, Any]()
-    spread = {name: float(values.std()) for name, values in base.per_prompt().items()}
-    print(f"| {person}, {number} choices, seed {seed} | " + " | ".join(FIGURES) + " |\n" + "|---" * (1 + len(FIGURES)) + "|")
+    mixes = {(name, k): combined(settings.base, settings.tuned(name), k) for name in kept for k in (0, START)}
+    found = experiment.evaluate(out, load_tuned(kept), mixes, captions, PER_PROMPT, rewards, settings.seed)
+    report(found, mixes, out, f"{person}, {number} choices, rate {rate:g}, seed {seed}")
+    torch.save({str(p): found.images[p][: 8 * PER_PROMPT] for p in found.judged}, out / "shown.pt")
+
+
+def report(found: experiment.Evaluated, mixes: Mapping[Point, Mix], out: Path, title: str) -> None:
+    """Means of the base, and of each point its paired difference with a 95 % bootstrap over prompts; as a table and as JSON."""
+    base, gains = found.judged[BASE], dict[str, Any]()
+    print(f"| {title} | " + " | ".join(FIGURES) + " |\n" + "|---" * (1 + len(FIGURES)) + "|")
     print("| base | " + " | ".join(f"{base.means()[name]:.3f}" for name in FIGURES) + " |")
-    for point, judged in found.judged.items():
-        if point[0] == "tuned":
-            gap, between = intervals(judged, base), judged.means()
-            rows[str(point[1])] = {name: [between[name] - base.means()[name], *gap[name]] for name in FIGURES}
-            cells = (f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in rows[str(point[1])].values())
-            print(f"| {'alone' if point[1] == 0 else f'combined from step {point[1]}'} | " + " | ".join(cells) + " |")
-    shown = {name: base.means()[name] for name in FIGURES}
-    (out / "figures.json").write_text(json.dumps({"base": shown, "spread": spread, "gain": rows}, indent=1))
-    some = torch.stack([torch.stack([found.images[p][i] for i in range(0, 8 * PER_PROMPT, PER_PROMPT)]) for p in found.judged])
-    torch.save(some, out / "shown.pt")
+    for name, k in mixes:
+        judged = found.judged[name, k]
+        gap, means = intervals(judged, base), judged.means()
+        row = {figure: [means[figure] - base.means()[figure], *gap[figure]] for figure in FIGURES}
+        gains[f"{name}, {k}"] = row
+        cells = (f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in row.values())
+        print(f"| {name}, {'alone' if k == 0 else f'combined from step {k}'} | " + " | ".join(cells) + " |", flush=True)
+    (out / "figures.json").write_text(json.dumps({"base": base.means(), "gain": gains}, indent=1))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
+    work, who, number, seed, *more = sys.argv[1:]
+    main(Path(work), who, int(number), int(seed), *map(float, more[:1]), *map(int, more[1:]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -16,10 +15,8 @@ from ..rewards.two_tower import TwoTower
 from ..runtime.files import write_text
 from ..scoring.items import find_items, prompt_for
 from ..taste.comparisons import gather
-from ..taste.fit import fit_taste, image_features, rated, under_prompts
-from ..taste.folds import folds
-from ..taste.following import questions
-from ..taste.head import best_precision
+from ..taste.fit import fit_taste, image_features
+from ..taste.following import next_pairs
 from .options import add_device, device_of
 
 NEXT = "next"
@@ -89,14 +86,8 @@ def _next(args: argparse.Namespace) -> int:
     if bare is not None:
         raise ConfigError(f"{bare} has no prompt: write one into {bare.stem}.txt beside it, or give --prompt")
     texts, tower = [prompt or "" for prompt in prompts], _tower(args)
-    features = under_prompts(tower, image_features(tower, [item.path for item in items]), texts)
-    design, precision = None, 1.0
-    if args.paths[1:]:
-        found = gather([Path(path) for path in args.paths[1:]], fewest=1)
-        design = rated(tower, found.comparisons).design(found.comparisons)
-        precision = best_precision(design, folds([one.keys for one in found.comparisons]).parts)
-    # where cross-validation keeps the tower alone, questions are asked as by a strong prior, not by a certain one
-    asked = questions(features, texts, args.n, design, precision if math.isfinite(precision) else 300.0)
+    found = gather([Path(path) for path in args.paths[1:]], fewest=1) if args.paths[1:] else None
+    asked = next_pairs(tower, image_features(tower, [item.path for item in items]), texts, args.n, found)
     if not asked:
         raise ConfigError("no prompt has two images: a choice is between two images of one prompt")
     print("bits\tchance of the first\tfirst\tsecond\tprompt")

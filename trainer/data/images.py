@@ -128,9 +128,9 @@ def load(source: ImageSource, size: int | tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def load_bytes(path: Path) -> Tensor:
+def load_bytes(source: ImageSource) -> Tensor:
     """An image in its own size, (3,H,W) uint8; see `open_image`."""
-    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(open_image(source))).permute(2, 0, 1)
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from itertools import combinations, product
 from pathlib import Path
 
 from ..data.choices import Choice, is_choices, read_choices
+from ..data.images import ImageSource
 from ..data.preferences import read_pairs
 from ..data.report import Report
-from ..runtime.files import file_hash
 from .folds import Keys, plain
 
 FEWEST = 8
@@ -19,9 +20,9 @@ FEWEST = 8
 
 @dataclass(frozen=True)
 class Image:
-    """An image file, and the hash by which copies are one."""
+    """An encoded image, and the hash by which copies are one."""
 
-    path: Path
+    path: ImageSource
     sha256: str
 
 
@@ -80,14 +81,30 @@ def gather(paths: Sequence[Path], fewest: int = FEWEST) -> Gathered:
     return found
 
 
+def of_pairs(pairs: Sequence[tuple[ImageSource, ImageSource, str]], source: str) -> Gathered:
+    """Better and worse image and prompt of each pair; ValueError as of `gather`."""
+    found = Gathered(_paired(pairs, source))
+    _check(found, source, FEWEST)
+    return found
+
+
 def _add_table(found: Gathered, path: Path) -> None:
     report = Report()
-    for better, worse, prompt in read_pairs(str(path), report):
-        one, other = (Image(Path(str(image)), file_hash(Path(str(image)))) for image in (better, worse))
-        if one.sha256 == other.sha256:
-            raise ValueError(f"{path}: {one.path.name} and {other.path.name} are the same image: a choice is between two")
-        found.comparisons.append(Comparison(one, other, prompt))
+    found.comparisons += _paired(read_pairs(str(path), report), str(path))
     found.notes.append(str(report))
+
+
+def _paired(pairs: Sequence[tuple[ImageSource, ImageSource, str]], source: str) -> list[Comparison]:
+    found: list[Comparison] = []
+    hashes: dict[ImageSource, str] = {}
+    for better, worse, prompt in pairs:
+        for image in (better, worse):
+            if image not in hashes:
+                hashes[image] = hashlib.sha256(image.read_bytes()).hexdigest()
+        if hashes[better] == hashes[worse]:
+            raise ValueError(f"{source}: {better} and {worse} are the same image: a choice is between two")
+        found.append(Comparison(Image(better, hashes[better]), Image(worse, hashes[worse]), prompt))
+    return found
 
 
 def _add(found: Gathered, records: Sequence[Choice], path: Path) -> None:
@@ -97,7 +114,7 @@ def _add(found: Gathered, records: Sequence[Choice], path: Path) -> None:
         if one.outcome == "skip":
             found.skipped += 1
             continue
-        gone = next((image.path for image in images if not image.path.is_file()), None)
+        gone = next((shown.file for shown in one.images if not shown.file.is_file()), None)
         if gone is not None:
             raise ValueError(f"{path}, line {one.line} names {gone}, which does not exist: put it back, or remove the line")
         if one.kind == "thumb":

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.images import load_bytes
+from ..data.images import ImageSource, load_bytes
 from ..rewards.taste import TasteFile
 from ..rewards.two_tower import TwoTower
 from ..runtime.progress import progress_bar
@@ -38,11 +37,11 @@ class Rated:
 
 
 @torch.no_grad()
-def image_features(tower: TwoTower, paths: Sequence[Path]) -> Tensor:
+def image_features(tower: TwoTower, images: Sequence[ImageSource]) -> Tensor:
     """(N,D) float64 on the CPU; each image is read in its own size, as `score` reads it."""
     found: list[Tensor] = []
-    for path in progress_bar(paths, "images of a taste"):
-        pixels = load_bytes(path)[None].to(tower.home).float() / 255
+    for image in progress_bar(images, "images of a taste"):
+        pixels = load_bytes(image)[None].to(tower.home).float() / 255
         found.append(tower.image_features(pixels)[0].double().cpu())
     return torch.stack(found)
 
@@ -101,7 +100,7 @@ class Report:
             found.append(f"not shown to be better than {self.tower} alone, to which it adds {self.gain.value:+.2f} "
                          f"[{self.gain.low:+.2f}, {self.gain.high:+.2f}]")  # fmt: skip
         if self.level != "prompt and image":
-            found.append("measured on prompts that it knows: one prompt has most of the choices; how it does on others is not known")
+            found.append("measured on prompts that it knows: too few prompts to hold some out; how it does on others is not known")
         return found + self.consistency.warnings
 
     def lines(self) -> list[str]:

@@ -42,7 +42,7 @@ class Folds:
     """`parts` of (rows to learn from, rows to test on)."""
 
     level: str
-    """What the two sides do not share: `prompt and image`, `image` where one prompt has most of the choices, or `pair`: then the images are
+    """What the two sides do not share: `prompt and image`, `image` where there are too few prompts for it, or `pair`: then the images are
     connected through choices, each pair is left out alone, and so are, from what it is predicted by, all pairs that share an image."""
     groups: list[int]
     """The group of each comparison: the unit of intervals."""

@@ -9,9 +9,12 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ..rewards.two_tower import TwoTower
 from ..rng import generator
-from .folds import plain
-from .head import Design, Features
+from .comparisons import FEWEST, Gathered
+from .fit import rated, under_prompts
+from .folds import folds, plain
+from .head import Design, Features, best_precision
 
 MOST = 1500  # pairs that are weighed; of more, a random part
 NODES = 32  # of Gauss and Hermite's rule
@@ -29,13 +32,16 @@ class Question:
     """That the first is preferred."""
 
 
-def questions(features: Features, prompts: Sequence[str], number: int, design: Design | None, precision: float) -> list[Question]:
+def questions(
+    features: Features, prompts: Sequence[str], number: int, design: Design | None, precision: float, *, apart: bool = False
+) -> list[Question]:
     """The `number` pairs of images of one prompt whose answers say most, one after the other.
 
     The head has the Gaussian posterior of Laplace's approximation, N(θ̂, H⁻¹), H the Hessian of the penalised loss, and the logit of a
     pair is N(m, v). An answer is worth the mutual information H[E p] − E H[p] (Lindley 1956; "BALD", Houlsby et al. 2011,
     arXiv:1112.5745, eq. 2, here by quadrature of σ). After each question the posterior is as if it had been answered: a
-    second one about the same direction is worth less. Without choices (design None) the prior itself is asked.
+    second one about the same direction is worth less. Without choices (design None) the prior itself is asked. apart: each image is in one
+    question at most.
     """
     pairs = _candidates(prompts)
     if not len(pairs):
@@ -59,7 +65,7 @@ def questions(features: Features, prompts: Sequence[str], number: int, design: D
         middle.diagonal().add_(precision)
         between = torch.linalg.solve_triangular(torch.linalg.cholesky(middle), known @ inside.T, upper=False)
         mean, variance = mean + inside @ beta, variance - between.T @ between / precision
-    return _one_by_one(pairs, mean, variance, number)
+    return _one_by_one(pairs, mean, variance, number, apart)
 
 
 def _candidates(prompts: Sequence[str]) -> Tensor:
@@ -73,14 +79,14 @@ def _candidates(prompts: Sequence[str]) -> Tensor:
     return pairs[torch.randperm(len(pairs), generator=generator("questions", len(pairs)))[:MOST].sort().values]
 
 
-def _one_by_one(pairs: Tensor, mean: Tensor, variance: Tensor, number: int) -> list[Question]:
+def _one_by_one(pairs: Tensor, mean: Tensor, variance: Tensor, number: int, apart: bool) -> list[Question]:
     found: list[Question] = []
     left = torch.ones(len(pairs), dtype=torch.bool)
-    for _ in range(min(number, len(pairs))):
+    while len(found) < number and bool(left.any()):
         spread = variance.diagonal().clamp(min=0)
         bits = information(mean, spread)
         best = int(bits.masked_fill(~left, -1).argmax())
-        left[best] = False
+        left &= (pairs[:, :, None] != pairs[best]).flatten(1).all(1) if apart else torch.arange(len(pairs)) != best
         chance = expected(mean[best : best + 1], spread[best : best + 1])
         found.append(Question(int(pairs[best, 0]), int(pairs[best, 1]), float(bits[best]), float(chance)))
         certain = float(torch.sigmoid(mean[best]) * torch.sigmoid(-mean[best]))
@@ -112,3 +118,19 @@ def information(mean: Tensor, variance: Tensor) -> Tensor:
     """Mutual information (M,) in bits of an answer and its logit z ~ N(mean, variance)."""
     chances, weights = _chances(mean, variance)
     return (_entropy(chances @ weights) - _entropy(chances) @ weights).clamp(min=0)
+
+
+def next_pairs(
+    tower: TwoTower, seen: Tensor, prompts: Sequence[str], number: int, found: Gathered | None, *, apart: bool = False
+) -> list[Question]:
+    """`questions` of images with features (N,D) and a prompt each, after the choices `found`, whose prior is chosen as for a fit.
+
+    Where cross-validation keeps the tower alone, or there are fewer than FEWEST choices, the prior is λ = 300, or 1.
+    """
+    features = under_prompts(tower, seen, prompts)
+    if found is None or not found.comparisons:
+        return questions(features, prompts, number, None, 1.0, apart=apart)
+    design, precision = rated(tower, found.comparisons).design(found.comparisons), 1.0
+    if len(found.comparisons) >= FEWEST:
+        precision = min(300.0, best_precision(design, folds([one.keys for one in found.comparisons]).parts))
+    return questions(features, prompts, number, design, precision, apart=apart)
