@@ -2,8 +2,9 @@
 
 Usage: PYTHONPATH=. python tools/embedded/taste_train.py WORK PERSON CHOICES SEED [RATE UPDATES…]. A simulated person of
 `trainer.demo.tastes` makes CHOICES choices in WORK/pool.pt (`taste_pool.py`), the command `taste` fits a head to the file, and ImageReFL is
-trained on it. Judged are the LoRAs after each of UPDATES, alone and combined from step 12 on, against the base of the same prompts and
-noise, on captions that no choice was about; the person's own utility is what no part of the training saw.
+trained on it. Judged are the LoRAs after each of UPDATES, alone and combined from step 12 on, on captions that no choice was about, against
+the untrained model in their place (without guidance, as they are) under the same prompts and noise; the person's own utility is what no
+part of the training saw.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trainer.__main__ import main as command
 from trainer.data.images import to_pil
 from trainer.demo import experiment, files, tastes, world
 from trainer.demo.experiment import IMAGEREFL, START, generation, load_tuned
-from trainer.guidance import Mix, combined
+from trainer.guidance import Mix, Slot, combined
 from trainer.lora.file import save_lora
 from trainer.metrics.study import BASE, Point
 from trainer.metrics.summary import intervals
@@ -29,8 +30,8 @@ from trainer.rng import generator
 from trainer.taste.choices import NAME, append, choice, save_image
 from trainer.training.run import Run
 
-RATE, BATCH, UPDATES = 1e-3, 16, (5, 10, 20)
-PROMPTS, PER_PROMPT = 48, 4
+RATE, BATCH, UPDATES = 1e-3, 16, (10, 20)
+PROMPTS, PER_PROMPT = 32, 4
 FIGURES = ("taste", "person", "heldout", "gold", "diversity", "match")
 
 
@@ -61,7 +62,7 @@ def main(root: Path, person: str, number: int, seed: int, rate: float = RATE, *u
     captions = [c for c in world.captions(4 * PROMPTS, "taste, held out") if c.text not in known][:PROMPTS]
     rewards = {"taste": reward, "person": tastes.Person(person, files.load_reader()), **experiment.rewards()}
     steps = updates or UPDATES
-    out = work / f"seed{seed}-{rate:g}"
+    out = work / f"seed{seed}-{rate:g}-{max(steps)}"
     kept = {f"{step} updates": out / f"{step:04d}.safetensors" for step in steps}
     config = experiment.train_config(
         out, "imagerefl", IMAGEREFL, rate, every=max(steps), watched=8, batch_size=BATCH, seed=seed, steps=max(steps)
@@ -75,24 +76,26 @@ def main(root: Path, person: str, number: int, seed: int, rate: float = RATE, *u
     experiment.train(config, experiment.renders(1024, seed), watched, experiment.rewards(), keep, reward=reward)
     settings = generation(7)
     mixes = {(name, k): combined(settings.base, settings.tuned(name), k) for name in kept for k in (0, START)}
+    mixes |= {("untrained", k): combined(settings.base, Slot("base"), k) for k in (0, START)}
     found = experiment.evaluate(out, load_tuned(kept), mixes, captions, PER_PROMPT, rewards, settings.seed)
     report(found, mixes, out, f"{person}, {number} choices, rate {rate:g}, seed {seed}")
     torch.save({str(p): found.images[p][: 8 * PER_PROMPT] for p in found.judged}, out / "shown.pt")
 
 
 def report(found: experiment.Evaluated, mixes: Mapping[Point, Mix], out: Path, title: str) -> None:
-    """Means of the base, and of each point its paired difference with a 95 % bootstrap over prompts; as a table and as JSON."""
-    base, gains = found.judged[BASE], dict[str, Any]()
+    """Means of the guided base, and of each point its paired difference to the untrained model in its place, with a 95 % bootstrap over
+    prompts; as a table and as JSON."""
+    guided, gains = found.judged[BASE], dict[str, Any]()
     print(f"| {title} | " + " | ".join(FIGURES) + " |\n" + "|---" * (1 + len(FIGURES)) + "|")
-    print("| base | " + " | ".join(f"{base.means()[name]:.3f}" for name in FIGURES) + " |")
+    print("| base | " + " | ".join(f"{guided.means()[name]:.3f}" for name in FIGURES) + " |")
     for name, k in mixes:
-        judged = found.judged[name, k]
+        judged, base = found.judged[name, k], guided if name == "untrained" else found.judged["untrained", k]
         gap, means = intervals(judged, base), judged.means()
         row = {figure: [means[figure] - base.means()[figure], *gap[figure]] for figure in FIGURES}
         gains[f"{name}, {k}"] = row
         cells = (f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" for value, low, high in row.values())
         print(f"| {name}, {'alone' if k == 0 else f'combined from step {k}'} | " + " | ".join(cells) + " |", flush=True)
-    (out / "figures.json").write_text(json.dumps({"base": base.means(), "gain": gains}, indent=1))
+    (out / "figures.json").write_text(json.dumps({"base": guided.means(), "gain": gains}, indent=1))
 
 
 if __name__ == "__main__":
