@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib import metadata
 from importlib.util import find_spec
 
 import pytest
@@ -21,6 +22,8 @@ browser = pytest.mark.skipif(not (CHROMIUM and find_spec("playwright")), reason=
 @pytest.mark.full
 @pytest.mark.parametrize("look", ["classic", "vue"])
 def test_choosing_by_keyboard_and_mouse_a_reload_undo_and_two_tabs(look, tmp_path, capsys):
+    if look == "vue" and [int(part) for part in metadata.version("comfyui-frontend-package").split(".")[:2]] < [1, 30]:
+        pytest.skip("skipped: the first Nodes 2.0 drew no widgets of packs")
     found = run_inside(PLACES[0], "taste_browser.py", tmp_path / "shots", look, cwd=tmp_path)
     assert found["asked"] == {
         "said": "4 open · no choice yet",
