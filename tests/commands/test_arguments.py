@@ -65,7 +65,7 @@ WRONG = [
     ([*TRAIN, "--rank=4"], "unknown key 'rank'; did you mean lora.rank?"),
     ([*TRAIN, "--lora.rnk=4"], "unknown key 'lora.rnk'; did you mean lora.rank?"),
     ([*TRAIN, "--objective.name=refl", "--objective.step=4"], "unknown key 'objective.step'; did you mean objective.steps?"),
-    ([*TRAIN, "--zzz=4"], "unknown key 'zzz'; valid keys are batch_size,"),
+    ([*TRAIN, "--zzz=4"], "unknown key 'zzz'; valid keys are allow_remote, batch_size,"),
     ([*TRAIN, "--resum"], "unknown argument --resum; did you mean --resume?"),
     ([*SAMPLE, "--step", "4"], "unknown argument --step; did you mean --steps?"),
     *(

@@ -15,6 +15,7 @@ from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.open import open_policy
 from .guiding import Guiding, guiding
+from .options import warn_of_guidance
 from .two_parts import TwoParts, two_parts
 
 
@@ -45,6 +46,8 @@ class Chain:
         """The chain of the arguments; ConfigError for what no step would read."""
         parts = two_parts(args)
         guide = guiding(args, parts, settings)
+        if guide is None:
+            warn_of_guidance(args, settings, [path for path, _ in parts.loras])
         switch, until = (None, None) if guide else (parts.switch(args.switch), _until(args, parts))
         return Chain(settings, parts, guide, switch, until)
 

@@ -32,7 +32,7 @@ from ..rewards.registry import weights_hashes
 from ..runtime.files import file_hash, files_hash, write_text
 from .checkpoints import Checkpoint, checkpoints, split_name
 from .judges import judges_of, photos_of, real_features
-from .options import add_generation, add_remote, device_of, generation_of, policy_of, prompts_of
+from .options import add_generation, add_remote, device_of, generation_of, policy_of, prompts_of, warn_of_guidance
 from .parts import base_hash
 from .two_parts import add_conditioning, conditioning
 
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     photos, switches = photos_of(args), [Switch.parse(text) for text in args.switches.split(",")]
     device, tuned = device_of(args), _tuned(args, unets)
     judges = judges_of(args, device)
+    warn_of_guidance(args, settings, [tuned[name].file for name in tuned.keys() - unets.keys()])
     policy = policy_of(args)
     models = _networks(policy, unets, settings)
     base, like = given.slots(settings)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from ..config import ConfigError, build
 from ..data.captions import read_prompts
 from ..data.report import Report
 from ..generate import Generation
+from ..lora.file import read_metadata
 from ..models.diffusers_policy import DiffusersPolicy
 from ..models.load import ModelOptions
 from ..models.open import open_policy
 from ..runtime.device import check_device, use_device
 from ..sampling import METHODS
 from ..text import lines, valid
+
+log = logging.getLogger(__name__)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +81,17 @@ def generation_of(args: argparse.Namespace) -> Generation:
 
         given = {"steps": STEPS, "guidance_scale": GUIDANCE, **given}
     return build(Generation, given)
+
+
+def warn_of_guidance(args: argparse.Namespace, settings: Generation, loras: Iterable[Path]) -> None:
+    """Say which LoRAs were trained to be drawn with another guidance than the tuned part has by default, as those on preferences are."""
+    for path in loras if args.tuned_guidance_scale is None else ():
+        scale = read_metadata(path).get("tuned_guidance")
+        if isinstance(scale, int | float) and scale != settings.tuned_guidance_scale:
+            log.warning(
+                f"{path} is for drawing with guidance ({scale:g} in its training's settings), and the tuned part has none: give "
+                f"--tuned-guidance-scale, such as the base's {settings.guidance_scale:g}; 1 leaves it so"
+            )
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
