@@ -143,15 +143,17 @@ def test_a_stopped_run_scores_whole_batches_and_ends_with_the_same_bytes(here, m
 
 
 def test_pairs_that_exist_are_filtered_and_keep_their_labels_or_get_others(here, capsys):
-    (here / "human.csv").write_text("chosen,rejected,prompt\nin/0.png,in/1.png,p\nin/3.png,in/2.png,q\nin/5.png,in/4.png,r\n")
+    (here / "human.csv").write_text("chosen,rejected,prompt\nin/0.png,in/1.png,p\nin/3.png,in/2.png,q\nin/5.png,in/4.png,q\n")
     given = ["--from-pairs", "human.csv", "--reward", "r.py", "--raw", "--split", "0"]
     assert run(*given) == 0
-    assert [int(one["chosen"][-5]) for one in rows(here / "o" / "pairs.jsonl")] == [3, 5]  # red contradicts the first
+    assert [int(one["chosen"][-5]) for one in rows(here / "o" / "pairs.jsonl")] == [3, 5]  # red contradicts the first; both of q
     report = json.loads((here / "o" / "report.json").read_text())
     assert report["settings"]["label"] == "given" and report["turned"] == {"pairs": 0}
     assert report["dropped"] == {"rewards contradict the label": 1}
     capsys.readouterr()
-    assert run(*given, "--label", "sum", "--resume") == 0
+    assert run(*given, "--per-prompt", "1", "--resume") == 0 and len(rows(here / "o" / "pairs.jsonl")) == 1
+    capsys.readouterr()
+    assert run(*given, "--label", "sum", "--per-prompt", "0", "--resume") == 0
     assert "labels turned round by the rewards: 1 of 3 kept pairs" in capsys.readouterr().out
     assert [int(one["chosen"][-5]) for one in rows(here / "o" / "pairs.jsonl")] == [1, 3, 5]
 

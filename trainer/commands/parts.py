@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from ..training.config import TrainConfig
 from ..training.evaluation import CHUNK, Evaluation, Reference
 from ..training.parts import Parts, asks_reward, check_settings, weights_of
 
+log = logging.getLogger(__name__)
 REFERENCES = 500  # images at most that a watch's FID and LogCov compare with
 
 
@@ -48,6 +50,9 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     """Load what a run is made of; `place_parts` finishes it. Raises ConfigError where settings and parts do not fit together."""
     source = config.images or config.pairs or config.labels
     check_sources(config.prompts, config.images, config.pairs, config.labels)
+    if config.prompts and source:
+        key = next(key for key in ("images", "pairs", "labels") if getattr(config, key))
+        log.warning(f"prompts = {config.prompts} is not read: with `{key}` a run trains on their captions")
     if config.buckets and source in ("", "demo"):
         raise ConfigError("buckets = true: they are for `images`, `pairs` or `labels` of your own")
     if config.watch.every and not config.watch.heldout:

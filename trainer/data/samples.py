@@ -129,7 +129,7 @@ def check_sources(prompts: str, images: str, pairs: str = "", labels: str = "") 
     """Raise ValueError unless there is one source of samples and, where it is a prompt file, it is readable: before a model is loaded."""
     given = [name for name, value in (("images", images), ("pairs", pairs), ("labels", labels)) if value]
     if not given and not prompts:
-        ways = "`images` (a folder of images with .txt captions), `prompts` (a text file), or, to learn from preference, `pairs` or `labels`"
+        ways = "`images` (a folder of images with .txt captions), `prompts` (a text file), or, for preferences, `pairs` or `labels`"
         raise ValueError(f"nothing to train on: give {ways}")
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are both given: a run trains on one of them")
