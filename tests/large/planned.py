@@ -64,7 +64,7 @@ def measured(name, arguments, folder):
     def open_policy(_, device, options, size, offload=False):
         return verify.build(model, folder, device, DTYPES[options.dtype], size)
 
-    def load_reward(_, standardise, device, dtype=torch.float32):
+    def load_reward(_, standardise, device, dtype=torch.float32, *rest):
         return hps(0, arguments.device)(dtype).to(device)
 
     replaced = {"open_policy": open_policy, "load_reward": load_reward, "denoiser_hashes": lambda _: ("", ""), "weights_of": lambda _: {}}
