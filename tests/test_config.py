@@ -129,8 +129,10 @@ def test_keys_of_0_1_0_stay_valid_everywhere():
 
 
 def test_objective_table_is_checked_before_anything_is_loaded():
-    with pytest.raises(ConfigError, match="use one of refl, imagerefl"):
+    with pytest.raises(ConfigError, match=r"name = 'refle': did you mean refl\? use one of refl, imagerefl"):
         TrainConfig(out="x", objective={"name": "refle"})
+    with pytest.raises(ConfigError, match=r"name = 'dpo': did you mean diffusion-dpo\? use"):
+        TrainConfig(out="x", objective={"name": "dpo"})
     with pytest.raises(ConfigError, match="use one of refl, imagerefl"):
         TrainConfig(out="x", objective={"name": ["refl"]})
     with pytest.raises(ConfigError, match="out is empty: give the output folder"):

@@ -93,6 +93,12 @@ def of_method(cls: type[T], methods: Mapping[str, HasDefaults], name: str, given
     return build(cls, {**defaults, **given, "name": name})
 
 
+def likely(name: str, known: Collection[str]) -> str:
+    """`did you mean diffusion-dpo? ` for `dpo`: the known name of which it is a part, else the one most like it; nothing where none is."""
+    like = [one for one in known if name in one.split("-")] or difflib.get_close_matches(name, known, 1, 0.7)
+    return f"did you mean {like[0]}? " if like else ""
+
+
 def _nearest(key: str, known: Collection[str], hints: Mapping[str, Any], where: str) -> str:
     """The valid key, of this dataclass or of a table in it, that is most like `key`; all keys where none is."""
     names = {f.name: f"{table}.{f.name}" for table in known if is_dataclass(hints[table]) for f in fields(hints[table])}

@@ -93,7 +93,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     for given, expected in (
         (["preset", "srpo", "--model", "z-imag"], "no family 'z-imag': did you mean z-image?"),
         (["preset", "srpo", "--model", "flux3"], "no family 'flux3': did you mean flux?"),
-        (["preset", "spro", "--model", "sdxl"], "no objective 'spro': use one of refl, "),
+        (["preset", "spro", "--model", "sdxl"], "no objective 'spro': did you mean srpo? use one of refl, "),
         (["preset", "srpo"], "give METHOD and --model FAMILY, or --list"),
         (["preset", "srpo", "--model", "demo"], "the embedded model has its presets in the folder presets"),
     ):

@@ -6,7 +6,7 @@ A command module has `configure(parser)`, which adds its arguments, and `run(arg
 COMMANDS: dict[str, str] = {
     "demo": "Train ReFL and ImageReFL on the embedded model, generate, evaluate, and write report.html.",
     "preset": "Write the settings of a training run for an objective and a model family.",
-    "train": "Train a LoRA by reward gradients.",
+    "train": "Train a LoRA by rewards or preferences.",
     "sample": "Generate images: base model first, tuned model from the switch on.",
     "score": "Score images by one or more rewards: folders, globs or manifests in, CSV and JSONL out.",
     "pairs": "Make pairs and likes to learn from: draw or read images, score, label, filter, split.",

@@ -6,7 +6,7 @@ import argparse
 import difflib
 from pathlib import Path
 
-from ..config import ConfigError
+from ..config import ConfigError, likely
 from ..objectives import OBJECTIVES
 from ..runtime.files import named, quoted, write_text
 from ..training.preset_types import Line, Row, quote
@@ -67,7 +67,7 @@ def model_name(name: str) -> str:
 def text_of(method: str, model: str, stem: str = "") -> str:
     """The TOML file for an objective and a published model; `stem` names its output folder (default METHOD-MODEL)."""
     if method not in METHODS:
-        raise ConfigError(f"no objective {method!r}: use one of {', '.join(METHODS)}")
+        raise ConfigError(f"no objective {method!r}: {likely(method, METHODS)}use one of {', '.join(METHODS)}")
     settings, row = METHODS[method], ROWS[model_name(model)]
     samples = settings.samples_of(row)
     stem = stem or f"{method}-{model}"

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..config import ConfigError, plain
+from ..config import ConfigError, likely, plain
 from ..data.samples import Samples, encode_images
 from ..metrics.intervals import bootstrap
 from ..models.unet import UNetPolicy
@@ -104,7 +104,9 @@ def names_of(given: Sequence[str]) -> list[str]:
         found += [one for one, method in METHODS.items() if name in ("all", method.data)] if name in ("all", *get_args(Data)) else [name]
     unknown = next((name for name in found if name not in METHODS), None)
     if unknown is not None:
-        raise ConfigError(f"unknown method {unknown!r}: use some of {', '.join(METHODS)}; or all, {', '.join(get_args(Data))}")
+        raise ConfigError(
+            f"unknown method {unknown!r}: {likely(unknown, METHODS)}use some of {', '.join(METHODS)}; or all, {', '.join(get_args(Data))}"
+        )
     return list(dict.fromkeys(found))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from ..config import ConfigError, build, plain
+from ..config import ConfigError, build, likely, plain
 from ..guidance import Switch
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES, Objective
@@ -199,7 +199,7 @@ class TrainConfig:
         table = dict(self.objective)
         name = table.pop("name", None)
         if not isinstance(name, str) or name not in OBJECTIVES:
-            raise ConfigError(f"objective.name = {name!r}: use one of {', '.join(OBJECTIVES)}")
+            raise ConfigError(f"objective.name = {name!r}: {likely(str(name), OBJECTIVES)}use one of {', '.join(OBJECTIVES)}")
         return build(OBJECTIVES[name], table, "objective.")
 
     def describe(self) -> dict[str, Any]:
