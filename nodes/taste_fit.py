@@ -61,9 +61,7 @@ class FitTaste(io.ComfyNode):
                 Reward.Input("tower", tooltip="A two-tower reward: PickScore, HPSv2.1 or CLIP; demo-proxy for the demo model."),
                 io.String.Input("choices", default="taste", tooltip=_CHOICES),
                 io.String.Input("name", default="taste", tooltip="Saved as models/rewards/taste/NAME: Load Reward Model lists it after R."),
-                io.String.Input(
-                    "person", default="", tooltip="Whose taste, where several people chose; empty: all, each counting the same."
-                ),
+                io.String.Input("person", default="", tooltip="Whose taste, where several people chose; empty: all together."),
                 PreferencePairsSocket.Input("pairs", optional=True, tooltip="Pairs of Load Pairs or Make Pairs, in place of choices."),
             ],
             outputs=[

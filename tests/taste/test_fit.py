@@ -16,7 +16,7 @@ from trainer.demo import files, world
 from trainer.rewards.registry import load, load_reward, weights_hashes
 from trainer.rewards.taste import TasteFile
 from trainer.rng import generator
-from trainer.taste.agreement import agreement, learning_curve, wilson
+from trainer.taste.agreement import agreement, correct, learning_curve, wilson
 from trainer.taste.choices import append, choice, save_image
 from trainer.taste.comparisons import Comparison, Gathered, Image, gather
 from trainer.taste.consistency import consistency
@@ -120,6 +120,8 @@ def test_intervals_of_agreement():
     assert (alone.low, alone.high) == pytest.approx((wilson(0.7, 20).low, wilson(0.7, 20).high), abs=0.01)
     twins = agreement(right.sort().values, torch.ones(20).double(), [i // 4 for i in range(20)])  # fours that agree: about five choices
     assert twins.high - twins.low > 1.4 * (alone.high - alone.low)
+    sure = agreement(torch.ones(40).double(), torch.ones(40).double(), [i // 8 for i in range(40)])  # five prompts
+    assert (sure.value, sure.low) == pytest.approx((1.0, wilson(1.0, 5).low))
 
 
 def two_people():
@@ -137,6 +139,12 @@ def test_two_people_of_opposite_tastes_are_two_prototypes():
     assert float(F.cosine_similarity(heads[:1], heads[1:])) < 0
     right = (design.logits(found.of("ann"), (~bob).nonzero()[:, 0]) > 0).double().mean()
     assert right > 0.8
+    judged, mean = design.outcome != 0.5, correct(found.held_out_mean)
+    written = float(correct(design.logits(found.mean, torch.arange(60)))[judged].mean())
+    # the mean of opposite people predicts neither: its agreement is reported where it is the head that is written
+    assert (
+        float(correct(found.held_out)[judged].mean()) > 0.7 > float(mean[judged].mean()) and abs(float(mean[judged].mean()) - written) < 0.2
+    )
 
 
 @pytest.mark.full

@@ -1,6 +1,6 @@
 """Whether the report of a taste may be trusted: its intervals and its extrapolation against what simulated people go on to choose.
 
-Usage: PYTHONPATH=. python tools/embedded/taste_trust.py WORK. Per person and number of choices, over repetitions: the cross-validated
+Usage: python -m tools.embedded.taste_trust WORK. Per person and number of choices, over repetitions: the cross-validated
 agreement and the true one (of the same head with the 400 held-out choices), how often the interval holds the latter, how often the report
 warns, and the predicted change by twice the choices beside the one that heads of twice the choices have.
 """

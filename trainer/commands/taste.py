@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="two-tower reward whose features the head reads: pickscore, hpsv2.1, clip, demo-proxy",
     )
     add("--out", type=Path, metavar="FILE", help="the fitted taste, a safetensors file; its report is written beside it")
-    add("--person", default="", metavar="NAME", help="whose taste, where several people chose (default: all, each counting the same)")
+    add("--person", default="", metavar="NAME", help="whose taste, where several people chose (default: all together)")
     add("--overwrite", action="store_true", help="replace the file")
     add("--images", action="append", metavar="PATH", help=f"{NEXT}: image folders, images, globs or tables, as for `score`")
     add("--prompt", metavar="TEXT", help=f"{NEXT}: prompt of all images (default: from the table, a .txt file, or inside the image)")

@@ -50,13 +50,13 @@ def agreement(right: Tensor, weight: Tensor, groups: Sequence[int]) -> Share:
 
     The design effect is the variance of the share by groups (linearised, as of a cluster sample) over the binomial one, at least 1 (Kish
     1965; Wilson's interval at that number: Korn and Graubard 1998 do the same with Clopper–Pearson's). Where all are right or all wrong
-    it is taken as 1.
+    it is not known, and the groups are counted.
     """
     value, total = float((weight * right).sum() / weight.sum()), float(weight.sum())
     names = sorted(set(groups))
     place = torch.tensor([names.index(g) for g in groups])
     residual = torch.zeros(len(names), dtype=torch.float64).index_add(0, place, weight * (right - value))
-    effect = 1.0
+    effect = max(1.0, total / len(names))
     if 0 < value < 1 and len(names) > 1:
         variance = len(names) / (len(names) - 1) * float(residual.square().sum()) / total**2
         effect = max(1.0, variance / (value * (1 - value) / total))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from itertools import combinations, product
 from pathlib import Path
 
 from ..data.choices import Choice, is_choices, read_choices
-from ..data.images import ImageSource
+from ..data.images import ImageSource, open_image
 from ..data.preferences import read_pairs
 from ..data.report import Report
+from .choices import pixel_hash
 from .folds import Keys, plain
 
 FEWEST = 8
@@ -100,7 +100,7 @@ def _paired(pairs: Sequence[tuple[ImageSource, ImageSource, str]], source: str) 
     for better, worse, prompt in pairs:
         for image in (better, worse):
             if image not in hashes:
-                hashes[image] = hashlib.sha256(image.read_bytes()).hexdigest()
+                hashes[image] = pixel_hash(open_image(image))  # as files of choices have it: copies with other metadata are one image
         if hashes[better] == hashes[worse]:
             raise ValueError(f"{source}: {better} and {worse} are the same image: a choice is between two")
         found.append(Comparison(Image(better, hashes[better]), Image(worse, hashes[worse]), prompt))

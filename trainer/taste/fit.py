@@ -141,8 +141,13 @@ def fit_taste(found: Gathered, tower: TwoTower, name: str, sha256: str, person: 
     of = folds(keys)
     precision = best_precision(design, of.parts)
     mixture = fit_mixture(design, [one.person for one in comparisons], of, precision) if len(found.people) > 1 else None
-    held = mixture.held_out if mixture is not None and mixture.summary.prototypes > 1 else held_out_logits(design, keys, of, precision)
     of_person = torch.tensor([person in ("", one.person) for one in comparisons])
+    if not bool((of_person & (design.outcome != 0.5)).any()):
+        raise ValueError(f"{person!r} only tied: an agreement needs choices between two images")
+    if mixture is not None and mixture.summary.prototypes > 1:
+        held = mixture.held_out if person else mixture.held_out_mean  # of the head that is written
+    else:
+        held = held_out_logits(design, keys, of, precision)
     report = measured(found, design, of, precision, name, held, of_person)
     if mixture is None:
         return _file(known, design, design.fitted(precision), report, sha256, person), report

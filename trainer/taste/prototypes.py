@@ -40,9 +40,8 @@ class Mixture:
         """In words."""
         if self.prototypes == 1:
             return "one taste predicts these people's choices as well as several would"
-        return f"{self.prototypes} prototypes of taste; " + ", ".join(
-            f"{name or 'nameless'} {' / '.join(f'{w:.2f}' for w in weights)}" for name, weights in self.weights.items()
-        )
+        named = (f"{name or 'nameless'} {' / '.join(f'{w:.2f}' for w in weights)}" for name, weights in self.weights.items())
+        return f"{self.prototypes} prototypes of taste, so that one person's head (--person) knows more than the mean: {', '.join(named)}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,9 @@ class Fitted:
     prototypes: Tensor
     weights: Tensor
     held_out: Tensor
-    """Logits (n,) of each pair without its fold."""
+    """Logits (n,) of each pair without its fold, by the head of its person."""
+    held_out_mean: Tensor
+    """The same by the mean of the people's heads."""
     summary: Mixture
 
     def of(self, person: str) -> Tensor:
@@ -72,21 +73,23 @@ def fit_mixture(design: Design, persons: Sequence[str], of: Folds, precision: fl
     who = torch.tensor([people.index(one) for one in persons])
     numbers = range(1, min(MOST, len(people)) + 1) if math.isfinite(precision) else range(1, 2)
     tested = [_held_out(design, who, len(people), of.parts, precision, k) for k in numbers]
-    losses = [float(log_loss(design, logits[:, None])) for logits in tested]
+    losses = [float(log_loss(design, own[:, None])) for own, _ in tested]
     best = min(range(len(losses)), key=lambda i: (losses[i], i)) + 1
     prototypes, weights = solve(design, who, len(people), torch.arange(len(design)), precision, best)
     named = {name: weights[i].tolist() for i, name in enumerate(people)}
-    return Fitted(people, prototypes, weights, tested[best - 1], Mixture(best, losses, named))
+    return Fitted(people, prototypes, weights, *tested[best - 1], Mixture(best, losses, named))
 
 
-def _held_out(design: Design, who: Tensor, people: int, parts: Sequence[Fold], precision: float, k: int) -> Tensor:
-    """Logits (n,) of each pair without its fold; NaN where nothing is left to learn from."""
-    found = torch.full((len(design),), math.nan, dtype=torch.float64)
+def _held_out(design: Design, who: Tensor, people: int, parts: Sequence[Fold], precision: float, k: int) -> tuple[Tensor, Tensor]:
+    """Logits (n,) of each pair without its fold, by its person's head and by the mean one; NaN where nothing is left to learn from."""
+    own = torch.full((len(design),), math.nan, dtype=torch.float64)
+    mean = own.clone()
     for train, test in parts:
         if len(train):
             prototypes, weights = solve(design, who, people, train, precision, k)
-            found[test] = design.offset[test] + (design.reduced[test] * (weights[who[test]] @ prototypes)).sum(1)
-    return found
+            own[test] = design.offset[test] + (design.reduced[test] * (weights[who[test]] @ prototypes)).sum(1)
+            mean[test] = design.offset[test] + design.reduced[test] @ (weights.mean(0) @ prototypes)
+    return own, mean
 
 
 def solve(design: Design, who: Tensor, people: int, rows: Tensor, precision: float, k: int) -> tuple[Tensor, Tensor]:
