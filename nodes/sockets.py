@@ -101,7 +101,9 @@ def _widget(field: Any, hint: Any) -> Any:
         low, high = float(meta.get("min", -1e6)), float(meta.get("max", 1e6))
         # a step as fine as the default: learning rates and loss weights are small
         step = 10.0 ** -_decimals(field.default)
-        return io.Float.Input(name, display_name=label, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip)
+        return io.Float.Input(
+            name, display_name=label, optional=later, default=field.default, min=low, max=high, step=step, round=False, tooltip=tooltip
+        )
     choice = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal), None)
     if choice is not None:
         options = [*(["none"] if choice is not hint else []), *typing.get_args(choice)]

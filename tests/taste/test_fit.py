@@ -18,7 +18,7 @@ from trainer.rewards.taste import TasteFile
 from trainer.rng import generator
 from trainer.taste.agreement import agreement, correct, learning_curve, wilson
 from trainer.taste.choices import append, choice, save_image
-from trainer.taste.comparisons import Comparison, Gathered, Image, gather
+from trainer.taste.comparisons import Comparison, Gathered, Image, gather, once
 from trainer.taste.consistency import consistency
 from trainer.taste.fit import under_prompts
 from trainer.taste.folds import Keys, folds
@@ -122,6 +122,17 @@ def test_intervals_of_agreement():
     assert twins.high - twins.low > 1.4 * (alone.high - alone.low)
     sure = agreement(torch.ones(40).double(), torch.ones(40).double(), [i // 8 for i in range(40)])  # five prompts
     assert (sure.value, sure.low) == pytest.approx((1.0, wilson(1.0, 5).low))
+
+
+def test_a_choice_that_is_made_a_hundred_times_counts_once():
+    keys = [Keys("one prompt", (i % 7, 10 + i % 5)) for i in range(30)] + [Keys("one prompt", (10, 0))] * 100
+    found = folds(keys)
+    assert found.level == "pair" and len(set(found.groups)) == 30
+    judged = [Comparison(*(Image(Path("x"), str(i)) for i in k.images), k.prompt) for k in keys]
+    weights = torch.tensor([one.weight for one in once(judged)], dtype=torch.float64)
+    right = torch.tensor([1.0, 0] * 15 + [1.0] * 100, dtype=torch.float64)
+    assert float(weights.sum()) == pytest.approx(30) and agreement(right, weights, found.groups).low < 0.5
+    assert agreement(torch.ones(130).double(), torch.ones(130).double(), found.groups) == wilson(1.0, 30)
 
 
 def two_people():
@@ -283,6 +294,26 @@ def test_another_tower_is_refused(taste, tmp_path, capsys):
     for name, said in (("taste", "write taste@FILE"), (f"taste@{tmp_path / 'no.safetensors'}", "is not a taste")):
         with pytest.raises(ValueError, match=said):
             load(name)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"std": 0.0},
+        {"mean": math.nan},
+        {"baseline": "abc"},
+        {"agreement": (math.nan, 0.4, 0.9)},
+        {"agreement": (0.9, 0.95, 0.97)},
+        {"product": torch.zeros(1)},
+        {"image": torch.full((8,), math.nan), "product": torch.zeros(8)},
+    ],
+)
+def test_a_file_that_no_fit_can_have_written_is_refused(taste, tmp_path, edited):
+    from dataclasses import replace
+
+    replace(TasteFile.read(taste), **edited).write(tmp_path / "edited.safetensors")
+    with pytest.raises(ValueError, match=r"edited\.safetensors is not a taste: (its|baseline|must be)"):
+        TasteFile.read(tmp_path / "edited.safetensors")
 
 
 def test_weak_tastes_say_so_when_they_are_loaded(taste, caplog):

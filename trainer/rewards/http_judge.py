@@ -84,7 +84,7 @@ class Capabilities:
             statistics = checked_statistics(values) if "mean" in values or "std" in values else None
         except StatisticsError as error:
             refuse(str(error))
-        limited = min(batch, MOST_BATCH), min(float(seconds), MOST_SECONDS)
+        limited = min(batch, MOST_BATCH), float(min(seconds, MOST_SECONDS))
         return Capabilities(str(names[0]), str(names[1]), prompt, *limited, statistics)
 
 

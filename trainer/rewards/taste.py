@@ -66,6 +66,17 @@ class TasteFile:
         with replacing(path) as partial:
             partial.write_bytes(save(tensors, {KEY: json.dumps(described)}))
 
+    def _check(self) -> None:
+        """ValueError where the values cannot be those of a fit."""
+        width = self.image.shape
+        if len(width) != 1 or self.product.shape != width or not bool(self.image.isfinite().all() and self.product.isfinite().all()):
+            raise ValueError("its head is not two finite vectors of one length")
+        if not all(map(math.isfinite, (self.baseline, self.mean, self.std))) or self.std <= 0:
+            raise ValueError("baseline, mean and std are not finite numbers with std above 0")
+        value, low, high = self.agreement or (0.5, 0.5, 0.5)
+        if not 0 <= low <= value <= high <= 1 or math.isnan(self.precision) or self.precision < 0:
+            raise ValueError("its agreement or precision is out of range")
+
     @staticmethod
     def read(path: Path) -> TasteFile:
         """Raises FileNotFoundError, or ValueError in one line for another file."""
@@ -85,7 +96,10 @@ class TasteFile:
             described["precision"] = float(described["precision"])
             known = {f.name for f in fields(TasteFile)}
             values: dict[str, Any] = {name: value for name, value in described.items() if name in known}
-            return TasteFile(**tensors, **values, agreement=tuple(agreement) if agreement else None)
+            value, low, high = agreement or (0.0, 0.0, 0.0)
+            found = TasteFile(**tensors, **values, agreement=(value, low, high) if agreement else None)
+            found._check()
+            return found
         except Exception as error:  # safetensors raises errors of its own
             raise ValueError(f"{path} is not a taste: {' '.join(str(error).split())}; fit one with `python -m trainer taste`") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -79,6 +79,13 @@ def gather(paths: Sequence[Path], fewest: int = FEWEST) -> Gathered:
             _add_table(found, path)
     _check(found, ", ".join(map(str, paths)), fewest)
     return found
+
+
+def once(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """With weights by which a pair that one person judged again and again under one prompt counts as one."""
+    named = [(one.person, plain(one.prompt), frozenset((one.better.sha256, one.worse.sha256))) for one in comparisons]
+    times = Counter(named)
+    return [replace(one, weight=one.weight / times[name]) for one, name in zip(comparisons, named)]
 
 
 def of_pairs(pairs: Sequence[tuple[ImageSource, ImageSource, str]], source: str) -> Gathered:

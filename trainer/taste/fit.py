@@ -15,7 +15,7 @@ from ..rewards.taste import TasteFile
 from ..rewards.two_tower import TwoTower
 from ..runtime.progress import progress_bar
 from .agreement import Curve, Share, agreement, correct, held_out_logits, learning_curve, resampled
-from .comparisons import Comparison, Gathered, Image
+from .comparisons import Comparison, Gathered, Image, once
 from .consistency import Consistency, consistency
 from .folds import Folds, folds
 from .head import Design, Features, best_precision
@@ -132,7 +132,7 @@ def fit_taste(found: Gathered, tower: TwoTower, name: str, sha256: str, person: 
 
     name, sha256: of the tower. Deterministic.
     """
-    comparisons = found.comparisons
+    comparisons = once(found.comparisons)
     if person and person not in found.people:
         raise ValueError(f"nobody named {person!r} made a choice: {', '.join(found.people)}")
     known = rated(tower, comparisons)

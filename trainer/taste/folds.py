@@ -56,7 +56,7 @@ def folds(keys: Sequence[Keys], number: int = FOLDS, purpose: str = "taste") -> 
         sizes = Counter(groups)
         if len(sizes) >= LEAST and max(sizes.values()) <= len(keys) / 2:
             return Folds(level, groups, _parts(_dealt(groups, number, purpose), [k.named_images for k in keys]))
-    alone = list(range(len(keys)))
+    alone = components([(frozenset(k.images),) for k in keys])  # a pair that is judged again and again is one
     return Folds("pair", alone, _parts(_dealt(alone, len(keys), purpose), [k.named_images for k in keys]))
 
 

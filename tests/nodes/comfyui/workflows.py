@@ -22,6 +22,7 @@ def api_form(workflow, described):
             if (isinstance(spec[0], list) or spec[0] in WIDGETS) and not options.get("forceInput"):
                 if not values and name in described[node["type"]]["input"].get("optional", {}):
                     continue  # added since the graph was saved: the default
+                assert values, f"{node['type']} has no value for {name}"
                 inputs[name] = values.pop(0)
                 if values and values[0] in ("fixed", "randomize", "increment", "decrement") and spec[0] == "INT":
                     values.pop(0)
