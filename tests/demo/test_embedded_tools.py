@@ -31,7 +31,7 @@ def test_distillation_moves_the_adapter(tmp_path, monkeypatch):
     assert all(float(v.abs().max()) > 0 for k, v in lora.items() if k.endswith("lora_up.weight"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_seed_of_the_results_has_every_baseline_and_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FULL", replace(results.FULL, real=4))
     monkeypatch.setattr(results, "EVERY", 1)

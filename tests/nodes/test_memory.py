@@ -19,7 +19,7 @@ def memory(request, tmp_path_factory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["demo", "sdxl", "flux"])
 def test_the_plan_of_a_graph_is_what_a_real_step_takes(memory, family):
     """Bytes of tensors at the peak of a step, as given and with every memory setting."""
@@ -30,14 +30,14 @@ def test_the_plan_of_a_graph_is_what_a_real_step_takes(memory, family):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_previews_are_decoded_in_parts(memory):
     """Eight images of 1024², of 512², and of 64² pixels."""
     assert memory["decoded at a time"] == [1] * 8 + [4, 4] + [8]
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_graph_without_the_widget_runs_as_before(memory):
     report, config = memory["absent"]
     assert "; memory" not in report and memory["fast is as without"] == 0
@@ -45,7 +45,7 @@ def test_a_graph_without_the_widget_runs_as_before(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_balanced_takes_settings_until_the_run_fits_and_small_takes_all(memory):
     assert "; memory balanced: settings as given; " in memory["fits as given"][0]
     report, config = memory["small"]
@@ -60,7 +60,7 @@ def test_balanced_takes_settings_until_the_run_fits_and_small_takes_all(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_does_not_fit_is_refused_before_the_first_step(memory):
     for mode, other in (("nothing fits", "small"), ("small does not fit", "fast")):
         said, config = memory[mode]
@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_resumed_run_keeps_its_settings(memory):
     """The run that was made last, whatever the device has now."""
     report, config = memory["resumed"]
@@ -78,7 +78,7 @@ def test_a_resumed_run_keeps_its_settings(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_prompts_are_conditioned_for_each_size_and_few_stay_on_the_device(memory):
     """A prompt of two buckets, and 100 prompts after it."""
     other_size, same_size = memory["SDXL's size conditioning"]
@@ -86,7 +86,7 @@ def test_prompts_are_conditioned_for_each_size_and_few_stay_on_the_device(memory
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_resumed_run_is_planned_too(memory):
     """What does not fit is refused; of the settings that it did not begin with it takes those that keep its result."""
     said, _ = memory["resumed, does not fit"]
@@ -98,7 +98,7 @@ def test_a_resumed_run_is_planned_too(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_images_count_by_their_latents_and_by_the_pixels_of_the_vae(memory):
     """Mean and deviation of 4×8×8 numbers each, in float32."""
     assert memory["latents of 1000 images"] == pytest.approx(2 * 4 * 8 * 8 * 4 * 1000, rel=1e-3)
@@ -108,7 +108,7 @@ def test_images_count_by_their_latents_and_by_the_pixels_of_the_vae(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_model_that_cannot_be_planned_trains_and_says_so(memory):
     report, config = memory["balanced, not planned"]
     assert "memory balanced: settings as given; not planned (ZeroDivisionError" in report and config["batch_size"] == 4
@@ -117,7 +117,7 @@ def test_a_model_that_cannot_be_planned_trains_and_says_so(memory):
 
 
 @comfyui
-@pytest.mark.slow
+@pytest.mark.full
 def test_offloading_moves_the_held_out_reward_only_to_judge_and_puts_all_back(memory):
     """The trained one encodes its prompts first: two of the evaluation, one more, and the empty one of no wording."""
     (name, device, texts), *rest = memory["moves"]
