@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -404,3 +405,12 @@ def test_features_under_prompts_are_the_towers_score():
     with torch.no_grad():
         features = under_prompts(tower, tower.image_features(images).double(), prompts)
         assert torch.allclose(features.score.float(), tower(images, prompts), atol=1e-4)
+
+
+def test_an_image_that_was_changed_after_it_was_shown_is_refused(judged, tmp_path):
+    folder = tmp_path / "judged"
+    shutil.copytree(judged, folder)
+    one, other = sorted((folder / "images").glob("*.png"))[:2]
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=rf"choices\.jsonl, line \d+: \S+{one.name} is not the image that was shown: put that back, or"):
+        gather([folder / "choices.jsonl"])

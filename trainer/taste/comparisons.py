@@ -116,6 +116,7 @@ def _paired(pairs: Sequence[tuple[ImageSource, ImageSource, str]], source: str) 
 
 def _add(found: Gathered, records: Sequence[Choice], path: Path) -> None:
     likes: dict[tuple[str, str, str], tuple[Image, bool]] = {}  # the last word on an image counts
+    same = set[tuple[Path, str]]()  # files, and the images that they were found to hold
     for one in records:
         images = [Image(shown.file, shown.sha256) for shown in one.images]
         if one.outcome == "skip":
@@ -124,6 +125,12 @@ def _add(found: Gathered, records: Sequence[Choice], path: Path) -> None:
         gone = next((shown.file for shown in one.images if not shown.file.is_file()), None)
         if gone is not None:
             raise ValueError(f"{path}, line {one.line} names {gone}, which does not exist: put it back, or remove the line")
+        for shown in one.images:
+            if (shown.file, shown.sha256) not in same and pixel_hash(open_image(shown.file)) != shown.sha256:
+                raise ValueError(
+                    f"{path}, line {one.line}: {shown.file} is not the image that was shown: put that back, or remove the line"
+                )
+            same.add((shown.file, shown.sha256))
         if one.kind == "thumb":
             found.thumbs += 1
             likes[one.person, plain(one.prompt), images[0].sha256] = (images[0], one.outcome == "liked")
