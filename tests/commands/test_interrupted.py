@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from trainer import demo
@@ -215,6 +216,7 @@ def fork(work, folder, *, fatal=0, room=None):
         CHANGES.folder, CHANGES.count, CHANGES.fatal = str(folder / "x"), 0, fatal
         if room is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        torch.set_num_threads(1)  # renews the pool that a fork leaves broken: threads that load weights would race for it
         code = work()
     except OSError as error:  # of what is not started by `main`, which does the same
         code = 2

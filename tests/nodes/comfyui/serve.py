@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import embedded  # first: it puts ComfyUI on the path
+import torch
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 900
@@ -25,6 +26,7 @@ def run(script, arguments, cwd, out, err):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     embedded.arguments[:] = arguments
+    torch.set_num_threads(1)  # renews the pool that a fork leaves broken: threads that load weights would race for it
     runpy.run_path(str(HERE / script), run_name="__main__")
 
 
