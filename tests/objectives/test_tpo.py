@@ -34,7 +34,7 @@ def test_a_file_without_any_of_the_captions_is_refused(wrong):
 def test_long_captions_are_changed_near_their_beginning():
     captions = [f"{i} small stars, {LONG}, a large red cat beside a wooden house at night" for i in range(5)]
     assert all((perturb(caption) or "").endswith(caption[-60:]) for caption in captions)
-    assert perturb(f"{LONG} a large cat") not in (None, f"{LONG} a large cat")  # where there is no other word
+    assert perturb(f"{LONG} a large cat") not in (None, f"{LONG} a large cat")  # no other word can be changed
 
 
 def test_tokenizers_say_what_is_read_alike(policy):

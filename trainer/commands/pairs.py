@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def _filter(args: argparse.Namespace) -> Filter:
     given = {f.name: value for f in fields(Filter) if (value := getattr(args, f.name)) is not None}
     if args.from_pairs and args.label in (None, "given"):
-        given = {"per_prompt": 0, **given}  # people's choices are all of worth; of drawn images most pairs repeat one another
+        given = {"per_prompt": 0, **given}  # a person chose each of them; of drawn images most pairs say the same again
     try:
         return build(Filter, given, "--")
     except ConfigError as error:

@@ -90,7 +90,7 @@ async def attack(client, folder, port):
 
 
 async def two_users(client):
-    """What a tab that nobody knows is told, and what each of two users finds after one of them queued."""
+    """The answer to a tab of an unknown user, and the questions of each of two users after one of them queued."""
     users, found = [], {}
     for name in ("ann", "bob"):
         async with client.session.post(f"{client.base}/api/users", json={"username": name}) as answer:
