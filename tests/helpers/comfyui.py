@@ -23,7 +23,7 @@ PLACES = [place for place in (chosen(),) if place]
 comfyui = pytest.mark.skipif(not PLACES, reason="skipped: no ComfyUI (set COMFYUI_PATH)")
 
 
-OWN_PROCESS = {"graph.py", "second_device.py", "live.py", "missing.py", "taste_live.py", "taste_browser.py"}
+OWN_PROCESS = {"download.py", "graph.py", "second_device.py", "live.py", "missing.py", "taste_live.py", "taste_browser.py"}
 """Scripts that change a ComfyUI's start."""
 
 
