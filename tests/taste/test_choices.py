@@ -77,7 +77,7 @@ def test_pairs_of_two_and_of_the_best_of_n_and_no_pair_of_a_tie_or_a_skip(file, 
 def test_undo_takes_a_choice_back_and_an_id_counts_once(file, shown):
     first = choice("pair", "p", shown[:2], "chosen", chosen=0)
     second = choice("pair", "p", shown[2:], "chosen", chosen=0)
-    found = write(file, first, second, first, undo(second["id"]), second, undo("of nothing"))
+    found = write(file, first, second, first, undo(second["id"], "again"), second, undo("of nothing", "again"))
     assert [one.id for one in found.records] == [first["id"]] and not found.cut
 
 
@@ -198,7 +198,7 @@ def test_pairs_and_labels_of_training_data_are_read_from_it(file, shown):
 
 
 def test_what_training_cannot_use_is_refused_in_one_line(file, shown):
-    write(file, undo("of nothing"))
+    write(file, undo("of nothing", "again"))
     with pytest.raises(ValueError, match=r"choices\.jsonl holds no choice yet"):
         read_pairs(str(file))
     write(file, choice("thumb", "p", shown[:1], "liked"))

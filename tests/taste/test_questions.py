@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
+from trainer.data.choices import parse_choices
 from trainer.taste import questions as module
 from trainer.taste.choices import append, choice, read_choices, save_image
 from trainer.taste.questions import Questions, Stale
@@ -132,6 +136,105 @@ def test_a_kill_between_two_files_neither_asks_again_nor_counts_twice(folder):
     one.add(images(folder, 1, 7), "pair", "p")
     (folder / "waiting.jsonl").write_bytes(waiting)  # killed before waiting.jsonl
     assert one.state()["waiting"] == 0 and asked(one) == [[2, 7]]
+
+
+def test_an_undo_that_is_killed_before_the_questions_are_written_asks_again_all_the_same(folder, monkeypatch):
+    one = Questions(folder)
+    one.add(images(folder, 6), "pair", "p")
+    for _ in range(2):
+        one.answer(one.open()[0].id, "chosen", 0)
+    monkeypatch.setattr(Questions, "_write", no_space)
+    for _ in range(2):
+        one.undo(one.choices().records[-1].id)
+    numbers = [question.id for question in one.open()]
+    assert asked(one) == [[0, 1], [2, 3], [4, 5]] and asked(Questions(folder)) == asked(one)
+    monkeypatch.undo()
+    for number in numbers[:2]:
+        one.answer(number, "skip", None)
+    assert asked(one) == [[4, 5]] and one.state()["counts"] == {"skip": 2}
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_a_choice_whole_or_not_made(folder, monkeypatch):
+    resource = pytest.importorskip("resource")
+    one = Questions(folder)
+    one.add(images(folder, 6), "pair", "p")
+    one.answer(one.open()[0].id, "chosen", 0)
+    first, number = one.path.read_bytes(), one.open()[0].id
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) + 50, limits[1]))  # 50 bytes of the line are written
+    try:
+        with pytest.raises(OSError, match="disk is full"):
+            one.answer(number, "chosen", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert one.path.read_bytes() == first and asked(one) == [[2, 3], [4, 5]]
+    monkeypatch.setattr(Questions, "_write", no_space)  # the choice found place, and the shorter list of questions does not
+    one.answer(number, "chosen", 1)
+    assert asked(one) == [[4, 5]] and one.state()["counts"] == {"chosen": 2} and one.state()["left_out"] == 0
+
+
+def test_another_process_that_writes_is_waited_for(folder, monkeypatch):
+    one = Questions(folder)
+    one.add(images(folder, 4), "pair", "p")
+    number = one.open()[0].id
+    monkeypatch.setattr(module, "_PATIENCE", 0.02)
+    with FileLock(folder.parent / ".lock"):
+        for call in (lambda: one.answer(number, "skip", None), one.delete, lambda: one.add(images(folder, 2, 9), "pair", "p")):
+            with pytest.raises(OSError, match="another program"):
+                call()
+        assert one.state()["open"] == 2  # who only reads does not wait
+    one.answer(number, "skip", None)
+    assert one.state()["counts"] == {"skip": 1}
+
+
+def test_a_file_that_grows_is_read_as_from_its_beginning(folder):
+    one = Questions(folder)
+    one.add(images(folder, 12), "pair", "p")
+    for i in range(5):
+        one.answer(one.open()[0].id, "chosen", i % 2)
+        assert one.choices() == parse_choices(one.path.read_bytes(), one.path)
+    one.undo(one.choices().records[-1].id)
+    with open(one.path, "ab") as file:
+        file.write(b'{"cut')
+    assert one.choices() == parse_choices(one.path.read_bytes(), one.path) and one.state()["left_out"] == 1
+    one.answer(one.open()[0].id, "tie", None)
+    assert one.choices() == parse_choices(one.path.read_bytes(), one.path) and one.choices().cut[0][0] == 7
+    data = one.path.read_bytes().splitlines(keepends=True)
+    for edited in (data[1:], data[1:] + data[:1] + data, data[:3]):  # by hand: shorter, longer, and a beginning of what it was
+        one.path.write_bytes(b"".join(edited))
+        assert one.choices() == parse_choices(one.path.read_bytes(), one.path)
+
+
+def test_images_that_are_gone_are_neither_asked_about_nor_chosen(folder):
+    one, four = Questions(folder), images(folder, 4)
+    one.add(four[:2], "pair", "p")
+    for image in four[1:3]:  # deleted between saving and asking, or by hand
+        image.file.unlink()
+    assert one.add(four[2:], "pair", "p").questions == 0 and one.state()["waiting"] == 1
+    number = one.open()[0].id
+    with pytest.raises(ValueError, match="gone from the disk: skip it"):
+        one.answer(number, "chosen", 0)
+    one.answer(number, "skip", None)
+
+
+def test_a_deletion_removes_what_kills_left_and_can_be_repeated(folder, monkeypatch):
+    one = Questions(folder)
+    one.add(images(folder, 4), "pair", "p")
+    one.answer(one.open()[0].id, "chosen", 0)
+    for place in (folder, folder / "images"):
+        (place / ".x9.partial").write_bytes(b"half an image")
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **more: no_space() if path.name == "open.jsonl" else unlink(path, **more))
+    with pytest.raises(OSError):
+        one.delete()
+    assert one.state()["last"] is not None  # so that the button to delete is there
+    monkeypatch.undo()
+    one.delete()
+    assert not folder.exists()
 
 
 def test_damaged_files_of_state_lose_no_choice(folder):

@@ -3,7 +3,8 @@
 {"version": 1, "id": "<uuid4 hex>", "time": "<ISO 8601 UTC>", "kind": "pair", "prompt": "…", "person": "…", "order": [1, 0],
  "images": [{"sha256": "…", "file": "images/<sha256>.png", "seed": 7, "model": "…"}, …], "chosen": 0, "outcome": "chosen"}
 
-kind: `pair` (two images), `best` (one of n), `thumb` (one image), or `undo` with `undoes`, the id of the choice taken back.
+kind: `pair` (two images), `best` (one of n), `thumb` (one image), or `undo` with `undoes`, the id of the choice taken back, and
+`again`, that of the question that asks again.
 outcome: `chosen` (`chosen` is an index of `images`), `tie` or `skip`; of a thumb `liked`, `disliked` or `skip`.
 order: the indices of the images in the order in which they were shown.
 """
@@ -13,12 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ..text import CONTROL, is_file, valid
-from .report import Report
 
 VERSION = 1
 SUFFIX = ".jsonl"
@@ -80,12 +80,17 @@ class Like:
 
 @dataclass(frozen=True)
 class Choices:
-    """What `read_choices` found. cut: numbers and faults of the lines that were left out; ids: those of all choices, undone ones too."""
+    """What `read_choices` found.
+
+    cut: numbers and faults of the lines that were left out; ids: those of all choices, undone ones too; again: what was taken back, under
+    the id of the question that asks again, the latest last.
+    """
 
     path: Path
     records: tuple[Choice, ...]
     cut: tuple[tuple[int, str], ...]
     ids: frozenset[str] = frozenset()
+    again: tuple[Choice, ...] = ()
 
     def pairs(self) -> list[Preference]:
         """One row per pair, and n−1 per best of n; ties and skips give none. Raises ValueError for an image whose file is gone."""
@@ -145,68 +150,47 @@ def read_choices(path: Path) -> Choices:
 
 def parse_choices(data: bytes, path: Path) -> Choices:
     """The content of a file as `read_choices` gives it; images are looked for beside `path`."""
-    found: dict[str, Choice] = {}
-    undone: set[str] = set()
-    cut: list[tuple[int, str]] = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = _checked(line)
-            if row["kind"] == "undo":
-                undone.add(_text(row, "undoes", 64))
-            else:
-                one = _choice(row, path.parent, number)
-                found.setdefault(one.id, one)
-        except ValueError as error:
-            cut.append((number, CONTROL.sub(" ", str(error))))
-    return Choices(path, tuple(one for one in found.values() if one.id not in undone), tuple(cut), frozenset(found))
+    reading = Reading(path)
+    reading.add(data)
+    return reading.choices()
 
 
-def preference_rows(path: Path, report: Report) -> list[tuple[Path, Path, str]]:
-    """Better image, worse image and prompt of each pair of a file, as training reads them; ValueError where a prompt is missing."""
-    found = _reported(path, report)
-    for one in found.records:
-        why = "likes and dislikes" if one.kind == "thumb" else {"tie": "ties", "skip": "skipped"}.get(one.outcome)
-        if why is not None:
-            report.leave_out(why, f"line {one.line}")
-        else:
-            _check_prompt(path, one)
-    rows = [(pair.chosen, pair.rejected, pair.prompt) for pair in found.pairs()]
-    if not rows:
-        thumbs = any(one.kind == "thumb" for one in found.records)
-        raise ValueError(
-            f"{path} holds {'likes and dislikes alone: give it as labels, or choose between images' if thumbs else 'no choice yet'}"
-        )
-    return rows
+class Reading:
+    """The lines of a file, of which more may be added."""
 
+    def __init__(self, path: Path) -> None:
+        self.path, self.lines = path, 0
+        self._found: dict[str, Choice] = {}
+        self._undone: set[str] = set()
+        self._again: dict[str, str] = {}  # by id of a question that asks again, the id of what was taken back
+        self._cut: list[tuple[int, str]] = []
 
-def label_rows(path: Path, report: Report) -> list[tuple[Path, str, float]]:
-    """Image, prompt and label, 1 liked or −1 disliked, of a file, as training reads them; of several persons, the majority's."""
-    found, votes = _reported(path, report), dict[tuple[Path, str], float]()
-    for one in found.records:
-        if one.outcome in OUTCOMES["thumb"][:2]:
-            _check_prompt(path, one)
-    for one in found.labels():
-        votes[one.image, one.prompt] = votes.get((one.image, one.prompt), 0.0) + (1.0 if one.liked else -1.0)
-    if not votes:
-        raise ValueError(f"{path} holds no likes or dislikes: give it as pairs")
-    for (image, _), total in votes.items():
-        if not total:
-            report.leave_out("liked by as many as disliked it", image.name)
-    return [(image, prompt, 1.0 if total > 0 else -1.0) for (image, prompt), total in votes.items() if total]
+    def add(self, data: bytes) -> None:
+        """What follows; it must begin with a line."""
+        parts = (data if self.lines else data.removeprefix(b"\xef\xbb\xbf")).split(b"\n")
+        for number, line in enumerate(parts, self.lines + 1):
+            if not line.strip():
+                continue
+            try:
+                row = _checked(line)
+                if row["kind"] == "undo":
+                    undoes = _text(row, "undoes", 64)
+                    self._undone.add(undoes)
+                    if "again" in row:
+                        self._again[_text(row, "again", 64)] = undoes
+                else:
+                    one = _choice(row, self.path.parent, number)
+                    self._found.setdefault(one.id, one)
+            except ValueError as error:
+                self._cut.append((number, CONTROL.sub(" ", str(error))))
+        self.lines += len(parts) - 1
 
-
-def _reported(path: Path, report: Report) -> Choices:
-    found = read_choices(path)
-    for number, why in found.cut:
-        report.leave_out(why, f"line {number}")
-    return found
-
-
-def _check_prompt(path: Path, one: Choice) -> None:
-    if not one.prompt.strip():
-        raise ValueError(f"{path}, line {one.line}: no prompt: write it under prompt, or remove the line")
+    def choices(self) -> Choices:
+        """Of the lines so far."""
+        found = self._found
+        records = tuple(one for one in found.values() if one.id not in self._undone)
+        again = (replace(found[undone], id=id_) for id_, undone in self._again.items() if undone in found and id_ not in found)
+        return Choices(self.path, records, tuple(self._cut), frozenset(found), tuple(again))
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..text import CONTROL, is_file
 from .captions import caption_beside, is_listing
-from .choices import is_choices, label_rows, preference_rows
+from .choice_rows import label_rows, preference_rows
+from .choices import is_choices
 from .hub import PREFIX
 from .images import ImageSource
 from .liked_folders import FOLDERS, labelled_folder, paired_folder

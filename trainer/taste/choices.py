@@ -8,6 +8,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,8 @@ from ..data.choices import (
 __all__ = ("Choice", "Choices", "Like", "Preference", "ShownImage", "append", "choice", "is_choices", "read_choices", "save_image", "undo")
 IMAGES = "images"
 NAME = "choices.jsonl"
+PARTIAL = ".partial"
+"""The end of the names of files that a kill left half written."""
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -72,15 +75,15 @@ def choice(
     return _line(kind, number) | said
 
 
-def undo(undoes: str, person: str = "") -> dict[str, Any]:
-    """A line that takes the choice of that id back."""
-    return _line("undo") | {"undoes": undoes, "person": person}
+def undo(undoes: str, again: str, person: str = "") -> dict[str, Any]:
+    """A line that takes the choice of that id back; again: the id of the question that asks again."""
+    return _line("undo") | {"undoes": undoes, "again": again, "person": person}
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add a line by one write, forced to the disk; after a line that was cut off it begins a new one.
 
-    Raises OSError where the disk takes it in part; the part is a line that the reader leaves out.
+    Raises OSError where the disk does not take it; the file is then what it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = line_of(record)
@@ -90,9 +93,14 @@ def append(path: Path, record: dict[str, Any]) -> None:
         if size:
             file.seek(size - 1)
             data = data if file.read(1) == b"\n" else b"\n" + data
-        if file.write(data) != len(data):
-            raise OSError(f"cannot write {path}: the disk is full")
-        os.fsync(file.fileno())
+        try:
+            if file.write(data) != len(data):
+                raise OSError(f"cannot write {path.name}: the disk is full")
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):  # then it is a line that the reader leaves out
+                file.truncate(size)
+            raise
 
 
 def line_of(record: dict[str, Any]) -> bytes:
@@ -103,7 +111,7 @@ def line_of(record: dict[str, Any]) -> bytes:
 def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """A file whole or not at all, under a name that nobody has until it is renamed: a link in its place is replaced, not followed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(".partial", ".", path.parent)
+    descriptor, partial = tempfile.mkstemp(PARTIAL, ".", path.parent)
     try:
         with open(descriptor, "wb") as file:
             write(file)
@@ -112,7 +120,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path.name}: {error.strerror or error}") from error
     finally:
         Path(partial).unlink(missing_ok=True)
 

@@ -1,7 +1,10 @@
 """Questions that wait for a person's choice, in a folder beside the file of the choices; nothing outside the folder is touched.
 
 `choices.jsonl` has the choices, `images/` every image that was shown, `open.jsonl` the questions and `waiting.jsonl` images that have no
-partner yet, both as lines of the file of choices.
+partner yet, both as lines of the file of choices. What changes them holds `.lock` beside the folder: processes may share it.
+
+A choice is in force as soon as its line is in `choices.jsonl`. A kill or a full disk before `open.jsonl` is renewed changes nothing: what
+was answered is left out of it, and what was taken back is asked again, as the line of the undo says.
 """
 
 from __future__ import annotations
@@ -11,15 +14,19 @@ import re
 import secrets
 import uuid
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from ..data.choices import KINDS, MOST_IMAGES, Choice, Choices, ShownImage, parse_choices
+from filelock import FileLock, Timeout
+
+from ..data.choices import KINDS, MOST_IMAGES, Choice, Choices, Reading, ShownImage, parse_choices
 from ..text import valid
-from .choices import IMAGES, NAME, append, choice, line_of, undo, write_file
+from .choices import IMAGES, NAME, PARTIAL, append, choice, line_of, undo, write_file
 
 FOLDER = "imagerefl_taste"
 """Where ComfyUI keeps them, below a user's folder: one folder in it for each name."""
@@ -27,6 +34,7 @@ MOST_OPEN = 500
 MOST_BYTES = 1 << 26  # of the file of choices
 _OPEN, _WAITING = "open.jsonl", "waiting.jsonl"
 _IMAGE = re.compile(r"[0-9a-f]{64}\.png")
+_LOCK_FILE, _PATIENCE = ".lock", 30.0  # s that another process may take
 _LOCK = RLock()
 
 
@@ -54,12 +62,15 @@ class Questions:
 
     def choices(self) -> Choices:
         """The choices so far."""
-        return parse_choices(self._bytes(NAME), self.path)
+        with _LOCK:
+            return _LAST.choices(self._bytes(NAME), self.path)
 
     def open(self, given: Choices | None = None) -> list[Choice]:
         """The questions, the one to ask first at the head."""
-        answered = (given or self.choices()).ids
-        return [one for one in parse_choices(self._bytes(_OPEN), self.folder / _OPEN).records if one.id not in answered]
+        given = given or self.choices()
+        questions = parse_choices(self._bytes(_OPEN), self.folder / _OPEN)
+        again = [one for one in reversed(given.again) if one.id not in questions.ids]  # an undo was killed before they were written
+        return [*again, *(one for one in questions.records if one.id not in given.ids)]
 
     def state(self) -> dict[str, Any]:
         """For a browser: the first question and the images of the second, how many there are, and what `undo` would take back."""
@@ -96,7 +107,8 @@ class Questions:
         if kind not in KINDS or not 2 <= size <= MOST_IMAGES:
             raise ValueError(f"kind {kind!r}, {size} images: give {', '.join(KINDS)}, and 2 to {MOST_IMAGES}")
         size, prompt, person = {"pair": 2, "thumb": 1}.get(kind, size), valid(prompt), valid(person)
-        with _LOCK:
+        with self._alone():
+            images = [image for image in images if image.file.is_file()]  # others were deleted since they were saved
             given = self.choices()
             questions = self.open(given)
             waiting = self._waiting([*questions, *given.records])
@@ -118,52 +130,65 @@ class Questions:
 
     def answer(self, number: str, outcome: str, chosen: int | None) -> None:
         """Write the choice of an open question; `Stale` where it is not open."""
-        with _LOCK:
+        with self._alone():
             questions = self.open()
             asked = next((one for one in questions if one.id == number), None)
             if asked is None:
                 raise Stale("that question was answered in another tab")
             if chosen is not None and not 0 <= chosen < len(asked.images):
                 raise ValueError(f"chosen: give 0 to {len(asked.images) - 1}")
+            if outcome != "skip" and not all(image.file.is_file() for image in asked.images):
+                raise ValueError("an image of this question is gone from the disk: skip it")
             self._append(choice(asked.kind, asked.prompt, asked.images, outcome, chosen, asked.order, asked.person, number))
-            self._write(_OPEN, [_row(one) for one in questions if one is not asked])
+            self._renew([one for one in questions if one is not asked])
 
     def undo(self, undoes: str) -> None:
         """Take the last choice back and ask again; `Stale` where another is the last."""
-        with _LOCK:
+        with self._alone():
             given = self.choices()
             if not given.records or given.records[-1].id != undoes:
                 raise Stale("that is not the last choice")
-            last, questions = given.records[-1], self.open(given)
-            self._append(undo(undoes, last.person))
-            again = replace(last, id=uuid.uuid4().hex)  # an id counts once
-            self._write(_OPEN, [_row(again), *(_row(one) for one in questions)])
+            self._append(undo(undoes, uuid.uuid4().hex, given.records[-1].person))  # another id: one counts once
+            self._renew(self.open())
 
     def delete(self) -> None:
         """Remove the choices, the questions and the images; other files of the folder stay, and so does what a link leads to."""
-        with _LOCK:
-            for name in (NAME, _OPEN, _WAITING):
-                (self.folder / name).unlink(missing_ok=True)
-            inside = self.folder / IMAGES
-            for path in inside.iterdir() if inside.is_dir() else ():
-                if _IMAGE.fullmatch(path.name):
+        inside = self.folder / IMAGES
+        with self._alone():
+            for path in (*_files(inside), *_files(self.folder)):
+                if path.name.endswith(PARTIAL) or (path.parent == inside and _IMAGE.fullmatch(path.name)):
                     path.unlink()
+            for name in (_WAITING, _OPEN, NAME):  # the choices last: killed before, there is something to delete still
+                (self.folder / name).unlink(missing_ok=True)
             for path in (inside, self.folder):
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
 
     def export(self, target: Path) -> None:
         """A ZIP of the choices and of the images that they name, as `pairs` and `labels` read them where it is unpacked."""
-        with _LOCK, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # PNGs are packed
-            given = self.choices()
-            archive.writestr(NAME, self._bytes(NAME))
-            for sha256 in {image.sha256: None for one in given.records for image in one.images}:
+        data = self._bytes(NAME)  # as they are now; nobody waits for the images
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # PNGs are packed
+            archive.writestr(NAME, data)
+            for sha256 in {image.sha256: None for one in parse_choices(data, self.path).records for image in one.images}:
                 try:
                     archive.writestr(f"{IMAGES}/{sha256}.png", self.image(sha256))
                 except FileNotFoundError:  # the reader says which
                     continue
 
     # -- files ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """No other thread and no other process changes the choices of this user meanwhile."""
+        file = self.folder.parent / _LOCK_FILE
+        with _LOCK:
+            check_plain(file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(file, _PATIENCE):
+                    yield
+            except Timeout as error:
+                raise OSError("another program is writing them: try again") from error
 
     def _waiting(self, before: Sequence[Choice]) -> list[Choice]:
         """Images without a partner; those that a kill left here after they were asked about are dropped."""
@@ -182,10 +207,36 @@ class Questions:
             raise ValueError("the file of choices is full: export it, and go on under another name")
         append(self.path, record)
 
+    def _renew(self, questions: Sequence[Choice]) -> None:
+        """Write what is open, if the disk takes it: the choices say it, too."""
+        with suppress(OSError):
+            self._write(_OPEN, [*map(_row, questions)])
+
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         data = b"".join(map(line_of, rows))
         if data or (self.folder / name).exists():
             write_file(self.folder / name, lambda file: file.write(data))
+
+
+class _Last:
+    """The file of choices that was read last: of one that only grew, what was added is read alone."""
+
+    def __init__(self) -> None:
+        self.reading, self.size, self.digest = Reading(Path()), 0, b""
+
+    def choices(self, data: bytes, path: Path) -> Choices:
+        """The content of the file, as `parse_choices` gives it."""
+        if not data.endswith(b"\n"):  # a line was cut off: what comes next does not begin with a line
+            return parse_choices(data, path)
+        if path != self.reading.path or sha256(memoryview(data)[: self.size]).digest() != self.digest:
+            self.reading, self.size = Reading(path), 0
+        if len(data) > self.size:
+            self.reading.add(data[self.size :])
+            self.size, self.digest = len(data), sha256(data).digest()
+        return self.reading.choices()
+
+
+_LAST = _Last()
 
 
 def check_plain(*paths: Path) -> None:
@@ -197,6 +248,10 @@ def check_plain(*paths: Path) -> None:
 
 def _no(_: Path) -> bool:
     return False
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() or path.is_symlink()] if folder.is_dir() else []
 
 
 def _read(path: Path) -> bytes:
