@@ -14,6 +14,7 @@ from tools.embedded import tables
 from trainer.config import ConfigError
 from trainer.demo import charts, compare, experiment, files, pairs
 from trainer.demo.compare import METHODS, Size
+from trainer.objectives.preference.perturb import perturb
 from trainer.policy import Lora
 from trainer.rng import generator
 from trainer.runtime.files import file_hash
@@ -102,26 +103,34 @@ def test_methods_are_trained_judged_and_left_alone_the_second_time(tmp_path, mon
 
 
 @pytest.mark.slow
-def test_held_out_pairs_are_preferred_by_hand_as_counted():
+def test_held_out_pairs_and_captions_are_preferred_by_hand_as_counted():
     """One denoiser call for each image and level, in ε, against the function's batches; an adapter that repeats the base prefers none."""
     policy, draws = experiment.load_base(), 2
     policy.add_lora(Lora(rank=2, alpha=2.0), 0)
     with torch.no_grad():
         for i, parameter in enumerate(policy.parameters()):
             parameter.normal_(0, 0.1, generator=generator(3, "adapter", i))
+    better, worse, texts = pairs.rated_pairs(4, 1, "held-out pairs")
+    wrong = [perturb(text) for text in texts]
+    noise = torch.randn((draws, 4, *policy.latent_shape), generator=generator(1, "held-out pairs"))
+
+    def gain(image, text, i):
+        """Errors of the base less those of the adapter."""
+        x0, total = policy.encode(image[None])[0], 0.0
+        for draw, sigma in enumerate(policy.sigmas(draws + 1)[1:-1]):
+            x, level = x0 + sigma * noise[draw, i], sigma.reshape(1)
+            base, tuned = (float(((policy.denoiser([text], adapter=a)(x, level) - x0) / sigma).square().mean()) for a in ("base", "tuned"))
+            total += base - tuned
+        return total
+
     found = pairs.pairs_preferred(policy, ["tuned", "base"], 4, draws)
     assert not found["base"].any()
-    better, worse, texts = pairs.rated_pairs(4, 1, "held-out pairs")
-    noise = torch.randn((draws, 4, *policy.latent_shape), generator=generator(1, "held-out pairs"))
     for i, text in enumerate(texts):
-        gain = {}
-        for side, images in (("better", better), ("worse", worse)):
-            x0 = policy.encode(images[i : i + 1])[0]
-            for draw, sigma in enumerate(policy.sigmas(draws + 1)[1:-1]):
-                x, level = x0 + sigma * noise[draw, i], sigma.reshape(1)
-                errors = [float(((policy.denoiser([text], adapter=a)(x, level) - x0) / sigma).square().mean()) for a in ("base", "tuned")]
-                gain[side] = gain.get(side, 0.0) + errors[0] - errors[1]
-        assert bool(found["tuned"][i]) == (gain["better"] > gain["worse"]), text
+        assert bool(found["tuned"][i]) == (gain(better[i], text, i) > gain(worse[i], text, i)), text
+    found = pairs.captions_preferred(policy, ["tuned", "base"], 4, draws)
+    assert not found["base"].any() and len({*texts, *wrong}) == 8
+    for i, text in enumerate(texts):
+        assert bool(found["tuned"][i]) == (gain(better[i], text, i) > gain(better[i], wrong[i], i)), text
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,13 +20,12 @@ from torch import Tensor
 from ..config import ConfigError, likely, plain
 from ..data.samples import Samples, encode_images
 from ..metrics.intervals import bootstrap
-from ..models.unet import UNetPolicy
 from ..reward import Reward
 from ..rewards.base import RewardModel
 from ..training.config import TrainConfig
 from . import experiment, files, page, world
 from .experiment import OBJECTIVES, START, STEPS
-from .pairs import pairs_preferred, rated_pairs, rated_samples
+from .pairs import captions_preferred, pairs_preferred, rated_pairs, rated_samples
 
 SWITCHES = (0, START)
 SAMPLING_SEED = 1234  # the same test noise for every training seed
@@ -195,7 +194,8 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
         "config": {"quick": quick, "size": plain(size), "held_out_pairs": PAIRS, "methods": {name: plain(METHODS[name]) for name in names}},
         "curves": curves,
         "cost": {name: _cost(out / "runs" / name) for name in names},
-        "pairs": _preferred(policy, list(loras)) if samples.keys() & {"pairs", "labels", "good"} else {},
+        "pairs": _shares(pairs_preferred(policy, list(loras), PAIRS)) if samples.keys() & {"pairs", "labels", "good"} else {},
+        "captions": _shares(captions_preferred(policy, list(loras), PAIRS)) if "images" in samples else {},
         "seconds": round(time.monotonic() - begin, 1),
     }
     summary = (
@@ -207,10 +207,10 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     return results
 
 
-def _preferred(policy: UNetPolicy, adapters: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The share of held-out pairs on whose better image each adapter agrees, with a 95 % interval over pairs."""
+def _shares(preferred: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The share of held-out pairs on whose better side each adapter agrees, with a 95 % interval over pairs."""
     found: dict[str, dict[str, float]] = {}
-    for name, agrees in pairs_preferred(policy, adapters, PAIRS).items():
+    for name, agrees in preferred.items():
         low, high = bootstrap(lambda rows, agrees=agrees: agrees[rows].mean(), PAIRS)
         found[name] = {"mean": float(agrees.mean()), "low": float(low), "high": float(high)}
     return found
