@@ -20,7 +20,7 @@ _MODULES = {
     "detail": ("guide by density",),
     "ranged": ("switch models", "load LoRAs"),
     "lora": ("load LoRAs",),
-    "rewards": ("score images",),
+    "reward_nodes": ("score images",),
     "http_judge": ("score images",),
     "download": (),
     "scoring": ("score images",),

@@ -19,7 +19,6 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.config import build, plain
-from ..trainer.data.batches import Labels, Pairs, Prompts
 from ..trainer.data.samples import Samples
 from ..trainer.lora.file import lora_tensors
 from ..trainer.memory.offload import offloads
@@ -32,6 +31,7 @@ from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
 from . import host
 from .folder import CaptionedFolder
+from .graph_checks import Warnings, check, heldout_apart
 from .latents import pixels_per_latent
 from .lora import TrainedLora
 from .memory import GraphPlanner, offloaded, recomputing, settings_that_fit
@@ -84,28 +84,6 @@ def _condition(clip: Any, conditioning: Any) -> Any:
     if conditioning is not None:
         return lambda prompt: conditioning
     raise ValueError("connect a clip, which encodes each prompt, or a conditioning, which stands for all of them")
-
-
-def _check(data: TrainingData, objective: Any, reward: Any, features: Any, clip: Any) -> None:
-    """Refuse what cannot be trained, before anything is loaded."""
-    if not any(data.texts):
-        raise ValueError("no prompt: write one per line, the caption of each image where images are connected")
-    if features is not None and not getattr(features, "takes_prefixes", False):
-        raise ValueError("features: only a two-tower reward (HPS, PickScore, CLIP) has features of images and texts")
-    if objective.needs_gradient and not reward.differentiable:
-        raise ValueError(
-            f"reward {reward.name} has no gradient: training needs one that has (a two-tower one, say), or the black-box objective"
-        )
-    if issubclass(objective.data, (Pairs, Labels)) and not data.listed:
-        kind = "pairs of a better and a worse image" if objective.data is Pairs else "liked and disliked images"
-        raise ValueError(f"{type(objective).__name__} trains on {kind}: connect Make Pairs or Load Pairs to pairs")
-    if clip is None and objective.captions(data.texts) != list(data.texts):
-        raise ValueError(f"{type(objective).__name__} compares captions: connect a clip, which encodes each, instead of a conditioning")
-    if not data.count and objective.data is not Prompts:
-        raise ValueError(
-            f"{type(objective).__name__} trains on real images as it is set: connect some to images or dataset, or choose settings that "
-            "start from noise"
-        )
 
 
 def _latent_shape(model: Any, vae: Any, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -186,11 +164,12 @@ def train_in_graph(
 ) -> io.NodeOutput:
     """Train, and return MODEL, LORA_MODEL, LOSS_MAP, curves, preview images, report."""
     data = training_data(prompts, images, dataset, (height, width), image_size, pairs, objective[1].data)
-    _check(data, objective[1], reward, features, clip)
+    check(data, objective[1], reward, features, clip)
+    said = heldout_apart(objective[1], reward, heldout, resume != NEW)
     folder = run_folder(name, resume)
     same = _same(model, images, data, None if resume == NEW else folder)
     config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})
-    with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient():
+    with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient(), Warnings() as warnings:
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, data.size), gradient_vae)
         policy.add_lora(config.lora, config.seed)
         data.check(policy)
@@ -212,7 +191,7 @@ def train_in_graph(
         {"loss": log["loss"]},
         curves(log, evaluation),
         image(shown),
-        report + fitted + data.report(samples, vae, config.batch_size) + unheeded(model),
+        report + fitted + warnings.report() + said + data.report(samples, vae, config.batch_size) + unheeded(model),
     )
 
 

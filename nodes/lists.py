@@ -23,6 +23,15 @@ def check_image(part: Tensor) -> None:
         raise ValueError(f"an image of {part.dtype}: ComfyUI's hold floats from 0 to 1; look at the node that made it")
 
 
+def rgb(part: Tensor) -> Tensor:
+    """IMAGE (B,H,W,C) of 1 to 4 channels -> (B,3,H,W) in [0,1], float32. Grey is repeated; alpha is dropped, as Load Image does."""
+    channels = part.shape[-1]
+    if not 1 <= channels <= 4:
+        raise ValueError(f"an image of {channels} channels: give grey, RGB or RGBA; look at the node that made it")
+    colours = part[..., :3] if channels > 2 else part[..., :1].expand(*part.shape[:3], 3)
+    return colours.movedim(-1, 1).float().clamp(0, 1)
+
+
 def separate(parts: Sequence[Tensor]) -> list[Tensor]:
     """A list of IMAGEs (B,H,W,C) of any sizes -> their images, each (1,H,W,C), in order."""
     if not parts:
@@ -37,7 +46,7 @@ def usable(parts: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
     images, fit = separate(parts), finite(parts)
     if not any(fit):
         raise ValueError("no image is finite: look at the node that made the images")
-    return [one[0, ..., :3].movedim(-1, 0).float().clamp(0, 1) for one, ok in zip(images, fit) if ok], fit
+    return [rgb(one)[0] for one, ok in zip(images, fit) if ok], fit
 
 
 def finite(parts: Sequence[Tensor]) -> list[bool]:

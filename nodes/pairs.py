@@ -19,7 +19,7 @@ from ..trainer.pairs.near_copies import Thumbnails
 from ..trainer.pairs.report import lines, report
 from .lists import places, prompts_of, unfit, usable
 from .preferences import ImageInMemory, PreferencePairs, shown
-from .rewards import hashes
+from .rewards import trained_on
 from .scoring import score
 from .sockets import CATEGORY, PreferencePairsSocket, Reward, collected, schema, show_text, widgets
 
@@ -123,10 +123,8 @@ def check(rewards: Sequence[Any], heldout: Any) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"reward {twice} is connected twice: connect another, or disconnect one")
-    if heldout is not None:
-        known = {value for one in rewards for value in hashes(one).values()}
-        if heldout.name in names or known & set(hashes(heldout).values()):
-            raise ValueError(f"heldout is {heldout.name}, which ranks the images too: a held-out reward is another one")
+    if heldout is not None and trained_on(heldout, rewards):
+        raise ValueError(f"heldout is {heldout.name}, which ranks the images too: a held-out reward is another one")
 
 
 def _scored(images: Sequence[Tensor], texts: Sequence[str], rewards: Sequence[Any], heldout: Any) -> tuple[list[Scored], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..trainer.config import NAMES, RENAMED, build
-from .lists import check_image
+from .lists import check_image, rgb
 
 CATEGORY = "ImageReFL"
 Reward = io.Custom("REWARD_MODEL")
@@ -56,7 +56,7 @@ def pixels(image: torch.Tensor) -> torch.Tensor:
     check_image(image)
     if not bool(torch.isfinite(image).all()):
         raise ValueError("an image holds numbers that are not finite: look at the node that made it")
-    return image[..., :3].movedim(-1, 1).float().clamp(0, 1)
+    return rgb(image)
 
 
 def image(pixels_: torch.Tensor) -> torch.Tensor:

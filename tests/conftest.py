@@ -123,19 +123,29 @@ def earlier_rewards(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(files, "FOLDER", folder)
 
 
-@pytest.fixture(scope="session")
-def reward_folder(tmp_path_factory):
+def two_tower(folder, seed):
     """A random two-tower reward in the layout that trained ones have."""
     from tools.embedded.export import write_tower
     from trainer.demo import architecture
 
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     architecture.write_tokenizer(folder / "words")
     vision = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16}  # a transformer, as released rewards are
     config = {**architecture.TOWERS["proxy"], "vision_cfg": vision}
     write_tower(folder / "tower", architecture.build_tower(config), config, 0.0, 1.0, folder / "words")
     return folder / "tower"
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tmp_path_factory):
+    """A random two-tower reward."""
+    return two_tower(tmp_path_factory.mktemp("reward"), 1)
+
+
+@pytest.fixture(scope="session")
+def heldout_folder(tmp_path_factory):
+    """Another one."""
+    return two_tower(tmp_path_factory.mktemp("heldout"), 2)
 
 
 @pytest.fixture(scope="session")

@@ -194,23 +194,3 @@ def test_it_runs_from_any_folder(arguments, tmp_path):
     command = [sys.executable, "-m", "trainer", *arguments]
     ran = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("usage: python -m trainer") and not ran.stderr
-
-
-@pytest.mark.parametrize(
-    ("objective", "reward", "heldout", "warned"),
-    [
-        ("ddpo", "demo-proxy", "demo-proxy", True),
-        ("ddpo", "demo-gold=1, demo-proxy=0.5", "demo-proxy", True),
-        ("ddpo", "demo-gold=1, demo-proxy=0", "demo-proxy", False),  # an auxiliary reward is not trained on
-        ("smpo", "demo-proxy", "demo-heldout", False),
-        ("diffusion-dpo", "demo-proxy", "demo-proxy", False),  # learns from pairs alone
-    ],
-)
-def test_a_heldout_reward_that_is_trained_on_is_told(objective, reward, heldout, warned, caplog):
-    from trainer.commands.train import _warn_of_heldout
-    from trainer.config import build
-    from trainer.training.config import TrainConfig
-
-    watch = {"every": 1, "heldout": heldout}
-    _warn_of_heldout(build(TrainConfig, {"out": "o", "objective": {"name": objective}, "reward": reward, "watch": watch}))
-    assert ("watch.heldout = demo-proxy: demo-proxy is trained on" in caplog.text) == warned

@@ -114,19 +114,19 @@ WATCH = {"watch.every": 1, "watch.count": 1, "watch.images": 2, "watch.guidance_
 
 
 @pytest.mark.parametrize("switch", ["0", pytest.param("50%", marks=pytest.mark.full)])
-def test_evaluations_draw_with_the_other_model_and_the_lora(switch, pipeline_folder, reward_folder, image_folder, tmp_path):
+def test_evaluations_draw_with_the_other_model_and_the_lora(switch, pipeline_folder, reward_folder, heldout_folder, image_folder, tmp_path):
     """The watch's rewards are those of images by a policy that loads the other model and the run's LoRA from their files."""
     turbo = tmp_path / "turbo"
     shutil.copytree(pipeline_folder, turbo)
     file = turbo / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: v + 0.3 * v.std(correction=0) for k, v in load_file(file).items()}, file, {"format": "pt"})
     (tmp_path / "prompts.txt").write_text("a red star\n")
-    watch = {**WATCH, "watch.switch": switch, "watch.prompts": str(tmp_path / "prompts.txt"), "watch.heldout": str(reward_folder)}
+    watch = {**WATCH, "watch.switch": switch, "watch.prompts": str(tmp_path / "prompts.txt"), "watch.heldout": str(heldout_folder)}
     watch |= {"watch.tuned_model": str(turbo), "watch.tuned_steps": 3}
     out, common = tmp_path / "run", (reward_folder, image_folder)
     assert main(["train", *settings(pipeline_folder, *common, out, steps=1, ema=0.0, learning_rate=0.05, **watch)]) == 0
     assert set(checkpoint.load(out / "checkpoint.pt")["data"]) == {"images", "watch.prompts", "watch.tuned_model"}
-    reward, points = load_reward(str(reward_folder), True), json.loads((out / "watch.json").read_text())
+    reward, points = load_reward(str(heldout_folder), True), json.loads((out / "watch.json").read_text())
     for point, lora in zip(points, (None, out / "lora.safetensors")):
         other, base = load_policy(turbo), load_policy(pipeline_folder)
         if lora:
@@ -142,7 +142,7 @@ def test_evaluations_draw_with_the_other_model_and_the_lora(switch, pipeline_fol
 
 
 def test_a_watch_of_another_model_is_refused_where_it_does_not_fit(
-    pipeline_folder, family_folder, reward_folder, image_folder, tmp_path, capsys
+    pipeline_folder, family_folder, reward_folder, heldout_folder, image_folder, tmp_path, capsys
 ):
     sdxl, same = family_folder("sdxl"), pipeline_folder
     for more, message in (
@@ -157,7 +157,7 @@ def test_a_watch_of_another_model_is_refused_where_it_does_not_fit(
             "watch.tuned_model draws with the LoRA, which needs tune",
         ),
     ):
-        values = {**WATCH, "watch.heldout": str(reward_folder), **more}
+        values = {**WATCH, "watch.heldout": str(heldout_folder), **more}
         assert main(["train", *settings(same, reward_folder, image_folder, tmp_path / "run", **values)]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
         assert re.search(message, line), line

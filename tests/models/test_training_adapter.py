@@ -110,11 +110,11 @@ FULL = pytest.param({"tune": "full", "learning_rate": 1e-4}, marks=pytest.mark.f
 
 @pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
 def test_a_run_is_one_on_the_merged_base_and_its_result_has_no_part_of_it(
-    more, pipeline_folder, reward_folder, image_folder, tmp_path, capsys
+    more, pipeline_folder, reward_folder, heldout_folder, image_folder, tmp_path, capsys
 ):
     """The watch before training is that of the plain base; a run resumes with the adapter of this content, wherever it lies."""
     file, merged = adapter_and_merged("sd15", pipeline_folder, tmp_path, 0.1)
-    watch = {"watch.every": 2, "watch.heldout": str(reward_folder), "watch.count": 1, "watch.images": 2, "watch.steps": 3}
+    watch = {"watch.every": 2, "watch.heldout": str(heldout_folder), "watch.count": 1, "watch.images": 2, "watch.steps": 3}
     common = (reward_folder, image_folder)
 
     def train(model, out, *flags, steps=2, **given):

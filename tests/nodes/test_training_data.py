@@ -139,6 +139,9 @@ def test_pairs_are_made_filtered_saved_and_loaded(pairs):
     ("case", "message"),
     [
         ("no pairs", "DiffusionDPO trains on pairs of a better and a worse image: connect Make Pairs or Load Pairs to pairs"),
+        ("nothing at all", "DiffusionDPO trains on pairs of a better and a worse image: connect Make Pairs or Load Pairs to pairs"),
+        ("same heldout", "heldout is demo-proxy, and demo-proxy is trained on, so that it rises with over-optimisation: connect another"),
+        ("heldout in a sum", "heldout is demo-proxy, and demo-proxy is trained on"),
         ("images too", "pairs and images or a dataset are connected"),
         ("prompts too", "pairs is connected and prompts are written: clear prompts"),
         ("another objective", "pairs is connected: choose an objective on pairs or likes"),
@@ -161,3 +164,19 @@ def test_pairs_are_made_filtered_saved_and_loaded(pairs):
 )
 def test_what_pairs_cannot_be_is_one_line(pairs, case, message):
     assert message in pairs["refused"][case] and "\n" not in pairs["refused"][case], pairs["refused"][case]
+
+
+def test_a_heldout_reward_is_trained_on_by_its_weights_too(pairs):
+    """A part without a weight is not; a run that was made so goes on, and says it."""
+    assert pairs["apart"] == ["", "", "demo-proxy"]
+    assert "warning: heldout is demo-proxy, and demo-proxy is trained on" in pairs["resumed with it"]
+
+
+def test_what_the_trainer_warns_of_is_in_the_report(pairs):
+    """AWM with an optimizer step for each of two images of a round."""
+    assert "\nwarning: an optimizer step takes 1 of a round's 2 samples, and AWM has no" in pairs["warned"], pairs["warned"]
+    assert "warning" not in pairs["report"]
+
+
+def test_pairs_are_made_of_grey_images_and_of_those_with_alpha(pairs):
+    assert pairs["channels"] == [True, True, [3, 128, 256, 3]]

@@ -120,9 +120,11 @@ def test_a_lost_process_stops_the_rest_and_any_number_goes_on_from_the_checkpoin
 
 
 @pytest.mark.full
-def test_a_launched_run_that_loses_a_process_goes_on_alone_to_the_same_lora(pipeline_folder, reward_folder, image_folder, tmp_path):
+def test_a_launched_run_that_loses_a_process_goes_on_alone_to_the_same_lora(
+    pipeline_folder, reward_folder, heldout_folder, image_folder, tmp_path
+):
     """As users start it, with watching; the end is that of a run which was alone from the start."""
-    watched = {"watch.every": 2, "watch.heldout": str(reward_folder), "watch.count": 1, "watch.images": 2, "watch.steps": 3, "steps": 8}
+    watched = {"watch.every": 2, "watch.heldout": str(heldout_folder), "watch.count": 1, "watch.images": 2, "watch.steps": 3, "steps": 8}
     paths = (pipeline_folder, reward_folder, image_folder)
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}")
     process = command(["train", *settings(*paths, tmp_path / "two", **watched)], launcher)

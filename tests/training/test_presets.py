@@ -119,10 +119,10 @@ def test_a_preset_of_the_embedded_model_is_planned(preset):
     assert ("evaluation" in found.phases) == (config.watch.every > 0) and found.phases["training step"] > 0
 
 
-def trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
+def trains(method, model, family_folder, reward_folder, heldout_folder, image_folder, tmp_path):
     """Train a step of a preset on a tiny model, with nothing but paths and sizes changed; returns the exit status."""
     values, folder = settings(method, model, tmp_path), family_folder(TINY[model])
-    changes = {"model": folder, "reward": reward_folder, "watch.heldout": reward_folder, "out": tmp_path / "run"}
+    changes = {"model": folder, "reward": reward_folder, "watch.heldout": heldout_folder, "out": tmp_path / "run"}
     changes |= {"device": "cpu", "steps": 1, "gradient_accumulation_steps": 1, "batch_size": 1, "image_size": 64, "watch.every": 0}
     if "images" in values:
         changes["images"] = image_folder
@@ -157,14 +157,14 @@ def trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "model"), [*EARLIER, *(("imagerefl", model) for model in list(TINY)[:5])])
-def test_a_preset_trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
-    trains(method, model, family_folder, reward_folder, image_folder, tmp_path)
+def test_a_preset_trains(method, model, family_folder, reward_folder, heldout_folder, image_folder, tmp_path):
+    trains(method, model, family_folder, reward_folder, heldout_folder, image_folder, tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("method", "model"), CELLS)
-def test_every_cell_trains(method, model, family_folder, reward_folder, image_folder, tmp_path):
-    trains(method, model, family_folder, reward_folder, image_folder, tmp_path)
+def test_every_cell_trains(method, model, family_folder, reward_folder, heldout_folder, image_folder, tmp_path):
+    trains(method, model, family_folder, reward_folder, heldout_folder, image_folder, tmp_path)
 
 
 def test_commands_in_messages_quote_paths_with_blanks(tmp_path, monkeypatch, capsys):

@@ -40,14 +40,17 @@ from ..runtime.files import file_hash, files_hash
 from ..runtime.processes import Processes
 from ..training.config import TrainConfig
 from ..training.evaluation import CHUNK, Evaluation, Reference
-from ..training.parts import Parts, asks_reward, check_settings, weights_of
+from ..training.parts import Parts, asks_reward, check_heldout, check_settings, weights_of
 
 log = logging.getLogger(__name__)
 REFERENCES = 500  # images at most that a watch's FID and LogCov compare with
 
 
-def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
-    """Load what a run is made of; `place_parts` finishes it. Raises ConfigError where settings and parts do not fit together."""
+def load_parts(config: TrainConfig, device: str, processes: Processes, *, resume: bool = False) -> Parts:
+    """Load what a run is made of; `place_parts` finishes it. Raises ConfigError where settings and parts do not fit together.
+
+    resume: a run of an earlier version may have been watched by the reward that it trains on, and goes on with a warning.
+    """
     source = config.images or config.pairs or config.labels
     check_sources(config.prompts, config.images, config.pairs, config.labels)
     if config.prompts and source:
@@ -64,6 +67,13 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
         if not reward.supports_gradient_checkpointing:
             raise ConfigError(f"gradient_checkpointing_reward = true: {config.reward} cannot recompute its activations")
         reward.gradient_checkpointing(True)
+    weights = weights_of(config)
+    try:
+        check_heldout(config, weights)
+    except ConfigError as error:
+        if not resume:
+            raise
+        log.warning("warning: %s", error)
     policy = open_policy(config.model, device, config.model_options, config.image_size, config.offload_encoders)
     if config.gradient_vae:
         open_gradient_vae(policy, config.gradient_vae)
@@ -79,7 +89,7 @@ def load_parts(config: TrainConfig, device: str, processes: Processes) -> Parts:
     check_settings(config, parts)
     now, earlier = denoiser_hashes(config.model)
     data = _data(config, samples, evaluation)
-    return replace(parts, base_hash=now, earlier_base_hash=earlier, weights=weights_of(config), data=data)
+    return replace(parts, base_hash=now, earlier_base_hash=earlier, weights=weights, data=data)
 
 
 def _reward(config: TrainConfig, spec: str, device: str, dtype: str = "float32") -> RewardModel:

@@ -18,13 +18,12 @@ from ..models.distilled import warning_of
 from ..models.load import ModelOptions
 from ..objectives import OBJECTIVES
 from ..policy import Lora
-from ..rewards.weighted import parse_weights
 from ..runtime.device import OutOfMemory, is_out_of_memory, peak_gb, set_precision
 from ..runtime.processes import Processes, joined
 from ..training.config import TrainConfig, Watch
 from ..training.console import follow
 from ..training.folder import BEST, check_folder, claim
-from ..training.parts import weights_of
+from ..training.parts import check_heldout
 from ..training.run import Run
 from .options import quiet_libraries
 from .parts import load_parts, place_parts
@@ -90,6 +89,7 @@ def _train(args: argparse.Namespace, processes: Processes) -> int:
         fitted = fit_vram(config, given, planner, processes.count, resume=args.resume) if processes.main else config
         config = processes.exchange(fitted)[0]
     if args.plan:
+        check_heldout(config, {})
         if processes.main:
             if (report := data_report(config)).source:
                 report.show()
@@ -109,11 +109,10 @@ def _run(config: TrainConfig, args: argparse.Namespace, processes: Processes, pl
     set_precision(device, deterministic=config.deterministic)
     if processes.main or args.resume:  # a new run's other processes might see what the first one writes
         check_folder(Path(config.out), overwrite=args.overwrite, resume=args.resume)
-    parts = load_parts(config, device, processes)
+    parts = load_parts(config, device, processes, resume=args.resume)
     lock = claim(Path(config.out), overwrite=args.overwrite, resume=args.resume) if processes.main else None
     if processes.main and isinstance(parts.policy, DiffusersPolicy):
         _warn(config, parts.policy)
-        _warn_of_heldout(config)
     place_parts(config, parts, device)
     run = Run(config, parts, lock)
     run.open_folder(overwrite=args.overwrite, resume=args.resume)
@@ -129,23 +128,6 @@ def _warn(config: TrainConfig, policy: DiffusersPolicy) -> None:
     text = warning_of(policy, config.model)
     if text and not config.training_adapter and not config.watch.tuned_model:
         log.warning("warning: %s", text)
-
-
-def _warn_of_heldout(config: TrainConfig) -> None:
-    """Say that the held-out reward is one that is trained on, by its name or by its weights."""
-    if not config.watch.every or not config.method.needs_reward:
-        return
-    trained, hashes = [name for name, weight in parse_weights(config.reward) if weight], weights_of(config)
-    known = {value for name, value in hashes.get("reward", {}).items() if name in trained}
-    judges = [name for name, _ in parse_weights(config.watch.heldout)]
-    same = next((name for name in judges if name in trained or hashes.get("watch.heldout", {}).get(name) in known), None)
-    if same is not None:
-        log.warning(
-            "warning: watch.heldout = %s: %s is trained on, so that it rises with over-optimisation, and tells neither it nor the best "
-            "checkpoint; name another reward",
-            config.watch.heldout,
-            same,
-        )
 
 
 def _report(run: Run, planner: Planner, device: str) -> None:

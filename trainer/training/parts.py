@@ -15,6 +15,7 @@ from ..objectives.shared import GRID
 from ..policy import Policy, Trainable
 from ..reward import Reward
 from ..rewards.registry import weights_hashes
+from ..rewards.weighted import parse_weights
 from ..runtime.processes import ALONE, Processes
 from .config import TrainConfig
 from .evaluation import Evaluation
@@ -64,6 +65,22 @@ def weights_of(config: TrainConfig) -> dict[str, dict[str, str]]:
         "features": config.features,
     }
     return {key: weights_hashes(spec, allow_remote=config.allow_remote) for key, spec in specs.items() if spec}
+
+
+def check_heldout(config: TrainConfig, weights: Mapping[str, Mapping[str, str]]) -> None:
+    """ConfigError where the watch's held-out reward is one that is trained on, by its name or by its weights (of `weights_of`)."""
+    if not (config.watch.every and config.method.needs_reward):
+        return
+    trained = [name for name, weight in parse_weights(config.reward) if weight]
+    names = {value: name for name, value in weights.get("reward", {}).items() if name in trained}
+    for judge, _ in parse_weights(config.watch.heldout) if config.watch.heldout else ():
+        same = judge if judge in trained else names.get(weights.get("watch.heldout", {}).get(judge, ""))
+        if same is not None:
+            named = f"{judge} is trained on" if same == judge else f"{judge} has the weights of {same}, which is trained on"
+            raise ConfigError(
+                f"watch.heldout = {config.watch.heldout}: {named}, so that it rises with over-optimisation and shows neither that nor the "
+                "best checkpoint; name another reward"
+            )
 
 
 def check_settings(config: TrainConfig, parts: Parts) -> None:

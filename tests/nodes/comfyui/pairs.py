@@ -6,6 +6,7 @@ Its `gradients` compares one step of each objective with the headless trainer.
 import contextlib
 import io
 import json
+import shutil
 
 import folder as before  # its folders, nodes and settings
 import torch
@@ -68,6 +69,10 @@ with torch.inference_mode():
     groups = [[i for i, text in enumerate(texts) if text == prompt] for prompt in dict.fromkeys(texts[:9])]
     expected = [[f"image {pick(group, key=lambda i: scores[i])}" for pick in (max, min)] for group in groups]
     results["best and worst"] = sorted(expected) == sorted([str(pair.chosen), str(pair.rejected)] for pair in made.pairs)
+    grey = [make(torch.cat([images.mean(-1, keepdim=True)] * channels, -1)) for channels in (1, 3)]
+    alpha = make(torch.cat([images, torch.zeros_like(images[..., :1])], -1))[0]
+    scored = [[pair.gaps for pair in one.pairs] for one in (grey[0][0], grey[1][0], alpha, made)]
+    results["channels"] = [scored[0] == scored[1], scored[2] == scored[3], list(grey[0][1].shape)]
     every, _, _ = make(images, per_prompt=[0], label=["majority"], reward_b=[load("demo-gold")], heldout=[load("demo-heldout")])
     kept, held, _, said = filter_(every, min_agreement=1.0, per_prompt=1, split=0.4, features=load("demo-proxy"), diversity_weight=0.1)
     results["filtered"] = [len(every.pairs), len(kept.pairs), len(held.pairs), said]
@@ -115,10 +120,24 @@ with torch.inference_mode():
     mine, theirs = before.lora(graph), before.lora(there)
     results["lora"] = [float((mine - theirs).norm() / theirs.norm()), float(theirs.norm())]
 
+    awm = N["ObjectiveAWM"].execute(steps=3, group=2, prompts_per_round=1, levels=1).result[0]
+    results["warned"] = train(awm, "awm", None, prompts="a star", steps=2, batch=1)[5]
+    refl = N["ObjectiveReFL"].execute().result[0]
+    sum_ = N["CombineRewards"].execute(True, reward_a=load("demo-gold"), weight_a=1.0, reward_b=load("demo-proxy"), weight_b=0.5).result[0]
+    for name, reward in (("same heldout", load("demo-proxy")), ("heldout in a sum", sum_)):
+        ask(name, lambda reward=reward: train(awm, "x", None, prompts="a star", reward=reward, heldout=load("demo-proxy")))
+    weightless = N["CombineRewards"].execute(True, reward_a=load("demo-gold"), weight_a=1.0, reward_b=load("demo-proxy"), weight_b=0.0)
+    rewards = ours("nodes.rewards")
+    copy = shutil.copytree(before.Path(ours("trainer.demo.files").FOLDER) / "proxy", rewards.roots()[0] / "copy of proxy")
+    judged = [(load("demo-proxy"), weightless.result[0]), (load("demo-heldout"), sum_), (load(copy.name), sum_)]
+    results["apart"] = [rewards.trained_on(judge, [reward]) for judge, reward in judged]
+    again = {"resume": before.runs.LAST, "heldout": load("demo-proxy"), "prompts": "a star", "steps": 3, "batch": 1}
+    results["resumed with it"] = train(awm, "awm", None, **again)[5]
     ask("no pairs", lambda: train(dpo, "x", None, prompts="a star"))
+    ask("nothing at all", lambda: train(dpo, "x", None, prompts=""))
     ask("images too", lambda: train(dpo, "x", images=images))
     ask("prompts too", lambda: train(dpo, "x", prompts="a star"))
-    ask("another objective", lambda: train(N["ObjectiveReFL"].execute().result[0], "x"))
+    ask("another objective", lambda: train(refl, "x"))
     ask("one image", lambda: train(kto, "x", batch=1))
     ask("odd size", lambda: train(dpo, "x", image_size=60))
     ask("other pairs", lambda: train(dpo, "dpo", every, resume=before.runs.LAST, steps=9))
