@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import TracebackType
 from typing import Any
 
 from ..trainer.data.batches import Labels, Pairs, Prompts
@@ -17,7 +16,7 @@ _MOST = 8  # warnings in a report
 
 
 class Warnings(logging.Handler):
-    """Inside, it hears what the trainer warns of, which the log has too."""
+    """Inside, it collects what the trainer warns of, which the log has too."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -31,7 +30,7 @@ class Warnings(logging.Handler):
         logging.getLogger(_TRAINER).addHandler(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         logging.getLogger(_TRAINER).removeHandler(self)
 
     def report(self) -> str:
