@@ -34,6 +34,7 @@ OBJECTIVES = {
     "tpo": "--objective.form=kto",
     "ddpo": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.kl_weight=0.1",
     "flow-grpo": "--objective.steps=4 --objective.noise_kind=cps --objective.group=2 --objective.prompts_per_round=1",
+    "g2rpo": "--objective.steps=4 --objective.branch_steps=2 --objective.group=2 --objective.prompts_per_round=1",
     "awm": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1 --objective.levels=2",
     "diffusion-nft": "--objective.steps=4 --objective.group=2 --objective.prompts_per_round=1",
     "self-npo": "--objective.levels=6 --objective.rollout_steps=2 --objective.anti_guidance=-2.0",
@@ -45,6 +46,7 @@ OBJECTIVES = {
 
 FULL = {
     "flow-grpo",
+    "g2rpo",
     "diffusion-nft",
     "diffusion-npo",
     "mapo",

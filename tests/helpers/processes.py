@@ -60,6 +60,9 @@ CASES = {
         "clip": 0.2,
         "diversity_weighted": True,
     },
+    "g2rpo": {  # groups as large as a process' share of a batch: where two share one, each draws its anchor, which are more calls
+        **{"name": "g2rpo", "steps": 4, "group": 2, "prompts_per_round": 4, "branch_steps": 3, "clip": 0.2},
+    },
     "awm": {"name": "awm", "steps": 4, "group": 4, "prompts_per_round": 2, "levels": 3},
     "diffusion-nft": {"name": "diffusion-nft", "steps": 4, "group": 4, "prompts_per_round": 2, "decay_rate": 0.2},
     "dro": {"name": "dro", "rollout_steps": 4},

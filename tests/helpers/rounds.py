@@ -13,6 +13,7 @@ SMALL = {"steps": 5, "guidance_scale": 1.0, "group": 4, "prompts_per_round": 2, 
 METHODS = {
     "ddpo": SMALL,
     "flow-grpo": SMALL,
+    "g2rpo": {**SMALL, "branch_steps": 3},
     "awm": {"steps": 6, "group": 4, "prompts_per_round": 2, "levels": 3},
 }
 

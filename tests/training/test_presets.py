@@ -140,9 +140,10 @@ def trains(method, model, family_folder, reward_folder, heldout_folder, image_fo
         changes["batch_size"] = 2
     if method == "sqdf-black-box":
         changes |= {"features": reward_folder, "objective.queries": [2], "objective.epochs": 1}
-    if method in ("ddpo", "flow-grpo", "awm"):
+    if method in ("ddpo", "flow-grpo", "g2rpo", "awm"):
         changes |= {"objective.group": 2, "objective.prompts_per_round": 1, "objective.steps": 4}
         changes |= {"objective.trained_count": 2} if method == "ddpo" else {}
+        changes |= {"objective.branch_steps": 2} if method == "g2rpo" else {}
     if "consistency" in values:
         changes["consistency"] = tmp_path / "lcm.safetensors"
         policy = load_policy(folder)

@@ -76,6 +76,7 @@ METHODS: dict[str, Method] = {
     # Policy gradients: rounds of 4 prompts × 8 images, one optimizer step each, as in docs/training.md
     "ddpo": Method(8, 2e-3, {**_ROUNDS, "trained_count": 4, "window": "sliding", "window_every": 1000}, accumulation=8),
     "flow-grpo": Method(8, 2e-3, {**_ROUNDS, "trained_count": 4, "noise_kind": "cps"}, accumulation=8),
+    "g2rpo": Method(12, 2e-3, {**_ROUNDS, "branch_steps": 4}, accumulation=2),  # as the paper, the first half of the steps
     "awm": Method(8, 2e-3, {**_ROUNDS, "levels": 4}, accumulation=8),
     "diffusion-nft": Method(10, 2e-3, {**_ROUNDS, "steps": 5}, accumulation=8),
     "diffusion-dpo": Method(8, 4e-4, _GUIDED, "pairs"),

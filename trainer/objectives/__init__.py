@@ -4,6 +4,7 @@ from .base import Loss, Objective, RunContext
 from .policy_gradient.awm import AWM
 from .policy_gradient.ddpo import DDPO
 from .policy_gradient.flow_grpo import FlowGRPO
+from .policy_gradient.g2rpo import G2RPO
 from .policy_gradient.nft import DiffusionNFT
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
@@ -51,6 +52,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tpo": TPO,
     "ddpo": DDPO,
     "flow-grpo": FlowGRPO,
+    "g2rpo": G2RPO,
     "awm": AWM,
     "diffusion-nft": DiffusionNFT,
 }
@@ -62,6 +64,7 @@ __all__ = [
     "DMPO",
     "DRO",
     "DSPO",
+    "G2RPO",
     "OBJECTIVES",
     "SQDF",
     "SRPO",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import build, override
-from ..objectives import AWM, DDPO, DiffusionNFT, FlowGRPO
+from ..objectives import AWM, DDPO, G2RPO, DiffusionNFT, FlowGRPO
 from ..objectives.policy_gradient.rounds import PolicyGradient
 from .preset_types import Line, Method, Row, guidance, quote
 
@@ -43,6 +43,19 @@ def _flow_grpo(row: Row) -> list[Line]:
         ),
         ("clip", "1e-4", ""),
         ("kl_weight", "0.001", "the official 0.01 for PickScore leaves out the step's length, about 0.1"),
+    ]
+
+
+def _g2rpo(row: Row) -> list[Line]:
+    steps = min(16, row.steps)
+    return [
+        ("steps", str(steps), "the model's own few steps" if row.few else "drawn later with more"),
+        guidance(row),
+        *_rounds(12, 8),
+        ("branch_steps", str(steps // 2), "at one of the first half of the steps a round's images part"),
+        ("granularities", "2", "each is finished in all remaining steps, and in every second one"),
+        ("noise", "0.7", ""),
+        ("clip", "1e-4", ""),
     ]
 
 
@@ -96,6 +109,17 @@ POLICY_GRADIENTS: dict[str, Method] = {
         samples=_share(FlowGRPO, _flow_grpo, 2),
         rate="3e-4",
         more=(("weight_decay", "1e-4", ""), ("ema", "0.9", "")),
+        standardise=_UNIT,
+        every=30,
+        save_every=10,
+    ),
+    "g2rpo": Method(
+        "the official settings for FLUX.1, but for an adapter at Flow-GRPO's rate, and one step of 8 prompts a round, not 8 steps of 16",
+        _g2rpo,
+        steps=("steps", "300", "one to a round"),
+        samples=_share(G2RPO, _g2rpo, 1),
+        rate="3e-4",
+        more=(("weight_decay", "1e-4", ""),),
         standardise=_UNIT,
         every=30,
         save_every=10,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...sampling import Kernel, ddim
-from .steps import StepGradient
+from .steps import WindowGradient
 
 
 @dataclass(frozen=True)
-class DDPO(StepGradient):
+class DDPO(WindowGradient):
     """Denoising diffusion policy optimization (Black et al. 2024, arXiv:2305.13301): PPO with any reward, which needs no gradient.
 
     Sampling is a Markov decision process whose actions are the sampler's noisy steps; an image's advantage is that of each of its steps.

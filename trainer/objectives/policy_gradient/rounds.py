@@ -134,9 +134,10 @@ class PolicyGradient(WithoutRewardGradient):
 
     @abstractmethod
     def draw(self, run: RunContext, prompts: Sequence[str], rng: Rng, index: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rollouts of B prompts with trained steps index (B,W): states (B,K,C,h,w), ends (B,C,h,w), log-probabilities (B,W).
+        """Rollouts of B prompts with trained steps index (B,W): states (B,K,C,h,w), ends (E·B,C,h,w), log-probabilities (B,W).
 
-        first: the least index of the round's trained steps, at which a stretch of states begins.
+        first: the least index of the round's trained steps, at which a stretch of states begins. E: ends of one rollout, usually 1, which
+        come one after another: B first ones, B second ones. A rollout's advantage is the sum of its ends'.
         """
 
     @abstractmethod
@@ -229,24 +230,27 @@ class Rounds(Loss):
             rows = range(first, min(first + chunk, share.stop))
             part, seeds = prompts[rows.start : rows.stop], Rng(seed_of(rng.seed, "round"), number, tuple(rows))
             states, ends, log_probs = o.draw(run, part, seeds, index[rows.start : rows.stop], int(index.min()))
-            terms, features = self.scoring(run.policy.decode(ends), part)
+            scored = [self.scoring(run.policy.decode(some), part) for some in ends.split(len(part))]
+            terms, features = torch.stack([terms for terms, _ in scored], 1), scored[0][1]
             made.append((self.store.write(number, first, states), log_probs.cpu(), terms.float().cpu(), features.float().cpu()))
         files, *columns = zip(*(one for some in exchange(made) for one in some))
         self.store.replace(files)
         log_probs, terms, features = map(torch.cat, columns)
         weights = torch.tensor(self.scoring.weights)
-        scores = (terms * weights).sum(1)
+        by_end = (terms * weights).sum(2)
+        scores = by_end.mean(1)
         held = torch.ones(len(scores), dtype=torch.bool)
         if o.gate > 0:
-            held = above_auxiliaries(scores, terms[:, weights == 0], o.gate)
-        advantages = self._advantages(prompts, scores, terms, weights)
+            held = above_auxiliaries(scores, terms[:, :, weights == 0].flatten(1), o.gate)
+        apart = (terms.flatten(1), weights.repeat(terms.shape[1])) if o.separate_rewards else (by_end, torch.ones(by_end.shape[1]))
+        advantages = self._advantages(prompts, scores, *apart)
         if o.diversity_weighted:
             distances = relative_distances(features.reshape(-1, o.group, features.shape[1])).flatten().to(advantages)
             advantages = torch.where(advantages > 0, advantages * distances, advantages)
         return Round(number, rng.step, scores, advantages.clamp(-o.max_advantage, o.max_advantage), log_probs, held)
 
     def _advantages(self, prompts: Sequence[str], scores: Tensor, terms: Tensor, weights: Tensor) -> Tensor:
-        """Advantages (N,) of scores (N,), or of terms (N,R) by weights (R,)."""
+        """Advantages (N,) of terms (N,A), each compared by itself, by weights (A,); scores (N,) are what they sum up to."""
         o = self.objective
         if not bool(scores.isfinite().all()):
             bad = int((~scores.isfinite()).nonzero()[0])
@@ -256,9 +260,8 @@ class Rounds(Loss):
         if o.baseline == "history":
             found = self.history.advantages(prompts, scores)
         else:
-            apart, factors = (terms, weights) if o.separate_rewards else (scores[:, None], weights.new_ones(1))
-            each = [group_advantages(values.reshape(-1, o.group), o.baseline).flatten() for values in apart.T]
-            found = (torch.stack(each, 1) * factors).sum(1)
+            each = [group_advantages(values.reshape(-1, o.group), o.baseline).flatten() for values in terms.T]
+            found = (torch.stack(each, 1) * weights).sum(1)
         said, spread = "", float(scores.std(correction=0))
         if not bool(found.any()):
             same = f"all {len(scores)} images of the round have the reward {float(scores[0]):g}"

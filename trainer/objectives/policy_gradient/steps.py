@@ -47,6 +47,52 @@ class StepGradient(PolicyGradient):
     clip: float = field(
         default=1e-4, metadata={"min": 0.0, "max": 1.0, "help": "probability ratios are clipped to 1 ± this (official 1e-4)"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 2:
+            raise ValueError(f"steps = {self.steps}: the last step has no noise and is not trained, give at least 2")
+
+    @property
+    @abstractmethod
+    def kernel(self) -> Kernel:
+        """The Gaussian of a step."""
+
+    def needed(self, step: int) -> range:
+        """Before and after."""
+        return range(step, step + 2)
+
+    def start_noise(self, rng: Rng, policy: Policy) -> Tensor:
+        """The noise (B,C,h,w) that rollouts start from."""
+        return rng.start_noise(policy.latent_shape)
+
+    def losses(self, run: RunContext, part: Selection) -> tuple[Tensor, Logs]:
+        """PPO's losses, and the distance to the base model."""
+        policy, sigmas = run.policy, run.policy.sigmas(self.steps)
+        before, after = part.states.unbind(1)
+        here, there = sigmas[part.index], sigmas[part.index + 1]
+
+        def step(adapter: str) -> tuple[Tensor, Tensor]:
+            denoiser = policy.denoiser(part.prompts, adapter=adapter, guidance_scale=self.guidance_scale)
+            return gaussian(before, denoiser(before, here), here, there, self.kernel, policy.space)
+
+        mean, std = step("tuned")
+        now = log_prob(after, mean, std)
+        ratio = (now - (now.detach() if part.log_probs is None else part.log_probs.to(now))).exp()
+        losses = clipped_losses(ratio, part.advantages.to(now), self.clip)
+        logs = {"clipped": ((ratio.detach() - 1).abs() > self.clip).float()}
+        if self.kl_weight > 0:
+            with torch.no_grad():
+                reference, _ = step("base")
+            kl = kl_per_element(mean, reference, std)
+            losses, logs = losses + self.kl_weight * kl * part.held.to(kl), {**logs, "kl per element": kl.detach()}
+        return losses, logs
+
+
+@dataclass(frozen=True)
+class WindowGradient(StepGradient):
+    """Steps of one rollout, all or those of a window, of which each is trained with the image's advantage."""
+
     trained_count: int = field(
         default=0, metadata={"min": 0, "max": 1000, "help": "trained steps of an image; 0: all but the last, which has no noise"}
     )
@@ -63,15 +109,8 @@ class StepGradient(PolicyGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 2:
-            raise ValueError(f"steps = {self.steps}: the last step has no noise and is not trained, give at least 2")
         if self.trained_count > self.steps - 1:
             raise ValueError(f"trained_count = {self.trained_count}: of {self.steps} steps {self.steps - 1} have noise")
-
-    @property
-    @abstractmethod
-    def kernel(self) -> Kernel:
-        """The Gaussian of a step."""
 
     @property
     def trained(self) -> int:
@@ -82,10 +121,6 @@ class StepGradient(PolicyGradient):
     def kept(self) -> int:
         """The states before and after the trained steps."""
         return self.steps if self.window == "each" else self.trained + 1
-
-    def needed(self, step: int) -> range:
-        """Before and after."""
-        return range(step, step + 2)
 
     def trained_steps(self, seed: int, number: int) -> Tensor:
         """The indices (N,W)."""
@@ -120,29 +155,3 @@ class StepGradient(PolicyGradient):
         log_probs = torch.stack(found, 1)
         ends = end_of(states[-1], steps(states[-1], end, self.steps, 0.0))
         return torch.stack(states[first - begin :], 1), ends, log_probs.gather(1, (index - begin).to(log_probs.device))
-
-    def start_noise(self, rng: Rng, policy: Policy) -> Tensor:
-        """The noise (B,C,h,w) that rollouts start from."""
-        return rng.start_noise(policy.latent_shape)
-
-    def losses(self, run: RunContext, part: Selection) -> tuple[Tensor, Logs]:
-        """PPO's losses, and the distance to the base model."""
-        policy, sigmas = run.policy, run.policy.sigmas(self.steps)
-        before, after = part.states.unbind(1)
-        here, there = sigmas[part.index], sigmas[part.index + 1]
-
-        def step(adapter: str) -> tuple[Tensor, Tensor]:
-            denoiser = policy.denoiser(part.prompts, adapter=adapter, guidance_scale=self.guidance_scale)
-            return gaussian(before, denoiser(before, here), here, there, self.kernel, policy.space)
-
-        mean, std = step("tuned")
-        now = log_prob(after, mean, std)
-        ratio = (now - (now.detach() if part.log_probs is None else part.log_probs.to(now))).exp()
-        losses = clipped_losses(ratio, part.advantages.to(now), self.clip)
-        logs = {"clipped": ((ratio.detach() - 1).abs() > self.clip).float()}
-        if self.kl_weight > 0:
-            with torch.no_grad():
-                reference, _ = step("base")
-            kl = kl_per_element(mean, reference, std)
-            losses, logs = losses + self.kl_weight * kl * part.held.to(kl), {**logs, "kl per element": kl.detach()}
-        return losses, logs
