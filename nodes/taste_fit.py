@@ -13,10 +13,10 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..trainer.rewards.taste import SUFFIX, TasteReward
 from ..trainer.rewards.two_tower import TwoTower
+from ..trainer.taste.active import next_pairs
 from ..trainer.taste.choices import NAME
 from ..trainer.taste.comparisons import FEWEST, Gathered, gather, of_pairs
 from ..trainer.taste.fit import fit_taste
-from ..trainer.taste.following import next_pairs
 from .lists import prompts_of, usable
 from .pairs_files import choices as listed
 from .preferences import PreferencePairs
@@ -85,7 +85,7 @@ class FitTaste(io.ComfyNode):
         if not _NAME.fullmatch(name):
             raise ValueError("name: give 1 to 64 letters, digits, _ and -")
         found = of_pairs([(pair.chosen, pair.rejected, pair.prompt) for pair in pairs.pairs], "pairs") if pairs else chosen(choices)
-        judged = sum(not one.tie for one in found.comparisons)
+        judged = found.choices
         if judged < FEWEST:  # a new graph has none: what hangs on this waits, and nothing is wrong
             text = f"{judged} choices so far, {FEWEST} are needed, 30 are better: choose in Collect Preferences, then queue again"
             return io.NodeOutput(ExecutionBlocker(None), ExecutionBlocker(None), ui=show_text(cls, text))

@@ -14,9 +14,9 @@ from ..rewards.registry import load, tower_hash
 from ..rewards.two_tower import TwoTower
 from ..runtime.files import write_text
 from ..scoring.items import find_items, prompt_for
+from ..taste.active import next_pairs
 from ..taste.comparisons import gather
 from ..taste.fit import fit_taste, image_features
-from ..taste.following import next_pairs
 from .options import add_device, device_of
 
 NEXT = "next"
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, metavar="FILE", help="the fitted taste, a safetensors file; its report is written beside it")
     add("--person", default="", metavar="NAME", help="whose taste, where several people chose (default: all together)")
-    add("--overwrite", action="store_true", help="replace the file")
+    add("--overwrite", action="store_true", help="replace the file and its report")
     add("--images", action="append", metavar="PATH", help=f"{NEXT}: image folders, images, globs or tables, as for `score`")
     add("--prompt", metavar="TEXT", help=f"{NEXT}: prompt of all images (default: from the table, a .txt file, or inside the image)")
     add("-n", type=int, default=20, metavar="N", help=f"{NEXT}: number of pairs (default 20)")
@@ -54,12 +54,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give files of choices and --out FILE.safetensors")
     if args.out.suffix != ".safetensors":
         raise ConfigError(f"--out {args.out}: give a name that ends in .safetensors")
-    if args.out.exists() and not args.overwrite:
-        raise ConfigError(f"{args.out} exists: add --overwrite, or give another --out")
+    beside = args.out.with_suffix(".json")
+    there = next((path for path in (args.out, beside) if path.exists()), None)
+    if there is not None and not args.overwrite:
+        raise ConfigError(f"{there} exists: add --overwrite, or give another --out")
     found = gather([Path(path) for path in args.paths])
     head, report = fit_taste(found, _tower(args), args.tower, tower_hash(args.tower), args.person)
     head.write(args.out)
-    beside = args.out.with_suffix(".json")
     write_text(json.dumps(report.facts(), indent=1) + "\n", beside)
     print("\n".join(report.lines()))
     print(f"wrote {args.out} and {beside}; use it as --reward taste@{args.out}")

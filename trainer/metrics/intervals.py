@@ -13,6 +13,17 @@ from ..rng import generator
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
+def student(freedom: int) -> float:
+    """97.5 % quantile of Student's t; above 9 degrees of freedom by Cornish and Fisher's expansion (0.001 off at most)."""
+    if freedom < 1:
+        return math.inf
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = 1.959964
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2) + third
+
+
 def dominated_area(points: Sequence[tuple[float, float]]) -> float:
     """Area above (0,0) that the points dominate, larger being better on both axes (the hypervolume indicator in 2-D)."""
     area, height = 0.0, 0.0
@@ -49,5 +60,5 @@ def jackknife(statistic: Callable[[int | None], dict[str, float]], blocks: Seque
         values = [one[name] for one in left]
         mean = sum(values) / len(values)
         spread = math.sqrt((len(values) - 1) / len(values) * sum((v - mean) ** 2 for v in values))
-        found[name] = [value - _T[len(values) - 2] * spread, value + _T[len(values) - 2] * spread]
+        found[name] = [value - student(len(values) - 1) * spread, value + student(len(values) - 1) * spread]
     return found

@@ -49,11 +49,12 @@ class Gathered:
     """The comparisons of some files, and what was seen on the way."""
 
     comparisons: list[Comparison] = field(default_factory=list[Comparison])
-    places: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """Of each choice whose images stood beside each other: the place of the chosen one, from 0, and their number."""
+    places: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
+    """Of each choice whose images stood beside each other: the place of the chosen one, from 0, their number, and who chose."""
     skipped: int = 0
-    thumbs: int = 0
-    alone: int = 0
+    thumbs: Counter[str] = field(default_factory=Counter[str])
+    """By person."""
+    alone: Counter[str] = field(default_factory=Counter[str])
     """Thumbs of prompts whose images are all liked or all disliked: they say something of the prompt, nothing of its images."""
     notes: list[str] = field(default_factory=list[str])
 
@@ -62,19 +63,34 @@ class Gathered:
         """Who judged."""
         return sorted({one.person for one in self.comparisons})
 
+    @property
+    def choices(self) -> int:
+        """How many choices the comparisons are: one that was made again and again counts once, ties do not count."""
+        return round(sum(one.weight for one in once(self.comparisons) if not one.tie))
+
+    def of(self, person: str) -> Gathered:
+        """What one person chose."""
+        comparisons, places = [one for one in self.comparisons if one.person == person], [one for one in self.places if one[2] == person]
+        mine = lambda counts: Counter({person: counts[person]})  # noqa: E731
+        return Gathered(comparisons, places, self.skipped, mine(self.thumbs), mine(self.alone), self.notes)
+
 
 def gather(paths: Sequence[Path], fewest: int = FEWEST) -> Gathered:
     """Files of choices, and tables or folders of pairs. Damaged lines are noted and left out.
 
+    A choice that is in several files counts once, and not at all where one of them takes it back.
+
     Raises ValueError in one line where they give fewer than `fewest` comparisons, or all choices are on one side.
     """
     found = Gathered()
-    for path in paths:
-        if is_choices(path):
-            read = read_choices(path)
-            if read.cut:
-                found.notes.append(read.cut_text())
-            _add(found, read.records, path)
+    read = {path: read_choices(path) for path in dict.fromkeys(paths) if is_choices(path)}
+    counted = {name for one in read.values() for name in one.ids - {record.id for record in one.records}}  # undone
+    for path in dict.fromkeys(paths):
+        if path in read:
+            if read[path].cut:
+                found.notes.append(read[path].cut_text())
+            _add(found, [one for one in read[path].records if one.id not in counted], path)
+            counted |= read[path].ids
         else:
             _add_table(found, path)
     _check(found, ", ".join(map(str, paths)), fewest)
@@ -132,14 +148,14 @@ def _add(found: Gathered, records: Sequence[Choice], path: Path) -> None:
                 )
             same.add((shown.file, shown.sha256))
         if one.kind == "thumb":
-            found.thumbs += 1
+            found.thumbs[one.person] += 1
             likes[one.person, plain(one.prompt), images[0].sha256] = (images[0], one.outcome == "liked")
         elif one.chosen is None:
             ties = list(combinations(images, 2))
             weight = (len(images) - 1) / len(ties)
             found.comparisons += [Comparison(a, b, one.prompt, True, one.person, weight) for a, b in ties]
         else:
-            found.places.append((one.order.index(one.chosen), len(images)))
+            found.places.append((one.order.index(one.chosen), len(images), one.person))
             better = images[one.chosen]
             found.comparisons += [Comparison(better, other, one.prompt, False, one.person) for other in images if other is not better]
     _add_likes(found, likes)
@@ -152,28 +168,24 @@ def _add_likes(found: Gathered, likes: dict[tuple[str, str, str], tuple[Image, b
         groups.setdefault((person, prompt), ([], []))[not liked].append(image)
     for (person, prompt), (liked, disliked) in groups.items():
         if not liked or not disliked:
-            found.alone += len(liked) + len(disliked)
+            found.alone[person] += len(liked) + len(disliked)
             continue
         weight = (len(liked) + len(disliked) - 1) / (len(liked) * len(disliked))
         found.comparisons += [Comparison(a, b, prompt, False, person, weight) for a, b in product(liked, disliked)]
 
 
 def _check(found: Gathered, source: str, fewest: int) -> None:
-    sides = Counter((place == 0, place == number - 1) for place, number in found.places)
+    sides = Counter((place == 0, place == number - 1) for place, number, _ in found.places)
     if found.alone and not found.comparisons:
         raise ValueError(
-            f"{source}: {found.alone} images are judged, and under no prompt are some liked and others disliked: this would teach the "
-            "prompts alone; judge several images of one prompt"
+            f"{source}: {found.alone.total()} images are judged, and under no prompt are some liked and others disliked: this would teach "
+            "the prompts alone; judge several images of one prompt"
         )
     if len(found.places) >= FEWEST and len(sides) == 1 and (side := next(iter(sides))) in ((True, False), (False, True)):
         raise ValueError(
             f"{source}: all {len(found.places)} choices are the image shown {'first' if side[0] else 'last'}: that is a place, not a taste"
         )
-    number = sum(not one.tie for one in found.comparisons)
+    number, ties = found.choices, sum(one.tie for one in found.comparisons)
     if number < fewest:
-        more = (
-            f" ({found.skipped} skipped, {len(found.comparisons) - number} ties)"
-            if found.skipped or len(found.comparisons) > number
-            else ""
-        )
+        more = f" ({found.skipped} skipped, {ties} ties)" if found.skipped or ties else ""
         raise ValueError(f"{source} has {number} choices between two images{more}: give at least {fewest}, better 30")

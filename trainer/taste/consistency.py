@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .agreement import Share, wilson
 from .comparisons import Gathered
+from .estimate import Estimate, wilson
 from .folds import plain
 
 
@@ -20,7 +20,7 @@ class Consistency:
     same: float | None
     cycles: int
     """Choices that lie on a cycle (A over B, B over C, C over A) of one person and prompt, contradictions of one pair not counted."""
-    first: Share | None
+    first: Estimate | None
     """Share of choices between two that fell on the image shown first, with Wilson's 95 % interval; None without such choices."""
     alone: int
     thumbs: int
@@ -61,9 +61,9 @@ def consistency(found: Gathered) -> Consistency:
             if number + other > 1 and (better < worse or not other):
                 repeated, agreed, judged = repeated + 1, agreed + max(number, other), judged + number + other
         cycles += _on_cycles(usual)
-    two = [place for place, number in found.places if number == 2]
+    two = [place for place, number, _ in found.places if number == 2]
     first = wilson(two.count(0) / len(two), len(two)) if two else None
-    return Consistency(repeated, agreed / judged if judged else None, cycles, first, found.alone, found.thumbs)
+    return Consistency(repeated, agreed / judged if judged else None, cycles, first, found.alone.total(), found.thumbs.total())
 
 
 def _on_cycles(edges: Sequence[tuple[str, str]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from ..data.images import ImageSource, load_bytes
 from ..rewards.taste import TasteFile
 from ..rewards.two_tower import TwoTower
 from ..runtime.progress import progress_bar
-from .agreement import Curve, Share, agreement, correct, held_out_logits, learning_curve, resampled
+from .agreement import Agreement, by_chance, held_out_logits, measure
 from .comparisons import Comparison, Gathered, Image, once
 from .consistency import Consistency, consistency
-from .folds import Folds, folds
+from .curve import Curve, learning_curve
+from .estimate import Estimate, Units
+from .folds import folds
 from .head import Design, Features, best_precision
-from .prototypes import Mixture, fit_mixture
+from .prototypes import Fitted, Mixture, fit_mixture, solve
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Rated:
     features: Features
     better: Tensor
     worse: Tensor
+    rows: list[tuple[str, str]]
+    """Image and prompt of each row of the features."""
 
     def design(self, comparisons: Sequence[Comparison]) -> Design:
         """As a regression."""
@@ -59,7 +63,7 @@ def rated(tower: TwoTower, comparisons: Sequence[Comparison]) -> Rated:
     seen = image_features(tower, [image.path for image in images.values()])[[place[sha256] for sha256, _ in rows]]
     features = under_prompts(tower, seen, [prompt for _, prompt in rows])
     at = [[rows[image.sha256, one.prompt] for one in comparisons for image in (getattr(one, side),)] for side in ("better", "worse")]
-    return Rated(features, torch.tensor(at[0]), torch.tensor(at[1]))
+    return Rated(features, torch.tensor(at[0]), torch.tensor(at[1]), list(rows))
 
 
 @torch.no_grad()
@@ -71,18 +75,22 @@ def under_prompts(tower: TwoTower, seen: Tensor, prompts: Sequence[str]) -> Feat
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a fitted taste."""
+    """What is known of a fitted taste. With a person, of that person's choices."""
 
     tower: str
+    person: str
     choices: int
     people: list[str]
     prompts: int
     level: str
-    groups: int
+    units: int
+    """Groups of choices that share nothing, or images where they connect all choices: what the intervals count."""
     precision: float
-    agreement: Share | None
-    baseline: Share
-    gain: Share | None
+    agreement: Estimate | None
+    baseline: Estimate
+    gain: Estimate | None
+    chance: float | None
+    """How often permuted features do as well (`agreement.measure`)."""
     curve: Curve | None
     consistency: Consistency
     mixture: Mixture | None
@@ -97,21 +105,24 @@ class Report:
         elif self.agreement.low <= 0.5:
             found.append(f"too weak to train on: it predicts {self.agreement} of the choices, which may be chance; make more choices")
         if self.gain is not None and self.gain.low <= 0:
-            found.append(f"not shown to be better than {self.tower} alone, to which it adds {self.gain.value:+.2f} "
-                         f"[{self.gain.low:+.2f}, {self.gain.high:+.2f}]")  # fmt: skip
+            found.append(f"not shown to be better than {self.tower} alone, to which it adds {self.gain.signed}")
         if self.level != "prompt and image":
             found.append("measured on prompts that it knows: too few prompts to hold some out; how it does on others is not known")
         return found + self.consistency.warnings
 
     def lines(self) -> list[str]:
         """The report in sentences."""
-        who = f" of {len(self.people)} people" if len(self.people) > 1 else ""
+        who = f" of {self.person}" if self.person else f" of {len(self.people)} people" if len(self.people) > 1 else ""
         prior = "no head, the tower alone" if math.isinf(self.precision) else f"λ {self.precision:g}"
         said = [f"{self.choices} choices{who} under {self.prompts} prompts; prior chosen by cross-validation: {prior}"]
         unit = {"prompt and image": "no prompt and no image", "image": "no image", "pair": "no image, each pair alone"}[self.level]
         if self.agreement is not None:
-            said.append(f"predicts {self.agreement} of held-out choices; {self.tower} alone {self.baseline} (95 %, Wilson at the effective "
-                        f"number of choices, {self.groups} groups; both sides of a fold share {unit})")  # fmt: skip
+            lucky = "" if self.chance is None else f", as permuted images do in {self.chance:.1%} of the cases"
+            units = f"{self.units} images" if self.level == "pair" else f"{self.units} groups of choices"
+            said.append(
+                f"predicts {self.agreement} of held-out choices{lucky}; {self.tower} alone {self.baseline} "
+                f"(95 % by {units}; both sides of a fold share {unit})"
+            )
         if self.curve is not None:
             points = ", ".join(f"{value:.2f} from {number:.0f}" for number, value in self.curve.points)
             said += [f"agreement by the number of choices learnt from: {points}", self.curve.sentence]
@@ -132,67 +143,75 @@ def fit_taste(found: Gathered, tower: TwoTower, name: str, sha256: str, person: 
 
     name, sha256: of the tower. Deterministic.
     """
-    comparisons = once(found.comparisons)
     if person and person not in found.people:
         raise ValueError(f"nobody named {person!r} made a choice: {', '.join(found.people)}")
-    known = rated(tower, comparisons)
-    design = known.design(comparisons)
-    keys = [one.keys for one in comparisons]
-    of = folds(keys)
-    precision = best_precision(design, of.parts)
-    mixture = fit_mixture(design, [one.person for one in comparisons], of, precision) if len(found.people) > 1 else None
-    of_person = torch.tensor([person in ("", one.person) for one in comparisons])
-    if not bool((of_person & (design.outcome != 0.5)).any()):
+    known = rated(tower, found.comparisons)
+    beta, report = fitted(found, known, name, person)
+    return _file(known, known.design(once(found.comparisons)), beta, report, sha256), report
+
+
+def fitted(found: Gathered, known: Rated, tower: str, person: str = "") -> tuple[Tensor, Report]:
+    """The head β (r,) of `person`, or of all people together, in the basis of the choices' design, and its report."""
+    comparisons = once(found.comparisons)
+    design, keys = known.design(comparisons), [one.keys for one in comparisons]
+    of, people = folds(keys), [one.person for one in comparisons]
+    counted = torch.tensor([person in ("", who) for who in people])
+    if not bool((counted & (design.outcome != 0.5)).any()):
         raise ValueError(f"{person!r} only tied: an agreement needs choices between two images")
+    mixture = fit_mixture(design, people, of) if len(found.people) > 1 else None
     if mixture is not None and mixture.summary.prototypes > 1:
-        held = mixture.held_out if person else mixture.held_out_mean  # of the head that is written
+        precision, held = mixture.precision, mixture.held_out if person else mixture.held_out_mean  # of the head that is written
+        head = _of_several(design, mixture, people, person)
     else:
-        held = held_out_logits(design, keys, of, precision)
-    report = measured(found, design, of, precision, name, held, of_person)
-    if mixture is None:
-        return _file(known, design, design.fitted(precision), report, sha256, person), report
-    report = replace(report, mixture=mixture.summary)
-    return _file(known, design, mixture.of(person) if person else mixture.mean, report, sha256, person), report
+        precision = best_precision(design, of.parts)
+        held, head = held_out_logits(design, keys, of, precision), lambda rows: design.fitted(precision, rows)
+    units, (images, prompts) = Units.of(of, keys), zip(*known.rows)
+    null = by_chance(known.features, known.better, known.worse, images, prompts, design, of, counted)
+    curve = learning_curve(design, of, units, counted, head) if not math.isinf(precision) else None
+    seen = found.of(person) if person else found
+    report = _report(seen, measure(held, design, units, counted, null), tower, person, of.level, len(units.where(counted)), precision)
+    return head(torch.arange(len(design))), replace(report, curve=curve, mixture=mixture.summary if mixture else None)
 
 
-def measured(found: Gathered, design: Design, of: Folds, precision: float, tower: str, held: Tensor, counted: Tensor) -> Report:
-    """The report without the mixture. held: logits (n,) of each pair without its fold; counted (n,) bool: whose agreement is meant."""
-    comparisons = found.comparisons
-    judged = (design.outcome != 0.5) & counted
-    tested = judged & held.isfinite()
-    rows = lambda mask: [g for g, k in zip(of.groups, mask.tolist()) if k]  # noqa: E731
-    enough = int(tested.sum()) >= 8
-    ours, alone = correct(held), correct(design.offset)
-    shown = tested if enough else judged
-    gain = None
-    if enough:
-        difference, weight = (ours - alone)[tested], design.weight[tested]
-        low, high = resampled(difference[:, None], weight, rows(tested))
-        gain = Share(float((weight * difference).sum() / weight.sum()), float(low), float(high))
+def _of_several(design: Design, mixture: Fitted, people: Sequence[str], person: str) -> Callable[[Tensor], Tensor]:
+    """Rows of choices -> the head (r,) of the mixture that is written: the person's, or the mean."""
+    who = torch.tensor([mixture.people.index(one) for one in people])
+
+    def head(rows: Tensor) -> Tensor:
+        prototypes, weights = solve(design, who, len(mixture.people), rows, mixture.precision, mixture.summary.prototypes)
+        return (weights[mixture.people.index(person)] if person else weights.mean(0)) @ prototypes
+
+    return head
+
+
+def _report(found: Gathered, seen: Agreement, tower: str, person: str, level: str, units: int, precision: float) -> Report:
+    """Without curve and mixture."""
     return Report(
         tower=tower,
-        choices=sum(not one.tie for one in comparisons),
+        person=person,
+        choices=found.choices,
         people=found.people,
-        prompts=len({one.keys.all[0] for one in comparisons}),
-        level=of.level,
-        groups=len(set(of.groups)),
+        prompts=len({one.keys.all[0] for one in found.comparisons}),
+        level=level,
+        units=units,
         precision=precision,
-        agreement=agreement(ours[tested], design.weight[tested], rows(tested)) if enough else None,
-        baseline=agreement(alone[shown], design.weight[shown], rows(shown)),
-        gain=gain,
-        curve=learning_curve(design, of, precision) if not math.isinf(precision) else None,
+        agreement=seen.head,
+        baseline=seen.tower,
+        gain=seen.gain,
+        chance=seen.chance,
+        curve=None,
         consistency=consistency(found),
         mixture=None,
         notes=found.notes,
     )
 
 
-def _file(known: Rated, design: Design, beta: Tensor, report: Report, sha256: str, person: str) -> TasteFile:
+def _file(known: Rated, design: Design, beta: Tensor, report: Report, sha256: str) -> TasteFile:
     theta, (unit, image, met) = design.basis @ beta, design.scales
     width = known.features.image.shape[1]
     columns, offset = design.columns(known.features)
     scores = offset + columns @ theta
-    share = report.agreement
+    plain = lambda one: (one.value, one.low, one.high) if one else None  # noqa: E731
     return TasteFile(
         baseline=(1 + float(theta[0])) / unit,
         image=theta[1 : 1 + width] / image,
@@ -202,8 +221,15 @@ def _file(known: Rated, design: Design, beta: Tensor, report: Report, sha256: st
         mean=float(scores.mean()),
         std=float(scores.std()),
         choices=report.choices,
-        agreement=(share.value, share.low, share.high) if share else None,
+        agreement=plain(report.agreement),
         precision=report.precision,
-        person=person,
-        facts={"baseline agreement": report.baseline.value, "people": report.people, "prompts": report.prompts},
+        person=report.person,
+        facts={
+            "baseline agreement": report.baseline.value,
+            "gain over the tower": plain(report.gain),
+            "by chance": report.chance,
+            "measured on other": report.level,
+            "people": report.people,
+            "prompts": report.prompts,
+        },
     )

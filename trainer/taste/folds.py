@@ -49,13 +49,17 @@ class Folds:
     parts: list[Fold]
 
 
-def folds(keys: Sequence[Keys], number: int = FOLDS, purpose: str = "taste") -> Folds:
-    """Folds whose sides share no prompt and no image, or, where there are too few prompts, no image. Deterministic."""
-    for level, named in (("prompt and image", [k.all for k in keys]), ("image", [k.named_images for k in keys])):
+def folds(keys: Sequence[Keys], number: int = FOLDS, purpose: str = "taste", level: str | None = None) -> Folds:
+    """Folds whose sides share no prompt and no image, or, where there are too few prompts, no image. Deterministic.
+
+    level: what is not shared, where it should be that of other folds and there are two groups at least.
+    """
+    for unshared, named in (("prompt and image", [k.all for k in keys]), ("image", [k.named_images for k in keys])):
         groups = components(named)
         sizes = Counter(groups)
-        if len(sizes) >= LEAST and max(sizes.values()) <= len(keys) / 2:
-            return Folds(level, groups, _parts(_dealt(groups, number, purpose), [k.named_images for k in keys]))
+        enough = len(sizes) > 1 if level else len(sizes) >= LEAST and max(sizes.values()) <= len(keys) / 2
+        if enough and level in (None, unshared):
+            return Folds(unshared, groups, _parts(_dealt(groups, number, purpose), [k.named_images for k in keys]))
     alone = components([(frozenset(k.images),) for k in keys])  # a pair that is judged again and again is one
     return Folds("pair", alone, _parts(_dealt(alone, len(keys), purpose), [k.named_images for k in keys]))
 

@@ -107,13 +107,13 @@ def newton(x: Tensor, offset: Tensor, outcome: Tensor, weight: Tensor, precision
         if float(gradient.abs().max()) < 1e-9 * max(1.0, precision):
             break
         step = torch.cholesky_solve(gradient[:, None], curvature(x, weight, chance, precision))[:, 0]
-        size = 1.0
-        while size > 1e-8 and loss(beta - size * step) > value:
+        size, lower = 1.0, loss(beta - step)
+        while size > 1e-8 and lower > value:
             size /= 2
+            lower = loss(beta - size * step)
         if size <= 1e-8:  # no step lowers the loss any more: rounding
             break
-        beta = beta - size * step
-        value = loss(beta)
+        beta, value = beta - size * step, lower
     return beta
 
 
@@ -144,6 +144,19 @@ def log_loss(design: Design, logits: Tensor) -> Tensor:
     known = logits.isfinite().all(1)
     logits, weight, outcome = logits[known], design.weight[known, None], design.outcome[known, None]
     return (weight * (F.softplus(logits) - outcome * logits)).sum(0) / weight.sum()
+
+
+def best_without(losses: Tensor, folds: Sequence[Fold]) -> Tensor:
+    """Losses (…,n,L) of pairs outside their fold, finite -> (…,n) int64: for each pair the λ that is best for the other folds' pairs.
+
+    Of equal ones the strongest prior. So no pair's own loss has a part in the choice of its λ.
+    """
+    found = torch.zeros(losses.shape[:-1], dtype=torch.long)
+    total = losses.sum(-2)
+    for _, test in folds:
+        others = total - losses[..., test, :].sum(-2)
+        found[..., test] = (losses.shape[-1] - 1 - others.flip(-1).argmin(-1))[..., None]
+    return found
 
 
 def best_precision(design: Design, folds: Sequence[Fold]) -> float:

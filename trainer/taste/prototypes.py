@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .folds import Folds
-from .head import Design, Fold, log_loss
+from .head import PRECISIONS, Design, Fold, log_loss, out_of_fold
 
 MOST = 4  # prototypes
+SEVERAL = PRECISIONS[:-2:2]
 PULL = 1.0  # precision of the prior on the softmax's logits, whose mean is equal weights
 ROUNDS, TOLERANCE = 60, 1e-8
 
@@ -31,7 +32,7 @@ class Mixture:
 
     prototypes: int
     loss: list[float]
-    """Cross-entropy of held-out choices with 1, 2, … prototypes."""
+    """Cross-entropy of held-out choices with 1, 2, … prototypes, each with its best λ."""
     weights: dict[str, list[float]]
     """Of each person's prototypes."""
 
@@ -49,6 +50,8 @@ class Fitted:
     """Prototypes (K,r) in the design's basis, and each person's weights (U,K)."""
 
     people: list[str]
+    precision: float
+    """λ of the prototypes."""
     prototypes: Tensor
     weights: Tensor
     held_out: Tensor
@@ -67,17 +70,23 @@ class Fitted:
         return self.weights.mean(0) @ self.prototypes
 
 
-def fit_mixture(design: Design, persons: Sequence[str], of: Folds, precision: float) -> Fitted:
-    """The number of prototypes, 1 to MOST and no more than people, by the folds' cross-entropy; then the fit to all choices."""
+def fit_mixture(design: Design, persons: Sequence[str], of: Folds) -> Fitted:
+    """λ and the number of prototypes, 1 to MOST and no more than people, together by the folds' cross-entropy; then the fit to all.
+
+    The λ of one prototype is among PRECISIONS, of several among SEVERAL: people of opposite tastes have one head only under the strongest
+    prior, and several under a weak one.
+    """
     people = sorted(set(persons))
     who = torch.tensor([people.index(one) for one in persons])
-    numbers = range(1, min(MOST, len(people)) + 1) if math.isfinite(precision) else range(1, 2)
-    tested = [_held_out(design, who, len(people), of.parts, precision, k) for k in numbers]
-    losses = [float(log_loss(design, own[:, None])) for own, _ in tested]
-    best = min(range(len(losses)), key=lambda i: (losses[i], i)) + 1
-    prototypes, weights = solve(design, who, len(people), torch.arange(len(design)), precision, best)
+    tested = {(1, precision): (logits, logits) for precision, logits in zip(PRECISIONS, out_of_fold(design, of.parts).unbind(1))}
+    for k in range(2, min(MOST, len(people)) + 1):
+        tested |= {(k, precision): _held_out(design, who, len(people), of.parts, precision, k) for precision in SEVERAL}
+    losses = {way: float(log_loss(design, own[:, None])) for way, (own, _) in tested.items()}
+    k, precision = min(losses, key=lambda way: (losses[way], way[0], -way[1]))
+    prototypes, weights = solve(design, who, len(people), torch.arange(len(design)), precision, k)
     named = {name: weights[i].tolist() for i, name in enumerate(people)}
-    return Fitted(people, prototypes, weights, *tested[best - 1], Mixture(best, losses, named))
+    by_number = [min(loss for (number, _), loss in losses.items() if number == n) for n in sorted({number for number, _ in losses})]
+    return Fitted(people, precision, prototypes, weights, *tested[k, precision], Mixture(k, by_number, named))
 
 
 def _held_out(design: Design, who: Tensor, people: int, parts: Sequence[Fold], precision: float, k: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..rewards.two_tower import TwoTower
 from ..rng import generator
-from .comparisons import FEWEST, Gathered
+from .comparisons import FEWEST, Gathered, once
 from .fit import rated, under_prompts
 from .folds import folds, plain
 from .head import Design, Features, best_precision
@@ -130,7 +130,8 @@ def next_pairs(
     features = under_prompts(tower, seen, prompts)
     if found is None or not found.comparisons:
         return questions(features, prompts, number, None, 1.0, apart=apart)
-    design, precision = rated(tower, found.comparisons).design(found.comparisons), 1.0
-    if len(found.comparisons) >= FEWEST:
-        precision = min(300.0, best_precision(design, folds([one.keys for one in found.comparisons]).parts))
+    comparisons = once(found.comparisons)
+    design, precision = rated(tower, comparisons).design(comparisons), 1.0
+    if len(comparisons) >= FEWEST:
+        precision = min(300.0, best_precision(design, folds([one.keys for one in comparisons]).parts))
     return questions(features, prompts, number, design, precision, apart=apart)
