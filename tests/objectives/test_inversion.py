@@ -157,6 +157,13 @@ def test_smpos_range_is_in_the_raw_unit_also_of_a_standardised_reward():
         SmPO().check(RunContext(Family(), Scaled(std=None)))
 
 
+def test_smpos_range_of_another_reward_is_warned_of(caplog):
+    SmPO(score_range=10.0).check(RunContext(Family(), Scaled()))
+    assert not caplog.records
+    SmPO().check(RunContext(Family(), Scaled(std=0.02)))  # HPSv2's, with PickScore's range: every label would be a half
+    assert "score_range = 16.7 is 835 standard deviations of this reward" in caplog.text
+
+
 def test_a_pair_of_equal_scores_teaches_nothing():
     policy, batch = Family(), pairs()
     loss, _ = SmPO(inversion_steps=3).begin(RunContext(policy, lambda images, prompts: torch.zeros(len(images))))(batch)

@@ -83,7 +83,7 @@ METHODS: dict[str, Method] = {
     "dspo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dmpo": Method(8, 4e-4, _GUIDED, "pairs"),
     "inpo": Method(24, 4e-4, _GUIDED, "pairs"),
-    "smpo": Method(30, 4e-4, _GUIDED, "pairs"),
+    "smpo": Method(30, 4e-4, {**_GUIDED, "score_range": 4.0}, "pairs"),  # of the proxy, raw, over 256 renders
     "mapo": Method(6, 4e-4, _GUIDED, "pairs"),
     "better-images": Method(6, 4e-4, {**_GUIDED, "name": "mapo", "beta": 0.0}, "pairs"),  # MaPO without its margin: plain training
     "diffusion-kto": Method(4, 4e-4, _GUIDED, "labels"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,6 +18,9 @@ from ...sampling import alpha, gaussian
 from ..base import RunContext
 from .dpo import DiffusionDPO
 from .errors import Noised
+
+log = logging.getLogger(__name__)
+_WIDE = 20  # standard deviations: images of a data set spread over some ten
 
 
 @torch.no_grad()
@@ -114,8 +118,14 @@ class SmPO(InPO):
         return True
 
     def check(self, context: RunContext) -> None:
-        """Refuse a reward without a raw unit, which `score_range` is in."""
+        """Refuse a reward without a raw unit, which `score_range` is in, and warn where that is far beyond the reward's spread."""
         self.unit(context.reward)
+        std = context.reward.std if isinstance(context.reward, ScaledReward) else None
+        if std is not None and self.score_range > _WIDE * std:
+            log.warning(
+                f"objective.score_range = {self.score_range:g} is {self.score_range / std:.0f} standard deviations of this reward, which hardly "
+                "decides any pair by it (16.7 is PickScore's): give the highest less the lowest score of such images"
+            )
 
     def unit(self, reward: Reward | None) -> float:
         """Raw scores that one of the reward's is worth; ValueError for a sum of standardised rewards."""
