@@ -123,8 +123,8 @@ class SmPO(InPO):
         std = context.reward.std if isinstance(context.reward, ScaledReward) else None
         if std is not None and self.score_range > _WIDE * std:
             log.warning(
-                f"objective.score_range = {self.score_range:g} is {self.score_range / std:.0f} standard deviations of this reward, which hardly "
-                "decides any pair by it (16.7 is PickScore's): give the highest less the lowest score of such images"
+                f"objective.score_range = {self.score_range:g} is {self.score_range / std:.0f} standard deviations of this reward, which "
+                "hardly decides any pair by it (16.7 is PickScore's): give the highest less the lowest score of such images"
             )
 
     def unit(self, reward: Reward | None) -> float:
