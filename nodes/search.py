@@ -15,6 +15,7 @@ from ..trainer.search.loop import Found
 from ..trainer.search.plan import Round, check, cost, fitted, rounds_of
 from ..trainer.search.settings import METHODS, Search, search_of
 from . import host
+from .lists import rgb
 from .particles import SearchSampler, branches, calls_per_step, name_of
 from .rewards import check_prompt
 from .scoring import score, table
@@ -29,7 +30,7 @@ def decoded(vae: Any, latents: Tensor, chunk: int) -> Tensor:
         image = vae.decode(part)
         if image.ndim == 5 and image.shape[1] != 1:
             raise ValueError(f"the latent is a video of {image.shape[1]} frames: a search scores images")
-        found.append((image.flatten(0, 1) if image.ndim == 5 else image)[..., :3].movedim(-1, 1).float().cpu().clamp(0, 1))
+        found.append(rgb(image.flatten(0, 1) if image.ndim == 5 else image).cpu())
     return torch.cat(found)
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -331,6 +332,25 @@ def test_a_server_that_answers_drop_by_drop_is_late():
         with pytest.raises(RewardUnavailable, match="asked 2 times and gave no answer: no answer within 0.05 s"):
             judge(noise(1), ["a"])
         assert time.monotonic() - begin < 1 and len(requests) == 3
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])  # while it connects, and while it agrees on a cipher
+def test_no_thread_outlives_a_server_that_never_answers(scheme):
+    before, full = set(threading.enumerate()), []
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        port = server.getsockname()[1]
+        for _ in range(3 if scheme == "http" else 0):  # the queue of connections is full: the next one waits
+            full.append(socket.socket())
+            full[-1].setblocking(False)
+            full[-1].connect_ex(("127.0.0.1", port))
+        with pytest.raises(RewardUnavailable, match=r"no answer within 0\.2 s"):
+            Endpoint.parse(f"{scheme}://127.0.0.1:{port}", False).ask("/health", None, 0.2, 0, 0.0, lambda: None)
+        end = time.monotonic() + 2
+        while set(threading.enumerate()) - before and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not set(threading.enumerate()) - before
+    for one in full:
+        one.close()
 
 
 def test_cancel_ends_the_wait_at_once():

@@ -7,6 +7,7 @@ import ipaddress
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -148,6 +149,7 @@ class _Exchange:
         self.status, self.kind, self.data, self.too_long = 0, "", b"", False
         self.error: Exception | None = None
         self._socket: socket.socket | None = None
+        self._closed = False
 
     def run(self) -> None:
         """Ask, and read the whole answer."""
@@ -171,20 +173,39 @@ class _Exchange:
         e, errors = self.endpoint, list[OSError]()
         plain = _LOOPBACK if e.host == "localhost" else (e.host,)
         for host in (e.host,) if e.secure else plain:  # a certificate is of a name
-            connection = (http.client.HTTPSConnection if e.secure else http.client.HTTPConnection)(host, e.port, timeout=self.seconds)
-            try:
-                connection.connect()
-            except OSError as error:
-                errors.append(error)
-                continue
-            self._socket = sock = cast(socket.socket, connection.sock)
-            if e.local and not ipaddress.ip_address(sock.getpeername()[0]).is_loopback:
-                raise OSError(f"{e.host} leads to another machine")
-            return connection
+            for family, kind, protocol, _, address in socket.getaddrinfo(host, e.port, type=socket.SOCK_STREAM):
+                try:
+                    sock = self._opened(socket.socket(family, kind, protocol), address)
+                except OSError as error:
+                    errors.append(error)
+                    self._shut()
+                    continue
+                connection = http.client.HTTPConnection(e.host, e.port)
+                connection.sock = sock
+                return connection
         raise errors[0]
+
+    def _opened(self, plain: socket.socket, address: Any) -> socket.socket:
+        """The socket, connected; `close` ends it at any moment of that."""
+        self._socket = plain
+        if self._closed:
+            raise OSError("closed")
+        plain.settimeout(self.seconds)
+        plain.connect(address)
+        if self.endpoint.local and not ipaddress.ip_address(plain.getpeername()[0]).is_loopback:
+            raise OSError(f"{self.endpoint.host} leads to another machine")
+        if self.endpoint.secure:
+            context = ssl.create_default_context()
+            self._socket = secured = context.wrap_socket(plain, server_hostname=self.endpoint.host, do_handshake_on_connect=False)
+            secured.do_handshake()
+        return self._socket
 
     def close(self) -> None:
         """End it, whatever the other side does."""
+        self._closed = True
+        self._shut()
+
+    def _shut(self) -> None:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
