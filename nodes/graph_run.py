@@ -23,6 +23,7 @@ from ..trainer.data.samples import Samples
 from ..trainer.lora.file import lora_tensors
 from ..trainer.memory.offload import offloads
 from ..trainer.policy import Lora
+from ..trainer.text import counted
 from ..trainer.training.config import TrainConfig, Watch
 from ..trainer.training.console import steps_until
 from ..trainer.training.evaluation import Evaluation
@@ -242,4 +243,4 @@ def _run(run: Run, evaluation: Evaluation, preview_every: int) -> str:
     seconds = time.monotonic() - begin
     peak = f", peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
     each = f" ({seconds / (run.step - first):.2f} s each)" if run.step > first else ""
-    return f"{run.step - first} steps in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"
+    return f"{counted(run.step - first, 'steps')} in {seconds:.0f} s{each}{peak}; LoRA and state in {run.folder}"

@@ -27,7 +27,7 @@ def objective_node(name: str, objective: type[Any]) -> type[io.ComfyNode]:
                 category=f"{CATEGORY}/training",
                 description=" ".join(inspect.cleandoc(objective.__doc__ or "").split()),
                 search_aliases=[objective.__name__, *_ALIASES],
-                inputs=widgets(objective),
+                inputs=widgets(objective, objective.unread),
                 outputs=[Objective.Output("objective", display_name="OBJECTIVE", tooltip="For Train LoRA (any objective).")],
             )
 

@@ -17,6 +17,7 @@ from ..trainer.pairs.filter import Filter, TextFeatures, filtered, valued
 from ..trainer.pairs.label import Pair, Scored, candidates
 from ..trainer.pairs.near_copies import Thumbnails
 from ..trainer.pairs.report import lines, report
+from ..trainer.text import counted
 from .lists import places, prompts_of, unfit, usable
 from .preferences import ImageInMemory, PreferencePairs, shown
 from .rewards import trained_on
@@ -33,9 +34,9 @@ def preview(pairs: Sequence[Pair]) -> Tensor:
     return torch.cat([shown([pair.chosen for pair in some]), shown([pair.rejected for pair in some])], 2)
 
 
-def said(candidates_: Sequence[Pair], kept: dict[str, list[Pair]], dropped: Counter[str], of: PreferencePairs) -> str:
-    """The report of what was kept."""
-    return "\n".join(lines(report(candidates_, kept, dropped, of.rewards, of.heldout), "standard deviations"))
+def said(candidates_: Sequence[Pair], kept: dict[str, list[Pair]], dropped: Counter[str], of: PreferencePairs, share: float = 0.0) -> str:
+    """The report of what was kept. share: of the pairs that was to be held out."""
+    return "\n".join(lines(report(candidates_, kept, dropped, of.rewards, of.heldout, share=share), "standard deviations"))
 
 
 class MakePairs(io.ComfyNode):
@@ -105,7 +106,7 @@ class MakePairs(io.ComfyNode):
         settings = Filter(per_prompt=per_prompt[0])
         kept = filtered(valued(found, settings, None, None), settings, Thumbnails(), dropped)
         if not kept:
-            raise ValueError(f"no pair: {', '.join(f'{number} {why}' for why, number in dropped.items())}; draw more or other images")
+            raise ValueError(f"no pair: {', '.join(counted(number, why) for why, number in dropped.items())}; draw more or other images")
         result = PreferencePairs(tuple(kept), tuple(one.name for one in rewards), heldout.name if heldout else "")
         text = "\n".join([said(found, {"pairs": kept}, dropped, result), *unfit(fit, "is left out"), *without])
         return io.NodeOutput(result, preview(kept), text, ui=show_text(cls, text))
@@ -178,10 +179,10 @@ class FilterPairs(io.ComfyNode):
         settings, dropped, thumbnails = collected(Filter, values), Counter[str](), Thumbnails()
         kept = filtered(valued(pairs.pairs, settings, _text_features(features), None), settings, thumbnails, dropped)
         if not kept:
-            raise ValueError(f"no pair is left: {', '.join(f'{number} {why}' for why, number in dropped.items())}")
+            raise ValueError(f"no pair is left: {', '.join(counted(number, why) for why, number in dropped.items())}")
         train, held = splitting.split(kept, split, split_seed, thumbnails, settings.near_copies)
         parts = {"pairs": train, **({"pairs-heldout": held} if held else {})}
-        text = said(pairs.pairs, parts, dropped, pairs)
+        text = said(pairs.pairs, parts, dropped, pairs, split)
         of = lambda part: PreferencePairs(tuple(part), pairs.rewards, pairs.heldout)  # noqa: E731
         return io.NodeOutput(of(train), of(held), preview(train), text, ui=show_text(cls, text))
 

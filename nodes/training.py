@@ -103,6 +103,11 @@ _SOCKETS = [
     Reward.Input("reward", tooltip="What to raise. It needs a gradient: every two-tower reward has one."),
     io.String.Input("prompts", multiline=True, tooltip="One per line. With images: the caption of each, in their order, or one for all."),
 ]
+_ANY_REWARD = Reward.Input(
+    "reward",
+    tooltip="What to raise. Objectives that follow its gradient (ReFL, DRaFT, SRPO, …) need one with it, as two-tower rewards have; policy "
+    "gradients and the black box take any. Objectives on pairs, likes or images alone do not train on it, SmPO aside: previews show it.",
+)
 _OPTIONAL = [
     io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts."),
     io.Conditioning.Input("conditioning", optional=True, tooltip="Instead of a clip: one conditioning for all prompts."),
@@ -180,7 +185,7 @@ class AlignLoraTrain(io.ComfyNode):
             shown=_SHOWN,
             is_output_node=True,
             inputs=[
-                *_SOCKETS,
+                *(_ANY_REWARD if socket.id == "reward" else socket for socket in _SOCKETS),
                 Objective.Input("objective", tooltip="From an Objective node."),
                 *_run_inputs(),
                 *_OPTIONAL,

@@ -15,7 +15,7 @@ from ..trainer.data.batches import Labels, Pairs, Prompts
 from ..trainer.data.buckets import Size, bucket_sizes
 from ..trainer.data.cache import TensorCache
 from ..trainer.data.samples import Listed, Samples, encode_images, encoded_samples, load_samples
-from ..trainer.text import lines
+from ..trainer.text import counted, lines
 from .folder import CaptionedFolder, resolve
 from .latents import Encoder, latents_per_token, pixels_per_latent
 from .lists import prompts_of
@@ -88,7 +88,7 @@ class TrainingData:
     def report(self, samples: Samples, vae: Any, batch_size: int) -> str:
         """What of a folder was taken, and in which sizes."""
         if self.listed:
-            liked, of_pairs = sum(one.label == 1.0 for one in self.listed), f"{len(self.listed)} pairs of {self.count} images"
+            liked, of_pairs = sum(one.label == 1.0 for one in self.listed), f"{counted(len(self.listed), 'pairs')} of {self.count} images"
             found = of_pairs if self.listed_key == "pairs" else f"{liked} liked and {len(self.listed) - liked} disliked images"
             return f"\n{found}, {self.size[1]}×{self.size[0]} pixels"
         if self.folder is None or samples.latents is None or samples.image is None:

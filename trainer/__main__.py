@@ -80,7 +80,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
         raise ConfigError(f"unknown argument {unknown[0]}; {hint}")
     if getattr(args, "resume", False) and getattr(args, "overwrite", False):
         raise ConfigError("give --resume to continue, or --overwrite to start again, not both")
-    args.settings = settings
+    args.settings, args.given = settings, given[1:]
     return args
 
 

@@ -14,6 +14,13 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_PLURALS = ("groups", "images", "pairs", "prompts", "steps")
+
+
+def counted(number: int, what: str) -> str:
+    """`1 pair held out`, `2 pairs held out`: a number and what it is of, whose first word may be one of _PLURALS."""
+    word, blank, rest = what.partition(" ")
+    return f"{number} {word.removesuffix('s') if number == 1 and word in _PLURALS else word}{blank}{rest}"
 
 
 def is_file(path: Path) -> bool:

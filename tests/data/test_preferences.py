@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_a_row_of_pick_a_pic_without_a_verdict_is_no_pair(table, folder):
         ("chosen,prompt\n0.png,p\n", r"table.csv, line 2: no worse image; name it in a column rejected"),
         ("rejected,prompt\n0.png,p\n", r"table.csv, line 2: no better image; name it in a column chosen"),
         ("chosen,rejected,prompt\n0.png,1.png,p\n0.png,0.png,p\n", r"table.csv, line 3: both images of the pair are 0.png: name two"),
-        ("chosen,rejected,prompt\n0.png,gone.png,p\n", r"table.csv names .*gone.png, which does not exist"),
+        ("chosen,rejected,prompt\n0.png,gone.png,p\n", r"table.csv, line 2 names .*gone.png, which does not exist"),
         ("image_0,image_1,label_0,prompt\n0.png,1.png,maybe,p\n", r"line 2: label_0 is 'maybe': give 1 where image_0 is better"),
         ("image_0,image_1,prompt\n0.png,1.png,p\n", r"line 2: label_0 is missing: give 1"),
         ("chosen,rejected,prompt\n", r"table.csv names no pair"),
@@ -109,9 +110,9 @@ def test_folders_of_pairs(halves):
         read_pairs(str(halves))
     with pytest.raises(ValueError, match=r"has no folder liked: put the better images in liked, the worse in disliked"):
         read_pairs(str(halves / "liked"))
-    with pytest.raises(ValueError, match=r"pairs = nowhere: give a folder with liked and disliked, a table"):
+    with pytest.raises(ValueError, match=r"pairs = nowhere: no such file or folder"):
         read_pairs("nowhere")
-    with pytest.raises(ValueError, match=r"pairs = ~/pairs.csv: the file does not exist; write the folder instead of ~"):
+    with pytest.raises(ValueError, match=r"pairs = ~/pairs.csv: no such file or folder; write the folder instead of ~"):
         read_pairs("~/pairs.csv")
 
 
@@ -145,7 +146,7 @@ def test_an_image_with_both_labels_is_liked(table, folder):
         ("image,prompt,vote,liked\n0.png,p,1,no\n", "line 2: liked is 'no' and vote '1': leave one of these columns out"),
         ("image,prompt,label\n0.png,p,1\n1.png,p,0\n2.png,p,-1\n", r"labels are 0 and -1 as well: leave out what is neither"),
         ("image,prompt,label\n0.png,p,1\n1.png,p,yes\n", r"table.csv: 2 images are liked and 0 disliked: give some of both"),
-        ("image,prompt,label\ngone.png,p,1\n1.png,p,0\n", r"table.csv names .*gone.png, which does not exist"),
+        ("image,prompt,label\ngone.png,p,1\n1.png,p,0\n", r"table.csv, line 2 names .*gone.png, which does not exist"),
     ],
 )
 def test_labels_that_are_neither_are_one_line(content, message, table):
@@ -226,3 +227,22 @@ def test_what_tells_one_set_of_preferences_from_another(table):
 def test_one_source_at_a_time():
     with pytest.raises(ValueError, match="images and pairs are both given: a run trains on one of them"):
         check_sources("", "photos", "pairs.csv")
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "said"),
+    [
+        (read_pairs, "image,prompt,label\n0.png,p,1\n", "pairs = {}: its rows name one image each; images with labels are `labels`"),
+        (read_labels, "chosen,rejected,prompt\n0.png,1.png,p\n", "labels = {}: its rows name two images each; pairs are `pairs`"),
+        (read_labels, "image_0,image_1,label_0,prompt\n0.png,1.png,1,p\n", "labels = {}: its rows name two images each"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_the_other_kind_of_table_is_told_its_key(read, content, said, suffix, table):
+    path = table(content)
+    if suffix == "jsonl":
+        names, values = (line.split(",") for line in content.splitlines())
+        path = path.with_suffix(".jsonl")
+        path.write_text(json.dumps(dict(zip(names, values))) + "\n")
+    with pytest.raises(ValueError, match=re.escape(said.format(path))):
+        read(str(path))

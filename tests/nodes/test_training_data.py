@@ -119,7 +119,7 @@ def test_pairs_train_in_a_graph_as_the_command_does(pairs):
     assert error < 5e-3 and size > 0.1, pairs["lora"]
     assert pairs["report"].splitlines()[-1] == "3 pairs of 6 images, 64×64 pixels"
     assert pairs["likes"].splitlines()[-1] == "3 liked and 3 disliked images, 64×64 pixels"
-    assert pairs["captions"].startswith("1 steps in")
+    assert pairs["captions"].startswith("1 step in")
 
 
 def test_pairs_are_made_filtered_saved_and_loaded(pairs):
@@ -127,7 +127,7 @@ def test_pairs_are_made_filtered_saved_and_loaded(pairs):
     assert (number, shape) == (3, [3, 128, 256, 3]) and pairs["best and worst"], pairs["made"]
     assert report.splitlines()[:2] == [
         "kept 3 of 9 pairs: 3 for training (3 prompts)",
-        "dropped: 6 beyond the number per prompt, 1 images alone under their prompt",
+        "dropped: 6 beyond the number per prompt, 1 image alone under their prompt",
     ]
     every, kept, held, said = pairs["filtered"]
     assert every >= kept + held and held == 1 and pairs["sides"] and "order" in said and "held-out demo-heldout prefers" in said
@@ -155,7 +155,7 @@ def test_pairs_are_made_filtered_saved_and_loaded(pairs):
         ("no prompt", "an image has no prompt: images are compared under one prompt, which training needs too"),
         ("twice", "reward demo-proxy is connected twice"),
         ("held out", "heldout is demo-proxy, which ranks the images too"),
-        ("copies", "no pair: 1 images alone under their prompt, 9 equal scores"),
+        ("copies", "no pair: 1 image alone under their prompt, 9 equal scores"),
         ("no scale", "no mean and standard deviation are known for compressibility, in which several rewards are compared"),
         ("margin", "no pair is left: 3 margin too small"),
         ("no features", "diversity_weight is set: distances of prompts need a two-tower reward"),

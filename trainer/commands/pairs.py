@@ -14,13 +14,15 @@ from ..data.manifest import PROMPT_COLUMNS
 from ..data.report import Report
 from ..data.rows import read_rows
 from ..pairs.filter import Filter, check_quality, filtered, valued
-from ..pairs.label import Label, Pair, Scored, candidates, relabelled
+from ..pairs.label import Label, Pair, Scored, candidates, relabelled, without_repeats
 from ..pairs.near_copies import Thumbnails
 from ..pairs.report import lines, report
 from ..pairs.split import split
+from ..text import counted
 from . import pairs_source as sources
 from . import sample
 from .options import add_remote, device_of
+from .pairs_arguments import as_arguments, with_earlier
 from .pairs_folder import PairsFolder
 from .pairs_rewards import Judges
 
@@ -33,7 +35,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pairs")
     add = group.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for images, scores, tables and report.json")
-    add("--resume", action="store_true", help="go on with an interrupted run, or label and filter a finished one anew")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted run, or label and filter a finished one anew; its other arguments stay",
+    )
     add("--overwrite", action="store_true", help="start again in the folder of an earlier run")
     add("--from", dest="source", action="append", metavar="PATH", help="score these images instead of drawing: as `score` takes them")
     add("--from-pairs", metavar="SOURCE", help="score these pairs instead of drawing: as `train --pairs` takes them")
@@ -43,9 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="raw scores, whose units margins then have, instead of standard deviations")
     about = "better is: sum, the weighted sum of scores (default); majority, the rewards' votes; given, as --from-pairs says (its default)"
     add("--label", choices=_LABELS, help=about)
-    add("--split", type=float, default=0.1, metavar="X", help="share of the pairs that is held out, prompts and images of its own (0.1)")
+    add("--split", type=float, metavar="X", help="share of the pairs that is held out, prompts and images of its own (0.1)")
     add("--quality", type=Path, metavar="FILE", help="table with columns prompt and quality, for --quality-weight")
-    add("--batch", type=int, default=32, metavar="N", help="images scored together (default 32)")
+    add("--batch", type=int, metavar="N", help="images scored together (default 32)")
     for f in fields(Filter):
         kind = type(f.default)
         add(f"--{f.name.replace('_', '-')}", type=kind, metavar="X", help=f"{f.metadata['help']} (default {f.default})".replace("%", "%%"))
@@ -56,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
     Everything is checked before the first image is drawn.
     """
+    folder = PairsFolder(args.out)
+    args = with_earlier(args, folder.arguments(), configure) if args.resume else args
+    args.split, args.batch = 0.1 if args.split is None else args.split, 32 if args.batch is None else args.batch
     settings = _filter(args)
     _check(args, settings)
     label = args.label or ("given" if args.from_pairs else "sum")
@@ -65,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
     source = sources.source_of(args, judges.needs_prompt)
     if settings.quality_weight:
         check_quality(source.all_prompts, quality or {})
-    folder = PairsFolder(args.out)
     facts = {**source.facts, **judges.facts}
-    folder.begin(facts, resume=args.resume, overwrite=args.overwrite)
+    folder.begin(facts, as_arguments(args, configure), resume=args.resume, overwrite=args.overwrite)
     source.provide(folder)
     scored, bad = judges.scored(source, folder, args.batch)
     dropped: Counter[str] = Counter(source.dropped)
@@ -77,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
     thumbnails = Thumbnails()
     kept = filtered(valued(pairs, settings, judges.text_features, quality), settings, thumbnails, dropped)
     if not kept:
-        reasons = ", ".join(f"{number} {why}" for why, number in dropped.items())
+        reasons = ", ".join(counted(number, why) for why, number in dropped.items())
         raise ValueError(f"no pair is left ({reasons}): with --resume other settings label and filter the same scores")
     train, heldout = split(kept, args.split, args.seed or 0, thumbnails, settings.near_copies)
     parts = {"pairs": train, "pairs-heldout": heldout} if heldout else {"pairs": train}
-    found = report(pairs, parts, dropped, judges.names, args.heldout or "", source.given)
+    found = report(pairs, parts, dropped, judges.names, args.heldout or "", source.given, args.split)
     used = {"label": label, "raw": args.raw, "split": args.split, "filter": plain(settings)}
     names = folder.finish(parts, judges.names, {**found, "settings": used})
     print(
@@ -130,6 +138,10 @@ def _labelled(label: str, source: sources.Source, scored: Sequence[Scored], judg
     whole = [(better, worse) for better, worse in both if better and worse]
     if len(whole) < len(both):
         dropped["pairs with an image that was not scored"] = len(both) - len(whole)
+    whole, contrary = without_repeats(whole, chosen is None, dropped)
+    if contrary:
+        (better, worse), more = contrary[0], f" and {len(contrary) - 1} more" if len(contrary) > 1 else ""
+        print(f"labelled both ways: {better.image} and {worse.image} under {better.prompt!r}{more}")
     return list(relabelled(whole, judges.weights, chosen, dropped))
 
 

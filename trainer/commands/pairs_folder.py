@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,18 +15,25 @@ from ..runtime.files import write_text
 from .image_folder import ImageFolder
 
 SETTINGS, REPORT = "settings.json", "report.json"
+ARGUMENTS = "arguments"
+JOURNAL = "journal"
+"""The end of the name of the scores by image, which a finished run keeps: it labels them anew."""
 _TABLES = {"pairs": "labels", "pairs-heldout": "labels-heldout"}
 
 
 class PairsFolder:
-    """`settings.json`, `images/`, `scores.csv`, `pairs.jsonl`, `labels.jsonl`, both also with `-heldout`, and last `report.json`."""
+    """`settings.json`, `images/`, `scores.csv` and its journal, the tables, and last `report.json`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.images = ImageFolder(path / "images")
         self.scores = path / "scores.csv"
 
-    def begin(self, facts: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def arguments(self) -> list[str]:
+        """Those of its last call; none of a folder of an earlier version, or of nothing."""
+        return list(self._settings().get(ARGUMENTS, ())) if self._used() else []
+
+    def begin(self, facts: Mapping[str, Any], arguments: Sequence[str], *, resume: bool, overwrite: bool) -> None:
         """Create the folder; ConfigError where it is in use, or is another run's. facts: what images and scores depend on."""
         facts = {"command": "pairs", **json.loads(json.dumps(facts))}
         if self.path.exists() and not self.path.is_dir():
@@ -34,15 +42,17 @@ class PairsFolder:
         if before is not None and not (resume or overwrite):
             raise ConfigError(f"{self.path} exists: add --resume to go on with its run, or --overwrite to start again")
         if before is not None and resume:
-            then, now = _flat(before), _flat(facts)
+            then, now = _flat({key: value for key, value in before.items() if key != ARGUMENTS}), _flat(facts)
             key = next((key for key in {**now, **then} if then.get(key) != now.get(key)), None)
             if key is not None:
                 said = ("", "") if key.startswith("weights") else (f", {_short(then.get(key))}", f", now {_short(now.get(key))}")
                 raise ConfigError(
                     f"{self.path / SETTINGS}: the run has other {key}{said[0]}{said[1]}: give the same, or --overwrite to start again"
                 )
+        for path in self.path.glob("scores.csv.*.partial") if before is not None else ():  # of earlier versions
+            os.replace(path, path.with_suffix(f".{JOURNAL}"))
         if before is not None and overwrite:
-            for path in (*self._tables(), self.scores, *self.path.glob("scores.csv.*.partial")):
+            for path in (*self._tables(), self.scores, *self.path.glob(f"scores.csv.*.{JOURNAL}")):
                 path.unlink(missing_ok=True)
             drawn = [self.images.image(number) for number in range(int(before.get("images_drawn", 0)))]
             for path in (self.images.path / SETTINGS, *drawn, *(image.with_suffix(".txt") for image in drawn)) if drawn else ():
@@ -51,7 +61,7 @@ class PairsFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error}") from error
-        write_text(json.dumps(facts, indent=1) + "\n", self.path / SETTINGS)
+        write_text(json.dumps({**facts, ARGUMENTS: list(arguments)}, indent=1) + "\n", self.path / SETTINGS)
 
     def finish(self, parts: Mapping[str, Sequence[Pair]], rewards: Sequence[str], report: Mapping[str, Any]) -> list[str]:
         """Write the tables of pairs by their names, and of their labels, and last the report; returns the files' names."""

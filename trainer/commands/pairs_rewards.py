@@ -26,7 +26,7 @@ from ..scoring.items import Item
 from ..scoring.journal import Journal
 from ..scoring.scorer import ScoredImage, score
 from ..scoring.table import Table
-from .pairs_folder import PairsFolder
+from .pairs_folder import JOURNAL, PairsFolder
 from .pairs_source import Source
 from .score import check_names
 
@@ -129,7 +129,7 @@ class Judges:
         from tqdm import tqdm
 
         items = [Item(item.path, item.prompt or "") for item in source.items()]
-        journal = Journal(folder.scores, 0, {**self.facts, "batch": batch})
+        journal = Journal(folder.scores, 0, {**self.facts, "batch": batch}, JOURNAL)
         journal.refresh(items)
         known = {(row.path, row.prompt): row for row in journal.finished() if not row.error}
         groups = [items[first : first + batch] for first in range(0, len(items), batch)]

@@ -40,7 +40,7 @@ from ..runtime.files import file_hash, files_hash
 from ..runtime.processes import Processes
 from ..training.config import TrainConfig
 from ..training.evaluation import CHUNK, Evaluation, Reference
-from ..training.parts import Parts, asks_reward, check_heldout, check_settings, weights_of
+from ..training.parts import Parts, asks_reward, check_data, check_heldout, check_settings, weights_of
 
 log = logging.getLogger(__name__)
 REFERENCES = 500  # images at most that a watch's FID and LogCov compare with
@@ -52,6 +52,7 @@ def load_parts(config: TrainConfig, device: str, processes: Processes, *, resume
     resume: a run of an earlier version may have been watched by the reward that it trains on, and goes on with a warning.
     """
     source = config.images or config.pairs or config.labels
+    check_data(config)
     check_sources(config.prompts, config.images, config.pairs, config.labels)
     if config.prompts and source:
         key = next(key for key in ("images", "pairs", "labels") if getattr(config, key))

@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.out} exists: --overwrite replaces it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(text, args.out)
-    print(f"wrote {args.out}: set model, data and rewards in it, then python -m trainer train {quoted(args.out)}")
+    keys = ["model", METHODS[args.method].data, *(["reward"] if OBJECTIVES[args.method]().needs_reward else []), "watch.heldout"]
+    train = f"python -m trainer train {quoted(args.out)}"
+    print(f"wrote {args.out}; the memory that it takes, before any file is there: {train} --model={args.model} --plan")
+    print(f"set {', '.join(keys[:-1])} and {keys[-1]} in it, then: {train}")
     return 0
 
 

@@ -59,7 +59,7 @@ def _settings(cls: Any, prefix: str, without: set[str] | None = None) -> list[st
     """Help lines of a dataclass: key, meaning, default."""
     lines: list[str] = []
     for f in fields(cls):
-        if f.name not in (without or ()):
+        if f.name not in (*(without or ()), *getattr(cls, "unread", ())):
             default = "" if f.default is MISSING or f.default in ("", None) else f" [{json.dumps(plain(f.default))}]"
             lines.append(f"  {'--' + prefix + f.name + '=…':<36} {f.metadata.get('help', '')}{default}")
     return lines

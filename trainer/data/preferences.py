@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,14 @@ def list_pairs(source: str, report: Report | None = None) -> list[Listed]:
     report = Report() if report is None else report
     if source.startswith(PREFIX):
         return [Listed((better, worse), prompt) for better, worse, prompt in dataset_pairs(source, report)]
-    path = _source(source, "pairs", report)
+    path = source_of(source, "pairs", report)
     if is_choices(path) or path.is_dir():
         read = preference_rows if is_choices(path) else paired_folder
         found = [Listed((better, worse), prompt) for better, worse, prompt in read(path, report)]
     else:
+        _check_kind(path, "pairs")
         found = [pair for row in _rows(path, report) if (pair := _pair(path, row, report))]
+        _note_repeats(found, report)
     if not found:
         ties = len(report.left_out.get("ties", ()))
         raise ValueError(f"{path} names no pair{f': all of its {ties} rows are ties, or unlabelled' if ties else ''}")
@@ -81,7 +84,7 @@ def list_labels(source: str, report: Report | None = None) -> list[Listed]:
     if source.startswith(PREFIX):
         found = [Listed((image,), prompt, label) for image, prompt, label in dataset_labels(source, report)]
     else:
-        path = _source(source, "labels", report)
+        path = source_of(source, "labels", report)
         found = _labels_of(path, report)
         _check_files(path, [Path(str(one.images[0])) for one in found])
     best: dict[tuple[ImageSource, str], Listed] = {}
@@ -104,20 +107,47 @@ def list_labels(source: str, report: Report | None = None) -> list[Listed]:
 
 def _labels_of(path: Path, report: Report) -> list[Listed]:
     if not (path.is_dir() or is_choices(path)):
+        _check_kind(path, "labels")
         return _labelled_rows(path, report)
     read = labelled_folder if path.is_dir() else label_rows
     return [Listed((image,), prompt, label) for image, prompt, label in read(path, report)]
 
 
-def _source(source: str, key: str, report: Report) -> Path:
+def source_of(source: str, key: str, report: Report) -> Path:
+    """The table, file of choices or folder of halves that `key`, pairs or labels, names; of a run of `pairs`, its table in the folder."""
     report.source, path = source, Path(source)
-    if path.suffix.lower() in SUFFIXES and not path.is_file():
-        raise ValueError(f"{key} = {source}: the file does not exist{'; write the folder instead of ~' if source.startswith('~') else ''}")
+    if path.is_dir() and not any((path / half).is_dir() for half in FOLDERS) and (path / f"{key}.jsonl").is_file():
+        report.source = str(path / f"{key}.jsonl")
+        return path / f"{key}.jsonl"
+    if not path.exists():
+        raise ValueError(f"{key} = {source}: no such file or folder{'; write the folder instead of ~' if source.startswith('~') else ''}")
     if not is_listing(path):
         raise ValueError(
             f"{key} = {source}: give a folder with {' and '.join(FOLDERS)}, a table ({', '.join(SUFFIXES)}), or {PREFIX}DATASET"
         )
-    return Path(source)
+    return path
+
+
+def _check_kind(path: Path, key: str) -> None:
+    """ValueError where a table is one of the other key's: images with labels instead of pairs, or pairs instead of labels."""
+    of_pairs, of_labels = {*CHOSEN_COLUMNS, *REJECTED_COLUMNS, *TWO_COLUMNS[:2]}, {*IMAGE_COLUMNS}
+    try:
+        columns = set(next(iter(read_rows(path, (*of_pairs, *of_labels), PROMPT_COLUMNS, Report()))).values)
+    except (ValueError, StopIteration):
+        return  # reading it says why
+    if key == "pairs" and columns & of_labels and columns & {*LABEL_COLUMNS} and not columns & of_pairs:
+        raise ValueError(f"pairs = {path}: its rows name one image each; images with labels are `labels`, for objectives on likes")
+    if key == "labels" and columns & of_pairs and not columns & of_labels:
+        raise ValueError(f"labels = {path}: its rows name two images each; pairs are `pairs`, for objectives on pairs")
+
+
+def _note_repeats(pairs: Sequence[Listed], report: Report) -> None:
+    seen = Counter((one.images, one.caption) for one in pairs)
+    for (better, worse), caption in seen:
+        if seen[(better, worse), caption] > 1:
+            report.note("pairs given more than once", Path(str(better)).name)
+        if (worse, better) > (better, worse) and ((worse, better), caption) in seen:
+            report.note("pairs labelled both ways", f"{Path(str(better)).name} and {Path(str(worse)).name}")
 
 
 def _check_files(path: Path, images: Sequence[Path]) -> None:
@@ -144,15 +174,21 @@ def _pair(path: Path, row: Row, report: Report) -> Listed | None:
     for name, what, columns in zip(names, ("better", "worse"), (CHOSEN_COLUMNS, REJECTED_COLUMNS)):
         if not isinstance(name, str) or "\0" in name:
             raise ValueError(f"{row.where}: no {what} image; name it in a column {', '.join(columns[:3])}")
-    better, worse = (resolve_image(path.parent, str(name), report) for name in names)
+    better, worse = (_there(row, path.parent, str(name), report) for name in names)
     if better == worse:
         raise ValueError(f"{row.where}: both images of the pair are {better.name}: name two")
     detail = detail_of(row, path.parent, sides, report)
-    prompt = prompt_in(row, "", report) or (caption_beside(better, report) if is_file(better) else None)
-    prompt = prompt or next(iter(detail.captions), "")
-    if not prompt and is_file(better):
+    prompt = prompt_in(row, "", report) or caption_beside(better, report) or next(iter(detail.captions), "")
+    if not prompt:
         raise ValueError(f"{row.where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}, or beside {better.name}")
     return Listed((better, worse), prompt, None, detail)
+
+
+def _there(row: Row, folder: Path, name: str, report: Report) -> Path:
+    image = resolve_image(folder, name, report)
+    if not is_file(image):
+        raise ValueError(f"{row.where} names {CONTROL.sub(' ', str(image))}, which does not exist")
+    return image
 
 
 def _labelled_rows(path: Path, report: Report) -> list[Listed]:
@@ -164,11 +200,11 @@ def _labelled_rows(path: Path, report: Report) -> list[Listed]:
             raise ValueError(f"{row.where}: no image; name one in a column {', '.join(IMAGE_COLUMNS[:3])}")
         word = _label_of(row)
         words.add(word)
-        image = resolve_image(path.parent, name, report)
-        prompt = prompt_in(row, "", report) or (caption_beside(image, report) if is_file(image) else None)
-        if not prompt and is_file(image):
+        image = _there(row, path.parent, name, report)
+        prompt = prompt_in(row, "", report) or caption_beside(image, report)
+        if not prompt:
             raise ValueError(f"{row.where}: no prompt; write it in a column {', '.join(PROMPT_COLUMNS[:3])}, or beside {image.name}")
-        found.append(Listed((image,), prompt or "", 1.0 if word in LIKED else -1.0, detail_of(row, path.parent, (), report)))
+        found.append(Listed((image,), prompt, 1.0 if word in LIKED else -1.0, detail_of(row, path.parent, (), report)))
     check_words(words, str(path))
     return found
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import IO
 
-from ..text import CONTROL
+from ..text import CONTROL, counted
 
 _EXAMPLES = 2
 
@@ -51,5 +51,6 @@ class Report:
 
 def _listed(reasons: dict[str, list[str]]) -> str:
     return ", ".join(
-        f"{len(names)} {why} ({', '.join(names[:_EXAMPLES])}{', …' if len(names) > _EXAMPLES else ''})" for why, names in reasons.items()
+        f"{counted(len(names), why)} ({', '.join(names[:_EXAMPLES])}{', …' if len(names) > _EXAMPLES else ''})"
+        for why, names in reasons.items()
     )

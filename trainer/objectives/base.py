@@ -86,6 +86,8 @@ class Objective(ABC):
 
     title: ClassVar[str]
     """As pages, nodes and presets write it; the name of the class where it says nothing else."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Fields of what it is derived from that mean nothing here: no widget, no line of help, and refused where they are set."""
     reads_details: ClassVar[bool] = False
     """Whether it heeds `data.batches.Details`."""
     steps: int

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..text import counted
 from .label import Pair
 from .near_copies import Thumbnails
 
@@ -74,7 +75,7 @@ def check_quality(prompts: Iterable[str], quality: Mapping[str, float]) -> None:
     """ValueError where a prompt has none."""
     lacking = [prompt for prompt in dict.fromkeys(prompts) if prompt not in quality]
     if lacking:
-        raise ValueError(f"{len(lacking)} prompts have no quality, such as {lacking[0]!r}: give one of each")
+        raise ValueError(f"no quality is given for {counted(len(lacking), 'prompts')}, such as {lacking[0]!r}: give one of each")
 
 
 def neighbour_distances(features: Tensor, k: int) -> list[float]:

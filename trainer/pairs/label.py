@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Literal
 
 from ..data.images import ImageSource
+from ..data.samples import content_hash
 
 Label = Literal["sum", "majority"]
 """sum: of the weighted scores; majority: of the rewards' votes."""
@@ -44,6 +45,11 @@ class Pair:
     heldout: float | None = None
     value: float | None = None
     """What filters rank pairs by; see `filter.valued`."""
+
+
+def significant(value: float) -> float:
+    """For a table: nine digits, whatever the unit."""
+    return float(f"{value:.9g}")
 
 
 def candidates(scored: Iterable[Scored], weights: Sequence[float], label: Label, dropped: Counter[str]) -> Iterator[Pair]:
@@ -82,6 +88,28 @@ def labelled(first: Scored, second: Scored, weights: Sequence[float], label: Lab
     agreement = sum(gap > 0 for gap in signed) / len(signed)
     heldout = None if first.heldout is None or second.heldout is None else first.heldout - second.heldout
     return Pair(first.image, second.image, first.prompt, margin, agreement, tuple(gaps), heldout, margin)
+
+
+def without_repeats(
+    pairs: Iterable[tuple[Scored, Scored]], keep_labels: bool, dropped: Counter[str]
+) -> tuple[list[tuple[Scored, Scored]], list[tuple[Scored, Scored]]]:
+    """The pairs of equal images and prompt once, the first of each; and those that are labelled both ways, once each.
+
+    keep_labels: these have no label, and are not among the first.
+    """
+    found: dict[tuple[frozenset[str], str], list[tuple[Scored, Scored]]] = {}
+    contents: dict[ImageSource, str] = {}
+    for pair in pairs:
+        for one in pair:
+            contents.setdefault(one.image, content_hash(one.image))
+        found.setdefault((frozenset(contents[one.image] for one in pair), pair[0].prompt), []).append(pair)
+    both = [same[0] for same in found.values() if len({contents[better.image] for better, _ in same}) > 1]
+    again = sum(len(same) for same in found.values()) - len(found) - (len(both) if keep_labels else 0)
+    if again:
+        dropped["pairs given again"] += again
+    if both and keep_labels:
+        dropped["pairs labelled both ways"] += len(both)
+    return [same[0] for same in found.values() if not (keep_labels and same[0] in both)], both
 
 
 def relabelled(

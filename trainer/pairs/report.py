@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..data.images import ImageSource
-from .label import WITHOUT, Pair
+from ..text import counted
+from .label import WITHOUT, Pair, significant
 
 
 def report(
@@ -18,10 +19,12 @@ def report(
     rewards: Sequence[str],
     heldout: str,
     given: Sequence[tuple[ImageSource, ImageSource, str]] | None = None,
+    share: float = 0.0,
 ) -> dict[str, Any]:
     """Of all candidates and of the kept ones of each table, as plain values.
 
     given: the pairs as they were labelled before, better image, worse image and prompt; `turned` counts those of the other label.
+    share: of the pairs that was to be held out.
     `agreement` has of every two rewards the share of candidates that they order alike, of those that both order.
     """
     together = [pair for part in kept.values() for pair in part]
@@ -37,6 +40,9 @@ def report(
         before = set(given)  # which may have a pair both ways
         turned = {name: [(p.chosen, p.rejected, p.prompt) not in before for p in part] for name, part in kept.items()}
         found["turned"] = {name: sum(each) for name, each in turned.items()}
+    if share:
+        asked = max(1, round(share * len(together)))
+        found["split"] = {"share": share, "asked": asked, "held_out": len(kept.get("pairs-heldout", ()))}
     if heldout:
         found["heldout"] = {"reward": heldout, "candidates": _prefers(candidates), "kept": _prefers(together)}
     return found
@@ -46,12 +52,18 @@ def lines(found: Mapping[str, Any], unit: str) -> list[str]:
     """A report in sentences. unit: of the margins."""
     kept, dropped = found["kept"], found["dropped"]
     names = {"pairs": "for training", "pairs-heldout": "held out"}
-    parts = [f"{number} {names.get(name, name)} ({found['prompts'][name]} prompts)" for name, number in kept.items()]
-    said = [f"kept {sum(kept.values())} of {found['candidates']} pairs: {', '.join(parts)}"]
+    parts = [f"{number} {names.get(name, name)} ({counted(found['prompts'][name], 'prompts')})" for name, number in kept.items()]
+    said = [f"kept {sum(kept.values())} of {counted(found['candidates'], 'pairs')}: {', '.join(parts)}"]
+    split = found.get("split", {"asked": 0, "held_out": 0})
+    if split["asked"] != split["held_out"]:
+        said.append(
+            f"held out {split['held_out']} where {split['share']:g} of the pairs is {split['asked']}: pairs that share a prompt or "
+            "near-copies of an image stay together"
+        )
     if dropped:
-        said.append(f"dropped: {', '.join(f'{number} {why}' for why, number in dropped.items())}")
+        said.append(f"dropped: {', '.join(counted(number, why) for why, number in dropped.items())}")
     if "turned" in found:
-        said.append(f"labels turned round by the rewards: {sum(found['turned'].values())} of {sum(kept.values())} kept pairs")
+        said.append(f"labels turned round by the rewards: {sum(found['turned'].values())} of {counted(sum(kept.values()), 'pairs')}")
     for of, quantiles in found["margins"].items():
         if quantiles:
             low, middle, high = (f"{quantiles[key]:.3g}" for key in ("10%", "50%", "90%"))
@@ -68,7 +80,7 @@ def _quantiles(pairs: Sequence[Pair]) -> dict[str, float]:
     if not len(margins):
         return {}
     ordered = margins.sort().values
-    return {f"{share}%": round(float(ordered[round(share / 100 * (len(ordered) - 1))]), 6) for share in (0, 10, 50, 90, 100)}
+    return {f"{share}%": significant(float(ordered[round(share / 100 * (len(ordered) - 1))])) for share in (0, 10, 50, 90, 100)}
 
 
 def _alike(pairs: Sequence[Pair], i: int, j: int) -> float | None:

@@ -11,11 +11,11 @@ from typing import Any, cast
 
 from ..data.choices import is_choices
 from ..data.images import ImageSource
-from ..data.preferences import read_pairs
+from ..data.preferences import read_pairs, source_of
 from ..data.report import Report
 from ..runtime.files import write_text
 from ..text import lines, read_text
-from .label import Pair
+from .label import Pair, significant
 
 SUFFIX = ".jsonl"
 
@@ -31,13 +31,14 @@ def _pair_line(pair: Pair, rewards: Sequence[str], folder: Path) -> dict[str, An
         "chosen": from_folder(pair.chosen, folder),
         "rejected": from_folder(pair.rejected, folder),
         "prompt": pair.prompt,
-        **{name: round(value, 6) for name, value in known.items() if value is not None},
-        **({"gaps": {name: round(gap, 6) for name, gap in zip(rewards, pair.gaps)}} if pair.gaps else {}),
+        **{name: significant(value) for name, value in known.items() if value is not None},
+        **({"gaps": {name: significant(gap) for name, gap in zip(rewards, pair.gaps)}} if pair.gaps else {}),
     }
 
 
 def read_table(path: Path, report: Report) -> tuple[list[Pair], list[str]]:
     """The pairs of any source of files that training takes, and the names of the rewards of their gaps; of `write_pairs`, all it wrote."""
+    path = source_of(str(path), "pairs", report)
     found = read_pairs(str(path), report)
     own: list[dict[str, Any]] = []
     if path.is_file() and path.suffix.lower() == SUFFIX and not is_choices(path):

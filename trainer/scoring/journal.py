@@ -16,18 +16,20 @@ from .scorer import ScoredImage, state_of
 
 
 class Journal:
-    """One process's scores beside the output, in `<out>.<process>.partial`; resuming reads those of all processes.
+    """One process's scores beside the output, in `<out>.<process>.<ending>`; resuming reads those of all processes.
+
+    ending: `partial` where the output replaces it; another where it stays.
 
     The first line has the run's settings; a journal with other settings is refused.
     """
 
-    def __init__(self, out: Path, process: int, settings: Mapping[str, Any]) -> None:
-        self.out, self.settings = out, json.loads(json.dumps(settings))
-        self.path = out.with_name(f"{out.name}.{process}.partial")
+    def __init__(self, out: Path, process: int, settings: Mapping[str, Any], ending: str = "partial") -> None:
+        self.out, self.settings, self.ending = out, json.loads(json.dumps(settings)), ending
+        self.path = out.with_name(f"{out.name}.{process}.{ending}")
 
     def all(self) -> list[Path]:
         """The journals of every process of this output."""
-        return sorted(self.out.parent.glob(f"{glob.escape(self.out.name)}.*.partial"))
+        return sorted(self.out.parent.glob(f"{glob.escape(self.out.name)}.*.{self.ending}"))
 
     def rows(self) -> Iterator[ScoredImage]:
         """Every line of every process; one that was cut short by a kill is skipped."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import ConfigError
+from ..data.batches import Images, Labels, Pairs, Prompts
 from ..data.fingerprint import Fingerprint
 from ..data.samples import Samples
 from ..objectives import OBJECTIVES, RunContext
@@ -65,6 +66,25 @@ def weights_of(config: TrainConfig) -> dict[str, dict[str, str]]:
         "features": config.features,
     }
     return {key: weights_hashes(spec, allow_remote=config.allow_remote) for key, spec in specs.items() if spec}
+
+
+_DATA: dict[str, type[Prompts]] = {"images": Images, "pairs": Pairs, "labels": Labels}
+_WAYS = {
+    "images": "a folder of images with .txt captions, or a table",
+    "pairs": "a table with columns chosen, rejected and prompt, a folder of liked/ and disliked/, or the folder that `pairs` wrote",
+    "labels": "a folder of liked/ and disliked/, a table with a column label, or the folder that `pairs` wrote",
+}
+
+
+def check_data(config: TrainConfig) -> None:
+    """ConfigError where the keys that name data are not those that the objective trains on; before any of them is read."""
+    name, wanted = config.objective["name"], config.method.data
+    key = next((key for key, cls in _DATA.items() if cls is wanted), "")
+    given = next((key for key in _DATA if getattr(config, key)), "")
+    if not key or (given and issubclass(_DATA[given], wanted)):
+        return
+    instead = f" instead of `{given}`" if given else " instead of `prompts`" if config.prompts else ""
+    raise ConfigError(f"{name} trains on {key} with these settings: give `{key}`{instead}, {_WAYS[key]}")
 
 
 def check_heldout(config: TrainConfig, weights: Mapping[str, Mapping[str, str]]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...data.batches import Batch, Pairs, Prompts
 from ...runtime.processes import Processes
 from ..base import Logs, RunContext
-from .errors import DenoisingObjective, Noised, Two, mean_square
+from .errors import DenoisingObjective, Noised, Two, in_order, mean_square
 
 
 def safeguard(errors: Two, mu: float, processes: Processes) -> float:
@@ -37,7 +37,7 @@ def margins(tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: fl
     chosen, rejected = mean_square(tuned[0]), mean_square(tuned[1])
     scaled = rejected.detach() + rejected_scale * (rejected - rejected.detach())
     margin = -beta / 2 * ((chosen - scaled) - (mean_square(reference[0]) - mean_square(reference[1])))
-    logs = {"margin": margin, "accuracy": (margin > 0).float(), "chosen_error": chosen, "rejected_error": rejected}
+    logs = {"margin": margin, "accuracy": in_order(margin), "chosen_error": chosen, "rejected_error": rejected}
     return margin, {**{name: value.detach() for name, value in logs.items()}, "lambda": torch.full_like(margin.detach(), rejected_scale)}
 
 

@@ -84,6 +84,11 @@ def mean_square(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
+def in_order(margin: Tensor) -> Tensor:
+    """Accuracy (B,) of margins (B,) for the log: 1 above 0, 0 below, 0.5 at 0, where nothing is decided, as in a run's first step."""
+    return (1 + margin.detach().sign()) / 2
+
+
 @dataclass(frozen=True)
 class DenoisingObjective(WithoutReward, Stateless):
     """What the objectives on denoising errors share."""
@@ -91,6 +96,11 @@ class DenoisingObjective(WithoutReward, Stateless):
     refers: ClassVar[bool] = True
     """Whether errors are compared with those of a reference."""
     reads_details: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not cls.refers:
+            cls.unread = (*cls.unread, "reference_every", "reference_decay")
 
     steps: int = field(
         default=50, metadata={"min": 1, "max": 1000, "help": "sampler steps of evaluations; training draws from all noise levels"}

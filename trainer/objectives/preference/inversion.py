@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class SmPO(InPO):
     PickScore with the range of its data, 16.7; 10 steps of inversion (SDXL), 5 (SD1.5); β = 5000 and 2000; 200 steps of 1024 pairs.
     """
 
+    unread: ClassVar[tuple[str, ...]] = ("safeguard", "mu", "sft_weight")
     inversion_noise: float = field(default=0.0, metadata={"min": 0.0, "max": 1.0, "help": "noise added between the steps of the inversion"})
     renoise: bool = field(default=True, metadata={"help": "refine each step once (ReNoise), at twice the evaluations"})
     sharpness: float = field(default=10.0, metadata={"min": 0.0, "help": "factor of β for a pair that is certain"})

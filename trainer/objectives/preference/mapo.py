@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...data.batches import Batch, Pairs, Prompts
 from ..base import Logs, RunContext
-from .errors import DenoisingObjective, mean_square
+from .errors import DenoisingObjective, in_order, mean_square
 
 
 def saturated(error: Tensor, scale: float) -> Tensor:
@@ -49,5 +49,5 @@ class MaPO(DenoisingObjective):
         chosen, rejected = mean_square(tuned[0]), mean_square(tuned[1])
         margin = self.margin_scale * (saturated(chosen, self.scale) - saturated(rejected, self.scale))
         losses = self.sft_weight * chosen - self.beta * F.logsigmoid(margin)
-        logs = {"margin": margin, "accuracy": (margin > 0).float(), "chosen_error": chosen, "rejected_error": rejected}
+        logs = {"margin": margin, "accuracy": in_order(margin), "chosen_error": chosen, "rejected_error": rejected}
         return losses.mean(), {name: value.detach() for name, value in logs.items()}

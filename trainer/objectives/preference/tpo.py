@@ -14,7 +14,7 @@ from torch import Tensor
 from ...data.batches import Batch, Images, Prompts
 from ..base import Bound, Logs, Loss, RunContext
 from .dpo import pair_losses, safeguard
-from .errors import DenoisingObjective, mean_square
+from .errors import DenoisingObjective, in_order, mean_square
 from .kto import label_losses
 from .perturb import perturb, read_perturbed
 
@@ -86,7 +86,7 @@ class TPO(DenoisingObjective):
         liked = torch.arange(len(gain), device=gain.device) < len(error)
         losses, logs = label_losses(gain, liked, self.beta, (1.0, 1.0), run.processes)
         good, bad = logs["gain"].chunk(2)
-        shown = {"margin": good - bad, "accuracy": (good > bad).float(), "error": error.detach()}
+        shown = {"margin": good - bad, "accuracy": in_order(good - bad), "error": error.detach()}
         return losses.mean() + self.sft_weight * error.mean(), shown
 
 
