@@ -94,6 +94,12 @@ def combined(base: Slot, tuned: Slot, k: int, end: int | None = None) -> Mix:
     return Mix((base, tuned), lambda i, sigma: (0.0, 1.0) if k <= i and (end is None or i < end) else (1.0, 0.0), k)
 
 
+def after(base: Slot, mix: Mix, k: int) -> Mix:
+    """`base` for steps 0…k−1, another mix from step k on; k = 0 is that mix alone. With `cfg(tuned)` it is combined generation."""
+    none = (0.0,) * len(mix.slots)
+    return Mix((base, *mix.slots), lambda i, sigma: (0.0, *mix.coefficients(i, sigma)) if i >= k else (1.0, *none), k)
+
+
 def joined_at(base: Tensor, tuned: Tensor, own: Tensor, k: int) -> tuple[Tensor, int]:
     """The levels of base above level k of `own`, one of the two, that level, and those of tuned below it; and the latter part's first."""
     if k == 0:

@@ -158,6 +158,13 @@ class NPO:
         return _read("guidance_scale", base=s != 1)
 
 
+def by_negative(negative: Slot, sigmas: Tensor) -> Mix:
+    """The model without an adapter, guided by a negative model, at the guidance scale of `negative`; ValueError where that is 1."""
+    if negative.guidance_scale == 1:
+        raise ValueError("guidance scale 1: a negative model takes part in guidance alone; give more than 1")
+    return NPO().mix(negative, replace(negative, adapter="base"), sigmas)
+
+
 @dataclass(frozen=True)
 class CHATS:
     """CHATS (arXiv:2502.12579): W(c) + s·(W(c) − L(c̃)), winner W tuned and loser L base, with the proxy prompt c̃ = (1 + α)·n − α·c."""

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -84,6 +85,9 @@ METHODS: dict[str, Method] = {
     "dmpo": Method(8, 4e-4, _GUIDED, "pairs"),
     "inpo": Method(24, 4e-4, _GUIDED, "pairs"),
     "smpo": Method(30, 4e-4, {**_GUIDED, "score_range": 4.0}, "pairs"),  # of the proxy, raw, over 256 renders
+    # Negative models: drawn are images of the base that they guide, with the two calls a step of its own guidance
+    "diffusion-npo": Method(8, 2e-4, _GUIDED, "pairs"),
+    "self-npo": Method(9, 4e-4, _GUIDED, "images"),
     "mapo": Method(6, 4e-4, _GUIDED, "pairs"),
     "better-images": Method(6, 4e-4, {**_GUIDED, "name": "mapo", "beta": 0.0}, "pairs"),  # MaPO without its margin: plain training
     "diffusion-kto": Method(4, 4e-4, _GUIDED, "labels"),
@@ -184,11 +188,11 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     curves = {name: experiment.train(config, samples[METHODS[name].data], watched, judges) for name, config in configs.items()}
     files_of = (("", "lora.safetensors"), (" best", "best.safetensors"))
     loras = {f"{name}{label}": out / "runs" / name / file for name in names for label, file in files_of}
+    policy = experiment.load_tuned(loras)
     captions, mixes = world.captions(size.prompts, "methods"), {}
     for name, config in configs.items():
-        adapters = [f"{name}{label}" for label, _ in files_of]
-        mixes |= experiment.switched(adapters, SWITCHES, config.method.guidance_scale)
-    policy = experiment.load_tuned(loras)
+        adapters, drawn = [f"{name}{label}" for label, _ in files_of], partial(config.method.draws, sigmas=policy.sigmas(STEPS))
+        mixes |= experiment.switched(adapters, SWITCHES, config.method.guidance_scale, drawn)
     evaluated = experiment.evaluate(out, policy, mixes, captions, size.per_prompt, judges, SAMPLING_SEED)
     results = evaluated.results() | {
         "seed": seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.samples import Samples, encode_images
 from ..generate import Generation, generate
-from ..guidance import Mix, Slot, cfg, combined
+from ..guidance import Mix, Slot, after, cfg
 from ..lora.file import load_consistency, load_lora, read_metadata
 from ..metrics.study import BASE, Judges, Point, Study
 from ..metrics.summary import Judged
@@ -229,10 +229,11 @@ def generation(seed: int) -> Generation:
     return Generation(steps=STEPS, guidance_scale=GUIDANCE, seed=seed)
 
 
-def switched(adapters: Iterable[str], switches: Sequence[int], guidance_scale: float = 1.0) -> dict[Point, Mix]:
-    """Combined generation: the guided base up to step k, then the tuned model; k = 0 is the tuned model alone.
+def switched(
+    adapters: Iterable[str], switches: Sequence[int], guidance_scale: float = 1.0, drawn: Callable[[Slot], Mix] = cfg
+) -> dict[Point, Mix]:
+    """Combined generation: the guided base up to step k, then the tuned model as it is `drawn`; k = 0 is that model alone.
 
     guidance_scale: of the tuned model.
     """
-    settings = replace(generation(0), tuned_guidance_scale=guidance_scale)
-    return {(name, k): combined(settings.base, settings.tuned(name), k) for name in adapters for k in switches}
+    return {(name, k): after(generation(0).base, drawn(Slot(name, guidance_scale)), k) for name in adapters for k in switches}

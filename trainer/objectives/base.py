@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from ..data.batches import Batch, Prompts
+from ..guidance import Mix, Slot, cfg
 from ..policy import Policy
 from ..reward import Reward
 from ..runtime.processes import ALONE, Processes
@@ -124,6 +125,13 @@ class Objective(ABC):
     @abstractmethod
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """Noise level from which the tuned model has been trained: where combined generation should switch to it."""
+
+    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+        """What draws images with the adapter of `tuned` at its guidance scale, over levels (T+1,): here that model by itself.
+
+        Evaluations of a run and the comparison draw by it. Raises ValueError for a scale at which the adapter takes no part.
+        """
+        return cfg(tuned)
 
     def check(self, context: RunContext) -> None:
         """Raise ValueError where these settings cannot work with this policy, reward or disk; called before any step."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..generate import Generation, generate
-from ..guidance import Switch, combined
+from ..guidance import Mix, Slot, Switch, after, cfg
 from ..metrics.distances import Moments, frechet_distance, log_covariance_distance
 from ..metrics.diversity import within_prompt_diversity
 from ..policy import Policy, Trainable
@@ -32,7 +32,8 @@ class Evaluation:
 
     prompts: one per image. features: images (B,3,H,W) in [0,1] -> (B,D), in which diversity and the distances to `reference` are
     measured; without them there are none. on_device: a context in which the rewards are on the policy's device. tuned: another model
-    of the family, which draws the tuned part with the adapter of `policy`, on levels of its own.
+    of the family, which draws the tuned part with the adapter of `policy`, on levels of its own. drawn: how that part is drawn
+    (`Objective.draws`).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Evaluation:
         on_device: Callable[[], AbstractContextManager[Any]] = nullcontext,
         reference: Reference | None = None,
         tuned: Trainable | None = None,
+        drawn: Callable[[Slot, Tensor], Mix] = lambda tuned, sigmas: cfg(tuned),
     ) -> None:
         self.policy, self.rewards, self.prompts, self.features, self.on_device = policy, rewards, list(prompts), features, on_device
         self.generation, self.reference, self.tuned = generation, reference, tuned
@@ -54,7 +56,8 @@ class Evaluation:
         self._real: tuple[Moments, Moments] | None = None
         base = policy.sigmas(generation.steps)
         own = base if tuned is None else tuned.sigmas(generation.tuned_steps)
-        self.levels, self.k = switch.joined(base, own)
+        self.levels, k = switch.joined(base, own)
+        self.mix = after(generation.base, drawn(generation.tuned(model="tuned" if tuned else ""), self.levels), k)
         self.points: list[Point] = []
         self.images: Tensor | None = None
         """(N,3,H,W) in [0,1]: the images of the last evaluation."""
@@ -85,15 +88,15 @@ class Evaluation:
             tuned_method=watch.tuned_method or ("ddim" if watch.tuned_model else None),
             seed=config.seed + 1,
         )
-        return cls(policy, rewards, repeated, generation, Switch.parse(watch.switch), features, on_device, reference, tuned)
+        switch = Switch.parse(watch.switch)
+        return cls(policy, rewards, repeated, generation, switch, features, on_device, reference, tuned, method.draws)
 
     @torch.no_grad()
     def run(self, step: int) -> Point:
         """Generate, judge, and append a point; points of later steps are dropped (a resumed run takes them again)."""
-        mix = combined(self.generation.base, self.generation.tuned(model="tuned" if self.tuned else ""), self.k)
         with self.drawing():
             models = {"tuned": self._with_adapter(self.tuned)} if self.tuned else {}
-            images = generate(self.policy, self.prompts, self.generation, {"": mix}, models, grids={"": self.levels})[""]
+            images = generate(self.policy, self.prompts, self.generation, {"": self.mix}, models, grids={"": self.levels})[""]
         device = self.policy.device
         scores, features = {name: list[Tensor]() for name in self.rewards}, list[Tensor]()
         with self.on_device():

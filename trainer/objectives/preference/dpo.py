@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.batches import Batch, Pairs, Prompts
+from ...guidance import Mix, Slot
+from ...guides import by_negative
 from ...runtime.processes import Processes
 from ..base import Logs, RunContext
 from .errors import DenoisingObjective, Noised, Two, in_order, mean_square
@@ -113,6 +115,10 @@ class DiffusionDPO(PairObjective):
     def ordered(self, batch: Pairs) -> Pairs:
         """As the data say, or the reverse."""
         return batch.swapped if self.flip_labels else batch
+
+    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+        """The tuned model, or with flipped labels the base, guided by it."""
+        return by_negative(tuned, sigmas) if self.flip_labels else super().draws(tuned, sigmas)
 
     def losses(self, tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: float) -> tuple[Tensor, Logs]:
         """`pair_losses` with the share of wrong labels."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
 from ...denoiser import per_sample
+from ...guidance import Mix, Slot
+from ...guides import by_negative
 from ...sampling import alpha, end_of, trajectory
 from ..base import Logs, Loss, RunContext, WithoutReward
 from ..following import Following
@@ -44,6 +46,10 @@ class SelfNPO(WithoutReward):
     def data(self) -> type[Prompts]:
         """Images."""
         return Images
+
+    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+        """The base, guided by the tuned model."""
+        return by_negative(tuned, sigmas)
 
     def begin(self, context: RunContext) -> Loss:
         """The loss of one run."""
