@@ -184,6 +184,13 @@ class CHATS:
         return _read("guidance_scale", base=s != 0 and self.proxy != -1, proxy=s != 0 and self.proxy not in (0, -1))
 
 
+def by_loser(winner: Slot, loser: str, proxy: float, sigmas: Tensor) -> Mix:
+    """CHATS's guidance of a winner by its loser, an adapter of that name, at the scale s of `winner`; ValueError where that is 0."""
+    if winner.guidance_scale == 0:
+        raise ValueError("guidance scale 0: CHATS's loser takes no part in it; give more (authors 5)")
+    return CHATS(proxy).mix(replace(winner, adapter=loser), winner, sigmas)
+
+
 @dataclass(frozen=True)
 class DoubleCFG:
     """Guidance by both models at once, as ProFusion (arXiv:2305.13579): tuned(n) + s_b·(base(c) − base(n)) + s_t·(tuned(c) − tuned(n))."""

@@ -52,7 +52,7 @@ class Policy(Protocol):
     ) -> Denoiser:
         """The model with one adapter: `tuned` is the trained one, `base` is none.
 
-        Gradients reach x with any adapter, and parameters with `tuned` alone. A guidance scale of 1 evaluates no unconditional
+        Gradients reach x with any adapter, and parameters with those that are trained. A guidance scale of 1 evaluates no unconditional
         branch, which is of the prompt `negative`. The conditional branch sees the embedding n + prompt_weight·(c − n) of the prompt's c
         and the negative's n: 1 is the prompt, 0 the negative. Raises ValueError for an adapter that is not loaded.
         """
@@ -94,6 +94,11 @@ class Policy(Protocol):
         ...
 
 
+def with_companions(name: str, companions: Iterable[str]) -> tuple[str, ...]:
+    """The name of an adapter or a file, and those of its companions: `tuned` and `tuned-loser`."""
+    return name, *(f"{name}-{companion}" for companion in companions)
+
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Names of the attention projections in UNets."""
 
@@ -117,12 +122,17 @@ class Trainable(Policy, Protocol):
         """The adapter attached, if any."""
         ...
 
-    def add_lora(self, lora: Lora, seed: int = 0) -> None:
-        """Attach an adapter that starts as the identity; its random half depends on `seed` alone."""
+    @property
+    def trained(self) -> Sequence[str]:
+        """Names of the adapters that gradients reach: `tuned`, and those beside it."""
+        ...
+
+    def add_lora(self, lora: Lora, seed: int = 0, trained: Sequence[str] = ("tuned",)) -> None:
+        """Attach adapters that start as the identity, `tuned` and its companions; their random halves depend on `seed` alone."""
         ...
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The adapter's parameters by peft's names, `<module>.lora_A.default.weight`."""
+        """The trained adapters' parameters by peft's names, `<module>.lora_A.default.weight`."""
         ...
 
     @property
@@ -146,8 +156,8 @@ class Trainable(Policy, Protocol):
 class AdapterSet(Container[str], Protocol):
     """The adapters of one network, by name."""
 
-    def attach(self, name: str, lora: Lora) -> Mapping[str, nn.Parameter]:
-        """Add a LoRA, at first the identity; returns its parameters by peft's names. Every adapter but `tuned` is frozen."""
+    def attach(self, name: str, lora: Lora, *, trained: bool = False) -> Mapping[str, nn.Parameter]:
+        """Add a LoRA, at first the identity; returns its parameters by peft's names. One that is not `trained` is frozen."""
         ...
 
     def adaptable(self) -> Mapping[str, nn.Linear | nn.Conv2d]:
@@ -180,3 +190,11 @@ class Adaptable(Trainable, Protocol):
 def initial_down(name: str, shape: Sequence[int], rank: int, seed: int) -> Tensor:
     """An adapter's random half, as the official code draws it: Gaussian with standard deviation 1/rank."""
     return torch.randn(tuple(shape), generator=generator(seed, "lora", name)) / rank
+
+
+@torch.no_grad()
+def initialise(named: Iterable[tuple[str, nn.Parameter]], lora: Lora, seed: int) -> None:
+    """Draw the random halves of adapters by peft's names."""
+    for name, parameter in named:
+        if "lora_A" in name:
+            parameter.copy_(initial_down(name, parameter.shape, lora.rank, seed))

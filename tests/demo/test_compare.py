@@ -28,7 +28,19 @@ def test_an_unknown_method_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_methods_are_named_one_by_one_or_by_what_they_learn_from():
-    assert compare.names_of(["pairs", "mapo", "refl"]) == ["diffusion-dpo", "dspo", "dmpo", "inpo", "smpo", "diffusion-npo", "mapo", "better-images", "refl"]
+    assert compare.names_of(["pairs", "mapo", "refl"]) == [
+        "diffusion-dpo",
+        "dspo",
+        "dmpo",
+        "inpo",
+        "smpo",
+        "diffusion-npo",
+        "chats",
+        "chats-untrained",
+        "mapo",
+        "better-images",
+        "refl",
+    ]
     assert compare.names_of(["all"]) == list(METHODS)
     with pytest.raises(ConfigError, match="unknown method 'pair': use some of refl.*; or all, reward, pairs, labels, good, images$"):
         compare.names_of(["pair"])

@@ -21,6 +21,7 @@ TITLES = {name: cls.title for name, cls in OBJECTIVES.items()} | {
     "draft-k": "DRaFT-8",
     "srpo-bias": "SRPO, bias named",
     "better-images": "better images alone",
+    "chats-untrained": "CHATS, untrained",
 }
 AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
 INK = "#7b838c"
@@ -36,9 +37,10 @@ OVERVIEW: dict[str, Point] = {
 
 
 def title(model: str) -> str:
-    """`refl best` -> `ReFL best`."""
+    """`refl best` -> `ReFL best`, `chats-loser` -> `CHATS loser`."""
     name, _, rest = model.partition(" ")
-    return f"{TITLES[name]} {rest}".strip()
+    whole = next(key for key in (name, name.rpartition("-")[0]) if key in TITLES)
+    return " ".join(part for part in (TITLES[whole], name.removeprefix(whole).lstrip("-"), rest) if part)
 
 
 def png(image: Any) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import ConfigError, likely, plain
 from ..data.samples import Samples, encode_images
 from ..metrics.intervals import bootstrap
+from ..policy import with_companions
 from ..reward import Reward
 from ..rewards.base import RewardModel
 from ..training.config import TrainConfig
@@ -87,6 +88,11 @@ METHODS: dict[str, Method] = {
     "smpo": Method(30, 4e-4, {**_GUIDED, "score_range": 4.0}, "pairs"),  # of the proxy, raw, over 256 renders
     # Negative models: drawn are images of the base that they guide, with the two calls a step of its own guidance
     "diffusion-npo": Method(8, 2e-4, _GUIDED, "pairs"),
+    # The winner guided by its loser, whose scale counts from 0: the same two calls a step
+    "chats": Method(8, 4e-4, {"guidance_scale": experiment.GUIDANCE - 1}, "pairs"),
+    "chats-untrained": Method(
+        8, 4e-4, {"name": "chats", "guidance_scale": experiment.GUIDANCE - 1, "beta": 0.0}, "pairs"
+    ),  # its guide alone
     "self-npo": Method(9, 4e-4, _GUIDED, "images"),
     "mapo": Method(6, 4e-4, _GUIDED, "pairs"),
     "better-images": Method(6, 4e-4, {**_GUIDED, "name": "mapo", "beta": 0.0}, "pairs"),  # MaPO without its margin: plain training
@@ -186,13 +192,12 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     watched = [c.text for c in world.captions(size.watched, "validation")]
     judges = rewards()
     curves = {name: experiment.train(config, samples[METHODS[name].data], watched, judges) for name, config in configs.items()}
-    files_of = (("", "lora.safetensors"), (" best", "best.safetensors"))
-    loras = {f"{name}{label}": out / "runs" / name / file for name in names for label, file in files_of}
+    loras = {name: path for config in configs.values() for name, path in _loras(config).items()}
     policy = experiment.load_tuned(loras)
     captions, mixes = world.captions(size.prompts, "methods"), {}
     for name, config in configs.items():
-        adapters, drawn = [f"{name}{label}" for label, _ in files_of], partial(config.method.draws, sigmas=policy.sigmas(STEPS))
-        mixes |= experiment.switched(adapters, SWITCHES, config.method.guidance_scale, drawn)
+        drawn = partial(config.method.draws, sigmas=policy.sigmas(STEPS))
+        mixes |= experiment.switched([name, f"{name} best"], SWITCHES, config.method.guidance_scale, drawn)
     evaluated = experiment.evaluate(out, policy, mixes, captions, size.per_prompt, judges, SAMPLING_SEED)
     results = evaluated.results() | {
         "seed": seed,
@@ -210,6 +215,16 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     heading = "Reward-gradient methods" if list(samples) == ["reward"] else "Methods"
     page.write_comparison(out, results, evaluated, f"{heading} under one budget", summary)
     return results
+
+
+def _loras(config: TrainConfig) -> dict[str, Path]:
+    """The last and the best LoRA of a finished run and their companions, by the names of their adapters."""
+    folder, companions = Path(config.out), config.method.companions
+    return {
+        adapter: folder / f"{stem}.safetensors"
+        for name, file in ((folder.name, "lora"), (f"{folder.name} best", "best"))
+        for adapter, stem in zip(with_companions(name, companions), with_companions(file, companions))
+    }
 
 
 def _shares(preferred: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

@@ -31,14 +31,16 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
-def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the policy's adapter (or `weights` by peft's names, such as an EMA), read it back, and check that every key matches.
+def save_lora(
+    policy: Trainable, path: Path, metadata: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None, adapter: str = "tuned"
+) -> None:
+    """Write a trained adapter (or `weights` by peft's names, such as an EMA), read it back, and check that every key matches.
 
     A crash leaves no partial file. Raises ValueError without an adapter, OSError where the file cannot be written or read back.
     """
     if policy.lora is None:
         raise ValueError("the policy has no adapter to save")
-    adapter, layout = adapter_of(policy, weights), policy.lora_layout
+    saved, layout = adapter_of(policy, weights, adapter), policy.lora_layout
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(policy.lora.rank),
@@ -48,24 +50,26 @@ def save_lora(policy: Trainable, path: Path, metadata: Mapping[str, Any], weight
 
     def check(written: Path) -> None:
         if layout != "native":  # the network's own names are not diffusers' names, which reading gives
-            _check_modules(written, adapter)
+            _check_modules(written, saved)
 
-    write_tensors(tensors_of(adapter, layout), path, header, check)
+    write_tensors(tensors_of(saved, layout), path, header, check)
 
 
-def adapter_of(policy: Trainable, weights: Mapping[str, Tensor] | None = None) -> Adapter:
-    """The policy's adapter (or `weights` by peft's names), float32 on the CPU."""
+def adapter_of(policy: Trainable, weights: Mapping[str, Tensor] | None = None, adapter: str = "tuned") -> Adapter:
+    """A trained adapter (or `weights` by peft's names), float32 on the CPU."""
     assert policy.lora is not None
     halves: dict[str, dict[str, Tensor]] = {}
     for name, parameter in policy.named_parameters():
+        if names.adapter_of_parameter(name) != adapter:
+            continue
         module, half = names.of_parameter(name)
         halves.setdefault(module, {})[half] = (parameter if weights is None else weights[name]).detach().float().cpu()
     return Adapter({module: Update(pair["down"], pair["up"], policy.lora.alpha) for module, pair in halves.items()})
 
 
-def lora_tensors(policy: Trainable, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def lora_tensors(policy: Trainable, weights: Mapping[str, Tensor] | None = None, adapter: str = "tuned") -> dict[str, Tensor]:
     """What `save_lora` writes."""
-    return tensors_of(adapter_of(policy, weights), policy.lora_layout)
+    return tensors_of(adapter_of(policy, weights, adapter), policy.lora_layout)
 
 
 def save_delta(

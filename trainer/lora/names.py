@@ -75,6 +75,12 @@ def of_parameter(name: str) -> tuple[str, str]:
     return module, "down" if half.startswith("A") else "up"
 
 
+def adapter_of_parameter(name: str) -> str:
+    """The adapter of such a name; peft calls the first one `default`."""
+    adapter = name.split(".")[-2]
+    return "tuned" if adapter == "default" else adapter
+
+
 def delta_key(parameter: str) -> str:
     """A UNet parameter's key in a delta file."""
     module, _, kind = parameter.rpartition(".")

@@ -47,7 +47,7 @@ class TrackedPolicy(CountingPolicy):
         key = (adapter, guidance_scale)
 
         def call(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-            graph = torch.is_grad_enabled() and (adapter == "tuned" or x.requires_grad)
+            graph = torch.is_grad_enabled() and (adapter in self.trained or x.requires_grad)
             rows = len(x) * (1 if guidance_scale == 1 else 2)
             self.calls, self.graphs = self.calls + rows, self.graphs + rows * graph
             return self._with_gradient(denoiser, x, sigma, key) if graph else self._without_gradient(denoiser, x, sigma, key)

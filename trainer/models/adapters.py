@@ -1,7 +1,8 @@
 """The adapters of one network, by name: LoRAs by peft, and whole versions of its weights from full fine-tuning.
 
-`base` means none, `tuned` is what training moves; any others are frozen. One adapter is active at a time, and beside each of them the
-training adapter where there is one: it undoes a distillation while a model trains, and belongs to no result.
+`base` means none; `tuned`, and what an objective has beside it, is what training moves; any others are frozen. One adapter is active at a
+time, and beside each of them the training adapter where there is one: it undoes a distillation while a model trains, and belongs to no
+result.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ class Adapters:
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
-    def attach(self, name: str, lora: Lora) -> dict[str, nn.Parameter]:
+    def attach(self, name: str, lora: Lora, *, trained: bool = False) -> dict[str, nn.Parameter]:
         """Add a LoRA; returns its float32 parameters by peft's names, `<module>.lora_A.<adapter>.weight`.
 
-        B is zero, so the network computes what it did before. Every adapter but `tuned` is frozen. Targets are whole module
+        B is zero, so the network computes what it did before. One that is not `trained` is frozen. Targets are whole module
         names or their last parts. Raises ValueError where the name is taken or no module matches.
         """
         from peft import LoraConfig
@@ -84,7 +85,7 @@ class Adapters:
             raise ValueError(f"no module of this model is called {', '.join(targets)}: nothing to train")
         alpha: Any = lora.alpha  # peft computes with any number, and types it int
         pattern = "|".join(map(re.escape, modules))  # exact: peft would match a list by last parts
-        trained = [(p, p.requires_grad) for p in self.network.parameters()]
+        before = [(p, p.requires_grad) for p in self.network.parameters()]
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
@@ -92,7 +93,7 @@ class Adapters:
                 settings = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True)
                 self.network.add_adapter(settings, _peft_name(name))
         finally:
-            for parameter, flag in trained:
+            for parameter, flag in before:
                 parameter.requires_grad_(flag)
         self._attached.add(name)
         self._beside = (TRAINING,) if TRAINING in self._attached else ()
@@ -100,7 +101,7 @@ class Adapters:
         for layer in self._layers.values():
             for side in (layer.lora_A, layer.lora_B):
                 if _peft_name(name) in side:  # peft leaves a second adapter on the CPU where the network is on the meta device
-                    side[_peft_name(name)].to(layer.base_layer.weight.device, torch.float32).requires_grad_(name == "tuned")
+                    side[_peft_name(name)].to(layer.base_layer.weight.device, torch.float32).requires_grad_(trained)
         self._switch(self.active)
         return self.parameters(name)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..guidance import classifier_free_guidance
-from ..policy import ATTENTION, Lora, LoraLayout, initial_down
+from ..policy import ATTENTION, Lora, LoraLayout, initialise
 from ..sampling import Space, add_noise, start_at
 from . import speed
 from .adapters import Adapters
@@ -119,6 +119,7 @@ class DiffusersPolicy:
         self.adapters = Adapters(self.network, self.targets)
         self.prompts = Prompts(self, [m for m in modules if m is not self.network and m is not self.vae], offload)
         self.lora: Lora | None = None
+        self.trained: tuple[str, ...] = ("tuned",)
         self.quantised = has_quantised(self.network)
         self.quantisation = NONE  # the formats that its loader was given
         self.merge_rollouts = False  # without effect in bfloat16, where small updates would be lost, and on quantised weights
@@ -169,14 +170,13 @@ class DiffusersPolicy:
             raise ValueError(f"images of {width}×{height} pixels: this model takes multiples of {self.unit}")
         return channels, height // self.autoencoder.downscaling, width // self.autoencoder.downscaling
 
-    def add_lora(self, lora: Lora, seed: int = 0) -> None:
-        """Attach the adapter that is trained, at first the identity; its random half depends on `seed` alone."""
-        parameters = self.adapters.attach("tuned", lora)
+    def add_lora(self, lora: Lora, seed: int = 0, trained: Sequence[str] = ("tuned",)) -> None:
+        """See trainer.policy.Trainable."""
+        self.trained = tuple(trained)
+        for adapter in trained:
+            self.adapters.attach(adapter, lora, trained=True)
         self.lora = lora
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if "lora_A" in name:
-                    parameter.copy_(initial_down(name, parameter.shape, lora.rank, seed))
+        initialise(self.named_parameters(), lora, seed)
 
     def tune_weights(self) -> None:
         """Train every parameter of the network instead of a LoRA; the originals stay in memory as the base model."""
@@ -193,12 +193,12 @@ class DiffusersPolicy:
             parameter.requires_grad_(True)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The trained LoRA's parameters by peft's names, or the tuned weights by their own."""
-        return list(self.adapters.parameters().items())
+        """The trained LoRAs' parameters by peft's names, or the tuned weights by their own."""
+        return [item for adapter in self.trained for item in self.adapters.parameters(adapter).items()]
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
-        return list(self.adapters.parameters().values())
+        return [parameter for _, parameter in self.named_parameters()]
 
     def denoiser(
         self,

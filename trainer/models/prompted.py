@@ -17,6 +17,7 @@ class Prompted(Protocol):
 
     device: torch.device
     adapters: Adapters
+    trained: tuple[str, ...]
 
     def predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See DiffusersPolicy."""
@@ -39,7 +40,7 @@ class PromptedDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
         """See Denoiser."""
         policy, adapters = self.policy, self.policy.adapters
-        graph = torch.is_grad_enabled() and (self.adapter == "tuned" or x.requires_grad)
+        graph = torch.is_grad_enabled() and (self.adapter in policy.trained or x.requires_grad)
         x = x.to(policy.device)
         with adapters.using(self.adapter), torch.set_grad_enabled(graph):
             if graph and adapters.merged:

@@ -6,6 +6,7 @@ from .policy_gradient.ddpo import DDPO
 from .policy_gradient.flow_grpo import FlowGRPO
 from .policy_gradient.g2rpo import G2RPO
 from .policy_gradient.nft import DiffusionNFT
+from .preference.chats import CHATS
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
 from .preference.dro import DRO
@@ -48,6 +49,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "smpo": SmPO,
     "diffusion-npo": DiffusionNPO,
     "self-npo": SelfNPO,
+    "chats": CHATS,
     "dro": DRO,
     "tpo": TPO,
     "ddpo": DDPO,
@@ -60,6 +62,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 __all__ = [
     "AWM",
+    "CHATS",
     "DDPO",
     "DMPO",
     "DRO",

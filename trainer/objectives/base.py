@@ -91,6 +91,8 @@ class Objective(ABC):
     """Fields of what it is derived from that mean nothing here: no widget, no line of help, and refused where they are set."""
     reads_details: ClassVar[bool] = False
     """Whether it heeds `data.batches.Details`."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Adapters that are trained beside `tuned`, each written to a file of its own; `policy.with_companions` names both."""
     steps: int
     guidance_scale: float
 

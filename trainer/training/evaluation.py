@@ -122,7 +122,7 @@ class Evaluation:
         trained = cast(Trainable, self.policy)
         assert trained.lora is not None
         if model.lora is None:
-            model.add_lora(trained.lora)
+            model.add_lora(trained.lora, trained=trained.trained)
         values = dict(trained.named_parameters())
         for name, parameter in model.named_parameters():
             parameter.copy_(values[name])

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from ..config import ConfigError, build, plain, present_names
 from ..data.fingerprint import Fingerprint, difference
-from ..policy import ATTENTION
+from ..objectives import OBJECTIVES
+from ..policy import ATTENTION, with_companions
 from ..rewards.weighted import parse_weights
 from ..runtime.files import check_weights, free_bytes, named, write_text
 from .config import TrainConfig
@@ -44,7 +45,8 @@ _PATHS = (
 )
 _REWARDS = ("reward", "features", "watch.heldout")  # known by their weights where those are recorded
 _SNAPSHOT = re.compile(r"(lora|delta)-(\d{6,})\.safetensors")
-_OF_A_RUN = (LOG, CHECKPOINT, "lora.safetensors", "delta.safetensors", WATCH, BEST)
+_RESULTS = ("lora.safetensors", "delta.safetensors", BEST)
+_COMPANIONS = sorted({name for objective in OBJECTIVES.values() for name in objective.companions})
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -73,10 +75,11 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> FileLock:
 def clear(folder: Path) -> None:
     """Remove the files of an earlier run."""
     try:
-        for name in _OF_A_RUN:
+        for name in (LOG, CHECKPOINT, WATCH):
             (folder / name).unlink(missing_ok=True)
-        for path in snapshots(folder).values():
-            path.unlink()
+        for path in (*(folder / name for name in _RESULTS), *snapshots(folder).values()):
+            for stem in with_companions(path.stem, _COMPANIONS):
+                path.with_stem(stem).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}") from error
 

@@ -13,7 +13,7 @@ from ..data.samples import Samples
 from ..objectives import OBJECTIVES, RunContext
 from ..objectives.base import ImageFeatures
 from ..objectives.shared import GRID
-from ..policy import Policy, Trainable
+from ..policy import Policy, Trainable, with_companions
 from ..reward import Reward
 from ..rewards.registry import weights_hashes
 from ..rewards.weighted import parse_weights
@@ -118,6 +118,8 @@ def check_settings(config: TrainConfig, parts: Parts) -> None:
     if config.watch.tuned_model and (config.tune == "full" or parts.processes.sharded):
         needed = "tune = lora" if config.tune == "full" else "whole weights: launch with --multi_gpu"
         raise ConfigError(f"watch.tuned_model draws with the LoRA, which needs {needed}")
+    if config.method.companions and config.tune == "full":
+        raise ConfigError(f"tune = full: {name} trains {1 + len(config.method.companions)} models at once, give tune = lora")
     if config.batch_size % processes:
         raise ConfigError(f"batch_size = {config.batch_size}: {processes} processes share a micro-batch, give a multiple of that")
     for key, needed in (("tune", "lora"), ("compile", False), ("channels_last", False)):
@@ -151,7 +153,7 @@ def prepare(policy: Trainable, config: TrainConfig, processes: Processes) -> Non
     if config.tune == "full":
         policy.tune_weights()
     elif policy.lora is None:
-        policy.add_lora(config.lora, config.seed)
+        policy.add_lora(config.lora, config.seed, with_companions("tuned", config.method.companions))
     if processes.sharded:
         policy.shard(processes.weights_mesh(policy.device))
     policy.gradient_checkpointing(denoiser=config.gradient_checkpointing_denoiser, vae=config.gradient_checkpointing_vae)

@@ -69,6 +69,12 @@ def _self_npo(row: Row) -> list[Line]:
     return [*_levels(row), w, ("levels", "25", ""), ("rollout_steps", "5", ""), ("decay", "0.999", "")]
 
 
+def _chats(row: Row) -> list[Line]:
+    beta: Line = ("beta", "1000.0", "" if row.latent <= 4 * 128 * 128 else "SD1.5's and SDXL's; not published for flow models")
+    scale: Line = ("guidance_scale", "5.0", "of evaluations by winner and loser, counted from 0")
+    return [steps_of(row, "of evaluations; training draws from all noise levels"), scale, beta, ("loser_dropout", "0.5", "")]
+
+
 def _tpo(row: Row) -> list[Line]:
     return [*_levels(row), ("form", '"dpo"', 'or "kto" with beta = 1000'), ("beta", "5000.0", "Diffusion-DPO's")]
 
@@ -131,6 +137,12 @@ PREFERENCES: dict[str, Method] = {
         steps=("steps", "1000", ""),
         samples=16,
         every=100,
+    ),
+    "chats": _on(
+        "pairs",
+        "the official settings for all weights of SDXL and SD1.5; rate and number of pairs are a LoRA's, of which two are trained",
+        _chats,
+        steps=("steps", "6000", "SD1.5: 2000"),
     ),
     "dro": _on(
         "images",

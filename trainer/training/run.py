@@ -17,7 +17,7 @@ from filelock import FileLock
 from ..config import ConfigError
 from ..data.batches import Batch
 from ..lora.file import save_delta, save_lora
-from ..policy import Adaptable, Policy
+from ..policy import Adaptable, Policy, with_companions
 from ..runtime.device import peak_gb
 from ..runtime.files import write_text
 from . import checkpoint, folder
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 class Run:
     """A training run and its folder: `config.json`, `log.jsonl`, `checkpoint.pt`, `lora.safetensors` (`delta.safetensors` with
-    tune = full), snapshots; with a watch also `watch.json` and `best.safetensors`.
+    tune = full), snapshots; with a watch also `watch.json` and `best.safetensors`. Beside each of these lie LoRAs of its companions.
 
     Several processes share every micro-batch; together they take the samples that one process would take, so their number changes
     no setting, no draw and no file, and a run may resume with another number. The main process writes, all of them read.
@@ -237,8 +237,10 @@ class Run:
         weights = self.ema.values if self.ema else None
         if self.config.tune == "full":
             save_delta(cast(Adaptable, self.policy), path, self.metadata(), weights, getattr(torch, self.config.delta_dtype))
-        else:
-            save_lora(self.policy, path, self.metadata(), weights)
+            return
+        names = self.config.method.companions
+        for adapter, stem in zip(with_companions("tuned", names), with_companions(path.stem, names)):
+            save_lora(self.policy, path.with_stem(stem), self.metadata() | ({"adapter": adapter} if names else {}), weights, adapter)
 
     def _result_bytes(self) -> int:
         """Size of the result's file, but for its header."""

@@ -65,13 +65,17 @@ class Noised:
         sigma = self.sigma.repeat(len(latents))
         noise = self.noise.to(clean).repeat(len(clean) // len(self.noise), 1, 1, 1)
         x = self.policy.add_noise(clean, noise, sigma)
-        with torch.set_grad_enabled(adapter == "tuned" and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(adapter != "base" and torch.is_grad_enabled()):
             denoised = self.policy.denoiser([prompt for some in prompts for prompt in some], adapter=adapter)(x, sigma)
             scale = error_scale(self.target, sigma, self.policy.space)
             errors = (denoised - clean) * per_sample(scale, clean)
             if self.masks:  # of each image, or one for an image that is compared with itself
                 errors = errors * torch.cat(self.masks * (len(latents) // len(self.masks))).to(errors).sqrt()
             return list(errors.chunk(len(latents)))
+
+    def of(self, number: int) -> Noised:
+        """For the errors of one of what is compared by itself."""
+        return replace(self, masks=self.masks[number : number + 1])
 
     def two(self, latents: Two, prompts: Sequence[Sequence[str]], adapter: str = "tuned") -> Two:
         """`errors` of two latents."""
