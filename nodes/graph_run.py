@@ -22,7 +22,7 @@ from ..trainer.config import build, plain
 from ..trainer.data.samples import Samples
 from ..trainer.lora.file import lora_tensors
 from ..trainer.memory.offload import offloads
-from ..trainer.policy import Lora
+from ..trainer.policy import Lora, with_companions
 from ..trainer.text import counted
 from ..trainer.training.config import TrainConfig, Watch
 from ..trainer.training.console import steps_until
@@ -172,7 +172,7 @@ def train_in_graph(
     config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})
     with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient(), Warnings() as warnings:
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, data.size), gradient_vae)
-        policy.add_lora(config.lora, config.seed)
+        policy.add_lora(config.lora, config.seed, with_companions("tuned", config.method.companions))
         data.check(policy)
         if clip is not None:
             comfy.model_management.load_models_gpu([clip.patcher])

@@ -20,6 +20,7 @@ from ..trainer.demo import files
 from ..trainer.lora.file import read_lora, write_tensors
 from ..trainer.lora.names import is_delta
 from ..trainer.runtime.embedded import check_files
+from ..trainer.training.folder import COMPANIONS
 from .sockets import CATEGORY, LoraWeights, schema
 from .switch import ATTACHMENT
 
@@ -43,8 +44,15 @@ def embedded() -> dict[str, Path]:
 
 def names() -> list[str]:
     """The embedded model's own LoRAs, models/loras, and those of finished training runs, newest first."""
+    return [*embedded(), *folder_paths.get_filename_list("loras"), *_trained()]
+
+
+def _trained() -> dict[str, Path]:
+    """LoRAs of finished runs, and their companions, `run: NAME (loser)`."""
     runs = sorted(runs_folder().glob("*/lora.safetensors"), key=lambda path: -path.stat().st_mtime)
-    return [*embedded(), *folder_paths.get_filename_list("loras"), *(_RUN + path.parent.name for path in runs)]
+    found = ((path, f"{_RUN}{path.parent.name}", name) for path in runs for name in ("", *COMPANIONS))
+    files = {f"{run} ({name})" if name else run: path.with_stem("-".join(filter(None, ("lora", name)))) for path, run, name in found}
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def runs_folder() -> Path:
@@ -56,8 +64,8 @@ def path_of(name: str) -> Path:
     """The file of a name that `names` lists."""
     ours = embedded()
     if name.startswith(_RUN):
-        path = runs_folder() / Path(name.removeprefix(_RUN)).name / "lora.safetensors"
-        if not path.is_file():
+        path = _trained().get(name)
+        if path is None:
             raise ValueError(f"{name} has no LoRA: its run is not finished; resume it")
         return path
     if name not in ours:

@@ -98,7 +98,7 @@ class _DryPolicy(ComfyPolicy):
         self.vae.smaller = None if self.gradient_vae is self.vae else self.gradient_vae  # its weights count too
         modules = dict(self.network.named_modules())
         assert policy.lora is not None
-        self._adapters = {n: (inside, Adapter(modules[inside], policy.lora.rank, META)) for n, (inside, _) in policy._adapters.items()}
+        self._modules = {n: (inside, Adapter(modules[inside], policy.lora.rank, META)) for n, (inside, _) in policy._modules.items()}
 
     @property
     def image_size(self) -> tuple[int, int]:

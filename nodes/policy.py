@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..trainer.denoiser import Denoiser
 from ..trainer.guidance import classifier_free_guidance
-from ..trainer.policy import ATTENTION, Lora, LoraLayout, initial_down
+from ..trainer.lora import names
+from ..trainer.policy import ATTENTION, Lora, LoraLayout, initialise
 from ..trainer.sampling import Space, add_noise, leading_timesteps, trailing_timesteps
 from .adapter import DECODER_BLOCKS, DENOISER_BLOCKS, Adapter, OutOfPlace, decode_frame, lora_targets, recomputed, replaced_forward
 from .autograd import differentiable_kernels, make_trainable_through, refuse_switch, require_whole, resident, resident_vae
@@ -66,15 +67,16 @@ class ComfyPolicy:
         self._sampling, self._levels = self.model.get_model_object("model_sampling"), dict[int, Tensor]()
         self.space: Space = "flow" if isinstance(self._sampling, comfy.model_sampling.CONST) else "ve"
         self.lora: Lora | None = None
-        self._adapters: dict[str, tuple[str, Adapter]] = {}  # by the name in files: name inside the model, adapter
+        self.trained: tuple[str, ...] = ("tuned",)
         self.adapters = frozenset({"base", "tuned"})
-        self._tuned, self._checkpointed = True, (False, True)
+        self._modules: dict[tuple[str, str], tuple[str, Adapter]] = {}  # by adapter and name in files: name inside the model, halves
+        self._active, self._checkpointed = "tuned", (False, True)
         self.slicing = False  # whether images are decoded one at a time, and only their latents kept for the backward pass
 
     # -- the adapter ---------------------------------------------------------------------------------------------
 
-    def add_lora(self, lora: Lora, seed: int = 0) -> None:
-        """Attach an adapter that starts as the identity; its random half depends on `seed` alone."""
+    def add_lora(self, lora: Lora, seed: int = 0, trained: Sequence[str] = ("tuned",)) -> None:
+        """Attach adapters that start as the identity; their random halves depend on `seed` alone."""
         if self.lora is not None:
             raise ValueError("this policy has an adapter already")
         targets = ATTENTION if lora.targets is None else lora.targets
@@ -82,19 +84,17 @@ class ComfyPolicy:
         for inside, (name, aliases) in sorted(lora_targets(self.model.model).items(), key=lambda item: item[1][0]):
             wanted = any(alias == target or alias.endswith("." + target) for alias in aliases for target in targets)
             if wanted and isinstance(modules.get(inside), nn.Linear | nn.Conv2d):
-                adapter = Adapter(modules[inside], lora.rank, self.device)
-                first = initial_down(f"{name}.lora_A.default.weight", adapter.down.shape, lora.rank, seed)
-                with torch.no_grad():
-                    adapter.down.copy_(first)
-                self._adapters[name] = (inside, adapter)
-        if not self._adapters:
+                for adapter in trained:
+                    self._modules[adapter, name] = inside, Adapter(modules[inside], lora.rank, self.device)
+        if not self._modules:
             raise ValueError(f"no module of this model is called {', '.join(targets)}: nothing to train")
-        self.lora = lora
+        self.lora, self.trained, self.adapters = lora, tuple(trained), frozenset({"base", *trained})
+        initialise(self.named_parameters(), lora, seed)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The adapter's parameters by peft's names."""
-        pairs = [(name, adapter) for name, (_, adapter) in self._adapters.items()]
-        return [p for n, a in pairs for p in ((f"{n}.lora_A.default.weight", a.down), (f"{n}.lora_B.default.weight", a.up))]
+        """The adapters' parameters by peft's names."""
+        named = ((names.parameter(name, adapter), halves) for (adapter, name), (_, halves) in self._modules.items())
+        return [pair for keys, halves in named for pair in zip(keys, (halves.down, halves.up))]
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer moves."""
@@ -151,50 +151,50 @@ class ComfyPolicy:
         network = self.model.model.diffusion_model
         modules = dict(network.named_modules())
         with ExitStack() as stack:
-            for inside, adapter in self._adapters.values():
+            for (name, _), (inside, halves) in self._modules.items():
                 stack.enter_context(
-                    replaced_forward(modules[inside], lambda inner, m=modules[inside], a=adapter: self._bypass(inner, m, a))
+                    replaced_forward(modules[inside], lambda inner, m=modules[inside], a=halves, n=name: self._bypass(inner, m, a, n))
                 )
             if self._checkpointed[0] and not stack.enter_context(recomputed(network, DENOISER_BLOCKS, self._with_present_adapter)):
                 raise ValueError(f"no block of {type(network).__name__} can be recomputed: switch gradient_checkpointing off")
             stack.enter_context(recomputed(self.gradient_vae.first_stage_model, DECODER_BLOCKS))
             yield
 
-    def _bypass(self, inner: Callable[..., Tensor], module: nn.Module, adapter: Adapter) -> Callable[..., Tensor]:
+    def _bypass(self, inner: Callable[..., Tensor], module: nn.Module, adapter: Adapter, name: str) -> Callable[..., Tensor]:
         assert self.lora is not None
         scale = self.lora.alpha / self.lora.rank
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             output = inner(x, *args, **kwargs)
-            return output + (scale * adapter(x.float(), module)).to(output.dtype) if self._tuned else output
+            return output + (scale * adapter(x.float(), module)).to(output.dtype) if self._active == name else output
 
         return forward
 
     # -- denoisers -----------------------------------------------------------------------------------------------
 
     def denoiser(self, prompts: Sequence[str], *, adapter: str = "tuned", guidance_scale: float = 1.0, **others: Any) -> Denoiser:
-        """The model with the adapter `tuned` or `base`; a guidance scale of 1 evaluates no unconditional branch, else that of the graph."""
+        """The model with a trained adapter or `base`; a guidance scale of 1 evaluates no unconditional branch, else that of the graph."""
         if others.get("negative") or others.get("prompt_weight", 1) != 1:
             raise ValueError("a model in a graph has the negative prompt that is connected, and no prompt weight")
         if adapter not in self.adapters:
             raise ValueError(f"no adapter {adapter!r} in a graph: use one of {', '.join(sorted(self.adapters))}")
-        return ComfyDenoiser(self, adapter == "tuned", tuple(prompts), guidance_scale)
+        return ComfyDenoiser(self, adapter, tuple(prompts), guidance_scale)
 
     @contextmanager
-    def bypassing(self, tuned: bool) -> Generator[None]:
-        """Inside, the adapter's bypass is open or closed; afterwards it is as before."""
-        before, self._tuned = self._tuned, tuned
+    def bypassing(self, adapter: str) -> Generator[None]:
+        """Inside, the bypass of that adapter alone is open, of `base` none; afterwards it is as before."""
+        before, self._active = self._active, adapter
         try:
             yield
         finally:
-            self._tuned = before
+            self._active = before
 
     def _with_present_adapter(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward that, computed again, runs with the adapter of now, whichever is active by then."""
-        tuned = self._tuned
+        adapter = self._active
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.bypassing(tuned), OutOfPlace():
+            with self.bypassing(adapter), OutOfPlace():
                 return forward(*args, **kwargs)
 
         return run
@@ -279,7 +279,7 @@ class ComfyDenoiser:
     """A ComfyPolicy's Denoiser."""
 
     policy: ComfyPolicy
-    tuned: bool
+    adapter: str
     prompts: tuple[str, ...]
     guidance_scale: float
 
@@ -287,9 +287,9 @@ class ComfyDenoiser:
         """x (B,C,h,w) and sigma (B,) -> x0-prediction (B,C,h,w) in float32."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         policy = self.policy
-        graph = torch.is_grad_enabled() and (self.tuned or x.requires_grad)
+        graph = torch.is_grad_enabled() and (self.adapter in policy.trained or x.requires_grad)
         x, sigma = x.to(policy.device), sigma.to(policy.device)
-        with policy.bypassing(self.tuned), torch.set_grad_enabled(graph):
+        with policy.bypassing(self.adapter), torch.set_grad_enabled(graph):
             if self.guidance_scale == 1:
                 return policy.predict(x, sigma, self.prompts)
             both = policy.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), [*self.prompts, *[""] * len(self.prompts)])

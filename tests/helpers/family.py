@@ -53,8 +53,11 @@ class Family:
         return epsilon if self.prediction == "epsilon" else a * epsilon - a * sigma * clean
 
     def denoiser(self, prompts, *, adapter="tuned", guidance_scale=1.0, negative="", prompt_weight=1.0):
-        weight = self.weight if adapter == "tuned" else STATES[adapter]
+        weight = self.weights(adapter)
         return ToyDenoiser(prompts, lambda x, sigma: self.denoise(x, sigma, weight))
+
+    def weights(self, adapter):
+        return self.weight if adapter == "tuned" else STATES[adapter]
 
     def denoise(self, x, sigma, w):
         self.calls += len(x)
@@ -86,6 +89,22 @@ class Family:
 
     def parameters(self):
         return [self.weight]
+
+
+class WithLoser:
+    """Mixed into a policy of the family: a second trained adapter."""
+
+    adapters = frozenset({*Family.adapters, "tuned-loser"})
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.loser = torch.nn.Parameter(torch.tensor([-0.1, 0.3, 0.2, -0.2], dtype=torch.float64))
+
+    def weights(self, adapter):
+        return self.loser if adapter == "tuned-loser" else super().weights(adapter)
+
+    def parameters(self):
+        return [self.weight, self.loser]
 
 
 class Towers:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from helpers.family import SMALL, Family, Towers
+from helpers.family import SMALL, Family, Towers, WithLoser
 from helpers.losses import batch_of, loss_of
 
 from trainer.__main__ import main
@@ -66,6 +66,7 @@ CASES = {
     "awm": {"name": "awm", "steps": 4, "group": 4, "prompts_per_round": 2, "levels": 3},
     "diffusion-nft": {"name": "diffusion-nft", "steps": 4, "group": 4, "prompts_per_round": 2, "decay_rate": 0.2},
     "dro": {"name": "dro", "rollout_steps": 4},
+    "chats": {"name": "chats", "beta": 4.0},
     "self-npo": {"name": "self-npo", "levels": 6, "rollout_steps": 2, "decay": 0.9},
     "sqdf-black-box": {"name": "sqdf-black-box", **BUFFERED, "queries": [5, 6], "updates_per_loop": 8, "epochs": 5, "heads": 2},
 }
@@ -82,6 +83,14 @@ class Trained(Family):
 
     def gradient_checkpointing(self, **_):
         pass
+
+
+class TwoTrained(WithLoser, Trained):
+    """With a loser beside it."""
+
+    def named_parameters(self):
+        halves = [("A", self.loser), ("B", torch.nn.Parameter(torch.zeros(4), requires_grad=False))]
+        return [*super().named_parameters(), *((f"net.to_q.lora_{half}.tuned-loser.weight", value) for half, value in halves)]
 
 
 class Features:
@@ -130,7 +139,13 @@ def toy_run(case, out, processes=ALONE, reward=None, **settings):
         **settings,
     }
     config = build(TrainConfig, {"out": str(out), **values})
-    parts = Parts(Trained(), samples(kind=config.method.data), reward or Asked(), Features(), processes=processes)
+    parts = Parts(
+        TwoTrained() if config.method.companions else Trained(),
+        samples(kind=config.method.data),
+        reward or Asked(),
+        Features(),
+        processes=processes,
+    )
     check_settings(config, parts)
     run = Run(config, parts)
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.01)
@@ -143,9 +158,9 @@ def trained(case, out, processes=ALONE, resume=False, **settings):
     run.open_folder(overwrite=False, resume=resume)
     gradients = []
     for _ in run.steps():
-        gradients.append(run.policy.weight.grad.clone())
+        gradients.append(torch.cat([p.grad for p in run.policy.parameters()]))
     asked = sum(processes.exchange(run.reward.images))
-    return {"gradient": gradients[0], "weight": run.policy.weight.detach(), "asked": asked}
+    return {"gradient": gradients[0], "weight": torch.cat([p.detach() for p in run.policy.parameters()]), "asked": asked}
 
 
 def log_of(out):

@@ -106,7 +106,7 @@ def test_a_blank_caption_is_a_caption(folder):
     assert folder["captions of two images"] == [["", "a star"], ["a star", "a star"], ["a star", "a star"], ["a", "b"]]
 
 
-@pytest.mark.parametrize("name", ["diffusion-dpo", "unsafe dpo", "diffusion-kto", "mapo", "diffusion-npo"])
+@pytest.mark.parametrize("name", ["diffusion-dpo", "unsafe dpo", "diffusion-kto", "mapo", "diffusion-npo", "chats"])
 def test_one_step_on_pairs_in_a_graph_has_the_headless_gradient(told, name):
     assert told["preferences"][name] < 1e-3 and told["preferences"][f"norm of {name}"] > 1, told["preferences"]
 
@@ -120,6 +120,7 @@ def test_pairs_train_in_a_graph_as_the_command_does(pairs):
     assert pairs["report"].splitlines()[-1] == "3 pairs of 6 images, 64×64 pixels"
     assert pairs["likes"].splitlines()[-1] == "3 liked and 3 disliked images, 64×64 pixels"
     assert pairs["captions"].startswith("1 step in")
+    assert pairs["two"] == [["run: two", "run: two (loser)"], [f"imagerefl/two/{stem}.safetensors" for stem in ("lora", "lora-loser")]]
 
 
 def test_pairs_are_made_filtered_saved_and_loaded(pairs):

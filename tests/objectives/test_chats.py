@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers.family import STATES, as4
-from helpers.preference import PROMPTS, Captioned, pairs, written_up
+from helpers.family import STATES, WithLoser
+from helpers.preference import PROMPTS, Captioned, images, pairs, written_up
+from helpers.processes import log_of, toy_run, trained
 from safetensors.torch import load_file
 
 from trainer.__main__ import main
-from trainer.config import ConfigError
+from trainer.config import ConfigError, build
 from trainer.data.batches import Details
-from trainer.generate import Generation, slot_denoiser
-from trainer.guidance import Slot, weighted_sum
+from trainer.demo.experiment import load_tuned
+from trainer.generate import Generation, generate
+from trainer.guidance import Slot, cfg
 from trainer.lora.file import read_metadata
-from trainer.models.unet import UNetPolicy
+from trainer.memory.planner import Planner
 from trainer.objectives import CHATS, OBJECTIVES, RunContext
-from trainer.policy import Lora, with_companions
+from trainer.training.config import TrainConfig
+from trainer.training.run import Run
 
 SETTINGS = CHATS(beta=3.0)
 
 
-class Two(Captioned):
+class Two(WithLoser, Captioned):
     """The family's policy with a loser beside the tuned adapter."""
-
-    adapters = frozenset({"tuned", "tuned-loser", *STATES})
-
-    def __init__(self, prediction="epsilon"):
-        super().__init__(prediction)
-        self.loser = torch.nn.Parameter(torch.tensor([-0.1, 0.3, 0.2, -0.2], dtype=torch.float64))
-
-    def denoiser(self, prompts, *, adapter="tuned", **settings):
-        if adapter != "tuned-loser":
-            return super().denoiser(prompts, adapter=adapter, **settings)
-        inner = super().denoiser(prompts, adapter="base", **settings)
-        inner.function = lambda x, sigma: self.denoise(x, sigma, self.loser) + as4(torch.tensor([0.2 * len(p) for p in prompts]), x)
-        return inner
-
-    def parameters(self):
-        return [self.weight, self.loser]
 
 
 def loss_and_gradients(objective, batch, policy):
@@ -123,16 +108,71 @@ def test_masks_weigh_the_image_that_they_are_of():
     torch.testing.assert_close(masked["loser_gain"], 2 * plain["loser_gain"])
 
 
-def test_other_references_data_and_settings_are_refused(tmp_path):
+def test_impossible_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="reference_every: winner and loser have one reference"):
         CHATS(reference_every=5)
     with pytest.raises(ValueError, match="guidance scale 0: CHATS's loser takes no part"):
-        CHATS().draws(Slot("tuned", 0.0), torch.tensor([1.0, 0.0]))
-    arguments = [f"--out={tmp_path / 'x'}", "--objective.name=chats", "--pairs=demo", "--steps=1", "--batch_size=2"]
-    with pytest.raises(SystemExit) as stopped, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.exit", lambda code=0: (_ for _ in ()).throw(SystemExit(code)))
-        raise SystemExit(main(["train", *arguments, "--tune=full"]))
-    assert stopped.value.code
+        CHATS().mix(Slot("tuned", 0.0), torch.tensor([1.0, 0.0]))
+    with pytest.raises(ConfigError, match="^tune = full: chats trains 2 models at once, give tune = lora$"):
+        toy_run("chats", tmp_path, tune="full")
+    with pytest.raises(ValueError, match="preferences are learnt from pairs of images: give `pairs`"):
+        SETTINGS.loss(RunContext(Two()), images())
+
+
+def test_a_resumed_run_ends_with_the_same_bits_of_both(tmp_path):
+    whole = trained("chats", tmp_path / "whole", steps=6, ema=0.9)
+    trained("chats", tmp_path / "cut", steps=4, ema=0.9)
+    resumed = trained("chats", tmp_path / "cut", steps=6, ema=0.9, resume=True)
+    assert torch.equal(resumed["weight"], whole["weight"]) and log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    moved = (whole["weight"] - torch.cat([p.detach() for p in Two().parameters()])).abs()
+    assert float(moved[:4].max()) > 1e-5 and float(moved[4:].max()) > 1e-5
+    for stem in ("lora", "lora-loser"):
+        one, other = (load_file(tmp_path / run / f"{stem}.safetensors") for run in ("cut", "whole"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.full
+def test_a_run_writes_two_loras_that_draw_as_its_watch_did(tmp_path, capsys):
+    """Result, best and snapshot, each beside its loser; loaded from files they give the images of the run's own adapters."""
+    arguments = ["--objective.name=chats", "--pairs=demo", "--steps=2", "--batch_size=2", "--learning_rate=0.02", "--snapshot_every=1"]
+    watch = ["--watch.every=2", "--watch.heldout=demo-heldout", "--watch.count=1", "--watch.images=2", "--ema=0.5", "--objective.steps=3"]
+    out, run = tmp_path / "run", {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", lambda self, finish=Run.finish: (finish(self), run.update(run=self)))
+        assert main(["train", f"--out={out}", *arguments, *watch]) == 0
+    names = ["best", "lora", "lora-000001", "lora-000002"]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == sorted(f"{n}{x}.safetensors" for n in names for x in ("", "-loser"))
+    assert "lora.safetensors and " in capsys.readouterr().out
+    told = read_metadata(out / "lora-loser.safetensors")
+    assert told["adapter"] == "tuned-loser" and told["guide"] == "chats" and told["settings"]["objective"]["name"] == "chats"
+    run = run["run"]
+    files = {"tuned": out / "lora.safetensors", "tuned-loser": out / "lora-loser.safetensors"}
+    policy = load_tuned({"winner": files["tuned"], "winner-loser": files["tuned-loser"]})
+    average = {name: value.detach().clone() for name, value in run.ema.values.items()}
+    for name, parameter in run.policy.named_parameters():
+        assert not torch.equal(parameter, average[name]) or not parameter.any(), name  # the files have the average
+        parameter.data.copy_(average[name])
+    settings = Generation(steps=3, seed=1)
+    mixes = [CHATS().mix(Slot(name, 1.0), policy.sigmas(3)) for name in ("winner", "tuned")]
+    mine, its = (generate(p, ["a red star"] * 2, settings, {"": mix})[""] for p, mix in zip((policy, run.policy), mixes))
+    assert torch.equal(mine, its)
+    alone = generate(policy, ["a red star"] * 2, settings, {"": cfg(Slot("winner"))})[""]
+    other = generate(policy, ["a red star"] * 2, settings, {"": cfg(Slot("winner-loser"))})[""]
+    assert min(float((a - b).abs().max()) for a, b in ((mine, alone), (alone, other))) > 1e-3
+    assert (
+        main(["train", f"--out={out}", "--overwrite", "--steps=1", "--batch_size=2", "--objective.name=diffusion-dpo", "--pairs=demo"]) == 0
+    )
+    assert [path.name for path in out.glob("*.safetensors")] == ["lora.safetensors"]  # nothing of the earlier run is left
+
+
+def test_the_plan_counts_the_second_adapter():
+    one, two = (Planner()(planned_config(name)) for name in ("diffusion-dpo", "chats"))
+    assert two.components["adapter"] == 2 * one.components["adapter"] > 0
+    assert two.components["optimizer state"] == 2 * one.components["optimizer state"]
+
+
+def planned_config(name):
+    return build(TrainConfig, {"out": "run", "objective": {"name": name}, "pairs": "demo", "batch_size": 2, "steps": 3})
 
 
 def test_a_negative_model_draws_by_its_guide():
@@ -144,8 +184,8 @@ def test_a_negative_model_draws_by_its_guide():
         ("chats", 5.0, [("tuned", 1.0, 6.0), ("tuned-loser", -0.5, -5.0)]),
         ("diffusion-dpo", 3.0, [("tuned", 1.0, 1.0)]),
     ):
-        parts = OBJECTIVES[name]().draws(Slot("tuned", scale), sigmas).at(0, 1.0)
+        parts = OBJECTIVES[name]().mix(Slot("tuned", scale), sigmas).at(0, 1.0)
         assert [(slot.adapter, slot.prompt_weight, value) for slot, value in parts] == expected, name
         assert [slot.guidance_scale for slot, _ in parts] == [scale if name == "diffusion-dpo" else 1.0] * len(parts)
     with pytest.raises(ValueError, match="guidance scale 1: a negative model takes part in guidance alone"):
-        OBJECTIVES["self-npo"]().draws(Slot("tuned", 1.0), sigmas)
+        OBJECTIVES["self-npo"]().mix(Slot("tuned", 1.0), sigmas)

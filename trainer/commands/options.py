@@ -86,8 +86,14 @@ def generation_of(args: argparse.Namespace) -> Generation:
 def warn_of_guidance(args: argparse.Namespace, settings: Generation, loras: Iterable[Path]) -> None:
     """Say which LoRAs were trained to be drawn with another guidance than the tuned part has by default, as those on preferences are."""
     for path in loras if args.tuned_guidance_scale is None else ():
-        scale = read_metadata(path).get("tuned_guidance")
-        if isinstance(scale, int | float) and scale != settings.tuned_guidance_scale:
+        metadata = read_metadata(path)
+        scale, guide = metadata.get("tuned_guidance"), metadata.get("guide")
+        if guide:
+            if guide != getattr(args, "guide", None):
+                log.warning(
+                    f"{path} was trained for the guide {guide}: give --guide {guide}; docs/sampling.md, Guidance by two models, says how"
+                )
+        elif isinstance(scale, int | float) and scale != settings.tuned_guidance_scale:
             log.warning(
                 f"{path} is for drawing with guidance ({scale:g} in its training's settings), and the tuned part has none: give "
                 f"--tuned-guidance-scale, such as the base's {settings.guidance_scale:g}; 1 leaves it so"

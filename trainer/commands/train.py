@@ -22,7 +22,7 @@ from ..runtime.device import OutOfMemory, is_out_of_memory, peak_gb, set_precisi
 from ..runtime.processes import Processes, joined
 from ..training.config import TrainConfig, Watch
 from ..training.console import follow
-from ..training.folder import BEST, check_folder, claim
+from ..training.folder import BEST, check_folder, claim, files_of
 from ..training.parts import check_heldout
 from ..training.run import Run
 from .options import quiet_libraries
@@ -134,7 +134,8 @@ def _report(run: Run, planner: Planner, device: str) -> None:
     if not run.last:
         print(f"stopped after step {run.step}; saved {run.checkpoint_path}; go on with --resume")
         return
-    print(f"wrote {run.result} after step {run.step}: every key read back")
+    written = " and ".join(map(str, files_of(run.result, run.config.method.companions).values()))
+    print(f"wrote {written} after step {run.step}: every key read back")
     if planner.last:
         print(f"peak memory: {peak_gb(device):.2f} GB; planned {planner.last.total / 1e9:.2f} GB")
     if run.evaluation:

@@ -25,6 +25,7 @@ from ..policy import with_companions
 from ..reward import Reward
 from ..rewards.base import RewardModel
 from ..training.config import TrainConfig
+from ..training.folder import files_of
 from . import experiment, files, page, world
 from .experiment import OBJECTIVES, START, STEPS
 from .pairs import captions_preferred, pairs_preferred, rated_pairs, rated_samples
@@ -196,7 +197,7 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     policy = experiment.load_tuned(loras)
     captions, mixes = world.captions(size.prompts, "methods"), {}
     for name, config in configs.items():
-        drawn = partial(config.method.draws, sigmas=policy.sigmas(STEPS))
+        drawn = partial(config.method.mix, sigmas=policy.sigmas(STEPS))
         mixes |= experiment.switched([name, f"{name} best"], SWITCHES, config.method.guidance_scale, drawn)
     evaluated = experiment.evaluate(out, policy, mixes, captions, size.per_prompt, judges, SAMPLING_SEED)
     results = evaluated.results() | {
@@ -220,10 +221,11 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
 def _loras(config: TrainConfig) -> dict[str, Path]:
     """The last and the best LoRA of a finished run and their companions, by the names of their adapters."""
     folder, companions = Path(config.out), config.method.companions
+    both = ((folder.name, "lora.safetensors"), (f"{folder.name} best", "best.safetensors"))
     return {
-        adapter: folder / f"{stem}.safetensors"
-        for name, file in ((folder.name, "lora"), (f"{folder.name} best", "best"))
-        for adapter, stem in zip(with_companions(name, companions), with_companions(file, companions))
+        adapter: path
+        for name, file in both
+        for adapter, path in zip(with_companions(name, companions), files_of(folder / file, companions).values())
     }
 
 

@@ -81,6 +81,12 @@ def adapter_of_parameter(name: str) -> str:
     return "tuned" if adapter == "default" else adapter
 
 
+def parameter(module: str, adapter: str) -> tuple[str, str]:
+    """The names of both halves of a module's update, the inverse of the two above."""
+    peft = "default" if adapter == "tuned" else adapter
+    return f"{module}.lora_A.{peft}.weight", f"{module}.lora_B.{peft}.weight"
+
+
 def delta_key(parameter: str) -> str:
     """A UNet parameter's key in a delta file."""
     module, _, kind = parameter.rpartition(".")

@@ -128,7 +128,12 @@ class Objective(ABC):
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """Noise level from which the tuned model has been trained: where combined generation should switch to it."""
 
-    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+    @property
+    def guide(self) -> str:
+        """The guide that `mix` is of, for the result's metadata; "" for the model by itself."""
+        return ""
+
+    def mix(self, tuned: Slot, sigmas: Tensor) -> Mix:
         """What draws images with the adapter of `tuned` at its guidance scale, over levels (T+1,): here that model by itself.
 
         Evaluations of a run and the comparison draw by it. Raises ValueError for a scale at which the adapter takes no part.

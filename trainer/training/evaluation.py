@@ -33,7 +33,7 @@ class Evaluation:
     prompts: one per image. features: images (B,3,H,W) in [0,1] -> (B,D), in which diversity and the distances to `reference` are
     measured; without them there are none. on_device: a context in which the rewards are on the policy's device. tuned: another model
     of the family, which draws the tuned part with the adapter of `policy`, on levels of its own. drawn: how that part is drawn
-    (`Objective.draws`).
+    (`Objective.mix`).
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Evaluation:
             seed=config.seed + 1,
         )
         switch = Switch.parse(watch.switch)
-        return cls(policy, rewards, repeated, generation, switch, features, on_device, reference, tuned, method.draws)
+        return cls(policy, rewards, repeated, generation, switch, features, on_device, reference, tuned, method.mix)
 
     @torch.no_grad()
     def run(self, step: int) -> Point:

@@ -46,7 +46,8 @@ _PATHS = (
 _REWARDS = ("reward", "features", "watch.heldout")  # known by their weights where those are recorded
 _SNAPSHOT = re.compile(r"(lora|delta)-(\d{6,})\.safetensors")
 _RESULTS = ("lora.safetensors", "delta.safetensors", BEST)
-_COMPANIONS = sorted({name for objective in OBJECTIVES.values() for name in objective.companions})
+COMPANIONS = sorted({name for objective in OBJECTIVES.values() for name in objective.companions})
+"""Of all objectives: what may lie beside each of the results, as `lora-loser.safetensors`."""
 
 
 def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -78,10 +79,16 @@ def clear(folder: Path) -> None:
         for name in (LOG, CHECKPOINT, WATCH):
             (folder / name).unlink(missing_ok=True)
         for path in (*(folder / name for name in _RESULTS), *snapshots(folder).values()):
-            for stem in with_companions(path.stem, _COMPANIONS):
-                path.with_stem(stem).unlink(missing_ok=True)
+            for file in files_of(path, COMPANIONS).values():
+                file.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error}") from error
+
+
+def files_of(result: Path, companions: Iterable[str]) -> dict[str, Path]:
+    """The file of a result and those beside it, by the adapter that each holds."""
+    names = tuple(companions)
+    return dict(zip(with_companions("tuned", names), map(result.with_stem, with_companions(result.stem, names))))
 
 
 def snapshot(result: Path, step: int) -> Path:

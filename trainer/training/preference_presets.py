@@ -31,8 +31,17 @@ def _mapo(row: Row) -> list[Line]:
     return [*_levels(row), ("beta", "0.1", ""), ("scale", "0.5", ""), ("margin_scale", "1000.0", "")]
 
 
+def _guiding(row: Row) -> list[Line]:
+    """Of a negative model, which takes part in guidance above 1 alone."""
+    steps, scale = _levels(row)
+    if row.guidance_scale == 1:
+        scale = ("guidance_scale", "1.0", "raise it: in evaluations the negative model takes part above 1 alone")
+        scale = scale if row.few else ("guidance_scale", "3.5", "of evaluations, in which the negative model takes part above 1 alone")
+    return [steps, scale]
+
+
 def _npo(row: Row) -> list[Line]:
-    return [*_levels(row), ("beta", "2000.0" if row.size > 512 else "1000.0", "")]
+    return [*_guiding(row), ("beta", "2000.0" if row.size > 512 else "1000.0", "")]
 
 
 def _dmpo(row: Row) -> list[Line]:
@@ -66,12 +75,12 @@ def _dro(row: Row) -> list[Line]:
 
 def _self_npo(row: Row) -> list[Line]:
     w: Line = ("anti_guidance", "-5.0", "SDXL's") if row.size > 512 else ("anti_guidance", "-1.0", "SD1.5's: the unconditional prediction")
-    return [*_levels(row), w, ("levels", "25", ""), ("rollout_steps", "5", ""), ("decay", "0.999", "")]
+    return [*_guiding(row), w, ("levels", "25", ""), ("rollout_steps", "5", ""), ("decay", "0.999", "")]
 
 
 def _chats(row: Row) -> list[Line]:
     beta: Line = ("beta", "1000.0", "" if row.latent <= 4 * 128 * 128 else "SD1.5's and SDXL's; not published for flow models")
-    scale: Line = ("guidance_scale", "5.0", "of evaluations by winner and loser, counted from 0")
+    scale: Line = ("guidance_scale", "1.0" if row.few else "5.0", "of evaluations by winner and loser, counted from 0")
     return [steps_of(row, "of evaluations; training draws from all noise levels"), scale, beta, ("loser_dropout", "0.5", "")]
 
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 from ..config import ConfigError
 from ..data.batches import Batch
 from ..lora.file import save_delta, save_lora
-from ..policy import Adaptable, Policy, with_companions
+from ..policy import Adaptable, Policy
 from ..runtime.device import peak_gb
 from ..runtime.files import write_text
 from . import checkpoint, folder
@@ -238,9 +238,8 @@ class Run:
         if self.config.tune == "full":
             save_delta(cast(Adaptable, self.policy), path, self.metadata(), weights, getattr(torch, self.config.delta_dtype))
             return
-        names = self.config.method.companions
-        for adapter, stem in zip(with_companions("tuned", names), with_companions(path.stem, names)):
-            save_lora(self.policy, path.with_stem(stem), self.metadata() | ({"adapter": adapter} if names else {}), weights, adapter)
+        for adapter, file in folder.files_of(path, self.config.method.companions).items():
+            save_lora(self.policy, file, self.metadata() | ({"adapter": adapter} if file != path else {}), weights, adapter)
 
     def _result_bytes(self) -> int:
         """Size of the result's file, but for its header."""
@@ -296,5 +295,6 @@ class Run:
             "step": self.step,
             "switch_sigma": method.recommended_sigma(self.policy.sigmas(method.steps)),
             "tuned_guidance": method.guidance_scale,
+            **({"guide": method.guide} if method.guide else {}),
             "versions": folder.versions(),
         }

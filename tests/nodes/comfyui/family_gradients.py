@@ -148,7 +148,7 @@ def in_graph(family, headless, dtype, checkpointing, noise, levels):
     policy, model = opened_in_graph(family, headless, dtype, noise.shape[1:])
     policy.add_lora(core.Lora(rank=4, alpha=8.0, targets=TARGETS[family]), 3)
     inside = {alias: inner for inner, (_, aliases) in adapter.lora_targets(model.model).items() for alias in aliases}
-    there, names, ours = {inner: name for name, (inner, _) in policy._adapters.items()}, {}, dict(policy.named_parameters())
+    there, names, ours = {inner: name for (_, name), (inner, _) in policy._modules.items()}, {}, dict(policy.named_parameters())
     for name, value in headless.named_parameters():
         module, half = name.split(".lora_")
         names[name] = f"{there[inside[module]]}.lora_{half}"

@@ -22,7 +22,8 @@ with torch.inference_mode():
     model, clip, vae = (load(Path(pipeline_folder)) for load in (demo.load_model, demo.load_clip, demo.load_vae))
 
 headless = trainer.UNetPolicy.load(pipeline_folder)
-headless.add_lora(lora, 3)
+both = ("tuned", "tuned-loser")  # what CHATS trains; of the others the second has no gradient
+headless.add_lora(lora, 3, both)
 # between the levels of its table, where SRPO's lie, ComfyUI asks the network at the nearest timestep, and we at a fraction of one
 between = headless.timestep
 headless.timestep = lambda sigma: between(sigma).round()
@@ -30,7 +31,7 @@ mean = headless.encode(images)[0]
 samples = data.Samples(prompts, data.LatentsInMemory(mean, torch.zeros_like(mean)))
 with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
     policy = graph.ComfyPolicy(model, vae, lambda p: clip.encode_from_tokens_scheduled(clip.tokenize(p)), (4, 8, 8))
-    policy.add_lora(lora, 3)
+    policy.add_lora(lora, 3, both)
     for name, parameter in [*headless.named_parameters(), *policy.named_parameters()]:
         if "lora_B" in name:  # away from the identity, where half of the gradients vanish
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
@@ -52,11 +53,11 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
                 for parameter in one.parameters():
                     parameter.grad = None
                 objective.begin(objectives.RunContext(one, reward))(samples.batch(0, 0, 0, 4))[0].backward()
-                gradients.append({n: p.grad.clone() for n, p in one.named_parameters()})
+                gradients.append({n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None})
             assert gradients[0].keys() == gradients[1].keys(), sorted(gradients[0].keys() ^ gradients[1].keys())[:4]
             ours, theirs = (torch.cat([g[n].flatten() for n in sorted(g)]) for g in gradients)
             errors[name] = float((ours - theirs).norm() / ours.norm())
-    errors["modules"] = len(policy.named_parameters())
+    errors["modules"] = len(policy.named_parameters()) // len(both)
 import folder
 import pairs
 

@@ -43,6 +43,7 @@ def gradients(headless, policy):
         "diffusion-kto": objectives.OBJECTIVES["diffusion-kto"](beta=50.0),
         "mapo": objectives.OBJECTIVES["mapo"](),
         "diffusion-npo": objectives.OBJECTIVES["diffusion-npo"](beta=200.0),
+        "chats": objectives.OBJECTIVES["chats"](beta=200.0),
     }.items():
         kind, measured = objective.data, []
         table = {"labels" if kind is batches.Labels else "pairs": str(saved / ("labels" if kind is batches.Labels else "pairs")) + ".jsonl"}
@@ -52,7 +53,7 @@ def gradients(headless, policy):
             for parameter in one.parameters():
                 parameter.grad = None
             objective.begin(objectives.RunContext(one, None))(own.batch(0, 0, 0, 3))[0].backward()
-            measured.append(torch.cat([p.grad.flatten() for _, p in sorted(one.named_parameters())]))
+            measured.append(torch.cat([p.grad.flatten() for _, p in sorted(one.named_parameters()) if p.grad is not None]))
         found[name] = float((measured[0] - measured[1]).norm() / measured[0].norm())
         found[f"norm of {name}"] = float(measured[0].norm())
     return found
@@ -98,6 +99,9 @@ with torch.inference_mode():
             given.pop(key, None)
         return N["AlignTrain"].execute(objective=objective, pairs=data, **{**given, **{"model": before.model, "clip": before.clip}}).result
 
+    train(N["ObjectiveCHATS"].execute().result[0], "two", steps=1)
+    listed = [name for name in ours("nodes.lora").names() if name.startswith("run: two")]
+    results["two"] = [listed, [str(ours("nodes.lora").path_of(name).relative_to(here / "output")) for name in listed]]
     dpo = N["ObjectiveDiffusionDPO"].execute(beta=200.0).result[0]
     kto = N["ObjectiveDiffusionKTO"].execute(beta=50.0).result[0]
     results["report"] = train(dpo, data=loaded)[5]

@@ -86,9 +86,9 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
     policy.gradient_checkpointing(denoiser=True, vae=True)
     network, policy.model.model.diffusion_model = policy.model.model.diffusion_model, torch.nn.Sequential()
     policy.model.model.diffusion_model.dtype = torch.float32
-    policy._adapters, adapters = {}, policy._adapters
+    policy._modules, modules = {}, policy._modules
     results["no block"] = refused(lambda: policy.loaded([], 1).__enter__())
-    policy.model.model.diffusion_model, policy._adapters = network, adapters
+    policy.model.model.diffusion_model, policy._modules = network, modules
 
     results["shared where it is not dynamic"] = policy.model.model is model.model and policy.vae is vae
     for one in (vae, small):

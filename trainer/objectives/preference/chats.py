@@ -49,7 +49,12 @@ class CHATS(DenoisingObjective):
         """Pairs."""
         return Pairs
 
-    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+    @property
+    def guide(self) -> str:
+        """That of two models."""
+        return "chats"
+
+    def mix(self, tuned: Slot, sigmas: Tensor) -> Mix:
         """The winner, guided by the loser."""
         _, loser = with_companions(tuned.adapter, self.companions)
         return by_loser(tuned, loser, self.proxy, sigmas)

@@ -116,9 +116,14 @@ class DiffusionDPO(PairObjective):
         """As the data say, or the reverse."""
         return batch.swapped if self.flip_labels else batch
 
-    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+    @property
+    def guide(self) -> str:
+        """That of a negative model with flipped labels."""
+        return "npo" if self.flip_labels else ""
+
+    def mix(self, tuned: Slot, sigmas: Tensor) -> Mix:
         """The tuned model, or with flipped labels the base, guided by it."""
-        return by_negative(tuned, sigmas) if self.flip_labels else super().draws(tuned, sigmas)
+        return by_negative(tuned, sigmas) if self.flip_labels else super().mix(tuned, sigmas)
 
     def losses(self, tuned: Two, reference: Two, beta: float | Tensor, rejected_scale: float) -> tuple[Tensor, Logs]:
         """`pair_losses` with the share of wrong labels."""

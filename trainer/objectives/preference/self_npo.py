@@ -47,7 +47,12 @@ class SelfNPO(WithoutReward):
         """Images."""
         return Images
 
-    def draws(self, tuned: Slot, sigmas: Tensor) -> Mix:
+    @property
+    def guide(self) -> str:
+        """That of a negative model."""
+        return "npo"
+
+    def mix(self, tuned: Slot, sigmas: Tensor) -> Mix:
         """The base, guided by the tuned model."""
         return by_negative(tuned, sigmas)
 
