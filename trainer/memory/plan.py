@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +26,13 @@ from ..policy import Policy
 from ..rewards.base import RewardModel
 from ..rewards.prompt_cache import PromptCachedReward
 from ..runtime.processes import ALONE, Processes
-from ..training.config import TrainConfig, Watch
+from ..training.config import TrainConfig
 from ..training.optimizers import STATE_BYTES
 from ..training.parts import Parts
 from ..training.run import Run
 from .dry_run import META, MemoryTracker, dry_run
 from .offload import tensors, waiting_text_towers
-from .stand_ins import TrackedPolicy, UntrackedReward
+from .stand_ins import TrackedPolicy, UntrackedReward, without_side_effects
 
 MICRO_BATCHES = 32  # of a run's start, of which the most expensive is planned
 _ENCODERS = ("VAE encoder weights", "text encoder weights")
@@ -104,16 +104,6 @@ def plan(config: TrainConfig, models: MetaModels, tracker: MemoryTracker, proces
     phases = {name: peak.bytes for name, peak in tracker.phases.items()}
     moment = f"{phase}: {peak.running}"
     return Plan(components, moment, phases, run.micro_batch, allowance(peak.bytes, config.device), run.waiting())
-
-
-def without_side_effects(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The same run without files, oracle queries and evaluations, none of which change the peak of a step."""
-    table = dict(config.objective)
-    known = {f.name for f in fields(type(config.method))}  # pyright: ignore[reportArgumentType]
-    least = max(2, config.batch_size)
-    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (least,), "epochs": 1, "group": least, "prompts_per_round": 1}
-    table |= {name: value for name, value in small.items() if name in known}
-    return replace(config, objective=table, out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
 
 
 class _DryRun:

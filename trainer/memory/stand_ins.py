@@ -1,9 +1,11 @@
-"""Stand-ins in a dry run: a policy whose calls count for components or are skipped, and a reward without memory."""
+"""Stand-ins in a dry run: a policy whose calls count for components or are skipped, a reward without memory, and a config without files."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..denoiser import Denoiser, WrappedDenoiser
 from ..policy import Policy
 from ..rewards.base import RewardModel
+from ..training.config import TrainConfig, Watch
 from ..training.nfe import CountingPolicy
 from .dry_run import META, MemoryTracker
 
@@ -126,3 +129,13 @@ class UntrackedReward(RewardModel):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> (B,3)."""
         return torch.zeros(len(prompts), 3, device=META)
+
+
+def without_side_effects(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The same run without files, oracle queries and evaluations, none of which change the peak of a step."""
+    table = dict(config.objective)
+    known = {f.name for f in fields(type(config.method))}  # pyright: ignore[reportArgumentType]
+    least = max(2, config.batch_size)
+    small = {"buffer_gb": 0.0, "collect_every": 1, "queries": (least,), "epochs": 1, "group": least, "prompts_per_round": 1}
+    table |= {name: value for name, value in small.items() if name in known}
+    return replace(config, objective=table, out=str(folder), watch=Watch(), tracker="", optimizer="adamw")
