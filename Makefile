@@ -46,9 +46,9 @@ benchmark: .venv/train
 bench-gpu: .venv/test
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(PY) tests/large/bench.py $(BENCH)
 
-# The tests of the second device on a card, in its place, against the CPU: every objective, the families, the commands
-test-gpu: .venv/test
-	OMP_NUM_THREADS=1 TEST_DEVICE=$${TEST_DEVICE:-cuda:0} $(PY) -m pytest tests/fake_device -m "" -n 4
+# On a card: the tests of the second device in its place, against the CPU (every objective, the families, the commands), and the nodes
+test-gpu: .venv/test $(if $(COMFY),.venv/comfy)
+	OMP_NUM_THREADS=1 COMFYUI_PATH="$(TESTED)" TEST_DEVICE=$${TEST_DEVICE:-cuda:0} $(PY) -m pytest tests/fake_device tests/nodes/test_card.py -m "" -n 4
 
 # Everything that the project wants to know of a card, in one file to paste: gpu-report.md
 gpu-report: .venv/test

@@ -24,7 +24,7 @@ comfy_path, pack = (Path(p) for p in sys.argv[1:3])
 TEXT = (3).to_bytes(4, "big")  # the kind of a binary message that draws text on a node
 
 
-def start(folder, port, models=None):
+def start(folder, port, models=None, flags=("--cpu",)):
     """The server, with the pack under custom_nodes and nothing of its own written outside `folder`; `models` holds further files."""
     nodes = folder / "custom_nodes"
     nodes.mkdir(parents=True)
@@ -35,7 +35,7 @@ def start(folder, port, models=None):
     if models is not None:
         lines += [f"{kind.name}: {kind.resolve()}" for kind in sorted(models.iterdir())]
     (folder / "extra.yaml").write_text("test:\n" + "".join(f"  {line}\n" for line in lines), "utf-8")
-    command = [sys.executable, comfy_path / "main.py", "--cpu", "--port", port, "--disable-api-nodes", "--preview-method", "latent2rgb"]
+    command = [sys.executable, comfy_path / "main.py", *flags, "--port", port, "--disable-api-nodes", "--preview-method", "latent2rgb"]
     command += ["--extra-model-paths-config", folder / "extra.yaml", "--database-url", "sqlite:///:memory:"]
     for name in ("output", "temp", "user", "input"):
         command += [f"--{name}-directory", folder / name]
