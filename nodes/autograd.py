@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,37 @@ from torch.nn import functional as F
 from .schedule import KEY
 
 _FUSED = "rms_rope_split_half"
+
+
+@contextmanager
+def outside_inference() -> Generator[None]:
+    """Inside, tensors are ordinary ones, which autograd can save. ComfyUI moves models as elsewhere, in inference mode.
+
+    On a GPU a parameter that was made in inference mode and is moved outside of it has no version counter from then on: no layer takes
+    it, neither here nor in a stock sampler later. Making room moves models that have nothing to do with ours, too.
+    """
+    management, load = comfy.model_management, comfy.model_management.load_models_gpu
+
+    @functools.wraps(load)
+    def in_inference_mode(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode():
+            return load(*args, **kwargs)
+
+    management.load_models_gpu = in_inference_mode
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        management.load_models_gpu = load
+
+
+def bring_whole(patchers: Sequence[Any]) -> None:
+    """Let ComfyUI bring networks to their device, making room as for any model. Ours cannot stream: --novram would leave them behind."""
+    comfy.model_management.load_models_gpu(list(patchers), force_full_load=True)
+    for patcher in patchers:
+        if any(p.device.type != patcher.load_device.type for p in patcher.model.parameters()):
+            patcher.model.to(patcher.load_device)
+            patcher.model.model_loaded_weight_memory = patcher.model_size()  # ComfyUI frees as much when it unloads it
 
 
 def refuse_switch(model: Any) -> None:
@@ -39,11 +71,12 @@ def resident(patcher: Any) -> Any:
 
 
 def resident_vae(vae: Any) -> Any:
-    """The same of a VAE."""
+    """The same of a VAE, its weights in the type that it computes in: out of dynamic VRAM, nothing casts them from that of their file."""
     before = getattr(vae, "patcher", None)
     patcher = resident(before)
     if patcher is before:
         return vae
+    patcher.model.to(vae.vae_dtype)
     copied = copy.copy(vae)
     copied.patcher, copied.first_stage_model = patcher, patcher.model
     return copied

@@ -88,7 +88,10 @@ def load_vae(folder: Path = files.PIPELINE) -> Any:
         "dropout": 0.0,
     }
     state = comfy.diffusers_convert.convert_vae_state_dict(_floats(folder / "vae" / "diffusion_pytorch_model.safetensors"))
-    return comfy.sd.VAE(sd=state, config={"params": {"ddconfig": ddconfig, "embed_dim": config["latent_channels"]}}, dtype=torch.float32)
+    vae = comfy.sd.VAE(sd=state, config={"params": {"ddconfig": ddconfig, "embed_dim": config["latent_channels"]}}, dtype=torch.float32)
+    # not in dynamic VRAM, where training cannot take it: 3 MB
+    vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, vae.patcher.load_device, vae.patcher.offload_device)
+    return vae
 
 
 def load_clip(folder: Path = files.PIPELINE) -> Any:

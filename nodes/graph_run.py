@@ -31,6 +31,7 @@ from ..trainer.training.loop import NonFinite
 from ..trainer.training.parts import Parts
 from ..trainer.training.run import Run
 from . import host
+from .autograd import outside_inference
 from .folder import CaptionedFolder
 from .graph_checks import Warnings, check, heldout_apart
 from .latents import pixels_per_latent
@@ -170,7 +171,7 @@ def train_in_graph(
     folder = run_folder(name, resume)
     same = _same(model, images, data, None if resume == NEW else folder)
     config = _config(folder, objective, reward, lora, {**settings, **same, "device": model.load_device.type})
-    with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient(), Warnings() as warnings:
+    with outside_inference(), torch.enable_grad(), host.attention_with_gradient(), Warnings() as warnings:
         policy = ComfyPolicy(model, vae, _condition(clip, conditioning), _latent_shape(model, vae, data.size), gradient_vae)
         policy.add_lora(config.lora, config.seed, with_companions("tuned", config.method.companions))
         data.check(policy)

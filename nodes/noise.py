@@ -21,6 +21,7 @@ from ..trainer.noise.settings import METHODS, NoiseOptimisation, optimisation_of
 from ..trainer.policy import Policy
 from ..trainer.sampling import METHODS as SAMPLERS
 from . import host
+from .autograd import outside_inference
 from .conditioning import placed
 from .policy import ComfyPolicy
 from .rewards import Combined, check_prompt
@@ -132,7 +133,7 @@ class OptimiseNoise(io.ComfyNode):
         if len(latent) != 1 or len(sigmas) < 2 or float(sigmas[-1]) != 0:
             raise ValueError("connect one latent, and sigmas of at least one step down to 0")
         shape = (latent.shape[1], latent.shape[-2], latent.shape[-1])
-        with torch.inference_mode(False), torch.enable_grad(), host.attention_with_gradient():
+        with outside_inference(), torch.enable_grad(), host.attention_with_gradient():
             conditions = {_PROMPT: positive, "": negative}
             policy = ComfyPolicy(model, vae, lambda name: conditions[name], shape, gradient_vae)
             generation = Generation(steps=len(sigmas) - 1, method=cast(Any, sampler), seed=seed, guidance_scale=cfg)

@@ -18,6 +18,7 @@ from ..trainer.pairs.label import Pair, Scored, candidates
 from ..trainer.pairs.near_copies import Thumbnails
 from ..trainer.pairs.report import lines, report
 from ..trainer.text import counted
+from .autograd import outside_inference
 from .lists import places, prompts_of, unfit, usable
 from .preferences import ImageInMemory, PreferencePairs, shown
 from .rewards import trained_on
@@ -195,7 +196,7 @@ def _text_features(reward: Any) -> TextFeatures | None:
         raise ValueError("features: only a two-tower reward (HPS, PickScore, CLIP) has features of texts")
 
     def features(prompts: Sequence[str]) -> Tensor:
-        with torch.no_grad(), torch.inference_mode(False):
+        with torch.no_grad(), outside_inference():
             reward.to_device()
             return reward.reward.text_features(prompts)
 

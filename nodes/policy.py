@@ -130,9 +130,9 @@ class ComfyPolicy:
         needed = 4 * self.model.model.memory_required(shape) + self.gradient_vae.memory_used_decode(shape, self.gradient_vae.vae_dtype)
         vaes = [self.vae.patcher] + ([self.gradient_vae.patcher] if self.gradient_vae is not self.vae else [])
         management.load_models_gpu([self.model, *vaes, *others], memory_required=needed, force_full_load=True)
+        require_whole(self.model, *vaes)  # before a weight is replaced: ComfyUI has locked the memory of those that it streams
         for module in (self.model.model, self.vae.first_stage_model, self.gradient_vae.first_stage_model, *(p.model for p in others)):
             make_trainable_through(module)
-        require_whole(self.model, *vaes)
         with ExitStack() as stack:
             stack.enter_context(differentiable_kernels())
             self.model.pre_run()

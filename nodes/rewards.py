@@ -16,6 +16,7 @@ from ..trainer.reward import PrefixReward
 from ..trainer.rewards.registry import REWARDS, WeightFolders, weights_hashes
 from ..trainer.rewards.registry import load as load_spec
 from . import host
+from .autograd import bring_whole
 
 _FOLDER = "rewards"
 TASTES = "taste"
@@ -101,7 +102,7 @@ class Loaded:
     def to_device(self) -> None:
         """Let ComfyUI bring the networks to its device, making room as for any model."""
         if self.patchers:
-            comfy.model_management.load_models_gpu(list(self.patchers), force_full_load=True)
+            bring_whole(self.patchers)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Combined:
     def to_device(self) -> None:
         """Bring all networks to the device together."""
         if self.patchers:
-            comfy.model_management.load_models_gpu(list(self.patchers), force_full_load=True)
+            bring_whole(self.patchers)
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> Loaded:

@@ -16,6 +16,7 @@ from comfy_execution.graph import ExecutionBlocker
 from PIL.PngImagePlugin import PngInfo
 
 from ..trainer.data.images import to_pil
+from .autograd import outside_inference
 from .lists import batched, by_size, finite, latent_per_image, places, prompts_of, separate, unfit, usable
 from .rewards import Loaded
 from .sockets import CATEGORY, Reward, schema, show_text
@@ -24,7 +25,7 @@ from .sockets import CATEGORY, Reward, schema, show_text
 @torch.no_grad()
 def score(reward: Any, images: Sequence[torch.Tensor], prompts: Sequence[str], chunk: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (3,H,W) in [0,1] of any sizes, a prompt each -> raw and normalised scores (N,), on the CPU."""
-    with torch.inference_mode(False):  # moving a network inside inference mode would unfit it for training later
+    with outside_inference():  # a reward may keep features of texts, and training meets them again
         reward.to_device()
         raw, scaled = torch.full((2, len(images)), torch.nan)
         for rows in by_size(images, chunk):  # reading scores waits for the GPU, once per chunk, between which Cancel is heeded

@@ -17,6 +17,7 @@ from ..trainer.taste.active import next_pairs
 from ..trainer.taste.choices import NAME
 from ..trainer.taste.comparisons import FEWEST, Gathered, gather, of_pairs
 from ..trainer.taste.fit import fit_taste
+from .autograd import outside_inference
 from .lists import prompts_of, usable
 from .pairs_files import choices as listed
 from .preferences import PreferencePairs
@@ -89,7 +90,7 @@ class FitTaste(io.ComfyNode):
         if judged < FEWEST:  # a new graph has none: what hangs on this waits, and nothing is wrong
             text = f"{judged} choices so far, {FEWEST} are needed, 30 are better: choose in Collect Preferences, then queue again"
             return io.NodeOutput(ExecutionBlocker(None), ExecutionBlocker(None), ui=show_text(cls, text))
-        with torch.inference_mode(False), torch.enable_grad():
+        with outside_inference(), torch.enable_grad():
             model = tower_of(tower)
             head, report = fit_taste(found, model, tower.source, hashes(tower)[tower.name], person.strip())
             path = roots()[0] / TASTES / f"{name}{SUFFIX}"
@@ -154,7 +155,7 @@ class AskNext(io.ComfyNode):
         texts = prompts_of(prompts, images, per_line=True)
         finite, fit = usable(images)
         texts = [text for text, ok in zip(texts, fit) if ok]
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference(), torch.no_grad():
             model = tower_of(tower[0])
             seen = torch.cat([model.image_features(one[None].to(model.home)).double().cpu() for one in finite])
             asked = next_pairs(model, seen, texts, pairs[0], chosen(choices[0]), apart=True)

@@ -44,14 +44,20 @@ def test_every_graph_runs_on_the_card(flags, files, tmp_path):
         pytest.skip("this ComfyUI has no dynamic VRAM")
     found = run(flags.split(), files, tmp_path / "card")
     assert found.pop("start")["devices"][0].startswith("cuda")
+    streamed = "--novram" in flags  # there training is refused
+    trains = {name for name in found if "train" in name or "noise" in name}
+    for name in trains if streamed else ():
+        assert found.pop(name)["why"].endswith("as training needs: start ComfyUI without --novram")
     assert {name: row for name, row in found.items() if row["ended"] != "success"} == {}
     for name, row in found.items():
         if name.startswith("storage"):
-            assert row["off"] < 0.1 * row["effect"] and row["finite"], (name, row)
+            # of dynamic VRAM, the first evaluation has a LoRA before it is rounded to fp8, and the next ones after
+            assert row["off"] < (0.3 if "fp8" in name else 0.03) * row["effect"] and row["finite"], (name, row)
         if name.startswith("training"):
             assert row["finite"] and row["moved"] > 0, (name, row)
     if "--force-fp32" in flags:
         run(["--cpu"], files, tmp_path / "cpu")
-        paths = sorted((tmp_path / "cpu").glob("demo-[bct][aow][smo]*.png"))  # those in which nothing is chosen or trained
+        drawn = ("base-to-few-steps", "combined-generation", "two-checkpoints", "two-model-guidance")  # nothing is chosen or trained
+        paths = [path for name in drawn for path in sorted((tmp_path / "cpu").glob(f"demo-{name}-*.png"))]
         off = [float((images.load(tmp_path / "card" / path.name, 64) - images.load(path, 64)).abs().mean()) for path in paths]
         assert len(off) > 30 and max(off) < 0.01, torch.tensor(off)

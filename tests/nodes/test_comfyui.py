@@ -248,9 +248,24 @@ def test_kernels_without_a_gradient_are_off_while_training_and_on_again_after_it
 def test_models_in_dynamic_vram_are_copied_out_of_it_or_refused(guards):
     """Their layers share buffers, which autograd would save: model, VAE and the VAE for gradients get weights of their own."""
     assert guards["dynamic after"] == [False, False, False] and guards["own weights"] == [True, True, True]
+    assert guards["types of the VAEs"] == ["torch.float32"]  # that they compute in, not that of their file
     assert guards["shared where it is not dynamic"] is True
     assert "cannot leave dynamic VRAM, as training needs: load it with a loader of ComfyUI's own" in guards["no copy"]
     assert guards["partly loaded"] == "" or "is not whole on" in guards["partly loaded"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_models_that_are_moved_while_training_train_and_draw_as_before(guards):
+    """As on a GPU: a parameter made in inference mode and moved outside of it has no version counter, and no layer takes it."""
+    assert guards["gradient"] > 1 and guards["off after training"] == 0 and guards["moved as elsewhere"] is True
+
+
+@comfyui
+@pytest.mark.slow
+def test_without_vram_training_is_refused_before_a_weight_is_replaced_and_rewards_are_whole(guards):
+    assert "is not whole on meta" in guards["not whole"] and guards["weights left alone"] is True
+    assert guards["where the reward is"] == ["meta"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 folder = Path(tiny.embedded.arguments[0])
 for kind in ("checkpoints", "diffusion_models", "loras"):
-    (folder / kind).mkdir(parents=True)
+    (folder / kind).mkdir(parents=True, exist_ok=True)
 tiny.write_checkpoint(folder / "checkpoints" / "tiny.safetensors", 1)
 types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 state = tiny.unet_state(1)

@@ -91,15 +91,61 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
     policy.model.model.diffusion_model, policy._modules = network, modules
 
     results["shared where it is not dynamic"] = policy.model.model is model.model and policy.vae is vae
+
+    def as_filed():
+        loaded = demo.load_vae().patcher
+        loaded.model.half()  # ComfyUI's loader leaves the type of the file, and casts at each use
+        return loaded
+
     for one in (vae, small):
-        one.patcher = dynamic(one.patcher, lambda: demo.load_vae().patcher)
+        one.patcher = dynamic(one.patcher, as_filed)
     copied = policy_of(dynamic(model, demo.load_model), vae, small)
     patchers = [copied.model, copied.vae.patcher, copied.gradient_vae.patcher]
     results["dynamic after"] = [getattr(p, "is_dynamic", bool)() for p in patchers]
     results["own weights"] = [p.model is not old.model for p, old in zip(patchers, (model, vae.patcher, small.patcher))]
     assert copied.vae.first_stage_model is copied.vae.patcher.model and vae.first_stage_model is vae.patcher.model
+    results["types of the VAEs"] = sorted({str(p.dtype) for p in [*patchers[1].model.parameters(), *patchers[2].model.parameters()]})
     Dynamic.copies = False
     results["no copy"] = refused(lambda: policy_of(dynamic(model, demo.load_model), vae))
     apart = comfy.model_patcher.ModelPatcher(model.model, torch.device("meta"), torch.device("cpu"))
     results["partly loaded"] = refused(lambda: autograd.require_whole(apart))
+
+# a GPU, to which weights are moved in place, by what does the same on a CPU
+with torch.inference_mode():
+    model, clip, vae = demo.load_model(), demo.load_clip(), demo.load_vae()
+    plain = embedded.plain_sample(model, clip)
+    load = management.load_models_gpu
+
+    def moving(models, *args, **kwargs):
+        load(models, *args, **kwargs)
+        for one in models:
+            one.model.to(torch.float64).to(torch.float32)
+
+    management.load_models_gpu = moving
+    with autograd.outside_inference(), torch.enable_grad():
+        policy = policy_of(model, vae)
+        policy.add_lora(lora, 0)
+        policy.prompts.prepare("a red star")
+        with policy.loaded([], 1):
+            decoded = policy.decode(policy.denoiser(["a red star"])(torch.randn(1, 4, 8, 8), torch.ones(1)))
+            decoded.sum().backward()
+            results["gradient"] = float(sum(p.grad.abs().sum() for p in policy.parameters()))
+        stands = management.load_models_gpu is not moving
+    results["moved as elsewhere"] = stands and management.load_models_gpu is moving
+    results["off after training"] = float((embedded.plain_sample(model, clip) - plain).abs().max())
+    management.load_models_gpu = lambda *args, **kwargs: None  # as --novram: nothing is brought there
+    before = [id(p) for p in model.model.parameters()]
+    with autograd.outside_inference():
+        policy = policy_of(model, vae)
+        policy.add_lora(lora, 0)
+        policy.model.load_device = torch.device("meta")
+        results["not whole"] = refused(lambda: policy.loaded([], 1).__enter__())
+    results["weights left alone"] = before == [id(p) for p in model.model.parameters()]
+    rewards = embedded.ours("nodes.rewards")
+    rewards.register_folder()
+    reward = rewards.load("demo-proxy")
+    reward.patchers[0].load_device = torch.device("meta")
+    reward.to_device()
+    results["where the reward is"] = sorted({p.device.type for p in reward.reward.parameters()})
+    management.load_models_gpu = load
 print(json.dumps(results))
