@@ -25,10 +25,10 @@ def test_without_a_card_it_says_so(report, capsys, tmp_path):
 @pytest.mark.full
 def test_three_steps_give_planned_and_measured_memory(report, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "chosen", lambda: None)
-    report.main(["--device", "cpu", "--families", "demo", "--planned", "--bench", "--out", str(tmp_path / "report.md")])
+    report.main(["--device", "cpu", "--planned", "demo", "--bench", "--out", str(tmp_path / "report.md")])
     row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| demo"))
-    _, size, planned, measured, seconds = (cell.strip() for cell in row.strip("|").split("|"))
-    assert size == "64²" and float(seconds) > 0
+    _, size, _, _, planned, measured, _, seconds = (cell.strip() for cell in row.strip("|").split("|"))
+    assert size == "64² × 8" and float(seconds) > 0
     assert float(planned) == pytest.approx(float(measured), rel=0.25)  # a process's memory, libraries included
 
 

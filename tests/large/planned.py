@@ -29,6 +29,7 @@ VAE = "--gradient_checkpointing_vae=true"
 ALL = (VAE, "--gradient_checkpointing_denoiser=true", "--gradient_checkpointing_reward=true")
 CONTEXT = 0.82e9  # bytes of CUDA's context on an H100 once libraries have loaded their kernels; 0.55e9 when a process starts
 CASES = {  # model, pixels, images, sampler steps, settings
+    "demo": ("demo", 64, 8, 20, (VAE,)),  # the embedded model, whole and with its own reward
     "sd15": ("sd15", 512, 4, 40, (VAE,)),
     "sd15-8gb": ("sd15", 512, 4, 40, ("--vram=8",)),
     "sd15-nothing-recomputed": ("sd15", 512, 4, 40, ()),
@@ -55,8 +56,9 @@ def measured(name, arguments, folder):
     """One case's row."""
     model, pixels, images, sampler, settings = CASES[name]
     (folder / "prompts.txt").write_text("a red star\na blue ring\ntwo green squares\na yellow cross\n")
-    given = [f"--model={model}", f"--prompts={folder / 'prompts.txt'}", f"--image_size={pixels}", f"--batch_size={images}", *settings]
-    given += ["--reward=hpsv2.1", "--model_options.dtype=bfloat16", f"--device={arguments.device}", f"--steps={arguments.steps}"]
+    own = ["--reward=hpsv2.1", "--model_options.dtype=bfloat16", f"--image_size={pixels}"] if model != "demo" else ["--reward=demo-proxy"]
+    given = [f"--model={model}", f"--prompts={folder / 'prompts.txt'}", f"--batch_size={images}", *own, *settings]
+    given += [f"--device={arguments.device}", f"--steps={arguments.steps}"]
     given += ["--objective.name=refl", f"--objective.steps={sampler}", f"--objective.grad_from={sampler * 3 // 4}"]
     given += [f"--objective.grad_to={sampler - 1}", f"--out={folder / 'run'}"]
     with patch.object(planner, "savings", lambda *_: []):  # each takes another plan
@@ -74,7 +76,10 @@ def measured(name, arguments, folder):
         return hps(0, arguments.device)(dtype).to(device)
 
     replaced = {"open_policy": open_policy, "load_reward": load_reward, "denoiser_hashes": lambda _: ("", ""), "weights_of": lambda _: {}}
-    with patch.multiple(parts, **replaced), patch.object(verify, "MODELS", {key: {} for key in verify.MODELS}):
+    with (
+        patch.multiple(parts, **replaced) if model != "demo" else contextlib.nullcontext(),
+        patch.object(verify, "MODELS", {key: {} for key in verify.MODELS}),
+    ):
         printed("train", *given)
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text("utf-8").splitlines()]
     peak, seconds = max(line["memory_gb"] for line in log), log[-1]["seconds"] - log[-2]["seconds"]

@@ -51,13 +51,13 @@ def test_every_graph_runs_on_the_card(flags, files, tmp_path):
     assert {name: row for name, row in found.items() if row["ended"] != "success"} == {}
     for name, row in found.items():
         if name.startswith("storage"):
-            # of dynamic VRAM, the first evaluation has a LoRA before it is rounded to fp8, and the next ones after
-            assert row["off"] < (0.3 if "fp8" in name else 0.03) * row["effect"] and row["finite"], (name, row)
+            # weights that are streamed ComfyUI does not round to fp8 once a LoRA is in them
+            assert row["off"] < (0.5 if "fp8" in name else 0.03) * row["effect"] and row["finite"], (name, row)
         if name.startswith("training"):
             assert row["finite"] and row["moved"] > 0, (name, row)
     if "--force-fp32" in flags:
         run(["--cpu"], files, tmp_path / "cpu")
-        drawn = ("base-to-few-steps", "combined-generation", "two-checkpoints", "two-model-guidance")  # nothing is chosen or trained
+        drawn = ("base-to-few-steps", "combined-generation", "two-checkpoints", "train-imagerefl")  # the last by what is trained, too
         paths = [path for name in drawn for path in sorted((tmp_path / "cpu").glob(f"demo-{name}-*.png"))]
         off = [float((images.load(tmp_path / "card" / path.name, 64) - images.load(path, 64)).abs().mean()) for path in paths]
-        assert len(off) > 30 and max(off) < 0.01, torch.tensor(off)
+        assert len(off) > 30 and max(off) < 0.003, torch.tensor(off)

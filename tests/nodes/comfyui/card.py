@@ -78,7 +78,7 @@ def short(prompts):
     """The templates of the embedded model, each in a few seconds."""
     prompts = {name: changed(prompt, "ImageReFLDemoImages", count=8) for name, prompt in prompts.items()}
     for name, prompt in prompts.items():
-        for kind in ("KSampler", "ImageReFLCombinedKSampler", "KSamplerSelect"):  # an ancestral sampler draws its noise on the card
+        for kind in ("KSampler", "ImageReFLCombinedKSampler"):  # an ancestral sampler, which searches need, draws its noise on the card
             prompt = changed(prompt, kind, sampler_name="euler")
         prompt = changed(prompt, "ImageReFLTrainLora", train_steps=3, batch_size=2, preview_every=0)
         prompt = changed(prompt, "ImageReFLTrainAnyObjective", train_steps=2, preview_every=0)
