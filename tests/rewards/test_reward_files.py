@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,13 @@ def test_filling_never_leaves_a_weight_unset(tmp_path):
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_not_floats_are_refused(kind, tmp_path):
+    state = {"weight": torch.ones(2, 3).to(kind), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match=f"^x.safetensors holds weight as {str(kind)[6:]}, which may be quantised: use a file of float16"):
+        fill(lambda: torch.nn.Linear(3, 2), state, Path("x.safetensors"))
 
 
 def test_weights_are_found_in_a_folder_of_the_rewards_name_or_under_an_unmistakable_one(tmp_path):

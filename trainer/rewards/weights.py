@@ -103,6 +103,9 @@ def fill(make: Callable[[], Module], state: Mapping[str, Tensor], source: Path, 
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise ValueError(f"{source} belongs to another model: {name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and not state[name].is_floating_point():
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise ValueError(f"{source} holds {name} as {kind}, which may be quantised: use a file of float16, bfloat16 or float32 weights")
 
     def stored(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
