@@ -49,6 +49,8 @@ CASES = {
     "sqdf by priority": {"name": "sqdf", **BUFFERED, "replay": "prioritised"},
     "diffusion-dpo": {"name": "diffusion-dpo", "beta": 4.0, "sft_weight": 0.1, "prompt_dropout": 0.2},
     "diffusion-kto": {"name": "diffusion-kto", "beta": 4.0},
+    "diffusion-dpo, a refreshed reference": {"name": "diffusion-dpo", "beta": 4.0, "reference_every": 3, "label_smoothing": 0.1},
+    "diffusion-kto, an average as reference": {"name": "diffusion-kto", "beta": 4.0, "reference_every": 1, "reference_decay": 0.75},
     "mapo": {"name": "mapo", "margin_scale": 4.0, "levels": "early"},
     "ddpo": {
         "name": "ddpo",

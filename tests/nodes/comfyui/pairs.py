@@ -4,6 +4,7 @@ Its `gradients` compares one step of each objective with the headless trainer.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -132,8 +133,9 @@ with torch.inference_mode():
         ask(name, lambda reward=reward: train(awm, "x", None, prompts="a star", reward=reward, heldout=load("demo-proxy")))
     weightless = N["CombineRewards"].execute(True, reward_a=load("demo-gold"), weight_a=1.0, reward_b=load("demo-proxy"), weight_b=0.0)
     rewards = ours("nodes.rewards")
-    copy = shutil.copytree(before.Path(ours("trainer.demo.files").FOLDER) / "proxy", rewards.roots()[0] / "copy of proxy")
-    judged = [(load("demo-proxy"), weightless.result[0]), (load("demo-heldout"), sum_), (load(copy.name), sum_)]
+    copy = shutil.copytree(before.Path(ours("trainer.demo.files").FOLDER) / "proxy", here / "copy of proxy")
+    renamed = dataclasses.replace(load("demo-proxy"), name="renamed", source=str(copy))
+    judged = [(load("demo-proxy"), weightless.result[0]), (load("demo-heldout"), sum_), (renamed, sum_)]
     results["apart"] = [rewards.trained_on(judge, [reward]) for judge, reward in judged]
     again = {"resume": before.runs.LAST, "heldout": load("demo-proxy"), "prompts": "a star", "steps": 3, "batch": 1}
     results["resumed with it"] = train(awm, "awm", None, **again)[5]
