@@ -67,6 +67,8 @@ CASES = {
     },
     "awm": {"name": "awm", "steps": 4, "group": 4, "prompts_per_round": 2, "levels": 3},
     "diffusion-nft": {"name": "diffusion-nft", "steps": 4, "group": 4, "prompts_per_round": 2, "decay_rate": 0.2},
+    "spo": {"name": "spo", "steps": 4, "guidance_scale": 1.0, "group": 3, "prompts_per_round": 4, "first_step": 1, "gap": 0.2},
+    "pso": {"name": "pso", "steps": 3, "prompts_per_round": 4},
     "dro": {"name": "dro", "rollout_steps": 4},
     "chats": {"name": "chats", "beta": 4.0},
     "self-npo": {"name": "self-npo", "levels": 6, "rollout_steps": 2, "decay": 0.9},

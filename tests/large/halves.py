@@ -17,7 +17,7 @@ from trainer.demo import files
 from trainer.demo.world import real_images
 from trainer.models.open import open_policy
 from trainer.objectives import OBJECTIVES, BlackBoxSQDF, RunContext
-from trainer.objectives.policy_gradient.rounds import PolicyGradient
+from trainer.objectives.policy_gradient.collecting import Collecting
 from trainer.policy import Lora
 
 BATCH = 8
@@ -44,7 +44,7 @@ def main():
     tower = files.load_tower("proxy")
     print("| objective | relative difference |\n|---|---|")
     for name, kind in OBJECTIVES.items():
-        if not issubclass(Images, kind().data) or issubclass(kind, (BlackBoxSQDF, PolicyGradient)):
+        if not issubclass(Images, kind().data) or issubclass(kind, (BlackBoxSQDF, Collecting)):
             continue  # other data; and queries and rounds, which are shared by processes, not by halves
         known = {f.name for f in fields(kind)}
         objective = kind(**({"buffer_gb": 0.0} if "buffer_gb" in known else {}))

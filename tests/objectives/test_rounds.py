@@ -81,7 +81,7 @@ def test_files_that_a_checkpoint_lists_outlive_their_round(tmp_path):
         again.restore(kept)
 
 
-@pytest.mark.parametrize("name", ["ddpo", "g2rpo", "awm"])
+@pytest.mark.parametrize("name", ["ddpo", "g2rpo", "awm", "spo", pytest.param("pso", marks=pytest.mark.full)])
 def test_a_run_resumes_to_the_same_bits(name, tmp_path):
     whole = trained(name, tmp_path / "whole")
     run = toy_run(name, tmp_path / "part")

@@ -15,7 +15,7 @@ from trainer.memory.planner import Planner
 from trainer.models.load import MODELS, load_policy
 from trainer.models.meta import meta_policy
 from trainer.objectives import OBJECTIVES
-from trainer.objectives.policy_gradient.rounds import PolicyGradient
+from trainer.objectives.policy_gradient.collecting import Collecting
 from trainer.policy import Lora
 from trainer.runtime.processes import ALONE
 from trainer.training.config import TrainConfig
@@ -49,9 +49,9 @@ def test_every_cell_is_a_valid_run(tmp_path):
             config = build(TrainConfig, settings(method, model, tmp_path))
             assert type(config.method) is OBJECTIVES[method]
             whole = config.batch_size * config.gradient_accumulation_steps
-            if isinstance(config.method, PolicyGradient):  # an optimizer step ends with a round, or divides it
-                images, trained = config.method.group * config.method.prompts_per_round, config.method.trained_steps(0, 0).shape[1]
-                assert images * trained // whole in (1, 2) and images * trained % whole == 0, (method, model)
+            if isinstance(config.method, Collecting):  # an optimizer step ends with a round, or divides it
+                rollouts, trained = config.method.trained_steps(0, 0).shape
+                assert rollouts * trained // whole in (1, 2, 3) and rollouts * trained % whole == 0, (method, model)
             else:
                 assert whole == METHODS[method].samples
             assert config.method.steps <= (row.steps if row.few else 50) and config.method.guidance_scale <= (1 if row.few else 7.5)
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys):
     for given, expected in (
         (["preset", "srpo", "--model", "z-imag"], "no family 'z-imag': did you mean z-image?"),
         (["preset", "srpo", "--model", "flux3"], "no family 'flux3': did you mean flux?"),
-        (["preset", "spro", "--model", "sdxl"], "no objective 'spro': did you mean srpo? use one of refl, "),
+        (["preset", "srrpo", "--model", "sdxl"], "no objective 'srrpo': did you mean srpo? use one of refl, "),
         (["preset", "srpo"], "give METHOD and --model FAMILY, or --list"),
         (["preset", "srpo", "--model", "demo"], "the embedded model has its presets in the folder presets"),
     ):
@@ -144,6 +144,9 @@ def trains(method, model, family_folder, reward_folder, heldout_folder, image_fo
         changes |= {"objective.group": 2, "objective.prompts_per_round": 1, "objective.steps": 4}
         changes |= {"objective.trained_count": 2} if method == "ddpo" else {}
         changes |= {"objective.branch_steps": 2} if method == "g2rpo" else {}
+    if method in ("spo", "pso"):
+        changes["objective.prompts_per_round"] = 1
+        changes |= {"objective.steps": 4, "objective.first_step": 1, "objective.gap": 0.0} if method == "spo" else {}
     if "consistency" in values:
         changes["consistency"] = tmp_path / "lcm.safetensors"
         policy = load_policy(folder)

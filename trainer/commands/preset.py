@@ -102,7 +102,11 @@ def text_of(method: str, model: str, stem: str = "") -> str:
         "lora": [("rank", str(row.rank), ""), ("alpha", f"{row.rank:.1f}", "")],
         "watch": [*watch, ("patience", "3", "")],
     }
-    lines = [f"# {OBJECTIVES[method].title} on {row.title}: {settings.origin}.", *_warning(row), *map(_written, general)]
+    lines = [
+        f"# {OBJECTIVES[method].title} on {row.title}: {settings.origin}.",
+        *([] if OBJECTIVES[method].trains_distilled else _warning(row)),
+        *map(_written, general),
+    ]
     lines.insert(-len(general) + 3, f"# image_size = {row.size} pixels, the model's own, where none is given")
     for name, table in tables.items():
         note = "                                  # judged by a reward that is not trained on; without its weights, delete this table"

@@ -126,7 +126,7 @@ def _run(config: TrainConfig, args: argparse.Namespace, processes: Processes, pl
 def _warn(config: TrainConfig, policy: DiffusersPolicy) -> None:
     """Say how a distilled model is trained, where the settings do not."""
     text = warning_of(policy, config.model)
-    if text and not config.training_adapter and not config.watch.tuned_model:
+    if text and not (config.training_adapter or config.watch.tuned_model or config.method.trains_distilled):
         log.warning("warning: %s", text)
 
 

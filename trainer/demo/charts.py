@@ -18,6 +18,7 @@ from .experiment import START
 TITLES = {name: cls.title for name, cls in OBJECTIVES.items()} | {
     "base": "base",
     "base_unguided": "base, unguided",
+    "few-step": "few-step model",
     "draft-k": "DRaFT-8",
     "srpo-bias": "SRPO, bias named",
     "better-images": "better images alone",

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..config import ConfigError, likely, plain
 from ..data.samples import Samples, encode_images
+from ..guidance import Mix, Slot, cfg
 from ..metrics.intervals import bootstrap
+from ..metrics.study import Point
 from ..policy import with_companions
 from ..reward import Reward
 from ..rewards.base import RewardModel
@@ -31,6 +33,7 @@ from .experiment import OBJECTIVES, START, STEPS
 from .pairs import captions_preferred, pairs_preferred, rated_pairs, rated_samples
 
 SWITCHES = (0, START)
+FEW: Point = ("few-step", 0)  # the few-step model alone
 SAMPLING_SEED = 1234  # the same test noise for every training seed
 PAIRS = 256  # held-out pairs
 WORDS = (("crisp", "vivid", "shaded"), ("blurred", "pale", "flat"))  # control words: this world's finish, and the lack of it
@@ -51,6 +54,7 @@ class Method:
     objective: dict[str, Any]
     data: Data = "reward"
     accumulation: int = 1  # micro-batches of an optimizer step
+    few: bool = False  # trains and draws the few-step model, on noise levels of its own
 
 
 _PLAIN = {"guidance_scale": 1.0}
@@ -82,6 +86,9 @@ METHODS: dict[str, Method] = {
     "g2rpo": Method(12, 2e-3, {**_ROUNDS, "branch_steps": 4}, accumulation=2),  # as the paper, the first half of the steps
     "awm": Method(8, 2e-3, {**_ROUNDS, "levels": 4}, accumulation=8),
     "diffusion-nft": Method(10, 2e-3, {**_ROUNDS, "steps": 5}, accumulation=8),
+    # Step preferences, at 40 times the official rates, with the official gap, β and clip: one optimizer step a round
+    "spo": Method(5.3, 2.4e-3, {**_PLAIN, "steps": 8, "first_step": 2, "prompts_per_round": 16}, accumulation=5),
+    "pso": Method(10.7, 4e-4, {**_PLAIN, "steps": 4, "prompts_per_round": 16}, accumulation=3, few=True),
     "diffusion-dpo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dspo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dmpo": Method(8, 4e-4, _GUIDED, "pairs"),
@@ -192,14 +199,21 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     samples = {data: samples_of(data, size, seed) for data in kinds}
     watched = [c.text for c in world.captions(size.watched, "validation")]
     judges = rewards()
-    curves = {name: experiment.train(config, samples[METHODS[name].data], watched, judges) for name, config in configs.items()}
+    curves = {
+        name: experiment.train(config, samples[METHODS[name].data], watched, judges, few=METHODS[name].few)
+        for name, config in configs.items()
+    }
     loras = {name: path for config in configs.values() for name, path in _loras(config).items()}
-    policy = experiment.load_tuned(loras)
-    captions, mixes = world.captions(size.prompts, "methods"), {}
+    captions, policy = world.captions(size.prompts, "methods"), experiment.load_tuned(loras)
+    few = experiment.load_few(loras) if any(METHODS[name].few for name in names) else None
+    mixes, grids = dict[Point, Mix](), dict[Point, Tensor]()
     for name, config in configs.items():
-        drawn = partial(config.method.mix, sigmas=policy.sigmas(STEPS))
-        mixes |= experiment.switched([name, f"{name} best"], SWITCHES, config.method.guidance_scale, drawn)
-    evaluated = experiment.evaluate(out, policy, mixes, captions, size.per_prompt, judges, SAMPLING_SEED)
+        adapters, drawn = [name, f"{name} best"], partial(config.method.mix, sigmas=policy.sigmas(STEPS))
+        if few and METHODS[name].few:
+            drawn, mixes[FEW] = _of_few, _of_few(Slot("base"))
+            grids |= {point: few.sigmas(config.method.steps) for point in (FEW, *((adapter, 0) for adapter in adapters))}
+        mixes |= experiment.switched(adapters, SWITCHES, config.method.guidance_scale, drawn)
+    evaluated = experiment.evaluate(out, policy, mixes, captions, size.per_prompt, judges, SAMPLING_SEED, few=few, grids=grids)
     results = evaluated.results() | {
         "seed": seed,
         "config": {"quick": quick, "size": plain(size), "held_out_pairs": PAIRS, "methods": {name: plain(METHODS[name]) for name in names}},
@@ -216,6 +230,11 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     heading = "Reward-gradient methods" if list(samples) == ["reward"] else "Methods"
     page.write_comparison(out, results, evaluated, f"{heading} under one budget", summary)
     return results
+
+
+def _of_few(slot: Slot) -> Mix:
+    """The few-step model with an adapter."""
+    return cfg(replace(slot, model="few"))
 
 
 def _loras(config: TrainConfig) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.samples import Samples, encode_images
 from ..generate import Generation, generate
 from ..guidance import Mix, Slot, after, cfg
-from ..lora.file import load_consistency, load_lora, read_metadata
+from ..lora.file import load_consistency, load_lora, load_training_adapter, read_metadata
 from ..metrics.study import BASE, Judges, Point, Study
 from ..metrics.summary import Judged
 from ..models.unet import UNetPolicy
@@ -88,6 +88,13 @@ def load_tuned(loras: Mapping[str, Path], strengths: Mapping[str, float] | None 
     return policy
 
 
+def load_few(loras: Mapping[str, Path]) -> UNetPolicy:
+    """The embedded few-step model, which is the base with its consistency LoRA, and a LoRA under each name."""
+    policy = load_tuned(loras)
+    load_training_adapter(policy, files.CONSISTENCY)  # beside every adapter, `base` among them
+    return policy
+
+
 def renders(n: int, seed: int) -> Samples:
     """`n` encoded renders with captions to train on."""
     return encode_images(load_base(), *world.real_images(n, seed))
@@ -122,17 +129,18 @@ def train(
     *,
     resume: bool = True,
     reward: Reward | None = None,
+    few: bool = False,
 ) -> list[dict[str, float]]:
     """Train, with a progress bar; returns the evaluations. With `resume` a finished run is kept and an interrupted one continues.
 
     ConfigError where that run had other settings or weights. Ctrl-C saves the checkpoint and raises KeyboardInterrupt. reward: what is
-    trained on, the proxy by default.
+    trained on, the proxy by default. few: the few-step model is trained, not the base.
     """
     folder = Path(config.out)
     finished = evaluations(config) if resume else None
     if finished is not None:
         return finished
-    weights, policy = weights_of(config), load_base()
+    weights, policy = weights_of(config), load_few({}) if few else load_base()
     if config.consistency:
         load_consistency(policy, files.CONSISTENCY)
     evaluation = Evaluation.of_run(config, policy, rewards, prompts, files.load_extractor().features)
@@ -200,11 +208,14 @@ def evaluate(
     rewards: Mapping[str, Reward],
     seed: int,
     renders_seed: int = 1,
+    few: UNetPolicy | None = None,
+    grids: Mapping[Point, Tensor] | None = None,
 ) -> Evaluated:
     """Generate by the guided base, the unguided base and `mixes`, and judge; FID and LogCov are against renders of the same prompts.
 
     `diversity` is of content, among images that show the content that their prompt names; `reader_diversity` is of all
-    attributes, the finish included, whatever an image shows.
+    attributes, the finish included, whatever an image shows. few: the few-step model, by its name in slots, `few`; grids: noise levels
+    of mixes that have their own.
     """
     from tqdm import tqdm
 
@@ -212,7 +223,7 @@ def evaluate(
     settings = generation(seed)
     mixes = {BASE: cfg(settings.base), UNGUIDED: cfg(Slot("base")), **mixes}
     with tqdm(total=len(prompts) * len(mixes), desc="generating", unit="image") as bar:
-        images = generate(policy, prompts, settings, mixes, progress=bar.update)
+        images = generate(policy, prompts, settings, mixes, {"few": few} if few else {}, progress=bar.update, grids=grids)
     study = Study(folder / "scores", prompts, list(mixes)[1:], judges(rewards), {})
     study.open(resume=False, overwrite=True)
     for part in study.parts(len(prompts)):

@@ -6,6 +6,8 @@ from .policy_gradient.ddpo import DDPO
 from .policy_gradient.flow_grpo import FlowGRPO
 from .policy_gradient.g2rpo import G2RPO
 from .policy_gradient.nft import DiffusionNFT
+from .policy_gradient.pso import PSO
+from .policy_gradient.spo import SPO
 from .preference.chats import CHATS
 from .preference.dmpo import DMPO
 from .preference.dpo import DiffusionDPO, DiffusionNPO
@@ -57,6 +59,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "g2rpo": G2RPO,
     "awm": AWM,
     "diffusion-nft": DiffusionNFT,
+    "spo": SPO,
+    "pso": PSO,
 }
 """Every objective by the name that configs use."""
 
@@ -69,6 +73,8 @@ __all__ = [
     "DSPO",
     "G2RPO",
     "OBJECTIVES",
+    "PSO",
+    "SPO",
     "SQDF",
     "SRPO",
     "TPO",

@@ -93,6 +93,8 @@ class Objective(ABC):
     """Whether it heeds `data.batches.Details`."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Adapters that are trained beside `tuned`, each written to a file of its own; `policy.with_companions` names both."""
+    trains_distilled: ClassVar[bool] = False
+    """Whether it trains a model that is distilled to few steps as such."""
     steps: int
     guidance_scale: float
 

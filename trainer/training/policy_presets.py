@@ -1,12 +1,12 @@
-"""The rows of policy gradients in the table of presets."""
+"""The rows of policy gradients and of step preferences in the table of presets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from ..config import build, override
-from ..objectives import AWM, DDPO, G2RPO, DiffusionNFT, FlowGRPO
-from ..objectives.policy_gradient.rounds import PolicyGradient
+from ..objectives import AWM, DDPO, G2RPO, PSO, SPO, DiffusionNFT, FlowGRPO
+from ..objectives.policy_gradient.collecting import Collecting
 from .preset_types import Line, Method, Row, guidance, quote
 
 _SDXL = 4 * 128 * 128  # elements of a latent: no more are Stable Diffusion's, all flow models here have more channels
@@ -79,17 +79,46 @@ def _nft(row: Row) -> list[Line]:
     ]
 
 
-def _share(objective: type[PolicyGradient], settings: Callable[[Row], list[Line]], parts: int) -> Callable[[Row], int]:
+def _spo(row: Row) -> list[Line]:
+    steps, large = min(20, row.steps), row.size > 512
+    return [
+        ("steps", str(steps), "the model's own few steps" if row.few else "drawn later with more"),
+        guidance(row, 5.0),
+        ("group", "2" if large else "4", f"next states of a state: {'SDXL' if large else 'SD1.5'}'s"),
+        ("prompts_per_round", "8", ""),
+        ("first_step", str(steps // 5), "no pairs before it: 4 of 20"),
+        ("beta", "10.0", "LPO: 500, with first_step = 0, gap = 0.35 and gap_noisiest = 0.5"),
+        ("gap", "0.4" if large else "0.3", "between the softmax of two scores, in PickScore's own unit"),
+    ]
+
+
+def _pso(row: Row) -> list[Line]:
+    return [
+        (
+            "steps",
+            str(row.steps if row.few else 4),
+            "the model's own few steps" if row.few else "for a few-step model: name one as `model`",
+        ),
+        ("guidance_scale", "1.0", "none"),
+        ("group", "2", "images of a prompt"),
+        ("prompts_per_round", "16", ""),
+        ("beta", "50.0", ""),
+        ("transition", quote("ancestral"), 'SDXL-Turbo\'s; LCM and DMD2 have "renoised"'),
+    ]
+
+
+def _share(objective: type[Collecting], settings: Callable[[Row], list[Line]], parts: int) -> Callable[[Row], int]:
     """Samples of an optimizer step of which `parts` train a round, whatever number of steps the model has."""
 
     def samples(row: Row) -> int:
         one = build(objective, override({}, [f"--{key}={value}" for key, value, _ in settings(row)]))
-        return one.images * one.trained // parts
+        return one.rollouts * one.trained // parts
 
     return samples
 
 
 _UNIT: Line = ("standardise", "false", "advantages have no unit")
+_RAW: Line = ("standardise", "false", "PickScore's own unit")
 POLICY_GRADIENTS: dict[str, Method] = {
     "ddpo": Method(
         "the official SD1.4 settings, but for rounds of 64 images, not 256, and the noisier half of 20 steps, not all 50",
@@ -145,6 +174,28 @@ POLICY_GRADIENTS: dict[str, Method] = {
         standardise=_UNIT,
         every=30,
         save_every=10,
+    ),
+    "spo": Method(
+        "the official settings for SD1.5 and SDXL, but for the ranks, SDXL's rate of 1e-5, and a judge that is not given the timestep",
+        _spo,
+        steps=("steps", "1000", "three to a round; of a step's samples those train whose scores are apart"),
+        samples=_share(SPO, _spo, 3),
+        rate="6e-5",
+        more=(("weight_decay", "1e-4", ""),),
+        reward="pickscore",
+        standardise=_RAW,
+        heldout="hpsv2.1",
+    ),
+    "pso": Method(
+        "the official settings for SDXL-Turbo, but for ranks of 16 and 32",
+        _pso,
+        steps=("steps", "1000", "two to a round"),
+        samples=_share(PSO, _pso, 2),
+        rate="1e-5",
+        more=(("weight_decay", "1e-6", ""),),
+        reward="pickscore",
+        standardise=_RAW,
+        heldout="hpsv2.1",
     ),
 }
 """By the name of an objective."""

@@ -57,3 +57,8 @@ def coefficient_preserving(noise: float) -> Kernel:
         return sigma_next * math.sin(noise * math.pi / 2), sigma_next * math.cos(noise * math.pi / 2)
 
     return _in_flow(kernel)
+
+
+def renoised(sigma: Tensor, sigma_next: Tensor, space: Space) -> tuple[Tensor, Tensor]:
+    """The x0-prediction noised afresh to σ': multistep sampling of consistency models (arXiv:2303.01469, algorithm 1), LCM and DMD2."""
+    return sigma_next, torch.zeros_like(sigma_next)

@@ -1,7 +1,6 @@
-"""What policy gradients share: rounds of rollouts and scores, and micro-batches of what is trained of them.
+"""What policy gradients share: rounds of images, their scores and advantages.
 
-A round draws `group` images of each of `prompts_per_round` prompts, scores them and compares them. Then its N images with W trained
-steps each are N·W samples, which micro-batches take in a random order, `passes` times. Rewards are never differentiated.
+A round draws `group` images of each of `prompts_per_round` prompts, scores them and compares them. Rewards are never differentiated.
 """
 
 from __future__ import annotations
@@ -15,30 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.batches import Batch
-from ...policy import Policy
 from ...reward import SummedReward
-from ...rng import Rng, generator, seed_of
-from ...runtime.files import free_bytes
-from ..base import Logs, Loss, RunContext, WithoutRewardGradient
-from ..shared import sampler_steps, training_guidance_scale
+from ...rng import Rng
+from ..base import Logs, Loss, RunContext
 from .advantages import HISTORY, LEAST, Baseline, History, above_auxiliaries, equal, group_advantages, relative_distances
+from .collecting import Collected, Collecting
 from .scoring import Scoring
 from .selection import Round, Selection
-from .store import File, Rollouts
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PolicyGradient(WithoutRewardGradient):
+class PolicyGradient(Collecting):
     """Rounds of rollouts. A subclass says which steps it trains, how it draws, and the losses of a part."""
 
-    steps: int = sampler_steps(50)
-    guidance_scale: float = training_guidance_scale(5.0, "official 5")
-    group: int = field(default=8, metadata={"min": 1, "max": 1024, "help": "images of a prompt in a round, which are compared"})
-    prompts_per_round: int = field(default=8, metadata={"min": 1, "max": 100000, "help": "prompts of a round of rollouts"})
-    passes: int = field(default=1, metadata={"min": 1, "max": 100, "help": "times that a round is trained on (official 1)"})
     baseline: Baseline = field(
         default="group",
         metadata={
@@ -88,12 +78,12 @@ class PolicyGradient(WithoutRewardGradient):
         return self.group * self.prompts_per_round
 
     @property
-    @abstractmethod
-    def trained(self) -> int:
-        """W, the trained steps of an image."""
+    def rollouts(self) -> int:
+        """Images."""
+        return self.images
 
     def check(self, context: RunContext) -> None:
-        """Refuse micro-batches that do not divide a round, and a disk that a round does not fit on."""
+        """As all; and refuse options that this run has no rewards or features for."""
         reward, sums = context.reward, isinstance(context.reward, SummedReward)
         if self.separate_rewards and not sums:
             raise ValueError('separate_rewards: give a sum of rewards, such as "hpsv2.1=1, pickscore=0.5"')
@@ -103,34 +93,7 @@ class PolicyGradient(WithoutRewardGradient):
             raise ValueError(
                 "diversity_weighted: give `features`, a two-tower reward in whose features images are compared (clip-l14, say)"
             )
-        samples, count = self.images * self.trained, context.processes.count
-        if context.batch_size and samples % context.batch_size:
-            raise ValueError(
-                f"batch_size = {context.batch_size}: a round has {self.images} images × {self.trained} trained steps = {samples} samples, "
-                "give a divisor of that"
-            )
-        if context.processes.sharded and self.images % count:
-            raise ValueError(f"group · prompts_per_round = {self.images}: with sharded weights (FSDP) give a multiple of {count} processes")
-        needed, free = self.round_bytes(context.policy) / 1e9, free_bytes(context.folder) / 1e9
-        if 2 * needed > free:  # beside the round of the last checkpoint
-            raise ValueError(
-                f"a round takes {needed:.3g} GB twice, but {context.folder} lies on a disk with {free:.3g} GB free: lower group, "
-                "prompts_per_round or the trained steps"
-            )
-
-    def round_bytes(self, policy: Policy) -> int:
-        """Size of a round's states on disk."""
-        channels, height, width = policy.latent_shape
-        return 4 * self.images * self.kept * channels * height * width
-
-    @property
-    @abstractmethod
-    def kept(self) -> int:
-        """K, the states that are kept of an image."""
-
-    @abstractmethod
-    def trained_steps(self, seed: int, number: int) -> Tensor:
-        """The indices (N,W) of the sampler steps that round `number` trains."""
+        super().check(context)
 
     @abstractmethod
     def draw(self, run: RunContext, prompts: Sequence[str], rng: Rng, index: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,52 +104,28 @@ class PolicyGradient(WithoutRewardGradient):
         """
 
     @abstractmethod
-    def needed(self, step: int) -> range:
-        """Which of the K states the step needs that is `step` steps after the first."""
-
-    @abstractmethod
     def losses(self, run: RunContext, part: Selection) -> tuple[Tensor, Logs]:
         """Losses (B,) and logs of (B,) of a micro-batch."""
-
-    def prompts_of(self, prompts: Sequence[str], seed: int, number: int) -> list[str]:
-        """The prompts (N,) of round `number`, each `group` times: all of a run's prompts in a random order, again and again."""
-        chosen: list[str] = []
-        for place in range(number * self.prompts_per_round, (number + 1) * self.prompts_per_round):
-            order = torch.randperm(len(prompts), generator=generator(seed, "prompts", place // len(prompts)))
-            chosen += [prompts[int(order[place % len(prompts)])]] * self.group
-        return chosen
 
     def begin(self, context: RunContext) -> Loss:
         """A run's loss, which owns the present round."""
         return Rounds(self, context)
 
 
-class Rounds(Loss):
+class Rounds(Collected[PolicyGradient, Round]):
     """The rounds of one run."""
 
     def __init__(self, objective: PolicyGradient, run: RunContext) -> None:
-        self.objective, self.run = objective, run
-        self.store = Rollouts(run.folder / "rollouts", deletes=run.processes.main)
+        super().__init__(objective, run)
         self.history = History()
-        self.round: Round | None = None
-        self._draws: tuple[int, tuple[list[str], Tensor]] | None = None
-        self._over = False  # whether the next optimizer step begins another round
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Logs]:
+    def _loss(self, rng: Rng, present: Round, rollout: Tensor, turn: Tensor) -> tuple[Tensor, Logs]:
         """Loss () and logs of (B,)."""
-        o, rng = self.objective, batch.rng
-        samples = o.images * o.trained
-        number = rng.indices[0] // (o.passes * samples)
-        self._over = self.run.step_samples > 0 and (rng.step + 1) * self.run.step_samples % (o.passes * samples) == 0
-        if self.round is None or self.round.number != number:
-            self.round = self._collect(rng, number, len(batch.prompts))
-        order = torch.randperm(samples, generator=generator(rng.seed, "order", rng.indices[0] // samples))  # another one in each pass
-        rows = order[torch.tensor(rng.indices) % samples]
-        image, turn = rows // o.trained, rows % o.trained
-        losses, logs = o.losses(self.run, self._part(rng, self.round, image, turn))
-        size = self.round.advantages.abs()
+        o = self.objective
+        losses, logs = o.losses(self.run, self._part(rng, present, rollout, turn))
+        size = present.advantages.abs()
         idle = size.reshape(-1, o.group).amax(1) == 0
-        shown = {"reward": self.round.scores[image], "advantage size": size[image], "no advantage": idle[image // o.group].float()}
+        shown = {"reward": present.scores[rollout], "advantage size": size[rollout], "no advantage": idle[rollout // o.group].float()}
         return losses.mean(), {**logs, **shown}
 
     @property
@@ -196,46 +135,30 @@ class Rounds(Loss):
 
     def _part(self, rng: Rng, present: Round, image: Tensor, turn: Tensor) -> Selection:
         """The samples of images and turns (B,)."""
-        o = self.objective
         prompts, index = self._chosen(rng.seed, present.number)
-        steps = index[image, turn]
-        needed = [o.needed(step) for step in (steps - index.min()).tolist()]
-        states = [torch.stack([self.store.read(i, k) for k in some]) for i, some in zip(image.tolist(), needed, strict=True)]
         return Selection(
             tuple(prompts[i] for i in image.tolist()),
             rng,
-            torch.stack(states).to(self.run.policy.device),
-            steps,
+            self._states(index, image, turn),
+            index[image, turn],
             present.advantages[image],
             None if rng.step == present.step else present.log_probs[image, turn],
             present.held[image].float(),
         )
 
-    def _chosen(self, seed: int, number: int) -> tuple[list[str], Tensor]:
-        """The prompts (N,) of a round and the indices (N,W) of its trained steps."""
-        if self._draws is None or self._draws[0] != number:
-            self._draws = number, (self.objective.prompts_of(self.run.prompts, seed, number), self.objective.trained_steps(seed, number))
-        return self._draws[1]
-
     @torch.no_grad()
     def _collect(self, rng: Rng, number: int, chunk: int) -> Round:
         """Draw and score the images of a round, `chunk` at a time; processes share them, and each compares all."""
-        o, run, exchange = self.objective, self.run, self.run.processes.exchange
-        if self.round is None:
-            self.store.saved()  # deletes the files of an earlier run in this folder
-            exchange(None)  # before any process adds its own
+        o, run = self.objective, self.run
         prompts, index = self._chosen(rng.seed, number)
-        share, made = run.processes.share(o.images), list[tuple[File, Tensor, Tensor, Tensor]]()
-        for first in range(share.start, share.stop, chunk):
-            rows = range(first, min(first + chunk, share.stop))
-            part, seeds = prompts[rows.start : rows.stop], Rng(seed_of(rng.seed, "round"), number, tuple(rows))
+
+        def draw(part: Sequence[str], seeds: Rng, rows: range) -> tuple[Tensor, ...]:
             states, ends, log_probs = o.draw(run, part, seeds, index[rows.start : rows.stop], int(index.min()))
             scored = [self.scoring(run.policy.decode(some), part) for some in ends.split(len(part))]
             terms, features = torch.stack([terms for terms, _ in scored], 1), scored[0][1]
-            made.append((self.store.write(number, first, states), log_probs.cpu(), terms.float().cpu(), features.float().cpu()))
-        files, *columns = zip(*(one for some in exchange(made) for one in some))
-        self.store.replace(files)
-        log_probs, terms, features = map(torch.cat, columns)
+            return states, log_probs.cpu(), terms.float().cpu(), features.float().cpu()
+
+        log_probs, terms, features = self._drawn(rng, number, chunk, draw)
         weights = torch.tensor(self.scoring.weights)
         by_end = (terms * weights).sum(2)
         scores = by_end.mean(1)
@@ -274,22 +197,16 @@ class Rounds(Loss):
             log.warning("%s", said)
         return found
 
+    def _restored(self, values: Mapping[str, Any]) -> Round:
+        return Round(**values)
+
     def state(self) -> dict[str, Any]:
         """The round, its list of files and the scores of earlier ones."""
-        if self.round is None:
-            return {}
-        files = [] if self._over else [list(file) for file in self.store.files]
-        return {"round": vars(self.round), "files": files, "history": self.history.scores}
+        found = super().state()
+        return {**found, "history": self.history.scores} if found else found
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore a state returned by `state()`."""
+        super().restore(state)
         if state:
-            self.round, self.history.scores = Round(**state["round"]), dict(state["history"])
-            self.store.restore(state["files"])
-            self._over = not state["files"]
-
-    def saved(self) -> None:
-        """Delete the files of rounds that no checkpoint needs, all of them where the round is over."""
-        if self._over:
-            self.store.replace(())
-        self.store.saved()
+            self.history.scores = dict(state["history"])
