@@ -20,6 +20,7 @@ FORMS = {
     "spo": SPO(**{**SPOS, "gap": 0.3}),
     "lpo": SPO(**{**SPOS, "beta": 500.0, "first_step": 0, "gap": 0.02, "gap_noisiest": 0.2}),
     "pso": PSO(**PSOS),
+    "pso, early": PSO(steps=4, prompts_per_round=2, trained_count=2),
     "pso, renoised": PSO(**PSOS, transition="renoised"),
 }
 
@@ -64,7 +65,8 @@ def test_loss_and_gradient_are_those_of_the_write_up(name, prediction, tmp_path)
     with torch.no_grad():
         policy.weight.mul_(0.3)  # near the base, so that ratios lie on both sides of the clip
     found, logs = loss(batch(n=n))
-    assert float(logs["pairs"].mean()) > 0 and float(logs["clipped"].max()) > 0 == float(logs["clipped"].min())
+    assert float(logs["pairs"].mean()) > 0 == float(logs["clipped"].min())
+    assert bool(logs["clipped"].any()) == (objective.trained_count == 0)  # noisy steps move least
     sigmas, expected, count = policy.sigmas(objective.steps), [], 0
     for row in range(objective.rollouts):
         for turn in range(objective.trained):
@@ -190,6 +192,7 @@ def test_pairs_train_whose_softmax_is_apart_and_lpo_asks_more_of_noisy_steps(tmp
         (SPO, {"group": 1}, "group = 1: a pair is the best and the worst of a group, give at least 2"),
         (PSO, {"group": 1}, "group = 1: a pair is the best"),
         (SPO, {"steps": 5, "first_step": 4}, "steps = 5: the last step has no noise, and none is left to train"),
+        (PSO, {"trained_count": 4}, "trained_count = 4: from the first trained step on 3 steps have noise"),
         (PSO, {"steps": 1}, "steps = 1: the last step has no noise"),
     ],
 )

@@ -19,6 +19,7 @@ TITLES = {name: cls.title for name, cls in OBJECTIVES.items()} | {
     "base": "base",
     "base_unguided": "base, unguided",
     "few-step": "few-step model",
+    "pso-early": "PSO, first steps",
     "draft-k": "DRaFT-8",
     "srpo-bias": "SRPO, bias named",
     "better-images": "better images alone",

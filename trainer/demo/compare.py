@@ -89,6 +89,9 @@ METHODS: dict[str, Method] = {
     # Step preferences, at 40 times the official rates, with the official gap, β and clip: one optimizer step a round
     "spo": Method(5.3, 2.4e-3, {**_PLAIN, "steps": 8, "first_step": 2, "prompts_per_round": 16}, accumulation=5),
     "pso": Method(10.7, 4e-4, {**_PLAIN, "steps": 4, "prompts_per_round": 16}, accumulation=3, few=True),
+    "pso-early": Method(
+        12, 4e-4, {**_PLAIN, "name": "pso", "steps": 4, "prompts_per_round": 16, "trained_count": 2}, accumulation=2, few=True
+    ),
     "diffusion-dpo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dspo": Method(8, 4e-4, _GUIDED, "pairs"),
     "dmpo": Method(8, 4e-4, _GUIDED, "pairs"),

@@ -64,7 +64,7 @@ class SPO(StepPairs):
         width = self.kernel(sigmas[:-2], after, space)[0]
         width = width if space == "flow" else width * (1 + after.square()).rsqrt()
         share = (width - width.min()) / (width.max() - width.min()).clamp(min=1e-12)
-        return (self.gap + share * (self.gap_noisiest - self.gap))[self.first :]
+        return (self.gap + share * (self.gap_noisiest - self.gap))[self.first : self.first + self.trained]
 
     def draw(self, run: RunContext, prompts: Sequence[str], rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
         """One rollout for each prompt, which branches at each trained step."""
@@ -94,7 +94,7 @@ def branched(spo: SPO, run: RunContext, prompts: Sequence[str], rng: Rng) -> tup
         single = trajectory(one, x, sigmas, common.step_noise(policy.latent_shape), last=spo.first, eta=spo.kernel, space=policy.space)
         x = end_of(x, single)
         denoised = one(x, sigmas[spo.first].expand(size))
-        for i in range(spo.first, spo.steps - 1):
+        for i in range(spo.first, spo.first + spo.trained):
             mean, std = gaussian(x, denoised, sigmas[i].expand(size), sigmas[i + 1].expand(size), spo.kernel, policy.space)
             after = mean[:, None] + per_sample(std, mean)[:, None] * noise_at(i).to(mean).unflatten(0, (size, n))
             predicted = many(after.flatten(0, 1), sigmas[i + 1].expand(size * n))

@@ -45,12 +45,18 @@ class StepPairs(Collecting):
     clip: float = field(
         default=0.1, metadata={"min": 1e-6, "max": 0.999, "help": "probability ratios to the base are clipped to 1 ± this (official 0.1)"}
     )
+    trained_count: int = field(
+        default=0, metadata={"min": 0, "max": 1000, "help": "trained steps, from the first on; 0: all but the last, which has no noise"}
+    )
 
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError(f"group = {self.group}: a pair is the best and the worst of a group, give at least 2")
-        if self.trained < 1:
+        noisy = self.steps - 1 - self.first
+        if noisy < 1:
             raise ValueError(f"steps = {self.steps}: the last step has no noise, and none is left to train; give more")
+        if self.trained_count > noisy:
+            raise ValueError(f"trained_count = {self.trained_count}: from the first trained step on {noisy} steps have noise")
 
     @property
     @abstractmethod
@@ -69,12 +75,12 @@ class StepPairs(Collecting):
 
     @property
     def trained(self) -> int:
-        """All steps from the first on but the last."""
-        return self.steps - 1 - self.first
+        """W."""
+        return self.trained_count or self.steps - 1 - self.first
 
     def trained_steps(self, seed: int, number: int) -> Tensor:
         """The same in every round."""
-        return torch.arange(self.first, self.steps - 1).expand(self.rollouts, -1)
+        return torch.arange(self.first, self.first + self.trained).expand(self.rollouts, -1)
 
     def recommended_sigma(self, sigmas: Tensor) -> float:
         """That of the first trained step."""
