@@ -137,10 +137,15 @@ class PairRounds(Collected[StepPairs, PairRound]):
     def _loss(self, rng: Rng, present: PairRound, rollout: Tensor, turn: Tensor) -> tuple[Tensor, Logs]:
         o, (prompts, index) = self.objective, self._chosen(rng.seed, present.number)
         weights = present.weights[rollout, turn]
-        rows = weights.nonzero()[:, 0] if bool(weights.any()) else torch.zeros(1, dtype=torch.long)  # a loss needs a graph
+        rows = weights.nonzero()[:, 0]
+        if len(rows) == 0 and self.run.processes.sharded:  # whose evaluations all processes take part in
+            rows = torch.zeros(1, dtype=torch.long)
         some, turns = rollout[rows], turn[rows]
-        states = self._states(index, some, turns)
-        better, worse = o.log_ratios(self.run, [prompts[i] for i in some.tolist()], states, index[some, turns])
+        if len(rows) > 0:
+            states = self._states(index, some, turns)
+            better, worse = o.log_ratios(self.run, [prompts[i] for i in some.tolist()], states, index[some, turns])
+        else:  # none of no pairs, with a gradient of 0
+            better = worse = torch.stack([p.sum() for p in self.run.policy.parameters()])[:0]
         losses = pair_losses(better, worse, o.beta, o.clip) * weights[rows].to(better)
         margin, outside = (better - worse).detach().cpu(), torch.stack([better, worse]).detach().cpu().expm1().abs().amax(0) > o.clip
         logs = {"reward": (present.better + present.worse)[rollout, turn] / 2, "pairs": (weights > 0).float()}
