@@ -258,7 +258,8 @@ def test_models_in_dynamic_vram_are_copied_out_of_it_or_refused(guards):
 @pytest.mark.slow
 def test_models_that_are_moved_while_training_train_and_draw_as_before(guards):
     """As on a GPU: a parameter made in inference mode and moved outside of it has no version counter, and no layer takes it."""
-    assert guards["gradient"] > 1 and guards["off after training"] == 0 and guards["moved as elsewhere"] is True
+    assert guards["gradient"] > 0 and guards["moved as elsewhere"] is True
+    assert guards["off after training"] == 0 and guards["scores off"] == 0
 
 
 @comfyui

@@ -114,7 +114,11 @@ with torch.inference_mode(), torch.inference_mode(False), torch.enable_grad():
 with torch.inference_mode():
     model, clip, vae = demo.load_model(), demo.load_clip(), demo.load_vae()
     plain = embedded.plain_sample(model, clip)
-    load = management.load_models_gpu
+    rewards, scoring = (embedded.ours(f"nodes.{name}") for name in ("rewards", "scoring"))
+    rewards.register_folder()
+    reward, load = rewards.load("demo-proxy"), management.load_models_gpu
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    scores = scoring.score(reward, images, ["a red star"] * 2)[0]
 
     def moving(models, *args, **kwargs):
         load(models, *args, **kwargs)
@@ -126,13 +130,14 @@ with torch.inference_mode():
         policy = policy_of(model, vae)
         policy.add_lora(lora, 0)
         policy.prompts.prepare("a red star")
-        with policy.loaded([], 1):
+        with policy.loaded(reward.patchers, 1):
             decoded = policy.decode(policy.denoiser(["a red star"])(torch.randn(1, 4, 8, 8), torch.ones(1)))
-            decoded.sum().backward()
+            reward(decoded, ["a red star"]).sum().backward()
             results["gradient"] = float(sum(p.grad.abs().sum() for p in policy.parameters()))
         stands = management.load_models_gpu is not moving
     results["moved as elsewhere"] = stands and management.load_models_gpu is moving
     results["off after training"] = float((embedded.plain_sample(model, clip) - plain).abs().max())
+    results["scores off"] = float((scoring.score(reward, images, ["a red star"] * 2)[0] - scores).abs().max())
     management.load_models_gpu = lambda *args, **kwargs: None  # as --novram: nothing is brought there
     before = [id(p) for p in model.model.parameters()]
     with autograd.outside_inference():
@@ -141,9 +146,6 @@ with torch.inference_mode():
         policy.model.load_device = torch.device("meta")
         results["not whole"] = refused(lambda: policy.loaded([], 1).__enter__())
     results["weights left alone"] = before == [id(p) for p in model.model.parameters()]
-    rewards = embedded.ours("nodes.rewards")
-    rewards.register_folder()
-    reward = rewards.load("demo-proxy")
     reward.patchers[0].load_device = torch.device("meta")
     reward.to_device()
     results["where the reward is"] = sorted({p.device.type for p in reward.reward.parameters()})
