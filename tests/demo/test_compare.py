@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tools.embedded import tables
+from trainer.__main__ import main
 from trainer.config import ConfigError
 from trainer.demo import charts, compare, experiment, files, pairs
 from trainer.demo.compare import METHODS, Size
@@ -155,3 +156,26 @@ def test_one_update_of_a_method_moves_every_adapter(name, tmp_path):
     experiment.train(config, samples, ["a red star"], compare.rewards())
     lora = load_file(tmp_path / "lora.safetensors")
     assert all(float(v.abs().max()) > 0 for k, v in lora.items() if k.endswith("lora_up.weight"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["mapo", "--seed", "-1"], "--seed -1: give 0 or more"),
+        (["mapo", "ddpo", "--budget", "700"], "--budget 700: a step of ddpo takes about 1024 denoiser calls: give at least that"),
+        (["mapoo"], "unknown method 'mapoo': did you mean mapo?"),
+        (["mapo", "--out", "file"], "--out file is a file: give a folder"),
+        (["mapo", "--out", "mine"], "--out mine holds something else than a comparison: give another folder"),
+        (["mapo", "--out", "file/below"], "cannot write to file/below: [Errno 20] Not a directory"),
+    ],
+)
+def test_what_no_comparison_can_come_of_is_refused_before_anything_is_rendered(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "samples_of", lambda *_: pytest.fail("rendered"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("mine")
+    assert main(["compare", *arguments, *(() if "--out" in arguments else ("--out", "new"))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1, error
+    assert not (tmp_path / "new").exists() and (tmp_path / "mine" / "report.html").read_text() == "mine"

@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the methods, evaluate them, and write one page; returns the exit status."""
-    from ..demo.compare import QUICK, Size, compare
+    from ..demo.compare import QUICK, Size, check, compare
     from .options import quiet_libraries
 
     quiet_libraries()
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         if args.budget < 1:
             raise ConfigError(f"--budget {args.budget}: give at least 1 denoiser call")
         size = replace(size, budget=args.budget)
+    check(args.methods, args.out, size, args.seed)
     results = compare(args.methods, args.out, size, args.seed, quick=args.quick)
     print(f"wrote {args.out / 'report.html'} ({results['seconds']:.0f} s)")
     return 0

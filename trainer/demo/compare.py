@@ -192,6 +192,24 @@ def samples_of(data: Data, size: Size, seed: int) -> Samples:
     return experiment.renders(size.real, seed)
 
 
+def check(names: Sequence[str], out: Path, size: Size, seed: int) -> None:
+    """ConfigError where nothing could come of a comparison, before it renders or trains anything."""
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: give 0 or more")
+    calls = {name: round(METHODS[name].calls * size.batch * METHODS[name].accumulation) for name in names_of(names)}
+    dearest = max(calls, key=lambda name: calls[name])
+    if size.budget < calls[dearest]:
+        raise ConfigError(f"--budget {size.budget}: a step of {dearest} takes about {calls[dearest]} denoiser calls: give at least that")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "runs").is_dir():
+        raise ConfigError(f"--out {out} holds something else than a comparison: give another folder")
+    try:
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error}") from error
+
+
 def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bool = False) -> dict[str, Any]:
     """Train and evaluate every method into `out`; returns what `results.json` holds (the demo's keys, and `cost`)."""
     names = names_of(names)
