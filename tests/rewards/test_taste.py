@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from trainer.__main__ import main
 from trainer.demo import files, world
-from trainer.rewards.registry import load, tower_hash
+from trainer.rewards.registry import load, tower_hash, weights_hashes
 from trainer.rewards.taste import TasteFile
 from trainer.rng import generator
+from trainer.runtime.files import files_hash
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,27 @@ def test_another_tower_is_refused(taste, tmp_path, capsys):
     for name, said in (("taste", "write taste@FILE"), (f"taste@{tmp_path / 'no.safetensors'}", "is not a taste")):
         with pytest.raises(ValueError, match=said):
             load(name)
+
+
+@pytest.mark.parametrize("tower", ["taste@{file}", "{folder}/evil.py", "http://127.0.0.1:1", "taste", 7])
+def test_a_taste_that_names_a_program_a_judge_or_a_taste_as_its_tower_is_refused(taste, tower, tmp_path):
+    file, ran = tmp_path / "other.safetensors", tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    tower = tower.format(file=file, folder=tmp_path) if isinstance(tower, str) else tower
+    hashed = files_hash([tmp_path / "evil.py"])  # known to who wrote both files
+    replace(TasteFile.read(taste), tower=tower, tower_sha256=hashed).write(file)
+    for opened in (lambda: load(f"taste@{file}"), lambda: weights_hashes(f"taste@{file}")):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))} is not a taste: .*tower"):
+            opened()
+    assert not ran.exists()
+
+
+def test_a_tower_that_is_not_here_is_named_with_the_taste(taste, tmp_path):
+    other = tmp_path / "other.safetensors"
+    for tower in (str(tmp_path / "of another machine"), "pickscore@nowhere.safetensors"):
+        replace(TasteFile.read(taste), tower=tower).write(other)
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(other))} was fitted on {re.escape(tower)}, which is not here"):
+            load(f"taste@{other}")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reward import check_lengths
 from ..runtime.files import replacing
 from .base import RewardModel
+from .judge_client import is_url
 from .two_tower import TwoTower
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ class TasteFile:
             raise ValueError("its head is not two finite vectors of one length")
         if not all(map(math.isfinite, (self.baseline, self.mean, self.std))) or self.std <= 0:
             raise ValueError("baseline, mean and std are not finite numbers with std above 0")
+        tower: tuple[Any, Any] = self.tower, self.tower_sha256
+        if not all(isinstance(text, str) for text in tower) or not _may_be_tower(self.tower):
+            raise ValueError(f"its tower {str(self.tower)[:200]!r} is not a two-tower reward")
         value, low, high = self.agreement or (0.5, 0.5, 0.5)
         if not 0 <= low <= value <= high <= 1 or math.isnan(self.precision) or self.precision < 0:
             raise ValueError("its agreement or precision is out of range")
@@ -114,6 +118,12 @@ def taste_file(name_or_path: str) -> Path | None:
     return Path(name_or_path) if "@" not in name_or_path and name_or_path.endswith(SUFFIX) else None
 
 
+def _may_be_tower(name: str) -> bool:
+    """Whether a name in a file, which may come from anywhere, can be that of weights: no program, no judge, no other taste."""
+    kind, at, _ = name.partition("@")
+    return not (is_url(name) or name.lower().endswith(".py") or kind == "taste" or (not at and name.endswith(SUFFIX)))
+
+
 class TasteReward(RewardModel):
     """A two-tower reward with a person's head: differentiable, in logits of a choice between two images of one prompt."""
 
@@ -133,7 +143,12 @@ class TasteReward(RewardModel):
     def load(path: Path, tower_of: Callable[[str], RewardModel], hash_of: Callable[[str], str]) -> TasteReward:
         """Raises ValueError where the tower is another than the one it was fitted on."""
         head = TasteFile.read(path)
-        found = hash_of(head.tower)
+        try:
+            found = hash_of(head.tower)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path} was fitted on {head.tower}, which is not here ({error.strerror or error}): put it there, or fit again here"
+            ) from error
         if found != head.tower_sha256:
             raise ValueError(
                 f"{path} was fitted on {head.tower} of sha256 {head.tower_sha256[:12]}, which here is {found[:12]}: fit it again here"
