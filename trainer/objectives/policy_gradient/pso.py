@@ -29,7 +29,6 @@ class PSO(StepPairs):
     here their sum does. Pairs with given target images, which it trains by denoising errors, are not here.
     """
 
-    title: ClassVar[str] = "PSO"
     trains_distilled: ClassVar[bool] = True
     steps: int = sampler_steps(4)
     guidance_scale: float = training_guidance_scale(1.0, "official: none, as few-step models are drawn")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ class SPO(StepPairs):
     et al. 2025, arXiv:2502.01051) by beta = 500, first_step = 0, gap = 0.35, gap_noisiest = 0.5, without its reward on latents.
     """
 
-    title: ClassVar[str] = "SPO"
     group: int = field(default=4, metadata={"min": 2, "max": 1024, "help": "next states of a state (official 4; SDXL 2)"})
     first_step: int = field(default=4, metadata={"min": 0, "max": 998, "help": "first step that is trained (official 4 of 20; LPO 0)"})
     eta: float = field(default=1.0, metadata={"min": 1e-3, "max": 1.0, "help": "noise of a step: 1 ancestral (official 1)"})
@@ -34,7 +32,7 @@ class SPO(StepPairs):
         metadata={"min": 0.0, "max": 1.0, "help": "pairs are trained whose softmax of the two scores differs by more (0.3; SDXL 0.4)"},
     )
     gap_noisiest: float | None = field(
-        default=None, metadata={"help": "at the noisiest step: gap is then that of the least noisy one (LPO 0.5 and 0.35); none: gap"}
+        default=None, metadata={"min": 0.0, "max": 1.0, "help": "at the noisiest step, gap at the least noisy (LPO 0.5, 0.35); none: gap"}
     )
 
     @property
