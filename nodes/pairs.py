@@ -178,7 +178,7 @@ class FilterPairs(io.ComfyNode):
     def execute(cls, pairs: PreferencePairs, split: float, split_seed: int, features: Any = None, **values: Any) -> io.NodeOutput:
         """Filter and split."""
         settings, dropped, thumbnails = collected(Filter, values), Counter[str](), Thumbnails()
-        kept = filtered(valued(pairs.pairs, settings, _text_features(features), None), settings, thumbnails, dropped)
+        kept = filtered(valued(pairs.some, settings, _text_features(features), None), settings, thumbnails, dropped)
         if not kept:
             raise ValueError(f"no pair is left: {', '.join(counted(number, why) for why, number in dropped.items())}")
         train, held = splitting.split(kept, split, split_seed, thumbnails, settings.near_copies)

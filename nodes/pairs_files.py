@@ -9,13 +9,16 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..trainer.data.choice_rows import label_rows
+from ..trainer.data.choices import is_choices, read_choices
 from ..trainer.data.images import SUFFIXES
 from ..trainer.data.report import Report
+from ..trainer.data.samples import Listed
 from ..trainer.pairs.tables import labels_of, read_table, write_labels, write_pairs
 from ..trainer.runtime.files import replacing
 from .folder import roots
 from .pairs import PAIRS_OUT, preview, sources
-from .preferences import PreferencePairs
+from .preferences import PreferencePairs, shown
 from .sockets import CATEGORY, PreferencePairsSocket, schema, show_text
 from .taste_sets import sets
 
@@ -44,15 +47,29 @@ def read(name: str) -> tuple[PreferencePairs, str]:
     path = choices().get(name)
     if path is None:
         raise ValueError(f"{name!r} is not in the list: choose a table or a folder below ComfyUI's input or output")
-    report = Report()
-    pairs, rewards = read_table(path, report)
+    report, likes = Report(), _likes_alone(path)
+    labels = [Listed((image,), prompt, value) for image, prompt, value in label_rows(path, report)] if likes else []
+    pairs, rewards = ([], []) if likes else read_table(path, report)
     allowed = [root.resolve() for _, root in roots()] + [folder.parent.resolve() for folder in sets().values()]
-    for image in sources(pairs):
+    for image in [*sources(pairs), *(image for one in labels for image in one.images)]:
         target = Path(os.path.realpath(str(image)))
         if not any(target.is_relative_to(root) for root in allowed):
             raise ValueError(f"{name} names {target}, outside ComfyUI's input and output: copy the images there")
     report.source = name
-    return PreferencePairs(tuple(pairs), tuple(rewards)), str(report)
+    if len({one.label for one in labels}) == 1:
+        raise ValueError(f"{name} holds {len(labels)} images that are all {'liked' if labels[0].label == 1 else 'disliked'}: judge more")
+    said = [f"{sum(one.label == 1 for one in labels)} liked of {len(labels)} images, for Diffusion-KTO"] if likes else []
+    return PreferencePairs(tuple(pairs), tuple(rewards), labels=tuple(labels)), "\n".join([*said, str(report)])
+
+
+def _likes_alone(path: Path) -> bool:
+    """Whether a file of choices holds likes and dislikes and no choice between images."""
+    kinds = (
+        {one.kind == "thumb" for one in read_choices(path).records if one.outcome not in ("tie", "skip")}
+        if is_choices(path)
+        else set[bool]()
+    )
+    return kinds == {True}
 
 
 class SavePairs(io.ComfyNode):
@@ -78,15 +95,13 @@ class SavePairs(io.ComfyNode):
     @classmethod
     def execute(cls, pairs: PreferencePairs, name: str) -> io.NodeOutput:
         """Save: the images first, the tables last."""
-        if not pairs.pairs:
-            raise ValueError("there are no pairs: nothing was held out, or all were filtered")
-        folder = _new_folder(name)
-        images = {image: folder / "images" / f"{i:05d}{_suffix(str(image))}" for i, image in enumerate(sources(pairs.pairs))}
+        some, folder = pairs.some, _new_folder(name)
+        images = {image: folder / "images" / f"{i:05d}{_suffix(str(image))}" for i, image in enumerate(sources(some))}
         (folder / "images").mkdir(parents=True)
         for image, path in images.items():
             with replacing(path) as partial:
                 partial.write_bytes(image.read_bytes())
-        moved = [replace(pair, chosen=images[pair.chosen], rejected=images[pair.rejected]) for pair in pairs.pairs]
+        moved = [replace(pair, chosen=images[pair.chosen], rejected=images[pair.rejected]) for pair in some]
         write_labels(labels_of(moved), folder / "labels.jsonl")
         write_pairs(moved, pairs.rewards, folder / "pairs.jsonl")
         text = f"{len(moved)} pairs, {len(images)} images in {folder}"
@@ -103,8 +118,8 @@ class LoadPairs(io.ComfyNode):
             node_id="ImageReFLLoadPairs",
             display_name="Load Pairs",
             category=f"{CATEGORY}/training",
-            description="Pairs of Collect Preferences, of a table (columns chosen, rejected, prompt, or Pick-a-Pic's) or of a folder with "
-            "liked and disliked.",
+            description="Pairs or likes of Collect Preferences, pairs of a table (columns chosen, rejected, prompt, or Pick-a-Pic's) or "
+            "of a folder with liked and disliked.",
             search_aliases=["import preference data", "dpo dataset", "pick-a-pic"],
             is_output_node=True,
             inputs=[
@@ -117,7 +132,9 @@ class LoadPairs(io.ComfyNode):
             ],
             outputs=[
                 PAIRS_OUT,
-                io.Image.Output("preview", display_name="preview", tooltip="The first pairs: better left, worse right."),
+                io.Image.Output(
+                    "preview", display_name="preview", tooltip="The first pairs: better left, worse right; of likes the images."
+                ),
             ],
         )
 
@@ -134,7 +151,8 @@ class LoadPairs(io.ComfyNode):
     def execute(cls, table: str) -> io.NodeOutput:
         """Load."""
         found, text = read(table)
-        return io.NodeOutput(found, preview(found.pairs), ui=show_text(cls, text))
+        shown_ = shown([one.images[0] for one in found.labels[:16]]) if found.labels else preview(found.pairs)
+        return io.NodeOutput(found, shown_, ui=show_text(cls, text))
 
 
 def _new_folder(name: str) -> Path:

@@ -47,12 +47,25 @@ class PreferencePairs:
     pairs: tuple[Pair, ...]
     rewards: tuple[str, ...] = ()
     heldout: str = ""
+    labels: tuple[Listed, ...] = ()
+    """Images that were liked or disliked one by one; there are no pairs then."""
+
+    @property
+    def some(self) -> tuple[Pair, ...]:
+        """The pairs; ValueError where there are none."""
+        if self.labels:
+            raise ValueError("these are likes and dislikes, not pairs: train Diffusion-KTO on them, or choose between images")
+        if not self.pairs:
+            raise ValueError("there are no pairs: nothing was held out, or all were filtered")
+        return self.pairs
 
     def listed(self, cls: type[Any]) -> list[Listed]:
         """The samples of a run: pairs, or for `Labels` each image once, liked where it wins more often than it loses."""
+        if self.labels and issubclass(cls, Labels):
+            return list(self.labels)
         if not issubclass(cls, Labels):
-            return [Listed((pair.chosen, pair.rejected), pair.prompt) for pair in self.pairs]
-        labels = labels_of(self.pairs)
+            return [Listed((pair.chosen, pair.rejected), pair.prompt) for pair in self.some]
+        labels = labels_of(self.some)
         found = [Listed((image,), prompt, 1.0 if word == "liked" else -1.0) for (image, prompt), word in labels.items()]
         if len({one.label for one in found}) < 2:
             raise ValueError("these pairs have no image that wins more often than it loses, or none that loses: make other pairs")

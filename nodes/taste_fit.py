@@ -64,6 +64,13 @@ class FitTaste(io.ComfyNode):
                 io.String.Input("name", default="taste", tooltip="Saved as models/rewards/taste/NAME: Load Reward Model lists it after R."),
                 io.String.Input("person", default="", tooltip="Whose taste, where several people chose; empty: all together."),
                 PreferencePairsSocket.Input("pairs", optional=True, tooltip="Pairs of Load Pairs or Make Pairs, in place of choices."),
+                io.String.Input(
+                    "asked",
+                    optional=True,
+                    default="",
+                    tooltip="Further choices, collected under another name from Ask Next: learnt from, but not counted in the agreement, "
+                    "which is higher on them than on other pairs.",
+                ),
             ],
             outputs=[
                 Reward.Output("reward", display_name="REWARD_MODEL", tooltip="For scoring, search, and training: it has a gradient."),
@@ -72,20 +79,22 @@ class FitTaste(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, choices: str, **_: Any) -> str:
-        """Runs again where the file has changed."""
+    def fingerprint_inputs(cls, choices: str, asked: str = "", **_: Any) -> str:
+        """Runs again where a file has changed."""
         try:
-            path = path_of(choices)
-            return f"{path} {path.stat().st_mtime_ns}" if path.exists() else ""
+            paths = [path_of(name) for name in (choices, asked) if name]
+            return " ".join(f"{path} {path.stat().st_mtime_ns}" for path in paths if path.exists())
         except ValueError:
             return ""
 
     @classmethod
-    def execute(cls, tower: Any, choices: str, name: str, person: str, pairs: PreferencePairs | None = None) -> io.NodeOutput:
+    def execute(
+        cls, tower: Any, choices: str, name: str, person: str, pairs: PreferencePairs | None = None, asked: str = ""
+    ) -> io.NodeOutput:
         """Fit and save."""
         if not _NAME.fullmatch(name):
             raise ValueError("name: give 1 to 64 letters, digits, _ and -")
-        found = of_pairs([(pair.chosen, pair.rejected, pair.prompt) for pair in pairs.pairs], "pairs") if pairs else chosen(choices)
+        found = of_pairs([(pair.chosen, pair.rejected, pair.prompt) for pair in pairs.some], "pairs") if pairs else chosen(choices, asked)
         judged = found.choices
         if judged < FEWEST:  # a new graph has none: what hangs on this waits, and nothing is wrong
             text = f"{judged} choices so far, {FEWEST} are needed, 30 are better: choose in Collect Preferences, then queue again"
@@ -103,10 +112,10 @@ class FitTaste(io.ComfyNode):
         return io.NodeOutput(loaded, text, ui=show_text(cls, text))
 
 
-def chosen(name: str) -> Gathered:
-    """The comparisons of a file; none before there is a file."""
-    path = path_of(name)
-    return gather([path], fewest=0) if path.exists() else Gathered()
+def chosen(name: str, asked: str = "") -> Gathered:
+    """The comparisons of files; none before there are files."""
+    given, further = ([path for path in map(path_of, names) if path.exists()] for names in ([name], [asked] if asked else []))
+    return gather(given, fewest=0, asked=further) if given or further else Gathered()
 
 
 class AskNext(io.ComfyNode):

@@ -136,8 +136,6 @@ def _of_pairs(pairs: PreferencePairs, cls: type[Prompts], written: Sequence[str]
         raise ValueError("pairs and images or a dataset are connected: disconnect one of them")
     if written:
         raise ValueError("pairs is connected and prompts are written: clear prompts, pairs have their own")
-    if not pairs.pairs:
-        raise ValueError("there are no pairs: nothing was held out, or all were filtered")
     if not issubclass(cls, (Pairs, Labels)):
         raise ValueError(
             "pairs is connected: choose an objective on pairs or likes (Diffusion-DPO, MaPO, Diffusion-KTO, …), or disconnect it"

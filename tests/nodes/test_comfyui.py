@@ -393,6 +393,26 @@ def test_workflows_run_through_the_executor_and_a_failure_leaves_it_well(executo
 
 @comfyui
 @pytest.mark.slow
+def test_a_taste_waits_for_choices_then_it_is_fitted_asked_about_and_scores(executor):
+    ran, said = executor["a taste without choices waits"]
+    assert ran and "0 choices so far, 8 are needed, 30 are better: choose in Collect Preferences, then queue again" in said
+    assert executor["its questions"] == 1 and executor["a taste of choices"] == [True, None], executor
+    report = next(text for text in executor["what it says"] if "12 choices under 12 prompts" in text)
+    assert "predicts 1.00 [" in report and "demo-proxy alone" in report
+    assert any("bits: image" in text for text in executor["what it says"])
+    assert executor["asked images"] == 4 and executor["written"] == ["demo.safetensors"]
+
+
+@comfyui
+@pytest.mark.slow
+def test_likes_reach_objectives_on_likes_and_no_others(executor):
+    said, labels, refused = executor["likes"]
+    assert said.startswith("5 liked of 8 images, for Diffusion-KTO") and labels == [-1, 1, 1, -1, 1, 1, -1, 1]
+    assert "these are likes and dislikes, not pairs: train Diffusion-KTO on them" in refused
+
+
+@comfyui
+@pytest.mark.slow
 def test_workflows_for_stable_diffusion_are_valid_once_their_files_are_there(executor):
     assert executor["refused without their files"]
     older = ["sd15-combined-lora", "sd15-preview-base-tuned-combined", "sd15-train-imagerefl", "sd15-two-checkpoints"]
@@ -431,7 +451,7 @@ def test_a_live_server_runs_every_workflow_and_survives_cancel_errors_and_a_hund
     ):
         assert told[claim] is True, (claim, told)
     demos = ("two-checkpoints", "collapse-and-cure", "reward-search", "score-and-pick-best", "train-imagerefl", "trade-off-sweep")
-    demos += ("two-model-guidance", "optimise-noise", "train-on-preferences")
+    demos += ("two-model-guidance", "optimise-noise", "train-on-preferences", "train-on-your-taste")
     for name in ("combined", *(f"demo-{demo}" for demo in demos)):
         assert told[name] == "execution_success", (name, told)
     assert told["cancel"] == "execution_interrupted" and told["state saved"] and told["resume offers it"], told

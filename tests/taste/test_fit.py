@@ -65,6 +65,7 @@ def test_features_under_prompts_are_the_towers_score():
 )
 def test_of_a_person_the_report_counts_what_that_person_chose(person, choices, first, monkeypatch):
     monkeypatch.setattr("trainer.taste.curve.REPEATS", 1)
+    monkeypatch.setattr("trainer.taste.curve.FRACTIONS", (0.5, 1.0))
     features, better, worse, _ = random_design(60, torch.tensor([4.0, -3, 0, 0, 0, 0], dtype=torch.float64))
     bob = torch.arange(60) % 3 == 0  # of the opposite taste
     rows = torch.stack([torch.where(bob, worse, better), torch.where(bob, better, worse)], 1).tolist()
@@ -78,3 +79,21 @@ def test_of_a_person_the_report_counts_what_that_person_chose(person, choices, f
     design = known.design(found.comparisons)
     right = (design.logits(head, torch.arange(60)) > 0).double()
     assert not person or float(right[bob if person == "bob" else ~bob].mean()) > 0.8
+
+
+def test_choices_of_pairs_that_were_asked_next_are_learnt_from_and_not_counted(judged, tmp_path, capsys):
+    lines = (judged / "choices.jsonl").read_text().splitlines(keepends=True)
+    files = [judged / "first.jsonl", judged / "asked.jsonl"]
+    for path, part in zip(files, (lines[:10], lines[10:])):
+        path.write_text("".join(part))
+    found = gather(files[:1], asked=files[1:])
+    assert [one.asked for one in found.comparisons].count(True) == 6 and len(found.comparisons) == 16
+    whole, files[0] = judged / "choices.jsonl", judged / "turned.jsonl"
+    files[0].write_text("".join(reversed(lines[:10])))
+    assert gather(files[:1]).comparisons == [one for one in gather([whole]).comparisons if one in gather(files[:1]).comparisons]
+    arguments = ["--tower", "demo-proxy", "--out", str(tmp_path / "t.safetensors")]
+    assert main(["taste", str(files[0]), "--asked", str(files[1]), *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "16 choices under 16 prompts, 6 of them asked next and not counted below" in said and "95 % by 10 groups" in said
+    assert main(["taste", "--asked", str(files[0]), *arguments, "--overwrite"]) == 2
+    assert "give files of choices" in capsys.readouterr().err

@@ -3,7 +3,7 @@ it holds the true agreement of the head that is written.
 
 Usage: python -m tools.embedded.taste_interval [DESIGN …]. Images are random unit vectors of 16 features and the tower knows nothing of the
 person, whose choices are random (none) or of a linear taste (weak, clear) with noise of the image that no feature tells. True is the head's
-agreement with 4000 new pairs of the same kind. `by clusters` is the interval without permutations. About 15 minutes of a core.
+agreement with 4000 new pairs of the same kind. `by units` is the interval without permutations. About 15 minutes of a core.
 """
 
 from __future__ import annotations

@@ -39,6 +39,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, metavar="FILE", help="the fitted taste, a safetensors file; its report is written beside it")
     add("--person", default="", metavar="NAME", help="whose taste, where several people chose (default: all together)")
+    add(
+        "--asked",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="CHOICES",
+        help=f"choices of pairs that {NEXT} chose: learnt from, but not counted in the agreement, which is higher on them",
+    )
     add("--overwrite", action="store_true", help="replace the file and its report")
     add("--images", action="append", metavar="PATH", help=f"{NEXT}: image folders, images, globs or tables, as for `score`")
     add("--prompt", metavar="TEXT", help=f"{NEXT}: prompt of all images (default: from the table, a .txt file, or inside the image)")
@@ -58,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     there = next((path for path in (args.out, beside) if path.exists()), None)
     if there is not None and not args.overwrite:
         raise ConfigError(f"{there} exists: add --overwrite, or give another --out")
-    found = gather([Path(path) for path in args.paths])
+    found = gather([Path(path) for path in args.paths], asked=args.asked)
     head, report = fit_taste(found, _tower(args), args.tower, tower_hash(args.tower), args.person)
     head.write(args.out)
     write_text(json.dumps(report.facts(), indent=1) + "\n", beside)
@@ -87,7 +95,8 @@ def _next(args: argparse.Namespace) -> int:
     if bare is not None:
         raise ConfigError(f"{bare} has no prompt: write one into {bare.stem}.txt beside it, or give --prompt")
     texts, tower = [prompt or "" for prompt in prompts], _tower(args)
-    found = gather([Path(path) for path in args.paths[1:]], fewest=1) if args.paths[1:] else None
+    given = [Path(path) for path in args.paths[1:]]
+    found = gather(given, fewest=1, asked=args.asked) if given or args.asked else None
     asked = next_pairs(tower, image_features(tower, [item.path for item in items]), texts, args.n, found)
     if not asked:
         raise ConfigError("no prompt has two images: a choice is between two images of one prompt")

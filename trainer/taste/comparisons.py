@@ -37,6 +37,8 @@ class Comparison:
     person: str = ""
     weight: float = 1.0
     """Fewer than 1 where several comparisons say what one judgement said."""
+    asked: bool = False
+    """Whether the pair was chosen for what its answer would say: it is learnt from, and agreement on it is not that on other pairs."""
 
     @property
     def keys(self) -> Keys:
@@ -75,17 +77,20 @@ class Gathered:
         return Gathered(comparisons, places, self.skipped, mine(self.thumbs), mine(self.alone), self.notes)
 
 
-def gather(paths: Sequence[Path], fewest: int = FEWEST) -> Gathered:
+def gather(paths: Sequence[Path], fewest: int = FEWEST, asked: Sequence[Path] = ()) -> Gathered:
     """Files of choices, and tables or folders of pairs. Damaged lines are noted and left out.
 
-    A choice that is in several files counts once, and not at all where one of them takes it back.
+    asked: further files, of pairs that `active` chose. A choice that is in several files counts once, and not at all where one of them
+    takes it back.
 
     Raises ValueError in one line where they give fewer than `fewest` comparisons, or all choices are on one side.
     """
     found = Gathered()
-    read = {path: read_choices(path) for path in dict.fromkeys(paths) if is_choices(path)}
+    paths = list(dict.fromkeys([*asked, *paths]))
+    read = {path: read_choices(path) for path in paths if is_choices(path)}
     counted = {name for one in read.values() for name in one.ids - {record.id for record in one.records}}  # undone
-    for path in dict.fromkeys(paths):
+    for path in paths:
+        before = len(found.comparisons)
         if path in read:
             if read[path].cut:
                 found.notes.append(read[path].cut_text())
@@ -93,6 +98,9 @@ def gather(paths: Sequence[Path], fewest: int = FEWEST) -> Gathered:
             counted |= read[path].ids
         else:
             _add_table(found, path)
+        if path in asked:
+            found.comparisons[before:] = [replace(one, asked=True) for one in found.comparisons[before:]]
+    found.comparisons.sort(key=lambda one: (plain(one.prompt), one.better.sha256, one.worse.sha256, one.person))  # of lines in any order
     _check(found, ", ".join(map(str, paths)), fewest)
     return found
 

@@ -80,6 +80,8 @@ class Report:
     tower: str
     person: str
     choices: int
+    asked: int
+    """How many of them are of pairs that were asked next."""
     people: list[str]
     prompts: int
     level: str
@@ -114,7 +116,8 @@ class Report:
         """The report in sentences."""
         who = f" of {self.person}" if self.person else f" of {len(self.people)} people" if len(self.people) > 1 else ""
         prior = "no head, the tower alone" if math.isinf(self.precision) else f"λ {self.precision:g}"
-        said = [f"{self.choices} choices{who} under {self.prompts} prompts; prior chosen by cross-validation: {prior}"]
+        asked = f", {self.asked} of them asked next and not counted below" if self.asked else ""
+        said = [f"{self.choices} choices{who} under {self.prompts} prompts{asked}; prior chosen by cross-validation: {prior}"]
         unit = {"prompt and image": "no prompt and no image", "image": "no image", "pair": "no image, each pair alone"}[self.level]
         if self.agreement is not None:
             lucky = "" if self.chance is None else f", as permuted images do in {self.chance:.1%} of the cases"
@@ -155,9 +158,9 @@ def fitted(found: Gathered, known: Rated, tower: str, person: str = "") -> tuple
     comparisons = once(found.comparisons)
     design, keys = known.design(comparisons), [one.keys for one in comparisons]
     of, people = folds(keys), [one.person for one in comparisons]
-    counted = torch.tensor([person in ("", who) for who in people])
+    counted = torch.tensor([person in ("", one.person) and not one.asked for one in comparisons])
     if not bool((counted & (design.outcome != 0.5)).any()):
-        raise ValueError(f"{person!r} only tied: an agreement needs choices between two images")
+        raise ValueError(f"{person or 'these choices'}: all ties, or of pairs that were asked next: agreement is measured on other choices")
     mixture = fit_mixture(design, people, of) if len(found.people) > 1 else None
     if mixture is not None and mixture.summary.prototypes > 1:
         precision, held = mixture.precision, mixture.held_out if person else mixture.held_out_mean  # of the head that is written
@@ -190,6 +193,7 @@ def _report(found: Gathered, seen: Agreement, tower: str, person: str, level: st
         tower=tower,
         person=person,
         choices=found.choices,
+        asked=replace(found, comparisons=[one for one in found.comparisons if one.asked]).choices,
         people=found.people,
         prompts=len({one.keys.all[0] for one in found.comparisons}),
         level=level,

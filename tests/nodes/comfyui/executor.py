@@ -16,6 +16,8 @@ import torch
 from in_process import Executor, own_folders
 from workflows import api_form, changed
 
+to_pil = embedded.ours("trainer.data.images").to_pil
+
 own_folders()
 FILES = (("checkpoints", "ckpt_name"), ("loras", "lora_name"), ("input", "image"), ("diffusion_models", "unet_name"))
 FILES += (("text_encoders", "clip_name"), ("vae", "vae_name"))
@@ -39,6 +41,63 @@ def plain_sample():
     demo = embedded.ours("nodes.demo")
     with torch.inference_mode():
         return embedded.digest(embedded.plain_sample(demo.load_model(), demo.load_clip()))
+
+
+async def tastes(run, template, executor):
+    """The template before there are choices, and after: what waited runs; then likes."""
+    folder_paths.add_model_folder_path("rewards", str(Path("rewards").resolve()), is_default=True)
+    choices, questions = embedded.ours("trainer.taste.choices"), embedded.ours("nodes.taste").mine
+    template = changed(changed(template, "KSampler", steps=1), "EmptyLatentImage", batch_size=2)
+    shown = {name for name, node in template.items() if node["class_type"] in ("ImageReFLTaste", "ImageReFLFitTaste")}
+    graph = {name: node for name, node in template.items() if name in shown | inputs_of(template, shown)}
+    fresh = changed(graph, "")  # ComfyUI marks the nodes of a graph that it has run
+    waited = await run("no choices", graph)
+    results["a taste without choices waits"] = [waited, texts_of(executor)]
+    results["its questions"] = len(questions("demo").open())
+    folder = questions("demo").folder
+    for i in range(12):
+        pictures = [to_pil(torch.full((3, 64, 64), (i + 20 * light) / 32)) for light in (0, 1)]
+        images = [choices.save_image(folder, picture) for picture in pictures]
+        choices.append(folder / choices.NAME, choices.choice("pair", f"a star {i}", images, "chosen", 0, [i % 2, 1 - i % 2]))
+    fit = next(name for name, node in graph.items() if node["class_type"] == "ImageReFLFitTaste")
+    grey = {name: {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 2, "color": color}}
+            for name, color in (("dark", 0x202020), ("bright", 0xE0E0E0))}  # fmt: skip
+    both = {"class_type": "ImageBatch", "inputs": {"image1": ["dark", 0], "image2": ["bright", 0]}}
+    ask = {"class_type": "ImageReFLAskNext", "inputs": {"images": ["both", 0], "tower": graph[fit]["inputs"]["tower"], "prompts": "a star",
+                                                        "choices": "demo", "pairs": 2}}  # fmt: skip
+    score = {
+        "class_type": "ImageReFLScore",
+        "inputs": {"images": ["both", 0], "reward": [fit, 0], "prompt": "a star", "prompt_per_line": False},
+    }
+    asked = {"class_type": "PreviewImage", "inputs": {"images": ["ask", 0]}}
+    more = {**fresh, **grey, "both": both, "ask": ask, "asked": asked, "score": score}
+    results["a taste of choices"] = await run("choices", more), executor.executor.status_messages[-1][1].get("exception_message")
+    sent = [data["output"] for event, data in executor.server.sent if event == "executed" and data["output"]]
+    results["what it says"] = texts_of(executor)
+    results["asked images"] = len([output for output in sent if "images" in output][-1]["images"])
+    results["written"] = [path.name for path in Path("rewards/taste").iterdir()]
+    for i in range(8):
+        liked = choices.save_image(questions("likes").folder, to_pil(torch.full((3, 64, 64), i / 8)))
+        choices.append(questions("likes").path, choices.choice("thumb", "a star", [liked], "liked" if i % 3 else "disliked"))
+    pairs, text = embedded.ours("nodes.pairs_files").read("taste: likes")
+    batches = embedded.ours("trainer.data.batches")
+    results["likes"] = [text, [one.label for one in pairs.listed(batches.Labels)], embedded.refused(lambda: pairs.listed(batches.Pairs))]
+
+
+def texts_of(executor):
+    """What nodes have said so far."""
+    return [data["output"]["text"][0] for event, data in executor.server.sent if event == "executed" and "text" in (data["output"] or {})]
+
+
+def inputs_of(prompt, names):
+    """Of a prompt, all nodes that some need."""
+    found, left = set(), list(names)
+    while left:
+        for value in prompt[left.pop()]["inputs"].values():
+            if isinstance(value, list) and value[0] not in found:
+                found.add(value[0])
+                left.append(value[0])
+    return found
 
 
 async def main():
@@ -92,6 +151,7 @@ async def main():
     pairs = changed(changed(prompts["demo-train-on-preferences"], "KSampler", steps=2), "EmptyLatentImage", batch_size=3)
     pairs = changed(pairs, "ImageReFLTrainAnyObjective", train_steps=1, batch_size=2, preview_every=0)
     results["demo-train-on-preferences"] = await run("pairs", changed(pairs, "ImageReFLFilterPairs", min_margin=0.0))
+    await tastes(run, prompts["demo-train-on-your-taste"], executor)
     wrong = changed(combined, "ImageReFLCombinedKSampler", mode="step", switch_at=99.0)
     results["a wrong k fails"] = not await run("wrong", wrong)
     results["says why"] = executor.problem()

@@ -10,7 +10,7 @@ import folder_paths
 
 def own_folders():
     """Let ComfyUI write below the current folder."""
-    for name in ("output", "temp", "input"):
+    for name in ("output", "temp", "input", "user"):
         Path(name).mkdir(exist_ok=True)
         getattr(folder_paths, f"set_{name}_directory")(str(Path(name).resolve()))
 
