@@ -116,9 +116,7 @@ def one(design: str, slope: float, repetition: int) -> list[float]:
 def main(wanted: list[str]) -> None:
     """Measure and print."""
     share = lambda hits: str(wilson(float(hits.double().mean()), len(hits)))  # noqa: E731
-    print(
-        "| design, taste | agreement | true | trusted | by clusters | interval holds true | by clusters | width | gain's interval holds it |"
-    )
+    print("| design, taste | agreement | true | trusted | by units | holds true | by units | width | gain's holds true |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, slope in TASTES.items():
         for design in wanted or DESIGNS:
