@@ -147,3 +147,22 @@ def test_likes_of_a_data_set(hf, folder, tmp_path):
     table(hf, folder, text=list("abcde"), liked=["1", "maybe", "1", "1", "1"]).save_to_disk(tmp_path / "wrong")
     with pytest.raises(ValueError, match="row 1: label 'maybe' is neither liked nor disliked"):
         read_labels(f"hf:{tmp_path / 'wrong'}")
+
+
+def test_what_a_data_set_is_not_is_one_line(hf, folder, tmp_path):
+    """A split that a folder saved without splits has not, no name, ties alone, and the other key's columns."""
+    images = [path.read_bytes() for path in sorted(folder.glob("*.png"))[:2]]
+    hf.Dataset.from_dict({"jpg_0": images, "jpg_1": images[::-1], "label_0": [0.5, 0.5], "caption": ["a", "b"]}).save_to_disk(
+        tmp_path / "pick"
+    )
+    hf.Dataset.from_dict({"image": images, "label": [1, 0], "prompt": ["a", "b"]}).save_to_disk(tmp_path / "rated")
+    for read, name, said in (
+        (read_labels, f"{tmp_path}/rated:test", "no split 'test': the folder was saved without splits, leave :test out"),
+        (read_labels, "", "hf: names no data set: write hf:NAME or hf:FOLDER"),
+        (read_pairs, f"{tmp_path}/pick", "pick:train holds no pair: all of its 2 rows are ties, or unlabelled"),
+        (read_pairs, f"{tmp_path}/rated", "there are image, label, prompt: images with labels are `labels`"),
+        (read_labels, f"{tmp_path}/pick", "there are jpg_0, jpg_1, label_0, caption: pairs of images are `pairs`"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            read(f"hf:{name}")
+    assert len(read_labels(f"hf:{tmp_path}/rated:train")) == len(read_labels(f"hf:{tmp_path}/rated")) == 2

@@ -90,10 +90,12 @@ def dataset_rows(
 
 def _opened(source: str) -> tuple[Any, str, Any]:
     """The library, the name of a source in messages, and its rows."""
-    name, split = source, "train"
+    name, split = source, ""
     if ":" in source and not Path(source).exists():
         name, split = source.rsplit(":", 1)
-    label = f"{PREFIX}{name}:{split}"
+    if not name:
+        raise ValueError(f"{PREFIX}{source} names no data set: write {PREFIX}NAME or {PREFIX}FOLDER")
+    label = f"{PREFIX}{name}:{split or 'train'}"
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
@@ -118,15 +120,18 @@ def _encoded(datasets: Any, rows: Any, columns: Sequence[str], label: str) -> An
 
 
 def _load(datasets: Any, name: str, split: str) -> Any:
+    """split: as it was given; without one, `train`, or all of a folder that was saved without splits."""
     folder = Path(name)
     if not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split or "train")
     saved = datasets.load_from_disk(name)
     if not isinstance(saved, dict):
+        if split and split != str(saved.split or "train"):
+            raise ValueError(f"no split {split!r}: the folder was saved without splits, leave :{split} out")
         return saved
-    if split not in saved:
-        raise ValueError(f"no split {split!r}; there are {', '.join(saved)}")
-    return saved[split]
+    if (split or "train") not in saved:
+        raise ValueError(f"no split {split or 'train'!r}; there are {', '.join(saved)}")
+    return saved[split or "train"]
 
 
 def _known(known: Sequence[str], columns: Any) -> list[str]:
