@@ -58,18 +58,16 @@ def read(name: str) -> tuple[PreferencePairs, str]:
     report.source = name
     if len({one.label for one in labels}) == 1:
         raise ValueError(f"{name} holds {len(labels)} images that are all {'liked' if labels[0].label == 1 else 'disliked'}: judge more")
+    if likes:
+        report.take("images", len(labels))
     said = [f"{sum(one.label == 1 for one in labels)} liked of {len(labels)} images, for Diffusion-KTO"] if likes else []
     return PreferencePairs(tuple(pairs), tuple(rewards), labels=tuple(labels)), "\n".join([*said, str(report)])
 
 
 def _likes_alone(path: Path) -> bool:
     """Whether a file of choices holds likes and dislikes and no choice between images."""
-    kinds = (
-        {one.kind == "thumb" for one in read_choices(path).records if one.outcome not in ("tie", "skip")}
-        if is_choices(path)
-        else set[bool]()
-    )
-    return kinds == {True}
+    records = read_choices(path).records if is_choices(path) else ()
+    return {one.kind == "thumb" for one in records if one.outcome not in ("tie", "skip")} == {True}
 
 
 class SavePairs(io.ComfyNode):

@@ -58,6 +58,7 @@ class FitTaste(io.ComfyNode):
             "predicts choices it has not seen, beside the tower alone, what more choices would give, and where they contradict each other.",
             search_aliases=["personal reward", "preference model", "bradley-terry", "own taste", "reward from thumbs"],
             is_output_node=True,
+            hidden=[io.Hidden.prompt],
             inputs=[
                 Reward.Input("tower", tooltip="A two-tower reward: PickScore, HPSv2.1 or CLIP; demo-proxy for the demo model."),
                 io.String.Input("choices", default="taste", tooltip=_CHOICES),
@@ -94,6 +95,9 @@ class FitTaste(io.ComfyNode):
         """Fit and save."""
         if not _NAME.fullmatch(name):
             raise ValueError("name: give 1 to 64 letters, digits, _ and -")
+        graph = (getattr(cls.hidden, "prompt", None) or {}).values()
+        if sum(node["class_type"] == "ImageReFLFitTaste" and node["inputs"].get("name") == name for node in graph) > 1:
+            raise ValueError(f"name: two Fit Taste nodes of this graph write {name}: give each a name of its own")
         found = of_pairs([(pair.chosen, pair.rejected, pair.prompt) for pair in pairs.some], "pairs") if pairs else chosen(choices, asked)
         judged = found.choices
         if judged < FEWEST:  # a new graph has none: what hangs on this waits, and nothing is wrong

@@ -401,6 +401,7 @@ def test_a_taste_waits_for_choices_then_it_is_fitted_asked_about_and_scores(exec
     assert "predicts 1.00 [" in report and "demo-proxy alone" in report
     assert any("bits: image" in text for text in executor["what it says"])
     assert executor["asked images"] == 4 and executor["written"] == ["demo.safetensors"]
+    assert "two Fit Taste nodes of this graph write demo: give each a name of its own" in executor["two of one name"]
 
 
 @comfyui

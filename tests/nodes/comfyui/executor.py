@@ -75,6 +75,8 @@ async def tastes(run, template, executor):
     sent = [data["output"] for event, data in executor.server.sent if event == "executed" and data["output"]]
     results["what it says"] = texts_of(executor)
     results["asked images"] = len([output for output in sent if "images" in output][-1]["images"])
+    twice = {**changed(graph, ""), "twin": changed(graph, "")[fit]}
+    results["two of one name"] = await run("twice", twice) or executor.problem()
     results["written"] = [path.name for path in Path("rewards/taste").iterdir()]
     for i in range(8):
         liked = choices.save_image(questions("likes").folder, to_pil(torch.full((3, 64, 64), i / 8)))
