@@ -18,7 +18,7 @@ from ..trainer.taste.choices import NAME
 from ..trainer.taste.comparisons import FEWEST, Gathered, gather, of_pairs
 from ..trainer.taste.fit import fit_taste
 from .autograd import outside_inference
-from .lists import prompts_of, usable
+from .lists import places, prompts_of, usable
 from .pairs_files import choices as listed
 from .preferences import PreferencePairs
 from .rewards import TASTES, Loaded, hashes, roots
@@ -171,16 +171,15 @@ class AskNext(io.ComfyNode):
         with outside_inference(), torch.no_grad():
             model = tower_of(tower[0])
             seen = torch.cat([model.image_features(one[None].to(model.home)).double().cpu() for one in finite])
-            asked = next_pairs(model, seen, texts, pairs[0], chosen(choices[0]), apart=True)
+            asked = next_pairs(model, seen, texts, pairs[0], chosen(choices[0]), apart=True, sizes=[tuple(one.shape) for one in finite])
         if not asked:
-            raise ValueError("no prompt has two images: a comparison is between two images of one prompt")
+            raise ValueError("no prompt has two images of one size: a comparison is between two images of one prompt")
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for one in asked:
-            shape = tuple(finite[one.first].shape)
-            if tuple(finite[one.second].shape) == shape:
-                groups.setdefault((texts[one.first], shape), []).extend((one.first, one.second))
+            groups.setdefault((texts[one.first], tuple(finite[one.first].shape)), []).extend((one.first, one.second))
         batches = [image(torch.stack([finite[i] for i in rows])) for rows in groups.values()]
-        lines = [f"{one.bits:.2f} bits: image {one.first} or {one.second}" for one in asked[:16]]
+        numbers = places(fit)
+        lines = [f"{one.bits:.2f} bits: image {numbers[one.first]} or {numbers[one.second]}" for one in asked[:16]]
         return io.NodeOutput(batches, [text for text, _ in groups], ui=show_text(cls, "\n".join(lines)))
 
 

@@ -8,8 +8,9 @@ from helpers.taste import random_design
 from torch.nn import functional as F
 
 from trainer.__main__ import main
+from trainer.demo.files import load_tower
 from trainer.rng import generator
-from trainer.taste.active import expected, information, questions
+from trainer.taste.active import expected, information, next_pairs, questions
 from trainer.taste.head import Features
 
 
@@ -33,6 +34,16 @@ def test_the_next_question_is_about_what_is_not_known_and_not_twice_about_the_sa
     assert {prompts[q.first] for q in cold[:3]} == {"a", "b", "c"}  # 3-6 is nearly 0-3 asked again
     told = questions(features, prompts, 5, design, 0.3)
     assert prompts[told[0].first] in "bc" and told[0].chance == pytest.approx(0.5, abs=0.25)
+
+
+def test_images_of_several_sizes_are_not_compared():
+    tower = load_tower("proxy")
+    seen = F.normalize(
+        torch.randn(6, 8 * 8, generator=generator("sizes"))[:, : tower.image_features(torch.rand(1, 3, 64, 64)).shape[1]], dim=1
+    )
+    sizes = [(3, 64, 64), (3, 48, 64), (3, 64, 64), (3, 48, 64), (3, 32, 32), (3, 32, 32)]
+    found = next_pairs(tower, seen, ["p"] * 5 + ["q"], 9, None, apart=True, sizes=sizes)
+    assert {frozenset((one.first, one.second)) for one in found} == {frozenset((0, 2)), frozenset((1, 3))}
 
 
 def test_next_lists_pairs_of_one_prompt(judged, image_folder, capsys):

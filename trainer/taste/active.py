@@ -121,17 +121,26 @@ def information(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def next_pairs(
-    tower: TwoTower, seen: Tensor, prompts: Sequence[str], number: int, found: Gathered | None, *, apart: bool = False
+    tower: TwoTower,
+    seen: Tensor,
+    prompts: Sequence[str],
+    number: int,
+    found: Gathered | None,
+    *,
+    apart: bool = False,
+    sizes: Sequence[tuple[int, ...]] = (),
 ) -> list[Question]:
     """`questions` of images with features (N,D) and a prompt each, after the choices `found`, whose prior is chosen as for a fit.
 
+    sizes: of each image, where those of several are not compared.
     Where cross-validation keeps the tower alone, or there are fewer than FEWEST choices, the prior is λ = 300, or 1.
     """
     features = under_prompts(tower, seen, prompts)
+    alike = [f"{prompt} {size}" for prompt, size in zip(prompts, sizes)] if sizes else prompts
     if found is None or not found.comparisons:
-        return questions(features, prompts, number, None, 1.0, apart=apart)
+        return questions(features, alike, number, None, 1.0, apart=apart)
     comparisons = once(found.comparisons)
     design, precision = rated(tower, comparisons).design(comparisons), 1.0
     if len(comparisons) >= FEWEST:
         precision = min(300.0, best_precision(design, folds([one.keys for one in comparisons]).parts))
-    return questions(features, prompts, number, design, precision, apart=apart)
+    return questions(features, alike, number, design, precision, apart=apart)
