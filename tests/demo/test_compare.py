@@ -37,7 +37,6 @@ def test_methods_are_named_one_by_one_or_by_what_they_learn_from():
         "smpo",
         "diffusion-npo",
         "chats",
-        "chats-untrained",
         "mapo",
         "better-images",
         "refl",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from tools.embedded import claim, distil, pretrain, results, tables, turbo
+from tools.embedded import claim, distil, guiding, pretrain, results, tables, turbo
 from trainer.metrics.frontier import Curves
 
 STAGES = ("vae", "latents", "decoder", "unet", "gallery", "samples", "reader", "proxy", "heldout", "extractor")
@@ -21,6 +21,14 @@ def test_every_stage_of_pretraining_runs_and_resumes(tmp_path):
             pretrain.STAGES[name](tmp_path, 0, steps)
     logged = [json.loads(line) for line in (tmp_path / "reader.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [1, 2] and all(0 < line["loss"] < 100 for line in logged)
+
+
+def test_controls_of_guidance_take_two_calls_a_step(tmp_path):
+    (tmp_path / "runs" / "diffusion-npo").mkdir(parents=True)
+    (tmp_path / "runs" / "diffusion-npo" / "lora.safetensors").touch()
+    mixes, files, strengths = guiding.controls([tmp_path])
+    assert {label for label, _ in mixes} >= {"base at 3", "CHATS's guide, untrained", *files} and set(strengths.values()) == {4.0}
+    assert {mix.calls([1.0, 0.5, 0.0]) for mix in mixes.values()} == {4}
 
 
 @pytest.mark.slow

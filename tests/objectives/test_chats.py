@@ -152,6 +152,9 @@ def test_a_run_writes_two_loras_that_draw_as_its_watch_did(tmp_path, capsys):
     for name, parameter in run.policy.named_parameters():
         assert not torch.equal(parameter, average[name]) or not parameter.any(), name  # the files have the average
         parameter.data.copy_(average[name])
+    evaluation = run.evaluation
+    again = generate(policy, evaluation.prompts, evaluation.generation, {"": CHATS().mix(Slot("winner", 5.0), evaluation.levels)})
+    assert torch.equal(evaluation.images, again[""])
     settings = Generation(steps=3, seed=1)
     mixes = [CHATS().mix(Slot(name, 1.0), policy.sigmas(3)) for name in ("winner", "tuned")]
     mine, its = (generate(p, ["a red star"] * 2, settings, {"": mix})[""] for p, mix in zip((policy, run.policy), mixes))

@@ -23,7 +23,6 @@ TITLES = {name: cls.title for name, cls in OBJECTIVES.items()} | {
     "draft-k": "DRaFT-8",
     "srpo-bias": "SRPO, bias named",
     "better-images": "better images alone",
-    "chats-untrained": "CHATS, untrained",
 }
 AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
 INK = "#7b838c"

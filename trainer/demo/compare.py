@@ -101,9 +101,6 @@ METHODS: dict[str, Method] = {
     "diffusion-npo": Method(8, 2e-4, _GUIDED, "pairs"),
     # The winner guided by its loser, whose scale counts from 0: the same two calls a step
     "chats": Method(8, 4e-4, {"guidance_scale": experiment.GUIDANCE - 1}, "pairs"),
-    "chats-untrained": Method(
-        8, 4e-4, {"name": "chats", "guidance_scale": experiment.GUIDANCE - 1, "beta": 0.0}, "pairs"
-    ),  # its guide alone
     "self-npo": Method(9, 4e-4, _GUIDED, "images"),
     "mapo": Method(6, 4e-4, _GUIDED, "pairs"),
     "better-images": Method(6, 4e-4, {**_GUIDED, "name": "mapo", "beta": 0.0}, "pairs"),  # MaPO without its margin: plain training
