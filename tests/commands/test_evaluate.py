@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.__main__ import main
 from trainer.commands import options
-from trainer.commands.evaluate import _warn_of_few_images
+from trainer.commands.evaluate import _show, _warn_of_few_images
 from trainer.generate import Generation, generate
 from trainer.guidance import Slot, cfg, combined
 from trainer.lora.file import load_lora, save_delta, save_lora
@@ -217,3 +218,16 @@ def test_an_evaluation_is_continued_with_its_own_weights_alone(pipeline_folder, 
     before = {key: value for key, value in json.loads(settings.read_text()).items() if key != "weights"}  # as 0.2.0 wrote it
     settings.write_text(json.dumps(before))
     assert main([*command, "--resume"]) == 0
+
+
+def test_the_rows_of_an_evaluation_fit_a_terminal(capsys):
+    """A line for each model, under one of names, rewards of any number aside; all figures are in the file."""
+    figures = {"demo-proxy": 0.5, "demo-gold": -12.25, "diversity": 0.4, "vendi": 2.0}
+    distances = {f"{name}{kind}": 1.0 for name in ("", "reader_", "demo-proxy_") for kind in ("fid", "kid", "logcov")}
+    results = {"base": {**figures, "fid": -0.0}, "points": [{"model": "a long name", "k": 0, **figures, **distances}]}
+    _show(results, 20, Path("e.json"))
+    head, base, point, note = capsys.readouterr().out.splitlines()
+    assert head.split() == ["model", "k", "demo-proxy", "demo-gold", "diversity", "fid", "logcov"] and len(point) <= 80
+    assert point.split("  ")[0] == "a long name" and point.split()[3:] == ["0", "0.500", "-12.250", "0.400", "1.000", "1.000"]
+    assert base.index("-12.250") == point.index("-12.250") == head.index("demo-gold")
+    assert note == "8 more figures of each, and 95 % intervals, are in e.json"

@@ -123,3 +123,23 @@ def test_the_split_comes_as_near_to_its_share_as_groups_do(sizes, share, held):
     pairs = [Pair(f"{g}.{i}a", f"{g}.{i}b", f"prompt {g}") for g, size in enumerate(sizes) for i in range(size)]
     train, out = split(pairs, share, 0, Apart(), 0.02)
     assert len(out) == held and not {pair.prompt for pair in train} & {pair.prompt for pair in out}
+
+
+def test_the_files_of_a_run_are_no_images_that_were_left_out(here, capsys):
+    """A folder of `pairs`, or of `sample`: its tables and its contact sheet are told as what they are."""
+    from trainer.commands.image_folder import ImageFolder
+    from trainer.data.images import find, load
+
+    folder = ImageFolder(here / "o" / "images")
+    folder.path.mkdir(parents=True)
+    for i in range(2):
+        folder.write(i, load(here / f"{i}.png", 16), "p")
+    folder.write_sheet(2, 2)
+    (here / "o" / "images" / "settings.json").write_text("{}")
+    (here / "o" / "pairs.jsonl").write_text("")
+    (here / "o" / "mine-grid.png").write_bytes((here / "0.png").read_bytes())  # an image of that name, without a folder
+    report = Report()
+    assert [path.name for path in find(here / "o", report)] == ["00000.png", "00001.png", "mine-grid.png"]
+    assert {why: sorted(names) for why, names in report.left_out.items()} == {
+        "of a run of this program": ["images-grid.png", "pairs.jsonl", "settings.json"]
+    }

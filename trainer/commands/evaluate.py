@@ -122,15 +122,25 @@ def run(args: argparse.Namespace) -> int:
     write_text(json.dumps(results, indent=1) + "\n", args.out)
     study.clear()
     figures = plot.write(results, args.out) if args.plot else []
-    _show(results, settings.steps)
+    _show(results, settings.steps, args.out)
     print(f"wrote {', '.join(map(str, [args.out, *figures]))}")
     return 0
 
 
-def _show(results: Mapping[str, Any], steps: int) -> None:
-    shown: list[dict[str, Any]] = [{"model": "base", "k": steps, **results["base"]}, *results["points"]]
-    for point in shown:
-        print("  ".join(f"{name} {value:.3f}" if isinstance(value, float) else f"{value}" for name, value in point.items()))
+def _show(results: Mapping[str, Any], steps: int, out: Path) -> None:
+    """A line for each model and switch: its rewards, and diversity and distances by the first extractor; the file has all."""
+    points: list[dict[str, Any]] = [{"model": "base", "k": steps, **results["base"]}, *results["points"]]
+    names = list(points[-1])
+    shown = [*names[: names.index("vendi")], *(name for name in ("fid", "logcov") if name in names)]
+    rows = [shown, *([_cell(point.get(name, "")) for name in shown] for point in points)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(f"{len(names) - len(shown)} more figures of each, and 95 % intervals, are in {out}")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _tuned(args: argparse.Namespace, unets: Mapping[str, Path]) -> dict[str, Checkpoint]:

@@ -14,11 +14,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from ..config import ConfigError
-from ..data.images import to_pil
+from ..data.images import SHEET_MARK, to_pil
 from ..runtime.files import named, replacing, write_text
 
 SHEET_IMAGES, SHEET_PIXELS = 256, 256  # images on a contact sheet at most, and pixels of each one's longer side at most
-SETTINGS, _MARK = "settings.json", "imagerefl"
+SETTINGS = "settings.json"
 _PATHS = ("model", "lora", "base_lora", "tuned_unet", "parts", "tuned_parts")  # what is in the first four is compared by its hash
 _OF_EVERY_VERSION = {"steps", "method", "seed", "model", "lora", "k"}
 _NAME = re.compile(r"(\d{5,})\.(png|txt)(\.partial)?")
@@ -102,7 +102,7 @@ class ImageFolder:
                     whole = Image.new("RGB", (columns * width - gap, -(-shown // columns) * height - gap), "white")
                 whole.paste(image, (i % columns * width, i // columns * height))
         mark = PngImagePlugin.PngInfo()
-        mark.add_text(_MARK, f"contact sheet of {self.path.resolve().name}")
+        mark.add_text(SHEET_MARK, f"contact sheet of {self.path.resolve().name}")
         with replacing(self.sheet) as partial:
             whole.save(partial, "PNG", pnginfo=mark)
         return f"contact sheet: {self.sheet}" + (f", the first {shown} of {number} images" if shown < number else "")
@@ -182,6 +182,6 @@ def _is_ours(path: Path) -> bool:
     """Whether an image is a contact sheet that `write_sheet` wrote."""
     try:
         with Image.open(path) as opened:
-            return _MARK in opened.info
+            return SHEET_MARK in opened.info
     except (OSError, ValueError, SyntaxError):
         return False

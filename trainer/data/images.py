@@ -33,6 +33,9 @@ SUFFIXES = tuple(
 _MISSING = frozenset((".webp", ".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".qoi"))
 SIDECARS = (".txt", ".caption")
 _HIDDEN = frozenset(("@eadir", "__macosx", "thumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found"))
+_OF_A_RUN = ("settings.json", "report.json", "scores.csv", "pairs.jsonl", "pairs-heldout.jsonl", "labels.jsonl", "labels-heldout.jsonl")
+SHEET_MARK = "imagerefl"
+"""The text of a contact sheet's PNG that tells it from an image."""
 _ONE_FRAME = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib"))
 
 
@@ -158,6 +161,8 @@ def find(folder: Path, report: Report | None = None) -> Sequence[Path]:
     for path in _files(folder, report):
         if path.suffix.lower() in SIDECARS:
             sidecars.append(path)
+        elif path.name.startswith(_OF_A_RUN) or _is_sheet(path):
+            report.leave_out("of a run of this program", path.name)
         elif (suffix := path.suffix.lower()) not in SUFFIXES:
             report.leave_out(f"{suffix} (this Pillow cannot open them, save as PNG)" if suffix in _MISSING else "not an image", path.name)
         elif not path.is_file() and not path.is_symlink():  # a broken link is an image that cannot be read
@@ -173,6 +178,18 @@ def find(folder: Path, report: Report | None = None) -> Sequence[Path]:
             report.note("animated, the first frame taken", path.name)
     report.take("images", len(found))
     return sorted(found)
+
+
+def _is_sheet(path: Path) -> bool:
+    """Whether an image is the contact sheet that `sample` and `pairs` write beside their folder of images."""
+    folder, mark, rest = path.name.rpartition("-grid.png")
+    if not folder or not mark or rest or not path.with_name(folder).is_dir():
+        return False
+    try:
+        with Image.open(path) as opened:
+            return SHEET_MARK in opened.info
+    except Exception:  # Pillow's readers raise many types
+        return False
 
 
 def frames(path: Path) -> int:
