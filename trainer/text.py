@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+_SHOWN = 80  # characters of a prompt in a message
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
@@ -80,3 +84,21 @@ def lines(text: str) -> list[str]:
 def valid(text: str) -> str:
     """The text with halves of surrogate pairs joined, or replaced by U+FFFD where the other half is missing: no encoder takes one."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+class CutReport:
+    """Warns once that `reader` does not read prompts to their ends."""
+
+    def __init__(self, reader: str) -> None:
+        self.reader, self.said = reader, False
+
+    def __call__(self, cut: Mapping[str, int]) -> None:
+        """cut: by prompt, the tokens at its end that are not read."""
+        longer = {prompt: tokens for prompt, tokens in cut.items() if tokens > 0}
+        if not longer or self.said:
+            return
+        self.said = True
+        prompt, tokens = next(iter(longer.items()))
+        shown = prompt if len(prompt) <= _SHOWN else prompt[:_SHOWN] + "…"
+        others = f"; nor all of {len(longer) - 1} other prompts" if len(longer) > 1 else ""
+        log.warning("%s does not read the last %d tokens of %r%s", self.reader, tokens, shown, others)

@@ -87,3 +87,24 @@ def test_drtune_holds_the_networks_input(prediction):
     expected = -Towers()(x, b.prompts).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(policy, loss), gradient(policy, expected))
+
+
+def test_without_an_early_end_drtune_is_longaligns_training():
+    """The official loop (luping-liu/LongAlign, unet_reward.py): 50 DDIM steps, every tenth in the graph from a random one of the first ten
+    on, the network's input detached and the state not; loss (1 − score)/2."""
+    policy, b = Family(), batch()
+    objective = DRTune(early_stop=1, guidance_scale=1.0)
+    loss, _ = loss_of(objective, policy, b, Towers())
+    trained = sorted(objective._trained(b, 49))
+    assert objective.steps == 50 and trained == list(range(trained[0], 50, 10)) and len(trained) == 5 and trained[0] < 10
+    sigmas = policy.sigmas(50)
+    x = policy.start(b.rng.start_noise((3, 1, 1)), 50)
+    for i in range(50):
+        here = sigmas[i].expand(len(x))
+        noise = (x.detach() - policy.denoiser(b.prompts)(x.detach(), here)) / as4(here, x)
+        clean = x - as4(here, x) * (noise if i in trained else noise.detach())
+        x = clean + sigmas[i + 1] * (noise if i in trained else noise.detach())
+    official = (1 - Towers()(clean, b.prompts)).mean() / 2
+    torch.testing.assert_close(gradient(policy, loss) / 2, gradient(policy, official))
+    starts = {min(objective._trained(batch(seed=seed), 49)) for seed in range(200)}
+    assert starts == set(range(10))

@@ -1,4 +1,4 @@
-"""`python -m trainer rewards`: list the rewards, download their weights, measure their statistics."""
+"""`python -m trainer rewards`: list the rewards, download their weights, measure their statistics, take two-tower ones apart."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import ConfigError
+from ..data.captions import read_prompts
 from ..data.report import Report
 from ..metrics.dino import DINO
 from ..metrics.inception import INCEPTION
 from ..rewards.calibrate import measure, write
+from ..rewards.decomposed import OMEGA, CommonText, Decomposed
 from ..rewards.files import WeightFile, download, state, weight_folders
 from ..rewards.http_judge import capabilities_of
 from ..rewards.judge_client import is_url
-from ..rewards.registry import REWARDS, WeightFolders, load
+from ..rewards.registry import REWARDS, WeightFolders, load, tower_hash
+from ..rewards.two_tower import TwoTower
 from .options import add_device, add_remote, device_of
 
 EXTRACTORS: dict[str, tuple[WeightFile, str, str]] = {
@@ -62,14 +67,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_remote(calibrate.add_argument)
     add_device(calibrate)
+    about = "write the text direction that prompts have in common, for the rewards relevant@FILE and irrelevant@FILE (LongAlign)"
+    common = actions.add_parser("common", help=about)
+    common.add_argument("name", metavar="NAME", help="a two-tower reward: a name, NAME@FILE, or a reward folder")
+    common.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="text file, one prompt per line, or .csv or .jsonl; give 1000 or more"
+    )
+    common.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write, .json")
+    common.add_argument(
+        "--omega", type=float, default=OMEGA, metavar="W", help=f"share of the direction that stays, 0 to 1 (default {OMEGA})"
+    )
+    common.add_argument("--segments", action="store_true", help="score a prompt by the mean over its sentences")
+    add_device(common)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, download, or calibrate; returns the exit status."""
+    """List, download, calibrate, or take apart; returns the exit status."""
     if args.action == "list":
         _list()
     elif args.action == "download":
         _download(args.name, args.folder)
+    elif args.action == "common":
+        _common(args)
     else:
         _calibrate(args)
     return 0
@@ -98,6 +117,20 @@ def _download(name: str, folder: Path | None) -> None:
     for file in files:
         print(f"{file.path} of {file.repository}", flush=True)
         print(f"  {download(name, file, folder or weight_folders()[0])}")
+
+
+def _common(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".json" or not 0 <= args.omega <= 1:
+        raise ConfigError(f"--out {args.out} --omega {args.omega:g}: give a .json file, and a share of 0 to 1")
+    reward = load(args.name, device_of(args)).reward
+    if not isinstance(reward, TwoTower):
+        raise ConfigError(f"{args.name} is not a two-tower reward: its score must be the product of an image's features and a text's")
+    prompts = list(dict.fromkeys(read_prompts(args.prompts)))
+    file = CommonText.of(reward, args.name, tower_hash(args.name), prompts, args.omega, args.segments)
+    file.write(args.out)
+    along = Decomposed(reward, file, "relevant").texts(prompts) @ torch.tensor(file.common).to(reward.home)
+    print(f"prompts lie along the common direction by {float(along.mean()):.3f} ± {float(along.std()):.3f} (1: all of a prompt)")
+    print(f"wrote {args.out} of {len(prompts)} prompts; use it as --reward relevant@{args.out}, or irrelevant@{args.out}")
 
 
 def _calibrate(args: argparse.Namespace) -> None:

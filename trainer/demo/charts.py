@@ -23,6 +23,7 @@ TITLES = {name: cls.title for name, cls in OBJECTIVES.items()} | {
     "draft-k": "DRaFT-8",
     "srpo-bias": "SRPO, bias named",
     "better-images": "better images alone",
+    "refl-relevant": "ReFL, decomposed reward",
 }
 AXES = (("heldout", "held-out"), ("reward", "proxy"), ("gold", "gold"))
 INK = "#7b838c"

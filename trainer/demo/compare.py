@@ -26,11 +26,13 @@ from ..metrics.study import Point
 from ..policy import with_companions
 from ..reward import Reward
 from ..rewards.base import RewardModel
+from ..rewards.decomposed import OMEGA
 from ..training.config import TrainConfig
 from ..training.folder import files_of
 from . import experiment, files, page, world
 from .experiment import OBJECTIVES, START, STEPS
 from .pairs import captions_preferred, pairs_preferred, rated_pairs, rated_samples
+from .relevant import in_units_of_the_proxy, relevant
 
 SWITCHES = (0, START)
 FEW: Point = ("few-step", 0)  # the few-step model alone
@@ -55,6 +57,7 @@ class Method:
     data: Data = "reward"
     accumulation: int = 1  # micro-batches of an optimizer step
     few: bool = False  # trains and draws the few-step model, on noise levels of its own
+    omega: float | None = None  # of the proxy's part that reads the prompt (LongAlign); None: the proxy itself
 
 
 _PLAIN = {"guidance_scale": 1.0}
@@ -67,6 +70,7 @@ _ROUNDS = {**_PLAIN, "steps": 8, "group": 8, "prompts_per_round": 4}
 METHODS: dict[str, Method] = {
     "refl": Method(18.5, 4e-3, OBJECTIVES["refl"]),
     "imagerefl": Method(9.8, 4e-3, OBJECTIVES["imagerefl"]),
+    "refl-relevant": Method(18.5, 4e-3, {**OBJECTIVES["refl"], "name": "refl"}, omega=OMEGA),
     "draft-k": Method(36, 8e-3, {**_CHAIN, "k": STEPS - START}),
     "draft-lv": Method(28, 2e-3, _CHAIN),
     "alignprop": Method(27, 8e-3, {**_CHAIN, "cut_mean": 17.0, "cut_std": 2.0}),
@@ -211,6 +215,9 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     """Train and evaluate every method into `out`; returns what `results.json` holds (the demo's keys, and `cost`)."""
     names = names_of(names)
     begin, configs = time.monotonic(), {name: train_config(name, out / "runs" / name, size, seed) for name in names}
+    for name in names:
+        if (omega := METHODS[name].omega) is not None:
+            configs[name] = replace(configs[name], reward=relevant(out, omega))
     for config in configs.values():
         experiment.evaluations(config)  # before any is trained: raises where a finished one had other settings
     kinds: list[Data] = list(dict.fromkeys(METHODS[name].data for name in names))
@@ -218,7 +225,7 @@ def compare(names: Sequence[str], out: Path, size: Size, seed: int, *, quick: bo
     watched = [c.text for c in world.captions(size.watched, "validation")]
     judges = rewards()
     curves = {
-        name: experiment.train(config, samples[METHODS[name].data], watched, judges, few=METHODS[name].few)
+        name: experiment.train(config, samples[METHODS[name].data], watched, judges, reward=_trained_on(config), few=METHODS[name].few)
         for name, config in configs.items()
     }
     loras = {name: path for config in configs.values() for name, path in _loras(config).items()}
@@ -264,6 +271,11 @@ def _loras(config: TrainConfig) -> dict[str, Path]:
         for name, file in both
         for adapter, path in zip(with_companions(name, companions), files_of(folder / file, companions).values())
     }
+
+
+def _trained_on(config: TrainConfig) -> Reward | None:
+    """The reward of a run that is not trained on the proxy itself."""
+    return in_units_of_the_proxy(config.reward) if config.reward.startswith("relevant@") else None
 
 
 def _shares(preferred: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

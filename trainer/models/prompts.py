@@ -15,6 +15,7 @@ from ..data.cache import TensorCache, key_of
 from ..runtime.files import module_hash
 from ..runtime.processes import ALONE, Processes
 from ..runtime.progress import progress_bar
+from ..text import CutReport
 from .speed import on_device
 
 Conditioning = dict[str, Tensor]
@@ -90,6 +91,7 @@ class Prompts:
         self.model, self.encoders = model, encoders
         self.offload = offload
         """Whether the text encoders stay on the CPU except while they run."""
+        self._report_cut = CutReport("the model")
         self._embeddings: dict[str, Conditioning] = {}
         self._cached: dict[str, tuple[TensorCache, str]] = {}  # cache and key of prompts that need not be in memory
         self._recent: deque[str] = deque()  # cached prompts that are in memory, oldest first
@@ -102,6 +104,7 @@ class Prompts:
         missing = sorted({p for p in prompts if p not in self._embeddings and p not in self._cached})
         if not missing:
             return
+        self._report_cut({prompt: self.cut(prompt) for prompt in missing})
         if cache is None:
             self._embeddings.update(zip(missing, self._encode(missing)))
         else:
@@ -127,10 +130,19 @@ class Prompts:
 
     def tokens(self, prompt: str) -> list[Any]:
         """What each tokenizer makes of a prompt, cut to what the encoders read."""
+        return [t(prompt, max_length=limit, truncation=True, verbose=False).input_ids for t, limit in self._tokenizers()]
+
+    def cut(self, prompt: str) -> int:
+        """Tokens at a prompt's end that no text encoder reads."""
+        if self.model.device.type == "meta":
+            return 0
+        return min((max(0, len(t(prompt, verbose=False).input_ids) - limit) for t, limit in self._tokenizers()), default=0)
+
+    def _tokenizers(self) -> list[tuple[Any, int]]:
+        """Each tokenizer, and the tokens that its encoder reads."""
         parts: dict[str, Any] = self.model.pipeline.components
-        tokenizers = [part for name, part in sorted(parts.items()) if "tokenizer" in name and part is not None]
-        limits = [min(t.model_max_length, self.model.max_tokens or t.model_max_length) for t in tokenizers]
-        return [t(prompt, max_length=limit, truncation=True, verbose=False).input_ids for t, limit in zip(tokenizers, limits)]
+        found = [part for name, part in sorted(parts.items()) if "tokenizer" in name and part is not None]
+        return [(t, min(t.model_max_length, self.model.max_tokens or t.model_max_length)) for t in found]
 
     def _embedding(self, prompt: str) -> Conditioning:
         if prompt not in self._embeddings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,23 @@ def temperature(clip: Any) -> float:
     return 1.0 if clip.logit_scale.is_meta else float(clip.logit_scale.exp())
 
 
-def tokenizer(context_length: int = 77, repair: bool = True) -> Callable[[Sequence[str]], Tensor]:
-    """CLIP's lower-casing tokenizer: texts -> (N,L) int64; longer prompts are cut to `context_length` tokens, the end token kept.
+class Tokenizer:
+    """CLIP's lower-casing tokenizer: texts -> (N,L) int64; longer prompts are cut to L tokens, the end token kept."""
+
+    def __init__(self, encoder: Any) -> None:
+        """An open_clip SimpleTokenizer."""
+        self.encoder = encoder
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return self.encoder(list(texts))
+
+    def cut(self, text: str) -> int:
+        """Tokens at a text's end that are not read."""
+        return max(0, len(self.encoder.encode(text)) + 2 - self.encoder.context_length)  # a token marks the start, one the end
+
+
+def tokenizer(context_length: int = 77, repair: bool = True) -> Tokenizer:
+    """CLIP's tokenizer.
 
     repair: mend wrongly decoded characters, curly quotes and HTML entities first, as OpenAI's and open_clip's code do; transformers'
     CLIPTokenizer does not.
@@ -118,4 +133,4 @@ def tokenizer(context_length: int = 77, repair: bool = True) -> Callable[[Sequen
     encode: Any = SimpleTokenizer(context_length=context_length)
     if not repair:
         encode.clean_fn = lambda text: " ".join(unicodedata.normalize("NFC", text).split()).lower()
-    return lambda texts: encode(list(texts))
+    return Tokenizer(encode)

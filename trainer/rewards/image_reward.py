@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..reward import check_lengths
+from ..text import CutReport
 from .base import RewardModel
 from .bert import Bert
 from .linear_head import LinearHead
@@ -92,8 +93,11 @@ def word_pieces(vocabulary: Path) -> Callable[[Sequence[str]], tuple[Tensor, Ten
     tokenizer.enable_truncation(TOKENS)
     tokenizer.enable_padding(length=TOKENS)
 
+    report_cut = CutReport("ImageReward")
+
     def tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encoded = tokenizer.encode_batch(list(texts))
+        report_cut({text: sum(sum(rest.attention_mask) - 2 for rest in e.overflowing) for text, e in zip(texts, encoded, strict=True)})
         return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool)
 
     return tokenize

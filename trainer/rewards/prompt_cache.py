@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.progress import progress_bar
+from ..text import CutReport
 from .base import RewardModel
+from .clip import Tokenizer
 from .preprocess import Fit
 
 Encoding = TypeVar("Encoding")
@@ -37,10 +39,15 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
         )  # open_clip's residual networks take the call and do nothing
         self.tokenize, self.fit = tokenize, fit
         self._encoded: dict[str, Encoding] = {}
+        self._report_cut = CutReport("the reward's text tower")
 
     @abstractmethod
     def encode_prompt(self, prompt: str) -> Encoding:
         """Encode one prompt with the text tower, on the image tower's device."""
+
+    def cut(self, prompt: str) -> int:
+        """Tokens at the prompt's end that the text tower does not read; 0 where its tokenizer does not say."""
+        return self.tokenize.cut(prompt) if isinstance(self.tokenize, Tokenizer) else 0
 
     @property
     def home(self) -> torch.device:
@@ -69,6 +76,7 @@ class PromptCachedReward(RewardModel, Generic[Encoding]):
         missing = list(dict.fromkeys(p for p in prompts if p not in self._encoded))
         if not missing:
             return
+        self._report_cut({prompt: self.cut(prompt) for prompt in missing})
         before = self.text.positional_embedding.device
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not meet a graph later
             try:

@@ -19,6 +19,7 @@ from .base import RewardModel
 from .calibrate import StatisticsError, checked_statistics
 from .clip import ARCHITECTURES, load_clip, temperature, tokenizer
 from .compressibility import JpegSize
+from .decomposed import KEPT, CommonText, Decomposed
 from .files import WeightFile, find, verify, weight_folders
 from .high_preference import HighPreference
 from .http_judge import HttpJudge, capabilities_of, folder_of
@@ -150,7 +151,7 @@ class WeightFolders:
         if name not in REWARDS and name_or_path.endswith((".py", ".safetensors")):
             return Path(file or name_or_path).with_suffix(".statistics.json")
         if at:
-            return Path(file).with_suffix(".statistics.json")
+            return Path(file).with_suffix(f".{name}.statistics.json" if name in KEPT else ".statistics.json")
         if name not in REWARDS or REWARDS[name].embedded:
             known = ", ".join(n for n, entry in REWARDS.items() if not entry.embedded)
             raise ValueError(f"statistics of {name} cannot be stored: use {known}, a file or a folder")
@@ -182,7 +183,8 @@ def load(
     allow_remote: bool = False,
 ) -> RewardSpec:
     """A reward with its statistics: a name of REWARDS, `NAME@FILE` with weights of one's own, a reward folder, a Python file,
-    `taste@FILE`, a fitted taste, or the URL of a judge, which is asked what it is; one on another machine only where that is allowed.
+    `taste@FILE`, a fitted taste, `relevant@FILE` and `irrelevant@FILE`, parts of a two-tower reward, or the URL of a judge, which is
+    asked what it is; one on another machine only where that is allowed.
 
     Nothing is downloaded. `architecture` replaces the entry's, for models of another size in the same layout. On the meta device
     a named reward needs no file.
@@ -238,6 +240,8 @@ def _files(name_or_path: str, folders: WeightFolders) -> list[Path]:
         return list(locate(name, folders, Path(file) if at else None).values())
     if name_or_path.endswith(".py"):
         return [Path(name_or_path)]
+    if name in KEPT:
+        return [Path(file), *_files(CommonText.read(Path(file)).tower, folders)]
     if (taste := taste_file(name_or_path)) is not None:
         return [taste, *_files(TasteFile.read(taste).tower, folders)]
     return [Path(name_or_path) / file for file in FOLDER_FILES]
@@ -262,11 +266,16 @@ def _open(name_or_path: str, placement: Placement, folders: WeightFolders, archi
             return entry.make(paths, architecture or entry.architecture, placement)
     if name_or_path.endswith(".py"):
         return PythonReward.load(Path(name_or_path))
+    opened, hashed = lambda tower: _open(tower, placement, folders, None), lambda tower: tower_hash(tower, folders)
+    if name in KEPT:
+        if not file:
+            raise ValueError(f"{name} needs a file: write {name}@FILE; `python -m trainer rewards common` makes it")
+        return Decomposed.load(Path(file), name, opened, hashed)
     if (taste := taste_file(name_or_path)) is not None:
-        return TasteReward.load(taste, lambda tower: _open(tower, placement, folders, None), lambda tower: tower_hash(tower, folders))
+        return TasteReward.load(taste, opened, hashed)
     if Path(name_or_path).is_dir():
         return TwoTower.load(Path(name_or_path), placement.device, placement.dtype)
-    own = "NAME@FILE, taste@FILE, a reward folder, a Python file, or a judge's URL"
+    own = "NAME@FILE, taste@FILE, relevant@FILE, irrelevant@FILE, a reward folder, a Python file, or a judge's URL"
     raise ValueError(f"unknown reward {name_or_path!r}: use {', '.join(REWARDS)}, {own}")
 
 

@@ -75,7 +75,7 @@ class TasteFile:
         if not all(map(math.isfinite, (self.baseline, self.mean, self.std))) or self.std <= 0:
             raise ValueError("baseline, mean and std are not finite numbers with std above 0")
         tower: tuple[Any, Any] = self.tower, self.tower_sha256
-        if not all(isinstance(text, str) for text in tower) or not _may_be_tower(self.tower):
+        if not all(isinstance(text, str) for text in tower) or not may_be_tower(self.tower):
             raise ValueError(f"its tower {str(self.tower)[:200]!r} is not a two-tower reward")
         value, low, high = self.agreement or (0.5, 0.5, 0.5)
         if not 0 <= low <= value <= high <= 1 or math.isnan(self.precision) or self.precision < 0:
@@ -118,10 +118,11 @@ def taste_file(name_or_path: str) -> Path | None:
     return Path(name_or_path) if "@" not in name_or_path and name_or_path.endswith(SUFFIX) else None
 
 
-def _may_be_tower(name: str) -> bool:
-    """Whether a name in a file, which may come from anywhere, can be that of weights: no program, no judge, no other taste."""
+def may_be_tower(name: str) -> bool:
+    """Whether a name in a file, which may come from anywhere, can be that of weights: no program, no judge, nothing made of a tower."""
     kind, at, _ = name.partition("@")
-    return not (is_url(name) or name.lower().endswith(".py") or kind == "taste" or (not at and name.endswith(SUFFIX)))
+    made = kind in ("taste", "relevant", "irrelevant") or (not at and name.endswith(SUFFIX))
+    return not (is_url(name) or name.lower().endswith(".py") or made)
 
 
 class TasteReward(RewardModel):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..reward import check_lengths
 from .calibrate import checked_statistics
-from .clip import split_towers
+from .clip import Tokenizer, split_towers
 from .preprocess import Fit, normalise
 from .prompt_cache import PromptCachedReward
 from .weights import read_state
@@ -62,7 +62,7 @@ class TwoTower(PromptCachedReward[Tensor]):
             state = {k: v.float() for k, v in read_state(folder / "model.safetensors").items()}
             clip.load_state_dict(split_towers(state))
         tokenizer = SimpleTokenizer(str(folder / "merges.txt.gz"), context_length=context)
-        reward = TwoTower(clip.to(device, dtype), lambda texts: tokenizer(list(texts)), fit, scale)
+        reward = TwoTower(clip.to(device, dtype), Tokenizer(tokenizer), fit, scale)
         reward.statistics = statistics
         return reward
 
