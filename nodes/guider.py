@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import build
 from ..trainer.guidance import Mix, Slot
-from ..trainer.guides import GUIDES, OF_TWO, Guide, step_at
+from ..trainer.guides import GUIDES, OF_TWO, Guide, misplaced, step_at
 from . import proxy as proxies
 from .schedule import LEVEL
 from .sockets import CATEGORY, schema, widgets
@@ -178,6 +178,10 @@ def _widgets() -> list[Any]:
     return list(found.values())
 
 
+_PLACES = {
+    "npo": "load it on base, and connect a model without it to tuned",
+    "chats": "connect the model with the winner to tuned, that with the loser to base",
+}
 _MODELS = [
     io.Model.Input(
         "base",
@@ -262,6 +266,9 @@ class TwoModelGuiderNode(io.ComfyNode):
         """The guider."""
         if tuned is None and guide in (*OF_TWO, "combined"):
             raise ValueError(f"{guide} needs two models: connect tuned, or choose npo, chats or custom")
+        for model, is_tuned in ((base, True),) if tuned is None else ((base, False), (tuned, True)):
+            if what := misplaced(guide, model.get_attachment(ATTACHMENT) or {}, is_tuned):
+                raise ValueError(f"the LoRA of {'tuned' if is_tuned and tuned is not None else 'base'} is {what}: {_PLACES[guide]}")
         chosen = guide_of(guide, tuned, settings)
         read = chosen.reads(cfg, tuned_cfg)
         if tuned_cfg != 1 and "tuned_guidance_scale" not in read:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -264,6 +264,17 @@ GUIDES: Mapping[str, type[Guide]] = {
 """Guides by name."""
 OF_TWO = ("rl", "aig", "autoguidance", "double-cfg")
 """Those that are nothing but the model's own guidance where there is one model."""
+
+
+def misplaced(guide: str, metadata: Mapping[str, Any], tuned: bool) -> str:
+    """What a LoRA is by its file's metadata, where the guide that it was trained for has it in the other model; otherwise "".
+
+    tuned: whether it is given for the tuned model, not for the base.
+    """
+    of_base = guide == "npo" or "adapter" in metadata
+    if guide not in ("npo", "chats") or metadata.get("guide") != guide or of_base != tuned:
+        return ""
+    return "the negative model" if guide == "npo" else f"CHATS's {'loser' if of_base else 'winner'}"
 
 
 def step_at(sigmas: Sequence[float], sigma: float) -> int:

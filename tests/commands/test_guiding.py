@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.comfyui import random_lora
 from PIL import Image
+from safetensors.torch import save_file
 
 from trainer.__main__ import _parse, main
 from trainer.commands.guiding import guiding
@@ -97,6 +98,29 @@ def test_rl_guidance_of_weight_1_is_the_tuned_model_with_guidance(pipeline_folde
 def test_a_guide_that_cannot_be_is_refused_before_a_model_is_loaded(more, message, tmp_path, capsys):
     assert run(tmp_path / "x", tmp_path / "no such model", *more) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("guide", "tuned", "base", "wrong"),
+    [
+        ("chats", "winner", ["loser"], ""),
+        ("chats", "loser", ["winner"], "loser.safetensors is CHATS's loser: give it as --base-lora, not as --lora"),
+        ("chats", "dpo", ["winner"], "winner.safetensors is CHATS's winner: give it as --lora, not as --base-lora"),
+        ("npo", "dpo", ["dpo", "negative"], ""),
+        ("npo", "negative", ["dpo"], "negative.safetensors is the negative model: give it as --base-lora, not as --lora"),
+        ("rl", "winner", [], ""),
+    ],
+)
+def test_a_lora_of_a_guide_is_refused_where_it_stands_for_the_other_model(guide, tuned, base, wrong, tmp_path, capsys):
+    """As training names them: both of CHATS are for its guide, and the loser's file says which adapter it holds."""
+    known = {"winner": {"guide": "chats"}, "loser": {"guide": "chats", "adapter": "tuned-loser"}, "negative": {"guide": "npo"}, "dpo": {}}
+    for name, metadata in known.items():
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors", {"imagerefl": json.dumps(metadata)})
+    files = ["--lora", tuned, *(word for one in base for word in ("--base-lora", one))]
+    files = [word if word.startswith("--") else tmp_path / f"{word}.safetensors" for word in files]
+    assert run(tmp_path / "x", tmp_path / "no such model", "--guide", guide, *files) == 2
+    said = capsys.readouterr().err
+    assert wrong in said if wrong else "no such model" in said and "give it as" not in said
 
 
 @pytest.mark.parametrize(

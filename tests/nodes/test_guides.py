@@ -22,6 +22,7 @@ REFUSED = {
     "one model": "rl needs two models: connect tuned, or choose npo, chats or custom",
     "proxy of rl": "rl has no coefficient on proxy_prompt with these settings: leave it unconnected",
     "proxy of 0": "chats has no coefficient on proxy_prompt",
+    "loser": "the LoRA of tuned is CHATS's loser: connect the model with the winner to tuned, that with the loser to base",
     "two negatives": "has 2 parts: connect one prompt",
     "lengths": "(77, 128) and (50, 128) have no sum",
     "no padding": "(20, 128) and (10, 128) have no sum",

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import ConfigError, build, plain
 from ..generate import Generation
 from ..guidance import Mix
-from ..guides import GUIDES, OF_TWO, Combined, Guide, Read
+from ..guides import GUIDES, OF_TWO, Combined, Guide, Read, misplaced
+from ..lora.file import read_metadata
 from .two_parts import TwoParts
 
 COMBINED = "combined"
@@ -84,6 +85,11 @@ def guiding(args: argparse.Namespace, parts: TwoParts, settings: Generation) -> 
         raise ConfigError(f"--guide {args.guide} needs a tuned model: give --lora or --tuned-model")
     if args.guide == "npo" and not (parts.tuned or parts.base_loras):
         raise ConfigError("--guide npo needs a negative model: give its LoRA as --base-lora, after those of the tuned model")
+    for tuned, loras in ((True, parts.loras), (False, parts.base_loras)):
+        wrong, right = ("--lora", "--base-lora") if tuned else ("--base-lora", "--lora")
+        for path, _ in loras:
+            if what := misplaced(args.guide, read_metadata(path), tuned):
+                raise ConfigError(f"--guide {args.guide}: {path} is {what}: give it as {right}, not as {wrong}")
     try:
         guide = build(GUIDES[args.guide], given, "--guide-")
     except ConfigError as error:  # of no single key: the table's

@@ -204,6 +204,8 @@ with torch.inference_mode():
     def by_node(**given):
         return guider.TwoModelGuiderNode.execute(base, **{**widgets, **given})
 
+    loser = tuned.clone()
+    loser.set_attachments(guider.ATTACHMENT, {"guide": "chats", "adapter": "tuned-loser"})
     flow.add_object_patch(
         "model_sampling",
         type("Flow", (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST), {})(),
@@ -223,6 +225,7 @@ with torch.inference_mode():
         "one model": say(lambda: by_node(guide="rl", tuned=None)),
         "proxy of rl": say(lambda: by_node(guide="rl", proxy_prompt=negative)),
         "proxy of 0": say(lambda: by_node(guide="chats", proxy=0.0, proxy_prompt=negative)),
+        "loser": say(lambda: by_node(guide="chats", tuned=loser)),
         "two negatives": say(lambda: proxies.proxy_prompt(positive, negative * 2, 0.5)),
         "lengths": say(lambda: proxies.proxy_prompt(positive, short, 0.5)),
         "no padding": say(lambda: proxies.proxy_prompt([[positive[0][0][:, :20], {}]], [[negative[0][0][:, :10], {}]], 0.5)),

@@ -54,7 +54,8 @@ class StepPairs(Collecting):
             raise ValueError(f"group = {self.group}: a pair is the best and the worst of a group, give at least 2")
         noisy = self.steps - 1 - self.first
         if noisy < 1:
-            raise ValueError(f"steps = {self.steps}: the last step has no noise, and none is left to train; give more")
+            where = f" from step {self.first} on" if self.first else ""
+            raise ValueError(f"steps = {self.steps}: the last step has no noise, and none is left to train{where}; give more")
         if self.trained_count > noisy:
             raise ValueError(f"trained_count = {self.trained_count}: from the first trained step on {noisy} steps have noise")
 
