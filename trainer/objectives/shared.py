@@ -93,6 +93,11 @@ class Known:
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
+def in_order(margin: Tensor) -> Tensor:
+    """Accuracy (B,) of margins (B,) for the log: 1 above 0, 0 below, 0.5 at 0, where nothing is decided, as in a run's first step."""
+    return (1 + margin.detach().sign()) / 2
+
+
 def shaped(scores: Tensor, threshold: float | None) -> Tensor:
     """Losses (B,) of scores (B,): −r, or max(0, threshold − r) (ReFL)."""
     return -scores if threshold is None else (threshold - scores).relu()

@@ -59,7 +59,7 @@ class Agreement:
     gain: Estimate | None
     """Head less tower."""
     chance: float | None
-    """How often permuted features do as well as the head: an exact one-sided p-value; None where it was not computed."""
+    """How often permuted features do as well as the head, a one-sided p-value; None where it was not computed."""
 
 
 def measure(held: Tensor, design: Design, units: Units, counted: Tensor, null: Tensor | None) -> Agreement:

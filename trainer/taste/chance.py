@@ -2,9 +2,10 @@
 
 Then the features of images that were judged under the same prompts are exchangeable, whatever ties the choices together: tosses, a
 ranking of reused images, a best of n. So features are permuted among them and cross-validation is repeated; the share of permutations that
-do as well is an exact p-value (Fisher 1935; Phipson and Smyth 2010). Of pairs without a common image a permutation turns some round.
+do as well is a p-value (Fisher 1935; Phipson and Smyth 2010). Of pairs without a common image a permutation turns some round.
 
-A permutation's heads are fitted by one Newton step from the tower, which has a closed form for all folds and λ (ridge regression on working
+It would be exact if permuted heads were fitted as the real one, which takes Newton's method to its end and λ inside each fold. A
+permutation's are fitted by one Newton step from the tower, which has a closed form for all folds and λ (ridge regression on working
 responses); the λ of each fold is the one that is best for the others.
 """
 

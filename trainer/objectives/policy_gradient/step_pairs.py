@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ...rng import Rng
 from ...sampling import Kernel, Space, gaussian
 from ..base import Logs, Loss, RunContext
-from ..shared import sampler_steps
+from ..shared import in_order, sampler_steps
 from .advantages import equal
 from .collecting import Collected, Collecting
 from .steps import log_prob
@@ -150,7 +150,7 @@ class PairRounds(Collected[StepPairs, PairRound]):
         losses = pair_losses(better, worse, o.beta, o.clip) * weights[rows].to(better)
         margin, outside = (better - worse).detach().cpu(), torch.stack([better, worse]).detach().cpu().expm1().abs().amax(0) > o.clip
         logs = {"reward": (present.better + present.worse)[rollout, turn] / 2, "pairs": (weights > 0).float()}
-        for name, values in (("margin", o.beta * margin), ("accuracy", margin > 0), ("clipped", outside)):  # means over trained pairs
+        for name, values in (("margin", o.beta * margin), ("accuracy", in_order(margin)), ("clipped", outside)):  # means over trained pairs
             logs[name] = torch.zeros_like(weights).index_copy(0, rows, values.to(weights) * weights[rows])
         return losses.sum() / len(weights), logs
 

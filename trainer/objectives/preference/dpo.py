@@ -16,7 +16,8 @@ from ...guidance import Mix, Slot
 from ...guides import by_negative
 from ...runtime.processes import Processes
 from ..base import Logs, RunContext
-from .errors import DenoisingObjective, Noised, Two, in_order, mean_square
+from ..shared import in_order
+from .errors import DenoisingObjective, Noised, Two, mean_square
 
 
 def safeguard(errors: Two, mu: float, processes: Processes) -> float:

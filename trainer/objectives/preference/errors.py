@@ -88,11 +88,6 @@ def mean_square(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
-def in_order(margin: Tensor) -> Tensor:
-    """Accuracy (B,) of margins (B,) for the log: 1 above 0, 0 below, 0.5 at 0, where nothing is decided, as in a run's first step."""
-    return (1 + margin.detach().sign()) / 2
-
-
 @dataclass(frozen=True)
 class DenoisingObjective(WithoutReward, Stateless):
     """What the objectives on denoising errors share."""

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ...data.batches import Batch, Pairs, Prompts
 from ..base import Logs, RunContext
-from .errors import DenoisingObjective, in_order, mean_square
+from ..shared import in_order
+from .errors import DenoisingObjective, mean_square
 
 
 def saturated(error: Tensor, scale: float) -> Tensor:

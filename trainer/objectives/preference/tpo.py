@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...data.batches import Batch, Images, Prompts
 from ..base import Bound, Logs, Loss, RunContext
+from ..shared import in_order
 from .dpo import pair_losses, safeguard
-from .errors import DenoisingObjective, in_order, mean_square
+from .errors import DenoisingObjective, mean_square
 from .kto import label_losses
 from .perturb import perturb, read_perturbed
 
