@@ -84,11 +84,15 @@ WRONG = [
     ([*TRAIN, "--objective.name=refl", '--objective.positive=["two words"]'], "unknown key 'objective.positive'"),
     ([*TRAIN, "--watch.switch=half"], "switch 'half': write a step (15)"),
     ([*TRAIN, "--batch_size=many"], "batch_size = 'many'"),
-    (TRAIN, "nothing to train on: give `images`"),
-    ([*TRAIN, "--prompts=none.txt"], "none.txt"),
-    ([*TRAIN, "--prompts=" + __file__, "--model=none", "--watch.every=2"], "watch.every is set: name the held-out reward"),
+    (TRAIN, "imagerefl trains on images with these settings: give `images`"),
+    ([*TRAIN, "--objective.name=refl"], "nothing to train on: give `images`"),
+    ([*TRAIN, "--objective.name=refl", "--prompts=none.txt"], "none.txt"),
     (
-        [*TRAIN, "--prompts=" + __file__, "--model=none", "--buckets=true"],
+        [*TRAIN, "--objective.name=refl", "--prompts=" + __file__, "--model=none", "--watch.every=2"],
+        "watch.every is set: name the held-out reward",
+    ),
+    (
+        [*TRAIN, "--objective.name=refl", "--prompts=" + __file__, "--model=none", "--buckets=true"],
         "buckets = true: they are for `images`, `pairs` or `labels`",
     ),
 ]

@@ -109,7 +109,7 @@ def test_masks_weigh_the_image_that_they_are_of():
 
 
 def test_impossible_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="reference_every: winner and loser have one reference"):
+    with pytest.raises(ValueError, match="reference_every: this objective has no reference that can follow"):
         CHATS(reference_every=5)
     with pytest.raises(ValueError, match="guidance scale 0: CHATS's loser takes no part"):
         CHATS().mix(Slot("tuned", 0.0), torch.tensor([1.0, 0.0]))

@@ -12,7 +12,7 @@ from trainer.config import ConfigError, build
 from trainer.objectives import OBJECTIVES, DiffusionDPO, DiffusionKTO, MaPO, RunContext
 from trainer.objectives.preference.errors import DenoisingObjective
 
-REFERRING = {name: cls for name, cls in OBJECTIVES.items() if issubclass(cls, DenoisingObjective) and cls.refers and name != "smpo"}
+REFERRING = {name: cls for name, cls in OBJECTIVES.items() if issubclass(cls, DenoisingObjective) and cls.may_follow and name != "smpo"}
 DATA = {"pairs": pairs, "labels": labels, "images": images}
 
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_has_the_same_reference_to_the_bit(name):
 @pytest.mark.parametrize(
     ("cls", "settings", "said"),
     [
-        (MaPO, {"reference_every": 5}, "reference_every: this objective compares with no reference"),
+        (MaPO, {"reference_every": 5}, "reference_every: this objective has no reference that can follow"),
         (DiffusionDPO, {"reference_decay": 0.5}, "reference_decay is of a reference that follows: give reference_every"),
         (
             DiffusionDPO,

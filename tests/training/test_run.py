@@ -83,7 +83,7 @@ def broken(tmp_path_factory, image_folder):
         ({"images": "{broken}/corrupt"}, "a.png is not a readable image"),
         ({"images": "{broken}/empty"}, "holds no image"),
         ({"images": "{broken}/latin"}, "is not UTF-8"),
-        ({"images": "", "prompts": "{broken}/prompts.txt"}, "is empty: give one prompt per line"),
+        ({"images": "", "prompts": "{broken}/prompts.txt", "objective.refl_share": 1.0}, "is empty: give one prompt per line"),
         ({"out": "{broken}/occupied"}, "exists: add --overwrite"),
         ({"out": "{broken}/file/below"}, "cannot write to"),
         ({"model": "{broken}"}, "is not a diffusers pipeline"),

@@ -27,6 +27,7 @@ class CHATS(DenoisingObjective):
     """
 
     companions: ClassVar[tuple[str, ...]] = ("loser",)
+    may_follow: ClassVar[bool] = False  # two models follow two
     guidance_scale: float = field(
         default=5.0, metadata={"min": 0.0, "max": 30.0, "help": "scale s of evaluations, counted from 0; training has no guidance"}
     )
@@ -38,11 +39,6 @@ class CHATS(DenoisingObjective):
         default=0.5,
         metadata={"min": -1.0, "max": 10.0, "help": "of evaluations: strength α of the loser's prompt (1 + α)·empty − α·prompt"},
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reference_every:
-            raise ValueError("reference_every: winner and loser have one reference, the base model; leave it out")
 
     @property
     def data(self) -> type[Prompts]:

@@ -92,13 +92,13 @@ def mean_square(error: Tensor) -> Tensor:
 class DenoisingObjective(WithoutReward, Stateless):
     """What the objectives on denoising errors share."""
 
-    refers: ClassVar[bool] = True
-    """Whether errors are compared with those of a reference."""
+    may_follow: ClassVar[bool] = True
+    """Whether errors are compared with those of one reference, which may follow the tuned model."""
     reads_details: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not cls.refers:
+        if not cls.may_follow:
             cls.unread = (*cls.unread, "reference_every", "reference_decay")
 
     steps: int = field(
@@ -137,8 +137,8 @@ class DenoisingObjective(WithoutReward, Stateless):
     )
 
     def __post_init__(self) -> None:
-        if self.reference_every and not self.refers:
-            raise ValueError("reference_every: this objective compares with no reference; leave it out")
+        if self.reference_every and not self.may_follow:
+            raise ValueError("reference_every: this objective has no reference that can follow the tuned model; leave it out")
         if self.reference_decay and not self.reference_every:
             raise ValueError("reference_decay is of a reference that follows: give reference_every, 1 say")
         if self.reference_every == 1 and not self.reference_decay:

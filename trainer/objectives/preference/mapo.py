@@ -30,7 +30,7 @@ class MaPO(DenoisingObjective):
     T = 1000 are the official SDXL code's, with LoRA rank 8, learning rate 1e-5 and 16 pairs a step.
     """
 
-    refers: ClassVar[bool] = False
+    may_follow: ClassVar[bool] = False
 
     sft_weight: float = field(default=1.0, metadata={"min": 0.0, "help": "weight of the plain denoising error of the better images"})
     beta: float = field(default=0.1, metadata={"min": 0.0, "help": "weight of the margin"})
