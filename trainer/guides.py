@@ -264,6 +264,8 @@ GUIDES: Mapping[str, type[Guide]] = {
 """Guides by name."""
 OF_TWO = ("rl", "aig", "autoguidance", "double-cfg")
 """Those that are nothing but the model's own guidance where there is one model."""
+TRAINED: Mapping[str, tuple[str, str]] = {"npo": ("", "the negative model"), "chats": ("CHATS's winner", "CHATS's loser")}
+"""Guides that LoRAs are trained for: what such a LoRA is in the tuned model, and in the base."""
 
 
 def misplaced(guide: str, metadata: Mapping[str, Any], tuned: bool) -> str:
@@ -271,10 +273,11 @@ def misplaced(guide: str, metadata: Mapping[str, Any], tuned: bool) -> str:
 
     tuned: whether it is given for the tuned model, not for the base.
     """
-    of_base = guide == "npo" or "adapter" in metadata
-    if guide not in ("npo", "chats") or metadata.get("guide") != guide or of_base != tuned:
+    if guide not in TRAINED or metadata.get("guide") != guide:
         return ""
-    return "the negative model" if guide == "npo" else f"CHATS's {'loser' if of_base else 'winner'}"
+    ours, others = TRAINED[guide]
+    of_base = not ours or "adapter" in metadata
+    return "" if of_base != tuned else others if of_base else ours
 
 
 def step_at(sigmas: Sequence[float], sigma: float) -> int:

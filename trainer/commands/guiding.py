@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import ConfigError, build, plain
 from ..generate import Generation
 from ..guidance import Mix
-from ..guides import GUIDES, OF_TWO, Combined, Guide, Read, misplaced
+from ..guides import GUIDES, OF_TWO, TRAINED, Combined, Guide, Read, misplaced
 from ..lora.file import read_metadata
 from .two_parts import TwoParts
 
@@ -83,8 +83,9 @@ def guiding(args: argparse.Namespace, parts: TwoParts, settings: Generation) -> 
         raise ConfigError(f"{name} is of combined generation: leave out --guide {args.guide}")
     if args.guide in OF_TWO and not parts.tuned:
         raise ConfigError(f"--guide {args.guide} needs a tuned model: give --lora or --tuned-model")
-    if args.guide == "npo" and not (parts.tuned or parts.base_loras):
-        raise ConfigError("--guide npo needs a negative model: give its LoRA as --base-lora, after those of the tuned model")
+    ours, others = TRAINED.get(args.guide, ("", ""))
+    if others and not ours and not (parts.tuned or parts.base_loras):
+        raise ConfigError(f"--guide {args.guide} needs {others}: give its LoRA as --base-lora, after those of the tuned model")
     for tuned, loras in ((True, parts.loras), (False, parts.base_loras)):
         wrong, right = ("--lora", "--base-lora") if tuned else ("--base-lora", "--lora")
         for path, _ in loras:
