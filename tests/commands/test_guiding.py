@@ -69,7 +69,7 @@ def test_rl_guidance_of_weight_1_is_the_tuned_model_with_guidance(pipeline_folde
     ("more", "message"),
     [
         (["--guide", "rl"], "--guide rl needs a tuned model: give --lora or --tuned-model"),
-        (["--guide", "npo"], "--guide npo needs a negative model"),
+        (["--guide", "npo"], "--guide npo needs the negative model"),
         (["--guide", "chats", "--guide-weight", 2], "--guide-weight is of --guide rl and autoguidance, not of chats"),
         (["--guide-power", 2], "--guide-power is of --guide aig, not of combined"),
         (["--guide", "custom"], "--guide-table: no coefficients: write rows"),
