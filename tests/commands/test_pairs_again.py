@@ -66,6 +66,21 @@ def test_a_pair_counts_once_and_one_that_is_labelled_both_ways_is_named(label, k
     assert "2 pairs given more than once" not in said and "1 pair given more than once (1.png), 1 pair labelled both ways" in said
 
 
+def test_it_resumes_where_its_paths_lead_alone(here, capsys, monkeypatch):
+    """Elsewhere they name other files: a reward of that name was imported before its hash was compared."""
+    given = ["--from-pairs", table(here, ("7.png", "0.png", "p")), "--reward", "r.py", "--raw", "--split", "0", "--out", "o"]
+    assert main(["pairs", *given]) == 0
+    other = here / "other"
+    other.mkdir()
+    (other / "r.py").write_text("open('ran', 'w')\n")
+    monkeypatch.chdir(other)
+    assert main(["pairs", "--resume", "--out", "../o"]) == 2
+    assert f"was made in {here}, where its paths lead: run --resume there" in capsys.readouterr().err and not (other / "ran").exists()
+    here.rename(moved := here.parent / "moved")
+    monkeypatch.chdir(moved)
+    assert main(["pairs", "--resume", *given]) == 0
+
+
 def test_small_margins_are_kept(here):
     given = ["--from-pairs", table(here, ("7.png", "0.png", "p")), "--reward", "r.py", "--raw", "--split", "0", "--out", "o"]
     assert main(["pairs", *given]) == 0

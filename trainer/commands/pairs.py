@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     Everything is checked before the first image is drawn.
     """
     folder = PairsFolder(args.out)
-    args = with_earlier(args, folder.arguments(), configure) if args.resume else args
+    args = with_earlier(args, folder.arguments(args.given), configure) if args.resume else args
     args.split, args.batch = 0.1 if args.split is None else args.split, 32 if args.batch is None else args.batch
     settings = _filter(args)
     _check(args, settings)

@@ -15,7 +15,7 @@ from ..runtime.files import write_text
 from .image_folder import ImageFolder
 
 SETTINGS, REPORT = "settings.json", "report.json"
-ARGUMENTS = "arguments"
+ARGUMENTS, WORKING = "arguments", "working_folder"
 JOURNAL = "journal"
 """The end of the name of the scores by image, which a finished run keeps: it labels them anew."""
 _TABLES = {"pairs": "labels", "pairs-heldout": "labels-heldout"}
@@ -29,9 +29,18 @@ class PairsFolder:
         self.images = ImageFolder(path / "images")
         self.scores = path / "scores.csv"
 
-    def arguments(self) -> list[str]:
-        """Those of its last call; none of a folder of an earlier version, or of nothing."""
-        return list(self._settings().get(ARGUMENTS, ())) if self._used() else []
+    def arguments(self, given: Sequence[str]) -> list[str]:
+        """Those of its last call; none of a folder of an earlier version, or of nothing.
+
+        Elsewhere than where that call ran its paths would lead to other files, and a reward's file is run: there none where rewards are
+        given, else a ConfigError.
+        """
+        before = self._settings() if self._used() else {}
+        if before.get(WORKING, here := str(Path.cwd())) != here:
+            if any(word.partition("=")[0] == "--reward" for word in given):
+                return []
+            raise ConfigError(f"{self.path} was made in {before[WORKING]}, where its paths lead: run --resume there, or give all arguments")
+        return list(before.get(ARGUMENTS, ()))
 
     def begin(self, facts: Mapping[str, Any], arguments: Sequence[str], *, resume: bool, overwrite: bool) -> None:
         """Create the folder; ConfigError where it is in use, or is another run's. facts: what images and scores depend on."""
@@ -42,7 +51,7 @@ class PairsFolder:
         if before is not None and not (resume or overwrite):
             raise ConfigError(f"{self.path} exists: add --resume to go on with its run, or --overwrite to start again")
         if before is not None and resume:
-            then, now = _flat({key: value for key, value in before.items() if key != ARGUMENTS}), _flat(facts)
+            then, now = _flat({key: value for key, value in before.items() if key not in (ARGUMENTS, WORKING)}), _flat(facts)
             key = next((key for key in {**now, **then} if then.get(key) != now.get(key)), None)
             if key is not None:
                 said = ("", "") if key.startswith("weights") else (f", {_short(then.get(key))}", f", now {_short(now.get(key))}")
@@ -61,7 +70,7 @@ class PairsFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error}") from error
-        write_text(json.dumps({**facts, ARGUMENTS: list(arguments)}, indent=1) + "\n", self.path / SETTINGS)
+        write_text(json.dumps({**facts, ARGUMENTS: list(arguments), WORKING: str(Path.cwd())}, indent=1) + "\n", self.path / SETTINGS)
 
     def finish(self, parts: Mapping[str, Sequence[Pair]], rewards: Sequence[str], report: Mapping[str, Any]) -> list[str]:
         """Write the tables of pairs by their names, and of their labels, and last the report; returns the files' names."""
