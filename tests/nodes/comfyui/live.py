@@ -151,7 +151,10 @@ async def check(folder, process, port):
         noise = changed(prompts["demo-optimise-noise"], "ImageReFLOptimiseNoise", iterations=2)
         pairs = changed(changed(prompts["demo-train-on-preferences"], "KSampler", steps=2), "ImageReFLTrainAnyObjective", train_steps=2)
         pairs = changed(changed(pairs, "ImageReFLTrainAnyObjective", preview_every=0), "ImageReFLFilterPairs", min_margin=0.0)
+        sweep = changed(prompts["demo-trade-off-sweep"], "ImageReFLSweep", seeds=2, switches="0, 12")
+        search = changed(prompts["demo-reward-search"], "ImageReFLSearch", budget=80)
         shorter = {"demo-train-imagerefl": short, "demo-optimise-noise": noise, "demo-train-on-preferences": pairs}
+        shorter |= {"demo-trade-off-sweep": sweep, "demo-reward-search": search}
         for name, prompt in {**prompts, **shorter}.items():
             if name.startswith("demo-") and name != "demo-combined-generation":
                 results[name] = (await client.run(prompt))["type"]
