@@ -141,7 +141,7 @@ def test_the_split_comes_as_near_to_its_share_as_groups_do(sizes, share, held):
 
 
 def test_the_files_of_a_run_are_no_images_that_were_left_out(here, capsys):
-    """A folder of `pairs`, or of `sample`: its tables and its contact sheet are told as what they are."""
+    """A folder of `pairs`, or of `sample`: its tables and contact sheet are named as such, not as files that are no image."""
     from trainer.commands.image_folder import ImageFolder
     from trainer.data.images import find, load
 

@@ -178,7 +178,7 @@ POLICY_GRADIENTS: dict[str, Method] = {
     "spo": Method(
         "the official settings for SD1.5 and SDXL, but for the ranks, SDXL's rate of 1e-5, and a judge that is not given the timestep",
         _spo,
-        steps=("steps", "1000", "three to a round; of a step's samples those train whose scores are apart"),
+        steps=("steps", "1000", "three to a round; of its samples only pairs whose scores differ enough train"),
         samples=_share(SPO, _spo, 3),
         rate="6e-5",
         more=(("weight_decay", "1e-4", ""),),
